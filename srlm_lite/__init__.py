@@ -1,0 +1,3 @@
+"""Self-Rewarding Language Models on one machine. Read `loop.py` first."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,442 @@
+"""Recipes: what a run is to do. Every setting is defined and documented here, once.
+
+A recipe is a YAML file with the sections below. `load_recipe` reads it, applies overrides such
+as `dpo.beta=0.2`, resolves its paths, and refuses keys it does not know.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from srlm_lite.errors import UserError
+
+Positive = Annotated[int, Field(gt=0)]
+Probability = Annotated[float, Field(gt=0, le=1)]
+
+
+class Section(BaseModel):
+    """A part of a recipe. Frozen, and closed: an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Base(Section):
+    """The frozen weights."""
+
+    name: str
+    """Hub id, local directory, `.gguf` file, or `smollm2-135m-instruct`."""
+    revision: str | None = None
+    """Commit or tag on the Hub."""
+    quantization: Literal["none", "nf4"] = "none"
+    """`nf4`: 4-bit weights through bitsandbytes, with double quantization."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Compute dtype. `auto`: bfloat16 where the device is fast at it, else float32."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    chat_template: str | None = None
+    """Name of a shipped template or a path; used in place of the tokenizer's own.
+    Needed by bases that have none, such as Llama-2."""
+    window: Positive = 2048
+    """Longest sequence in tokens that training and judging may see."""
+
+
+class Lora(Section):
+    """Shape of one adapter."""
+
+    rank: Positive = 16
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    """The update is scaled by alpha / rank."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    targets: tuple[str, ...] = (
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    )
+    """Names of the linear layers that carry the adapter."""
+
+
+class Data(Section):
+    """Where the seed data is: a directory as `srlm-lite data prepare` writes it."""
+
+    dir: str
+    """Holds `ift.jsonl`, `eft_train.jsonl`, `eft_eval.jsonl`, `prompts.jsonl`,
+    and optionally `eval_prompts.jsonl`."""
+
+
+class Optim(Section):
+    """An optimiser run."""
+
+    epochs: Annotated[float, Field(gt=0)] = 1.0
+    learning_rate: Annotated[float, Field(gt=0)]
+    final_learning_rate_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """The schedule ends at this share of the learning rate."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    batch_size: Positive = 16
+    """Sequences (or pairs) in one optimiser step."""
+    micro_batch_size: Positive = 4
+    """Sequences (or pairs) in memory at once; divides `batch_size`."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    gradient_checkpointing: bool = False
+    """Trades a third more compute for much less activation memory."""
+
+    @model_validator(mode="after")
+    def _micro_batch_divides(self) -> Optim:
+        if self.batch_size % self.micro_batch_size:
+            raise ValueError("micro_batch_size must divide batch_size")
+        return self
+
+
+class Anchor(Optim):
+    """The SFT adapter on instruction data (IFT) and judge data (EFT): the paper's M1."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    init: str = "base"
+    """`base`: a fresh adapter on the base. A path: an adapter trained before, taken as it is."""
+    use_ift: bool = True
+    """False leaves out `ift.jsonl`: a judge-only anchor for a base that already answers well."""
+    use_eft: bool = True
+    ift_limit: Positive | None = None
+    eft_prompts: Positive | None = None
+    """At most this many EFT prompts (with all their replies)."""
+    eft_targets: Literal["given", "self"] = "self"
+    """`self`: the IFT-only model writes rationale and score; a prompt's judgements are kept when
+    their order agrees with the human order. `given`: the data has them."""
+    max_score_share: Annotated[float, Field(gt=0, le=1)] = 0.35
+    """The most common score is thinned to this share of the self-written targets."""
+    lora: Lora = Lora()
+
+
+class Prompts(Section):
+    """The prompts of each iteration."""
+
+    source: Literal["file", "self-instruct"] = "file"
+    """`self-instruct`: the anchor writes new prompts, 8-shot (6 from IFT, 2 generated)."""
+    file: str | None = None
+    """Prompt list; default: `prompts.jsonl` of the data directory."""
+    per_iteration: Positive = 64
+    reuse: bool = False
+    """Let an iteration use prompts that an earlier one has used, when the file runs out."""
+
+
+class Sampling(Section):
+    """How text is drawn."""
+
+    temperature: Annotated[float, Field(ge=0)] = 0.7
+    """0 is greedy."""
+    top_p: Probability = 0.9
+    max_new_tokens: Positive = 512
+
+
+class Rollout(Sampling):
+    """Candidates."""
+
+    n: Annotated[int, Field(ge=2)] = 4
+    """Candidates a prompt."""
+    batch_rows: Positive = 64
+    """Sequences in one forward pass; halved by itself when memory runs out."""
+    chunk_prompts: Positive = 16
+    """Prompts whose results reach the disk together; a killed run loses at most one chunk."""
+
+
+class Judge(Sampling):
+    """LLM-as-a-judge."""
+
+    rubric: str = "additive-5"
+    """Name of a shipped rubric or a path."""
+    votes: Positive = 3
+    """Judgements sampled for each candidate; their mean is its score."""
+    min_votes: Positive = 2
+    """Candidates with fewer readable votes are dropped."""
+    max_new_tokens: Positive = 256
+    retry_max_new_tokens: Positive = 512
+    """An unreadable vote is sampled once more with this limit."""
+
+    @model_validator(mode="after")
+    def _votes_suffice(self) -> Judge:
+        if self.min_votes > self.votes:
+            raise ValueError("min_votes exceeds votes")
+        return self
+
+
+class Pairing(Section):
+    """How scores become preference pairs."""
+
+    source: Literal["judge", "random"] = "judge"
+    """`random` is the control: two candidates of a prompt, drawn blindly."""
+    min_gap: Annotated[float, Field(ge=0)] = 0.0
+    """The scores of a pair must differ by more than this."""
+    drop_truncated: bool = True
+    """Leave out candidates that ran into the token limit."""
+    min_pairs: Positive = 8
+    """Stop when an iteration finds fewer."""
+
+
+class Dpo(Optim):
+    """Training the delta."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = 5e-6
+    init: Literal["anchor", "previous"] = "anchor"
+    """`anchor` rebases: the delta starts from zero. `previous` starts from the last delta."""
+    reference: Literal["init", "anchor"] = "init"
+    """The stack that DPO's log-ratios are taken against."""
+    beta: Annotated[float, Field(gt=0)] = 0.1
+    nll_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the negative log-likelihood of the chosen reply beside the DPO loss."""
+    lora: Lora = Lora()
+
+    @model_validator(mode="after")
+    def _no_dropout(self) -> Dpo:
+        if self.lora.dropout:
+            raise ValueError("dropout would make policy and reference differ; leave it at 0")
+        return self
+
+
+class Evaluate(Section):
+    """What is measured after the anchor and after each iteration."""
+
+    eft_prompts: Positive | None = None
+    """At most this many EFT eval prompts (with all their replies)."""
+    votes: Positive | None = None
+    """Judgements a reply; default: `judge.votes`."""
+    policy_prompts: Annotated[int, Field(ge=0)] = 64
+    """Held-out prompts the policy answers, for length and gold score."""
+    samples: Positive = 1
+    """Sampled answers a prompt, beside one greedy answer."""
+    temperature: Annotated[float, Field(gt=0)] | None = None
+    """Of the sampled answers; default: `rollout.temperature`."""
+    gold: str | None = None
+    """`module:function`: an external score of an answer that the model never sees."""
+
+
+class Recipe(Section):
+    """All a run needs to know."""
+
+    name: str
+    description: str = ""
+    method: Literal["self-rewarding"] = "self-rewarding"
+    seed: int = 0
+    iterations: Annotated[int, Field(ge=0)] = 3
+    base: Base
+    data: Data
+    anchor: Anchor = Anchor()
+    prompts: Prompts = Prompts()
+    rollout: Rollout = Rollout()
+    judge: Judge = Judge()
+    pairing: Pairing = Pairing()
+    dpo: Dpo = Dpo()
+    evaluate: Evaluate = Evaluate()
+
+    def identity(self) -> dict[str, Any]:
+        """What makes two runs the same run: every setting that decides what is computed.
+
+        Leaves out `iterations` (a longer run continues a shorter one), name and description.
+        A path counts by what the file holds, not by where it lies.
+        """
+        settings = self.model_dump(mode="json", exclude={"iterations", "name", "description"})
+        for section, key in PATH_KEYS:
+            value = settings[section][key]
+            if isinstance(value, str) and (section, key) != ("base", "name"):
+                settings[section][key] = _content_digest(section, key, value)
+        return settings
+
+    def digest(self) -> str:
+        """SHA-256 of the identity."""
+        text = json.dumps(self.identity(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+PATH_KEYS = (
+    ("base", "name"),
+    ("base", "chat_template"),
+    ("data", "dir"),
+    ("anchor", "init"),
+    ("prompts", "file"),
+    ("judge", "rubric"),
+)
+"""Settings that may be paths: relative ones start at the recipe's own directory."""
+
+
+SHIPPED = {("judge", "rubric"): ("rubrics", ".yaml"), ("base", "chat_template"): ("chat_templates", ".jinja")}
+"""Settings that may name a shipped file: its folder and ending."""
+
+
+def recipes_dir() -> Path:
+    """The directory of the shipped recipes: inside an installed package, or of a checkout."""
+    packaged = Path(str(resources.files("srlm_lite"))) / "recipes"
+    return packaged if packaged.is_dir() else packaged.parent.parent / "recipes"
+
+
+def shipped_recipes() -> list[str]:
+    """Names of the shipped recipes, sorted."""
+    return sorted(path.stem for path in recipes_dir().glob("*.yaml"))
+
+
+def find_recipe(name_or_path: str) -> Path:
+    """The file of a recipe given by shipped name or by path.
+
+    Raises:
+        UserError: There is none.
+    """
+    shipped = recipes_dir() / f"{name_or_path}.yaml"
+    if shipped.is_file():
+        return shipped
+    path = Path(name_or_path)
+    if path.is_file():
+        return path
+    close = difflib.get_close_matches(name_or_path, shipped_recipes(), n=1)
+    hint = f"Did you mean {close[0]}?" if close else f"Shipped: {', '.join(shipped_recipes())}"
+    raise UserError("no such recipe", where=name_or_path, way_out=hint)
+
+
+def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe, apply `section.key=value` overrides and resolve its paths.
+
+    Paths in the file are relative to it; paths in overrides to the working directory.
+
+    Raises:
+        UserError: Not found, not YAML, an unknown key, or a value out of range.
+    """
+    path = find_recipe(name_or_path)
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"not readable as YAML ({error})", where=str(path)) from error
+    if not isinstance(raw, dict):
+        raise UserError("a recipe is a mapping of sections", where=str(path))
+    _resolve_paths(raw, path.parent)
+    given: dict[str, Any] = {}
+    for override in overrides:
+        _apply(given, override)
+    _resolve_paths(given, Path.cwd())
+    return recipe_from(_merged(raw, given), where=str(path))
+
+
+def recipe_from(raw: Mapping[str, Any], *, where: str) -> Recipe:
+    """Validate a mapping as a recipe.
+
+    Raises:
+        UserError: Names the first offending key, and for an unknown one the nearest known.
+    """
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        location = [str(part) for part in first["loc"]]
+        key = ".".join(location)
+        if first["type"] == "extra_forbidden":
+            raise UserError(
+                f"unknown key `{key}`", where=where, way_out=_suggestion(location)
+            ) from error
+        shown = "" if first["type"] == "missing" else f" (is {first['input']!r})"
+        raise UserError(f"`{key}`{shown}: {first['msg']}", where=where) from error
+
+
+def _suggestion(location: list[str]) -> str:
+    section: type[BaseModel] = Recipe
+    for part in location[:-1]:
+        annotation = section.model_fields[part].annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            section = annotation
+    siblings = list(section.model_fields)
+    everywhere = [
+        f"{name}.{key}"
+        for name, field in Recipe.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+        for key in field.annotation.model_fields
+    ]
+    prefix = ".".join(location[:-1])
+    close = difflib.get_close_matches(location[-1], siblings, n=1, cutoff=0.6)
+    if close:
+        return f"Did you mean `{f'{prefix}.' if prefix else ''}{close[0]}`?"
+    same_name = [key for key in everywhere if key.split(".")[1] == location[-1]]
+    if same_name:
+        return f"Did you mean `{same_name[0]}`?"
+    return f"Known here: {', '.join(siblings)}"
+
+
+def _apply(target: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key.strip():
+        raise UserError("expected KEY=VALUE", where=f"--set {override}")
+    *sections, last = key.strip().split(".")
+    for section in sections:
+        target = target.setdefault(section, {})
+        if not isinstance(target, dict):
+            raise UserError("a key cannot be both a value and a section", where=f"--set {override}")
+    try:
+        target[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UserError("the value is not valid YAML", where=f"--set {override}") from error
+
+
+def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    result = dict(base)
+    for key, value in over.items():
+        below = result.get(key)
+        both = isinstance(value, Mapping) and isinstance(below, Mapping)
+        result[key] = _merged(below, value) if both and below is not None else value
+    return result
+
+
+def _resolve_paths(raw: dict[str, Any], directory: Path) -> None:
+    for section, key in PATH_KEYS:
+        part = raw.get(section)
+        value = part.get(key) if isinstance(part, dict) else None
+        if not isinstance(part, dict) or not isinstance(value, str):
+            continue
+        path = Path(value).expanduser()
+        if path.is_absolute():
+            part[key] = str(path)
+        elif (directory / path).exists() and not _is_shipped_name(section, key, value):
+            part[key] = str((directory / path).resolve())
+
+
+def _is_shipped_name(section: str, key: str, value: str) -> bool:
+    if (section, key) not in SHIPPED:
+        return False
+    folder, suffix = SHIPPED[section, key]
+    return (recipes_dir() / folder / f"{value}{suffix}").is_file()
+
+
+def _content_digest(section: str, key: str, value: str) -> str:
+    path = Path(value)
+    if _is_shipped_name(section, key, value):
+        folder, suffix = SHIPPED[section, key]
+        path = recipes_dir() / folder / f"{value}{suffix}"
+    files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
+    if not path.exists():
+        return value
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def shipped_file(folder: str, suffix: str, *, name: str) -> Path:
+    """A rubric or chat template given by shipped name or by path.
+
+    Raises:
+        UserError: There is neither.
+    """
+    shipped = recipes_dir() / folder / f"{name}{suffix}"
+    if shipped.is_file():
+        return shipped
+    if Path(name).is_file():
+        return Path(name)
+    names = sorted(path.stem for path in (recipes_dir() / folder).glob(f"*{suffix}"))
+    raise UserError(
+        f"neither a file nor one of the shipped {folder} ({', '.join(names)})", where=name
+    )

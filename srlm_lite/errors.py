@@ -1,0 +1,28 @@
+"""What can go wrong, as the user meets it."""
+
+from __future__ import annotations
+
+
+class SrlmError(Exception):
+    """Base of every error that srlm-lite raises on purpose; the command exits with 1."""
+
+
+class UserError(SrlmError):
+    """Something the user can put right: shown as one line, exit code 2, no traceback.
+
+    Args:
+        what: What is wrong, in a few words, without a closing full stop.
+        where: The file, key or option it concerns.
+        way_out: What to do about it.
+    """
+
+    def __init__(self, what: str, *, where: str | None = None, way_out: str | None = None) -> None:
+        self.what, self.where, self.way_out = what, where, way_out
+        line = what if where is None else f"{where}: {what}"
+        if way_out is not None:
+            line = f"{line}. {way_out}"
+        super().__init__(" ".join(line.split()))
+
+
+class ProofError(SrlmError):
+    """An invariant of the adapter stack does not hold; the run stops before it does harm."""

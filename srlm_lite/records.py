@@ -1,0 +1,108 @@
+"""What the stages of a run hand to one another: one frozen record a row of a JSONL file."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, Self
+
+FinishReason = Literal["stop", "length"]
+"""Why sampling ended: the end-of-sequence token or the stop rule, or the token limit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A row. Unknown keys in a file are ignored, so that files may carry more than we read."""
+
+    def to_row(self) -> dict[str, Any]:
+        """The JSON object of this record, keys in the order of the fields."""
+        return asdict(self)
+
+    @classmethod
+    def from_row(cls, row: dict[str, Any]) -> Self:
+        """The record of a JSON object.
+
+        Raises:
+            KeyError: A field without a default is missing.
+        """
+        known = {field.name: row[field.name] for field in fields(cls) if field.name in row}
+        try:
+            return cls(**known)
+        except TypeError as error:
+            missing = [field.name for field in fields(cls) if field.name not in row]
+            raise KeyError(", ".join(missing)) from error
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt(Record):
+    """An instruction the policy answers."""
+
+    prompt_id: str
+    text: str
+    source: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate(Record):
+    """One sampled answer."""
+
+    prompt_id: str
+    candidate_id: str
+    text: str
+    n_tokens: int
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement(Record):
+    """One sampled grading of a candidate.
+
+    `score` is None when the judge's reply could not be read; None never counts as a number.
+    """
+
+    candidate_id: str
+    vote: int
+    text: str
+    score: float | None
+    finish_reason: FinishReason = "stop"
+    retried: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PreferencePair(Record):
+    """Two candidates of one prompt, the better one first, with the ids they came from."""
+
+    prompt_id: str
+    prompt: str
+    chosen_id: str
+    rejected_id: str
+    chosen: str
+    rejected: str
+    chosen_score: float
+    rejected_score: float
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Instruction(Record):
+    """A row of `ift.jsonl`: an answer to learn from."""
+
+    prompt_id: str
+    prompt: str
+    response: str
+
+
+@dataclass(frozen=True, slots=True)
+class RankedReply(Record):
+    """A row of `eft_train.jsonl` or `eft_eval.jsonl`: a reply with its place among the others.
+
+    `rank` is 0 for the best reply of a prompt; equal ranks are ties. `target` is the judge's
+    whole reply to learn from, or None when the IFT-only model is to write it.
+    """
+
+    prompt_id: str
+    prompt: str
+    response_id: str
+    response: str
+    rank: int
+    quality: float | None = None
+    target: str | None = None

@@ -1,0 +1,402 @@
+"""The run directory: the only code that knows a path under it.
+
+Every artefact is either complete or absent as far as a reader can tell: whole files are written
+beside their place and renamed into it; journals grow by whole chunks, and a torn tail is cut off.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from srlm_lite.config import Recipe
+from srlm_lite.errors import UserError
+from srlm_lite.records import Record
+
+R = TypeVar("R", bound=Record)
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """All rows of a JSONL file.
+
+    Raises:
+        UserError: The file is missing, or a line is not a JSON object; names the line.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise UserError("no such file", where=str(path)) from error
+    except UnicodeDecodeError as error:
+        raise UserError("not UTF-8 text", where=str(path)) from error
+    rows = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"not JSON ({error.msg})", where=f"{path}:{number}") from error
+        if not isinstance(row, dict):
+            raise UserError("expected a JSON object", where=f"{path}:{number}")
+        rows.append(row)
+    return rows
+
+
+def read_records(path: Path, kind: type[R]) -> list[R]:
+    """All rows of a JSONL file as records.
+
+    Raises:
+        UserError: As `read_jsonl`; or a row lacks a key.
+    """
+    records = []
+    for number, row in enumerate(read_jsonl(path), start=1):
+        try:
+            records.append(kind.from_row(row))
+        except KeyError as error:
+            raise UserError(f"row {number} lacks {error.args[0]}", where=str(path)) from error
+    return records
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file so that it is either the old one or the new one, never half."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically: indented, keys in the order given."""
+    write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_records(path: Path, records: Iterable[Record]) -> None:
+    """Write a whole JSONL file atomically."""
+    write_atomically(path, "".join(_line(record) for record in records))
+
+
+def _line(record: Record) -> str:
+    return json.dumps(record.to_row(), ensure_ascii=False) + "\n"
+
+
+def sha256_file(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+class Journal:
+    """A JSONL file that grows by chunks, each on disk before the next one starts.
+
+    A chunk is known by the keys of its rows, in order. `fill` computes the chunks that the file
+    does not hold whole yet, after cutting off whatever a killed run left behind them.
+    """
+
+    def __init__(self, path: Path, kind: type[R], key: Callable[[R], str]) -> None:
+        self.path, self._kind, self._key = path, kind, key
+
+    def fill(
+        self,
+        chunks: Sequence[Sequence[str]],
+        compute: Callable[[int], Sequence[Record]],
+        *,
+        on_chunk: Callable[[int, bool], None] = lambda index, computed: None,
+    ) -> list[Any]:
+        """Make the file hold all chunks; return all its rows as records.
+
+        Args:
+            chunks: The keys of each chunk's rows, in the order of the file.
+            compute: Makes the rows of chunk i.
+            on_chunk: Told of each chunk as it becomes complete, and whether it was computed now.
+
+        Raises:
+            RuntimeError: `compute` returned rows with other keys than announced.
+        """
+        rows, sizes = self._whole_rows()
+        kept = 0
+        records: list[Any] = []
+        for index, keys in enumerate(chunks):
+            found = rows[kept : kept + len(keys)]
+            if [self._key(record) for record in found] == list(keys):
+                kept += len(keys)
+                records.extend(found)
+                on_chunk(index, False)
+                continue
+            self._cut(sum(sizes[:kept]))
+            rows, sizes = rows[:kept], sizes[:kept]
+            made = list(compute(index))
+            if [self._key(record) for record in made] != list(keys):  # type: ignore[arg-type]
+                raise RuntimeError(f"{self.path}: chunk {index} came back with other rows")
+            self._append(made)
+            records.extend(made)
+            on_chunk(index, True)
+        if kept < len(rows):
+            self._cut(sum(sizes[:kept]))
+        if not self.path.exists():
+            write_atomically(self.path, "")
+        return records
+
+    def _whole_rows(self) -> tuple[list[Any], list[int]]:
+        if not self.path.exists():
+            return [], []
+        rows, sizes = [], []
+        for line in self.path.read_bytes().splitlines(keepends=True):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                rows.append(self._kind.from_row(json.loads(line)))
+            except (ValueError, KeyError, AttributeError):
+                break
+            sizes.append(len(line))
+        return rows, sizes
+
+    def _cut(self, size: int) -> None:
+        if self.path.exists() and self.path.stat().st_size != size:
+            os.truncate(self.path, size)
+
+    def _append(self, records: Sequence[Record]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write("".join(_line(record) for record in records))
+            file.flush()
+            os.fsync(file.fileno())
+
+
+@dataclass(frozen=True, slots=True)
+class StageDir:
+    """A folder of the run that ends with `done.json`: the anchor's, or an iteration's."""
+
+    path: Path
+
+    @property
+    def done(self) -> Path:
+        """Written last: counts, seconds, and the SHA-256 of every artefact."""
+        return self.path / "done.json"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.path / "eval.json"
+
+    @property
+    def evaluation_dir(self) -> Path:
+        """Journals of an evaluation."""
+        return self.path / "eval"
+
+    @property
+    def is_done(self) -> bool:
+        return self.done.is_file()
+
+    def finish(self, **facts: Any) -> None:
+        """Write `done.json` with the facts and the hash of every file below this folder."""
+        artefacts = {
+            str(file.relative_to(self.path)): sha256_file(file)
+            for file in sorted(self.path.rglob("*"))
+            if file.is_file() and file != self.done and not file.name.startswith(".")
+        }
+        write_json(self.done, {**facts, "sha256": artefacts})
+
+
+@dataclass(frozen=True, slots=True)
+class AnchorDir(StageDir):
+    """`anchor/`: the adapter lies directly in it."""
+
+    @property
+    def adapter(self) -> Path:
+        return self.path
+
+    @property
+    def ift_only(self) -> Path:
+        """The IFT-only adapter that writes the EFT targets."""
+        return self.path / "ift_only"
+
+    @property
+    def eft_judgements(self) -> Path:
+        return self.path / "eft_judgements.jsonl"
+
+    @property
+    def eft_targets(self) -> Path:
+        """The EFT rows that were kept, with their targets."""
+        return self.path / "eft_targets.jsonl"
+
+    @property
+    def drops(self) -> Path:
+        return self.path / "drops.json"
+
+
+@dataclass(frozen=True, slots=True)
+class IterationDir(StageDir):
+    """`iter_001/` and so on."""
+
+    number: int
+
+    @property
+    def prompts(self) -> Path:
+        return self.path / "prompts.jsonl"
+
+    @property
+    def candidates(self) -> Path:
+        return self.path / "candidates.jsonl"
+
+    @property
+    def judgements(self) -> Path:
+        return self.path / "judgements.jsonl"
+
+    @property
+    def pairs(self) -> Path:
+        return self.path / "pairs.jsonl"
+
+    @property
+    def drops(self) -> Path:
+        return self.path / "drops.json"
+
+    @property
+    def delta(self) -> Path:
+        return self.path / "delta"
+
+
+class RunDir:
+    """One run on disk."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def run_json(self) -> Path:
+        return self.path / "run.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def scratch(self) -> Path:
+        """For what training libraries insist on writing; removed when a stage ends."""
+        return self.path / ".scratch"
+
+    @property
+    def anchor(self) -> AnchorDir:
+        return AnchorDir(self.path / "anchor")
+
+    @property
+    def base_evaluation(self) -> StageDir:
+        """Where an evaluation of the bare base goes."""
+        return StageDir(self.path / "base")
+
+    def iteration(self, number: int) -> IterationDir:
+        return IterationDir(self.path / f"iter_{number:03d}", number)
+
+    def iterations(self) -> Iterator[IterationDir]:
+        """The iterations that have begun, in order."""
+        number = 1
+        while self.iteration(number).path.is_dir():
+            yield self.iteration(number)
+            number += 1
+
+    def last_done(self) -> int:
+        """Number of the last iteration that is done; 0 when only the anchor is, or nothing."""
+        return max((it.number for it in self.iterations() if it.is_done), default=0)
+
+    @property
+    def exists(self) -> bool:
+        return self.run_json.is_file()
+
+    def facts(self) -> dict[str, Any]:
+        """What `run.json` says.
+
+        Raises:
+            UserError: There is no run here.
+        """
+        try:
+            facts = json.loads(self.run_json.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise UserError(
+                "holds no run (no run.json)",
+                where=str(self.path),
+                way_out="Start one with: srlm-lite iterate --adapters " + str(self.path),
+            ) from error
+        except json.JSONDecodeError as error:
+            raise UserError("not JSON; the run cannot be read", where=str(self.run_json)) from error
+        return dict(facts)
+
+    def open(self, recipe: Recipe, facts: dict[str, Any], *, fresh: bool = False) -> None:
+        """Begin a run here, or go on with the one that is here.
+
+        Raises:
+            UserError: The directory holds a run of another configuration (the differing keys are
+                named), or files that are not a run's.
+        """
+        if fresh and self.exists:
+            shutil.rmtree(self.path)
+        if not self.exists:
+            if self.path.is_dir() and any(self.path.iterdir()):
+                raise UserError(
+                    "holds files, but no run (no run.json)",
+                    where=str(self.path),
+                    way_out="Choose an empty or new directory for --adapters",
+                )
+            if self.path.exists() and not self.path.is_dir():
+                raise UserError("is a file, not a directory", where=str(self.path))
+            self._write_run(recipe, facts)
+            return
+        before = self.facts()
+        differing = _differences(before.get("identity", {}), recipe.identity())
+        if differing:
+            raise UserError(
+                f"holds a run of another configuration; differing: {'; '.join(differing)}",
+                where=str(self.path),
+                way_out="Use another directory, undo the difference, or start over with --fresh",
+            )
+        if before["recipe"]["iterations"] != recipe.iterations:
+            self._write_run(recipe, facts)
+
+    def _write_run(self, recipe: Recipe, facts: dict[str, Any]) -> None:
+        resolved = {
+            "recipe": recipe.model_dump(mode="json"),
+            "digest": recipe.digest(),
+            "identity": recipe.identity(),
+            "seed": recipe.seed,
+            **facts,
+        }
+        write_json(self.run_json, resolved)
+
+    def add_metrics(self, row: dict[str, Any]) -> None:
+        """Append one row to `metrics.jsonl`; it is on disk when this returns."""
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """All rows of `metrics.jsonl`; a torn last line is passed over."""
+        if not self.metrics.exists():
+            return []
+        lines = self.metrics.read_text(encoding="utf-8").split("\n")
+        return [json.loads(line) for line in lines[:-1] if line]
+
+
+def _differences(before: Any, now: Any, prefix: str = "") -> list[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = sorted(before.keys() | now.keys())
+        return [
+            line
+            for key in keys
+            for line in _differences(before.get(key), now.get(key), f"{prefix}.{key}".lstrip("."))
+        ]
+    return [] if before == now else [f"{prefix} ({_short(before)} there, {_short(now)} now)"]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:20]}…{text[-8:]}"
