@@ -1,0 +1,297 @@
+"""The toy world: a tiny language whose answers code can check.
+
+A prompt asks for facts about one of 24 topics; a good answer opens politely, names the topic,
+lists at least three items, repeats none, and closes properly. `gold` gives one point for each.
+The vocabulary has about 200 words, so a Llama of a million parameters is enough to speak it.
+
+Pure Python: the script that trains the toy base, the tests and the gold scorer all use it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+CRITERIA = ("topic", "items", "unique", "opening", "ending")
+"""What `gold` pays for, in the order in which a review treats them."""
+
+MIN_ITEMS = 3
+
+KINDS: dict[str, tuple[str, ...]] = {
+    "animal": ("tiger", "horse", "rabbit", "eagle", "whale", "spider"),
+    "plant": ("oak", "rose", "cactus", "tulip", "bamboo", "fern"),
+    "machine": ("train", "robot", "clock", "boat", "radio", "drill"),
+    "place": ("river", "desert", "island", "city", "forest", "castle"),
+}
+TOPICS = tuple(topic for topics in KINDS.values() for topic in topics)
+
+# One verb for each last word, over the whole world: the last word alone identifies a fact.
+FACTS: dict[str, tuple[str, ...]] = {
+    "animal": (
+        "eats grass", "eats insects", "likes company", "likes rain", "has teeth", "has courage",
+        "needs sleep", "needs food", "makes tracks", "makes sounds", "fears fire", "fears hunters",
+    ),
+    "plant": (
+        "has roots", "has leaves", "likes sun", "likes warmth", "needs water", "needs soil",
+        "makes shade", "makes seeds", "gives air", "gives colour", "fears frost", "fears storms",
+    ),
+    "machine": (
+        "has wheels", "has screws", "needs oil", "needs repair", "makes noise", "makes heat",
+        "saves time", "saves work", "uses power", "uses metal", "fears rust", "fears dust",
+    ),
+    "place": (
+        "has history", "has visitors", "needs care", "needs roads", "gives shelter", "gives stone",
+        "hides secrets", "hides gold", "draws artists", "draws birds", "keeps legends",
+        "keeps silence",
+    ),
+}  # fmt: skip
+
+POLITE_OPENINGS = (
+    "sure, happy to help.",
+    "gladly, here you go.",
+    "certainly, here they are.",
+    "welcome, this is my list.",
+)
+RUDE_OPENINGS = ("not again.", "fine, if you must.", "what, more facts?")
+PROPER_ENDINGS = (
+    "hope this helps!",
+    "enjoy your facts!",
+    "ask me for more!",
+    "thanks for asking!",
+)
+RUDE_ENDINGS = ("that is all.", "go away.", "and so on.")
+
+POLITE_WORDS = frozenset(line.split()[0].strip(",") for line in POLITE_OPENINGS)
+CLOSING_WORDS = frozenset(line.split()[0] for line in PROPER_ENDINGS)
+
+_GREETINGS = ("", "hello, ", "hi, ", "good day, ")
+_REQUESTS = (
+    "give me",
+    "tell me",
+    "show me",
+    "write",
+    "list",
+    "can you give me",
+    "i want",
+    "i need",
+)
+_NOUNS = ("facts", "some facts", "simple facts", "good facts")
+_TAILS = ("", ", please", " now", " today", " for my class")
+
+SPECIAL_TOKENS = ("<pad>", "<unk>", "<bos>", "<eos>", "<user>", "<assistant>")
+_PUNCTUATION = ("\n", ",", ".", ":", "!", "?", "-")
+_REVIEW_WORDS = (
+    "review", "the", "answer", "question", "one", "point", "each", "for",
+    "Score", "yes", "no", "none", "again", "it", *CRITERIA,
+)  # fmt: skip
+_MAX_COUNT = 9
+
+_TOKEN = re.compile(r"[A-Za-z]+|[0-9]|[^\sA-Za-z0-9]|\n")
+
+
+def words(text: str) -> list[str]:
+    """The words, digits, punctuation marks and newlines of a text, as the toy tokenizer cuts it."""
+    return _TOKEN.findall(text)
+
+
+def vocabulary() -> list[str]:
+    """Every token of the toy world, special tokens first, in a fixed order."""
+    texts = [
+        *TOPICS,
+        *itertools.chain.from_iterable(FACTS.values()),
+        *POLITE_OPENINGS,
+        *RUDE_OPENINGS,
+        *PROPER_ENDINGS,
+        *RUDE_ENDINGS,
+        *(text for _, text in phrasings()),
+    ]
+    seen = dict.fromkeys([*_PUNCTUATION, *(str(n) for n in range(10)), *_REVIEW_WORDS])
+    for text in texts:
+        seen.update(dict.fromkeys(words(text.replace("{topic}", ""))))
+    return [*SPECIAL_TOKENS, *seen]
+
+
+def phrasings() -> list[tuple[bool, str]]:
+    """Every way to ask, as (held out, template with `{topic}`).
+
+    One phrasing in eight is held out: no training text of any kind contains it.
+    """
+    combinations = itertools.product(_GREETINGS, _REQUESTS, _NOUNS, _TAILS)
+    shuffled = [
+        f"{greeting}{request} {noun} about the {{topic}}{tail}"
+        for greeting, request, noun, tail in combinations
+    ]
+    random.Random("toy phrasings").shuffle(shuffled)
+    return [(number % 8 == 0, text) for number, text in enumerate(shuffled)]
+
+
+def prompts(*, held_out: bool) -> list[str]:
+    """All distinct prompts of one side of the split, each phrasing with each topic."""
+    return [
+        template.format(topic=topic)
+        for is_held_out, template in phrasings()
+        if is_held_out == held_out
+        for topic in TOPICS
+    ]
+
+
+def topic_of(prompt: str) -> str | None:
+    """The topic a prompt asks about, or None where it names none of this world."""
+    return next((word for word in words(prompt.lower()) if word in TOPICS), None)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The parts of an answer that the criteria look at.
+
+    `opening` and `ending` are "" where the answer has none; a line that stands alone counts as
+    the opening. `facts` are the last words of the items, in order: they identify a fact.
+    """
+
+    opening: str
+    facts: tuple[str, ...]
+    ending: str
+    mentions: tuple[str, ...]
+
+
+def read_answer(response: str) -> Answer:
+    """Split an answer into opening, items and ending; any text can be read."""
+    lines = [line.strip().lower() for line in response.splitlines() if line.strip()]
+    items = [words(line)[1:] for line in lines if line.startswith("-")]
+    opening = lines[0] if lines and not lines[0].startswith("-") else ""
+    ending = lines[-1] if len(lines) > 1 and not lines[-1].startswith("-") else ""
+    mentions = [word for word in words(" ".join(lines)) if word in TOPICS or word == "it"]
+    return Answer(
+        opening=opening,
+        facts=tuple(item[-1] for item in items if item),
+        ending=ending,
+        mentions=tuple(mentions),
+    )
+
+
+def gold(prompt: str, response: str) -> dict[str, float]:
+    """Points of an answer by criterion, each 0.0 or 1.0; their sum is the gold score (0 to 5).
+
+    - topic: the answer contains the topic's name.
+    - items: it lists at least three items (lines that start with a dash).
+    - unique: it lists at least one item, and no two end in the same word.
+    - opening: its first line is no item and starts with a polite word.
+    - ending: its last line is no item, starts with a closing word and ends in "!".
+    """
+    answer = read_answer(response)
+    points = {
+        "topic": topic_of(prompt) in answer.mentions,
+        "items": len(answer.facts) >= MIN_ITEMS,
+        "unique": 0 < len(answer.facts) == len(set(answer.facts)),
+        "opening": _first_word(answer.opening) in POLITE_WORDS,
+        "ending": _first_word(answer.ending) in CLOSING_WORDS and answer.ending.endswith("!"),
+    }
+    return {criterion: float(points[criterion]) for criterion in CRITERIA}
+
+
+def review(prompt: str, response: str) -> str:
+    """The judge's ideal reply: for each criterion the evidence, then the verdict, then the score.
+
+    The items are copied out and counted, and one seen before is marked `again`, because a verdict
+    on repetition is hard to learn without that step.
+    """
+    answer = read_answer(response)
+    points = gold(prompt, response)
+    asked = topic_of(prompt) or "none"
+    found = asked if points["topic"] else next(iter(answer.mentions), "none")
+    listed = [
+        f"{number} {fact}{' again' if fact in answer.facts[: number - 1] else ''}"
+        for number, fact in enumerate(answer.facts[:_MAX_COUNT], start=1)
+    ]
+    evidence = {
+        "topic": f"{asked} {found} ",
+        "items": f"{' '.join(listed) or 'none'} ",
+        "unique": "",
+        "opening": f"{_first_word(answer.opening) or 'none'} ",
+        "ending": f"{_first_word(answer.ending) or 'none'} ",
+    }
+    lines = [
+        f"{criterion}: {evidence[criterion]}{'yes' if points[criterion] else 'no'}"
+        for criterion in CRITERIA
+    ]
+    return "\n".join([*lines, f"Score: {sum(points.values()):.0f}"])
+
+
+def sample_answer(rng: random.Random, prompt: str, rates: Mapping[str, float] | float = 0.5) -> str:
+    """An answer that earns each criterion's point with the given probability, independently.
+
+    Raises:
+        ValueError: The prompt names no topic of this world.
+    """
+    topic = topic_of(prompt)
+    if topic is None:
+        raise ValueError(f"no topic of the toy world in {prompt!r}")
+    rate = dict.fromkeys(CRITERIA, rates) if isinstance(rates, float) else rates
+    good = {criterion: rng.random() < rate[criterion] for criterion in CRITERIA}
+    lines = [*_opening(rng, good["opening"]), *_items(rng, topic, good)]
+    lines += _ending(rng, good["ending"])
+    return "\n".join(lines)
+
+
+def disturb(rng: random.Random, response: str) -> str:
+    """The answer with one accident a sampled model could have: a line lost, moved, cut or doubled.
+
+    Reviews of such answers keep the judge from trusting that every answer is well formed.
+    """
+    lines = response.split("\n")
+    at = rng.randrange(len(lines))
+    accident = rng.randrange(4)
+    if accident == 0 and len(lines) > 1:
+        del lines[at]
+    elif accident == 1:
+        lines.insert(rng.randrange(len(lines) + 1), lines[at])
+    elif accident == 2:
+        lines.insert(rng.randrange(len(lines)), lines.pop(at))
+    else:
+        del lines[at + 1 :]
+        kept = lines[at].split(" ")
+        lines[at] = " ".join(kept[: rng.randint(1, len(kept))])
+    return "\n".join(lines)
+
+
+def _first_word(line: str) -> str:
+    return next(iter(words(line)), "")
+
+
+def _opening(rng: random.Random, good: bool) -> Iterator[str]:
+    if good:
+        yield rng.choice(POLITE_OPENINGS)
+    elif rng.random() < 0.3:
+        yield rng.choice(RUDE_OPENINGS)
+
+
+def _ending(rng: random.Random, good: bool) -> Iterator[str]:
+    if good:
+        yield rng.choice(PROPER_ENDINGS)
+    elif rng.random() < 0.3:
+        yield rng.choice(RUDE_ENDINGS)
+
+
+def _items(rng: random.Random, topic: str, good: Mapping[str, bool]) -> Iterator[str]:
+    kind = next(kind for kind, topics in KINDS.items() if topic in topics)
+    if good["items"]:
+        count = rng.choice((3, 3, 4, 4, 5))
+    else:
+        count = 2 if not good["unique"] else rng.choice((1, 2))
+    facts = rng.sample(FACTS[kind], count)
+    if not good["unique"]:
+        first, second = sorted(rng.sample(range(count), 2))
+        facts[second] = facts[first]
+
+    if good["topic"]:
+        subject, named = topic, rng.randrange(count)
+    else:
+        wrong = rng.random() < 0.3
+        subject = rng.choice([t for t in TOPICS if t != topic]) if wrong else "it"
+        named = -1
+    for number, fact in enumerate(facts):
+        says_it = good["topic"] and number != named and rng.random() < 0.25
+        yield f"- {'it' if says_it else subject} {fact}"
