@@ -1,0 +1,1 @@
+"""Tasks whose replies code can check: gold scorers, text in, points out."""
