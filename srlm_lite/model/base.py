@@ -378,6 +378,7 @@ def _settle_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenize
         pad_token_id=tokens.pad_token_id,
     )
     model.config.pad_token_id = tokens.pad_token_id
+    tokens.clean_up_tokenization_spaces = False  # decoding must give back what was encoded
 
 
 def _ids(value: int | list[int] | None) -> tuple[int, ...]:
