@@ -1,0 +1,1 @@
+"""The command line: thin, and quick to start. Everything heavy is imported inside a command."""

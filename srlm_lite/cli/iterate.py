@@ -1,0 +1,52 @@
+"""`srlm-lite iterate`."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import typer
+
+from srlm_lite.cli.facts import hardware, versions
+from srlm_lite.cli.progress import Console
+from srlm_lite.cli.tables import closing_table
+from srlm_lite.config import load_recipe
+from srlm_lite.hardware import pick_recipe
+from srlm_lite.loop import iterate
+from srlm_lite.run_dir import RunDir
+from srlm_lite.session import Session
+
+
+def run_iterate(
+    *,
+    recipe_name: str | None,
+    directory: Path,
+    iterations: int | None,
+    overrides: Sequence[str],
+    fresh: bool,
+) -> None:
+    """Open or resume the run, go through the loop, and close with its table."""
+    console = Console()
+    run = RunDir(directory)
+    if recipe_name is None:
+        recipe_name, why = pick_recipe()
+        console.say(f"recipe {recipe_name}: {why}")
+    if iterations is not None:
+        overrides = [*overrides, f"iterations={iterations}"]
+    recipe = load_recipe(recipe_name, overrides)
+    facts = {
+        "versions": versions(),
+        "hardware": hardware(),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
+    resumed = run.exists and not fresh
+    run.open(recipe, facts, fresh=fresh)
+    console.say(f"{'resuming' if resumed else 'starting'} {recipe.name} in {directory}")
+    with console:
+        iterate(Session(recipe, run, console))
+    typer.echo(closing_table(run, recipe))
+    last = run.last_done()
+    show = "pairs" if last else "run"
+    console.say(f"next: srlm-lite show {show} --adapters {shlex.quote(str(directory))}")

@@ -1,0 +1,115 @@
+"""`srlm-lite`: the commands, and what their errors look like."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from srlm_lite.cli import data, recipes, show
+
+app = typer.Typer(
+    name="srlm-lite",
+    help="Self-Rewarding Language Models on one machine.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(data.app, name="data")
+app.add_typer(recipes.app, name="recipes")
+app.add_typer(show.app, name="show")
+
+Adapters = Annotated[Path, typer.Option("--adapters", help="The run directory.", metavar="DIR")]
+
+
+@app.command()
+def iterate(
+    adapters: Adapters,
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="Shipped name or path; without it, chosen by the hardware."),
+    ] = None,
+    iterations: Annotated[
+        int | None, typer.Option(help="Overrides the recipe's number; 0 makes the anchor only.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Override a setting: dpo.beta=0.2", metavar="KEY=VALUE"),
+    ] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Delete the run in DIR and start over.")
+    ] = False,
+) -> None:
+    """Run the loop: anchor, then iterations of answering, judging, pairing and DPO.
+
+    Goes on where it was when DIR holds a run of the same recipe.
+    """
+    from srlm_lite.cli.iterate import run_iterate
+
+    run_iterate(
+        recipe_name=recipe,
+        directory=adapters,
+        iterations=iterations,
+        overrides=set_ or [],
+        fresh=fresh,
+    )
+
+
+@app.command()
+def evaluate(
+    adapters: Adapters,
+    iteration: Annotated[
+        str, typer.Option(help="Number of an iteration, `anchor`, `base`, or `last`.")
+    ] = "last",
+    data_dir: Annotated[
+        Path | None,
+        typer.Option("--data", help="Another data directory with eft_eval.jsonl.", metavar="DIR"),
+    ] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print eval.json.")] = False,
+) -> None:
+    """Measure one model of a run as judge and as policy."""
+    from srlm_lite.cli.evaluate import run_evaluate
+
+    run_evaluate(directory=adapters, which=iteration, data_dir=data_dir, as_json=json_)
+
+
+@app.callback(invoke_without_command=True)
+def main(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what is done.")] = False,
+) -> None:
+    """Self-Rewarding Language Models on one machine."""
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING,
+        format="%(name)s: %(message)s",
+        stream=sys.stderr,
+    )
+    if version:
+        from srlm_lite import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def run() -> None:
+    """Entry point: a user's mistake is one line and exit code 2, an interruption 130."""
+    from srlm_lite.errors import SrlmError, UserError
+
+    # Fork-based tokenizer workers warn, and datasets draws bars of its own.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    try:
+        app()
+    except UserError as error:
+        typer.echo(f"srlm-lite: {error}", err=True)
+        raise SystemExit(2) from None
+    except SrlmError as error:
+        typer.echo(f"srlm-lite: stopped: {error}", err=True)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        typer.echo("\nsrlm-lite: interrupted; the same command goes on from here", err=True)
+        raise SystemExit(130) from None

@@ -1,0 +1,162 @@
+"""Progress on a terminal: a bar with ETA for each long stage, one line for each finished one."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console as RichConsole
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from srlm_lite.progress import Task
+
+
+class _Bar:
+    def __init__(self, progress: Progress, task: TaskID) -> None:
+        self._progress, self._task = progress, task
+
+    def advance(self, count: int = 1) -> None:
+        self._progress.advance(self._task, count)
+
+    def note(self, text: str) -> None:
+        self._progress.update(self._task, note=text)
+
+
+class Console:
+    """The reporter of the command line; everything it shows goes to stderr."""
+
+    def __init__(self) -> None:
+        self._rich = RichConsole(file=sys.stderr, highlight=False, soft_wrap=True)
+        self._progress = Progress(
+            TextColumn("  {task.description}", style="cyan"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[unit]}"),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}", style="dim"),
+            console=self._rich,
+            transient=True,
+            # Bars are for eyes: a log file gets the lines alone.
+            disable=not self._rich.is_terminal,
+        )
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+
+    def say(self, text: str) -> None:
+        """A line."""
+        self._rich.print(text, markup=False)
+
+    def start(self, stage: str, total: int, unit: str) -> Task:
+        """See `Reporter.start`."""
+        for task in self._progress.task_ids:
+            self._progress.remove_task(task)
+        return _Bar(self._progress, self._progress.add_task(stage, total=total, unit=unit, note=""))
+
+    def finish(self, iteration: int, stage: str, facts: dict[str, Any], seconds: float) -> None:
+        """See `Reporter.finish`."""
+        for task in self._progress.task_ids:
+            self._progress.remove_task(task)
+        where = f"iteration {iteration}" if iteration else "anchor"
+        self.say(f"  {where:<12} {stage:<11} {_duration(seconds):>8}  {summary(stage, facts)}")
+
+    def warn(self, text: str) -> None:
+        """See `Reporter.warn`."""
+        self._rich.print(f"  warning: {text}", style="yellow", markup=False)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d} min" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d} h"
+
+
+def summary(stage: str, facts: dict[str, Any]) -> str:
+    """What a finished stage has to say, in one line."""
+    return SUMMARIES[stage](facts)
+
+
+def _anchor(facts: dict[str, Any]) -> str:
+    if "taken_from" in facts:
+        return f"shipped with the recipe ({facts['taken_from']})"
+    return (
+        f"{facts['ift']} IFT + {facts.get('eft', 0)} EFT rows, {facts['steps']} steps, "
+        f"loss {facts['first_loss']:.3f} -> {facts['last_loss']:.3f}"
+    )
+
+
+def _prompts(facts: dict[str, Any]) -> str:
+    return f"{facts['prompts']} prompts"
+
+
+def _candidates(facts: dict[str, Any]) -> str:
+    return (
+        f"{facts['candidates']} answers of {facts['mean_tokens']} tokens on average, "
+        f"{facts['truncated']} ran into the limit"
+    )
+
+
+def _judgements(facts: dict[str, Any]) -> str:
+    mean = "none readable" if facts["mean_score"] is None else f"mean score {facts['mean_score']}"
+    return f"{facts['judgements']} votes, {facts['parse_rate']:.1%} readable, {mean}"
+
+
+def _pairs(facts: dict[str, Any]) -> str:
+    drops = ", ".join(f"{count} {reason}" for reason, count in facts["drops"].items())
+    text = f"{facts['pairs']} preference pairs" + (f"; no pair: {drops}" if drops else "")
+    if "gold_agreement" in facts:
+        gold = facts["gold_agreement"]
+        text += f"; gold says {gold['right']} right, {gold['reversed']} reversed"
+    return text
+
+
+def _delta(facts: dict[str, Any]) -> str:
+    return (
+        f"{facts['steps']} steps, loss {facts['step0_loss']:.4f} (ln 2) -> "
+        f"{facts['last_loss']:.4f}, reward accuracy {facts['reward_accuracy']:.2f}"
+    )
+
+
+def _evaluation(facts: dict[str, Any]) -> str:
+    judge, policy = facts["judge"], facts["policy"]
+    parts = []
+    if policy.get("gold_mean") is not None:
+        parts.append(f"gold {policy['gold_mean']:.2f}")
+    if judge["pairwise_accuracy"] is not None:
+        parts.append(f"judge pairwise accuracy {judge['pairwise_accuracy']:.2f}")
+    if policy:
+        parts.append(f"mean length {policy['mean_length_chars']:.0f} characters")
+    return ", ".join(parts)
+
+
+SUMMARIES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "anchor": _anchor,
+    "prompts": _prompts,
+    "candidates": _candidates,
+    "judgements": _judgements,
+    "pairs": _pairs,
+    "delta": _delta,
+    "evaluation": _evaluation,
+}

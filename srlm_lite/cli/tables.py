@@ -1,0 +1,68 @@
+"""The tables a person reads at the end."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from srlm_lite.config import Recipe
+from srlm_lite.run_dir import RunDir, StageDir, read_json
+
+
+def closing_table(run: RunDir, recipe: Recipe) -> str:
+    """One row for each model of the run, and below it what the columns mean."""
+    gold = recipe.evaluate.gold is not None
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("model")
+    columns = ["pairs"]
+    if gold:
+        columns += ["gold", "greedy gold"]
+    columns += ["judge acc.", "ties", "readable", "length", "minutes"]
+    for column in columns:
+        table.add_column(column, justify="right")
+    places: list[tuple[str, StageDir]] = [("anchor (M1)", run.anchor)]
+    places += [(f"iteration {it.number} (M{it.number + 1})", it) for it in run.iterations()]
+    for name, place in places:
+        if place.is_done:
+            table.add_row(name, *_cells(place, gold=gold))
+    out = io.StringIO()
+    Console(file=out, width=100, highlight=False).print(table)
+    lines = [
+        "judge acc.: share of reply pairs that the model, as judge, puts in the human order",
+        "ties, readable: pairs it scores equal; votes that could be read.  length: characters",
+    ]
+    if gold:
+        lines.insert(
+            0,
+            f"gold: mean score by {recipe.evaluate.gold} of sampled answers to held-out prompts "
+            "± standard error",
+        )
+    return out.getvalue().rstrip() + "\n\n" + "\n".join(lines)
+
+
+def _cells(place: StageDir, *, gold: bool) -> list[str]:
+    result, done = read_json(place.evaluation), read_json(place.done)
+    judge, policy = result["judge"], result["policy"]
+    cells = [str(done["counts"].get("pairs", {}).get("pairs", ""))]
+    if gold:
+        error = policy.get("gold_se")
+        cells += [
+            _number(policy.get("gold_mean")) + (f" ±{error:.2f}" if error is not None else ""),
+            _number(policy.get("greedy", {}).get("gold_mean")),
+        ]
+    return [
+        *cells,
+        _number(judge["pairwise_accuracy"]),
+        _number(judge["tie_rate"]),
+        _number(judge["parse_rate"]),
+        _number(policy.get("mean_length_chars"), digits=0),
+        _number(done["seconds"] / 60, digits=1),
+    ]
+
+
+def _number(value: Any, *, digits: int = 2) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"

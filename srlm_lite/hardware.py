@@ -1,0 +1,45 @@
+"""What the machine has, and which shipped recipe fits it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """One CUDA device."""
+
+    name: str
+    gigabytes: float
+
+
+def gpus() -> list[Gpu]:
+    """The CUDA devices that torch sees."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    found = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        found.append(Gpu(properties.name, round(properties.total_memory / 1e9, 1)))
+    return found
+
+
+def choose_recipe(devices: list[Gpu]) -> tuple[str, str]:
+    """The largest shipped recipe that these devices can hold, and why, in words."""
+    if not devices:
+        return "smollm2-135m-demo", "no GPU here, and this one runs on a CPU"
+    smallest = min(device.gigabytes for device in devices)
+    total = sum(device.gigabytes for device in devices)
+    there = f"{len(devices)} x {smallest:.0f} GB here"
+    if total >= 150 and smallest >= 75:
+        return "llama2-70b", f"{there}, enough for 70B in NF4"
+    if smallest >= 22:
+        return "llama3.1-8b", f"{there}, enough for 8B in NF4"
+    return "smollm2-135m-demo", f"{there}, too little for 8B"
+
+
+def pick_recipe() -> tuple[str, str]:
+    """`choose_recipe` for this machine."""
+    return choose_recipe(gpus())

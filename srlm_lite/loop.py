@@ -1,0 +1,62 @@
+"""Self-Rewarding Language Models, the loop. Read this first.
+
+    anchor   M1: SFT on instruction data and judge data
+    then, for each iteration t:
+      prompts      new for every iteration
+      candidates   the policy answers each prompt N times
+      judgements   the same weights, as judge, grade each answer K times
+      pairs        best against worst answer of each prompt
+      delta        DPO on the pairs, on top of the anchor
+      evaluation   as judge against human order, as policy against a gold scorer
+
+Every stage reads files and writes files; a run that was stopped goes on where it was.
+
+Source: Yuan et al. 2024, arXiv:2401.10020, section 2.
+"""
+
+from __future__ import annotations
+
+import shutil
+
+from srlm_lite.run_dir import IterationDir
+from srlm_lite.session import Session
+from srlm_lite.stages import anchor, evaluation, iteration
+from srlm_lite.stages.log import StageLog
+
+
+def iterate(session: Session) -> None:
+    """Run the recipe's iterations, each on what the one before it has learned."""
+    make_anchor(session)
+    for t in range(1, session.recipe.iterations + 1):
+        make_iteration(session, session.run.iteration(t))
+    shutil.rmtree(session.run.scratch, ignore_errors=True)
+
+
+def make_anchor(session: Session) -> None:
+    """M1: the base with its anchor."""
+    directory = session.run.anchor
+    if directory.is_done:
+        return
+    log = StageLog(session, directory, iteration=0)
+    log.run("anchor", lambda: anchor.anchor(session))
+    log.run("evaluation", lambda: evaluation.evaluation(session, directory, session.stack(0)))
+    log.finish()
+
+
+def make_iteration(session: Session, directory: IterationDir) -> None:
+    """M(t+1), from the answers and grades of M(t)."""
+    if directory.is_done:
+        return
+    t = directory.number
+    log = StageLog(session, directory, iteration=t)
+    prompts = log.run("prompts", lambda: iteration.prompts(session, directory))
+    candidates = log.run("candidates", lambda: iteration.candidates(session, directory, prompts))
+    judgements = log.run(
+        "judgements", lambda: iteration.judgements(session, directory, prompts, candidates)
+    )
+    pairs = log.run(
+        "pairs", lambda: iteration.pairs(session, directory, prompts, candidates, judgements)
+    )
+    log.run("delta", lambda: iteration.delta(session, directory, pairs))
+    log.run("evaluation", lambda: evaluation.evaluation(session, directory, session.stack(t)))
+    log.finish()

@@ -1,0 +1,370 @@
+"""Stacked adapters in one fused slot.
+
+A stack is `[anchor]` or `[anchor, delta]`. PEFT, TRL and Trainer each handle one active adapter,
+so the stack runs as one: concatenated along the rank, `A = [A_1; A_2]` and `B = [c_1 B_1, c_2
+B_2]`, the fused adapter's update is the exact sum of both. `linear` combination would multiply
+every A with every B and add cross terms that nobody trained.
+
+The slot's own scaling is that of the last adapter of the stack, the one that trains, so that its
+rows of A and columns of B are its weights as they are; those below it absorb the ratio of the
+scalings in B.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from srlm_lite.config import Lora
+from srlm_lite.errors import ProofError, UserError
+
+Factors = tuple[Tensor, Tensor]
+"""LoRA's A, (rank, in_features), and B, (out_features, rank)."""
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+_PREFIX = "base_model.model."
+_SLOT = "default"
+_NOT_PLAIN = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save")
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """LoRA weights apart from any model: on the CPU, in float32, one (A, B) for each module."""
+
+    rank: int
+    alpha: float
+    factors: Mapping[str, Factors]
+
+    @property
+    def scaling(self) -> float:
+        """The update of a module is scaling * B @ A."""
+        return self.alpha / self.rank
+
+    def differs_from(self, other: Adapter) -> bool:
+        """Whether any weight differs."""
+        return any(
+            not (
+                torch.equal(a, other.factors[module][0])
+                and torch.equal(b, other.factors[module][1])
+            )
+            for module, (a, b) in self.factors.items()
+        )
+
+    def save(self, directory: Path, *, base_name: str, dtype: torch.dtype = torch.float32) -> None:
+        """Write a PEFT LoRA directory; each file is complete or absent."""
+        directory.mkdir(parents=True, exist_ok=True)
+        tensors = {}
+        for module, (a, b) in self.factors.items():
+            tensors[f"{_PREFIX}{module}.lora_A.weight"] = a.to(dtype).contiguous()
+            tensors[f"{_PREFIX}{module}.lora_B.weight"] = b.to(dtype).contiguous()
+        config = {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": base_name,
+            "r": self.rank,
+            "lora_alpha": self.alpha,
+            "lora_dropout": 0.0,
+            "bias": "none",
+            "inference_mode": True,
+            "target_modules": sorted({module.rsplit(".", 1)[-1] for module in self.factors}),
+        }
+        with tempfile.TemporaryDirectory(dir=directory, prefix=".") as temporary:
+            weights = Path(temporary) / WEIGHTS
+            save_file(tensors, weights, metadata={"format": "pt"})
+            settings = Path(temporary) / CONFIG
+            settings.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            settings.replace(directory / CONFIG)
+            weights.replace(directory / WEIGHTS)
+
+    @classmethod
+    def load(cls, directory: Path) -> Adapter:
+        """Read a PEFT LoRA directory.
+
+        Raises:
+            UserError: Not there, truncated, or a kind of LoRA that cannot be stacked.
+        """
+        try:
+            config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+            tensors = load_file(directory / WEIGHTS)
+        except FileNotFoundError as error:
+            raise UserError(
+                f"no adapter here ({Path(str(error.filename or WEIGHTS)).name} is missing)",
+                where=str(directory),
+            ) from error
+        except (SafetensorError, json.JSONDecodeError) as error:
+            raise UserError(
+                f"the adapter's files are damaged ({error})", where=str(directory)
+            ) from error
+        odd = [key for key in _NOT_PLAIN if config.get(key)]
+        if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or odd:
+            kind = ", ".join(odd) or config.get("peft_type")
+            raise UserError(
+                f"only plain LoRA adapters can be stacked, not {kind}", where=str(directory)
+            )
+        factors: dict[str, Factors] = {}
+        for key, a in tensors.items():
+            if key.endswith(".lora_A.weight"):
+                module = key.removeprefix(_PREFIX).removesuffix(".lora_A.weight")
+                b = tensors[key.replace(".lora_A.", ".lora_B.")]
+                factors[module] = (a.float(), b.float())
+        return cls(rank=int(config["r"]), alpha=float(config["lora_alpha"]), factors=factors)
+
+
+def fuse(stack: Sequence[Adapter]) -> Adapter:
+    """One adapter whose update is the exact sum of the stack's updates.
+
+    Its rank is the sum of the ranks, its scaling that of the last adapter. A module that one of
+    the adapters lacks has zeros there.
+
+    Raises:
+        ValueError: The stack is empty.
+    """
+    if not stack:
+        raise ValueError("an empty stack has no update")
+    scaling = stack[-1].scaling
+    rank = sum(adapter.rank for adapter in stack)
+    factors: dict[str, Factors] = {}
+    for module in dict.fromkeys(name for adapter in stack for name in adapter.factors):
+        present = [adapter.factors[module] for adapter in stack if module in adapter.factors]
+        in_features, out_features = present[0][0].shape[1], present[0][1].shape[0]
+        rows, columns = [], []
+        for adapter in stack:
+            a, b = adapter.factors.get(module) or (
+                torch.zeros(adapter.rank, in_features),
+                torch.zeros(out_features, adapter.rank),
+            )
+            rows.append(a)
+            columns.append(b * (adapter.scaling / scaling))
+        factors[module] = (torch.cat(rows, dim=0), torch.cat(columns, dim=1))
+    return Adapter(rank=rank, alpha=scaling * rank, factors=factors)
+
+
+def split(fused: Adapter, ranks: Sequence[int], scalings: Sequence[float]) -> list[Adapter]:
+    """Undo `fuse`: the adapters of the given ranks and scalings, in the order of the stack.
+
+    Raises:
+        ValueError: The ranks do not add up to the fused rank.
+    """
+    if sum(ranks) != fused.rank or len(ranks) != len(scalings):
+        raise ValueError(f"ranks {list(ranks)} do not split a fused rank of {fused.rank}")
+    adapters = []
+    start = 0
+    for rank, scaling in zip(ranks, scalings, strict=True):
+        part = slice(start, start + rank)
+        ratio = fused.scaling / scaling
+        factors = {
+            module: (a[part].clone(), b[:, part] * ratio)
+            for module, (a, b) in fused.factors.items()
+        }
+        adapters.append(Adapter(rank=rank, alpha=scaling * rank, factors=factors))
+        start += rank
+    return adapters
+
+
+class Slot:
+    """The one adapter in the model's memory. Every role runs in it; nothing is ever reloaded.
+
+    Args:
+        base: The frozen model; it is wrapped once, and `model` is the wrapped one.
+        targets: Names of the linear layers that carry an adapter.
+        rank: Room for the whole stack: the anchor's rank plus the delta's.
+    """
+
+    def __init__(self, base: PreTrainedModel, *, targets: Sequence[str], rank: int) -> None:
+        config = LoraConfig(
+            r=rank, lora_alpha=rank, target_modules=list(targets), task_type="CAUSAL_LM"
+        )
+        self.model: PeftModel = get_peft_model(base, config)
+        self.rank = rank
+        self.compute_dtype: torch.dtype = base.dtype
+        self._layers: dict[str, LoraLayer] = {
+            name.removeprefix(_PREFIX): module
+            for name, module in self.model.named_modules()
+            if isinstance(module, LoraLayer)
+        }
+        self._last_scaling = 1.0
+        self._held: tuple[Adapter, ...] | None = None
+        self.load(())
+
+    @property
+    def modules(self) -> list[str]:
+        """Names of the layers that carry the adapter, in the model's order."""
+        return list(self._layers)
+
+    def fresh(self, lora: Lora, *, seed: int) -> Adapter:
+        """An adapter that changes nothing yet: A drawn as LoRA draws it, B zero.
+
+        Each module's A depends on the seed and the module alone.
+        """
+        factors: dict[str, Factors] = {}
+        for index, (module, layer) in enumerate(self._layers.items()):
+            if module.rsplit(".", 1)[-1] not in lora.targets:
+                continue
+            generator = torch.Generator().manual_seed((seed + index * 1_000_003) % (1 << 63))
+            a_shape, b_shape = self._shapes(layer, lora.rank)
+            bound = 1 / math.sqrt(a_shape[1])
+            a = torch.empty(a_shape).uniform_(-bound, bound, generator=generator)
+            factors[module] = (a, torch.zeros(b_shape))
+        return Adapter(rank=lora.rank, alpha=lora.alpha, factors=factors)
+
+    @staticmethod
+    def _shapes(layer: LoraLayer, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        a, b = _weight(layer.lora_A, _SLOT), _weight(layer.lora_B, _SLOT)
+        return (rank, a.shape[1]), (b.shape[0], rank)
+
+    def load(
+        self,
+        stack: Sequence[Adapter],
+        *,
+        adapter: str = _SLOT,
+        train: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Copy a stack into the slot; an empty one gives the bare base.
+
+        Args:
+            adapter: The slot itself, or the copy that TRL keeps as its reference.
+            train: Trainable, and float32 unless said otherwise; else frozen.
+            dtype: Default without `train`: the compute dtype.
+
+        Raises:
+            UserError: The stack does not fit the slot: its rank, or its modules.
+        """
+        if adapter == _SLOT and not train and dtype is None and _same(self._held, stack):
+            return
+        fused = fuse(stack) if stack else Adapter(rank=0, alpha=0.0, factors={})
+        if fused.rank > self.rank:
+            raise UserError(
+                f"the stack's rank {fused.rank} exceeds the slot's {self.rank}", where="adapters"
+            )
+        missing = fused.factors.keys() - self._layers.keys()
+        if missing:
+            raise UserError(
+                f"the adapter has weights for {min(missing)}, which the base does not have or "
+                "the recipe does not target",
+                where="adapters",
+                way_out="Use the base the adapter was trained on, and the same lora.targets",
+            )
+        scaling = stack[-1].scaling if stack else 1.0
+        dtype = dtype or (torch.float32 if train else self.compute_dtype)
+        for module, layer in self._layers.items():
+            a, b = (_weight(part, adapter) for part in (layer.lora_A, layer.lora_B))
+            for parameter in (a, b):
+                parameter.data = torch.zeros_like(parameter, dtype=dtype)
+                parameter.grad = None
+                parameter.requires_grad_(train)
+            if module in fused.factors:
+                rows, columns = fused.factors[module]
+                a.data[: fused.rank].copy_(rows)
+                b.data[:, : fused.rank].copy_(columns)
+            layer.scaling[adapter] = scaling
+        if adapter == _SLOT:
+            self._last_scaling = scaling
+            self._held = None if train or dtype is not None else tuple(stack)
+            self.model.eval()
+
+    def read(self, start: int, rank: int, modules: Sequence[str]) -> Adapter:
+        """The part of the slot that holds one adapter: `rank` rows from `start` on.
+
+        Exact for the stack's last adapter, whose scaling is the slot's.
+        """
+        part = slice(start, start + rank)
+        factors = {}
+        for module in modules:
+            layer = self._layers[module]
+            a, b = _weight(layer.lora_A, _SLOT), _weight(layer.lora_B, _SLOT)
+            factors[module] = (
+                a.data[part].float().cpu().clone(),
+                b.data[:, part].float().cpu().clone(),
+            )
+        return Adapter(rank=rank, alpha=self._last_scaling * rank, factors=factors)
+
+    @contextmanager
+    def training_only(self, start: int, adapter: Adapter) -> Iterator[None]:
+        """Within this context, only the rows of one adapter of the stack receive a gradient.
+
+        Everything else in the slot gets an exact zero, which AdamW without weight decay turns
+        into an exact zero update.
+        """
+        part = slice(start, start + adapter.rank)
+        handles = []
+        for module, layer in self._layers.items():
+            trains = module in adapter.factors
+            a, b = _weight(layer.lora_A, _SLOT), _weight(layer.lora_B, _SLOT)
+            rows, columns = torch.zeros(self.rank, 1), torch.zeros(1, self.rank)
+            if trains:
+                rows[part], columns[:, part] = 1, 1
+            for parameter, mask in ((a, rows), (b, columns)):
+                handles.append(parameter.register_hook(_masking(mask.to(parameter.device))))  # type: ignore[no-untyped-call]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def assert_unchanged(self, stack: Sequence[Adapter]) -> None:
+        """Check that the slot still begins with this stack, bit for bit, as `load` wrote it.
+
+        Raises:
+            ProofError: Names the first tensor that differs.
+        """
+        if not stack:
+            return
+        rank = sum(adapter.rank for adapter in stack)
+        # Fused as it was below the adapter that trained, whose scaling the slot has.
+        top = Adapter(rank=1, alpha=self._last_scaling, factors={})
+        expected = fuse([*stack, top])
+        for module, (rows, columns) in expected.factors.items():
+            layer = self._layers[module]
+            a = _weight(layer.lora_A, _SLOT).data[:rank].float().cpu()
+            b = _weight(layer.lora_B, _SLOT).data[:, :rank].float().cpu()
+            if not torch.equal(a, rows[:rank]) or not torch.equal(b, columns[:, :rank]):
+                raise ProofError(f"training changed the anchor's weights in {module}")
+
+    def to_float32(self) -> None:
+        """Bring trainable weights back to float32 after a trainer has cast them.
+
+        In bfloat16, updates as small as an adapter's learning rate round to nothing.
+        """
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+
+    def set_dropout(self, probability: float) -> None:
+        """Dropout on the adapter's input; it acts in training mode only."""
+        for layer in self._layers.values():
+            layer.lora_dropout[_SLOT] = nn.Dropout(probability) if probability else nn.Identity()
+
+
+def _weight(part: Any, adapter: str) -> nn.Parameter:
+    weight = part[adapter].weight
+    if not isinstance(weight, nn.Parameter):
+        raise TypeError(f"adapter {adapter} has no weight")
+    return weight
+
+
+def _same(held: tuple[Adapter, ...] | None, stack: Sequence[Adapter]) -> bool:
+    return (
+        held is not None
+        and len(held) == len(stack)
+        and all(a is b for a, b in zip(held, stack, strict=True))
+    )
+
+
+def _masking(mask: Tensor) -> Any:
+    return lambda gradient: gradient * mask

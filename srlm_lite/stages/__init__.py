@@ -1,0 +1,1 @@
+"""The stages of the loop: each reads files, writes files, and does nothing twice."""

@@ -1,0 +1,259 @@
+"""The anchor: one SFT on instruction data and judge data; base + anchor is the paper's M1."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+from srlm_lite.errors import UserError
+from srlm_lite.judging import parse_score
+from srlm_lite.records import Judgement, RankedReply
+from srlm_lite.run_dir import read_json, write_json, write_records
+from srlm_lite.seeds import derive_seed
+from srlm_lite.session import Session
+from srlm_lite.stages.sampling import judge_replies
+from srlm_lite.stages.seed_data import data_file, read_ift, read_ranked
+
+if TYPE_CHECKING:
+    from srlm_lite.model.stack import Adapter
+    from srlm_lite.training.sft import Example
+
+
+def anchor(session: Session) -> tuple[None, dict[str, Any]]:
+    """Train the anchor, or take the one the recipe ships, into the run directory.
+
+    Raises:
+        UserError: No data to train on, or none of the self-written judgements agrees with the
+            human order.
+    """
+    directory = session.run.anchor
+    if directory.training.is_file():
+        return None, read_json(directory.training)
+    section = session.recipe.anchor
+    shipped = session.shipped_anchor
+    if shipped is not None:
+        session.slot.load((shipped,))  # refused here if it does not fit the base
+        return None, _save(session, shipped, {"taken_from": section.init})
+
+    ift = ift_examples(session) if section.use_ift else []
+    eft: list[Example] = []
+    facts: dict[str, Any] = {"ift": len(ift)}
+    if section.use_eft:
+        rows = eft_rows(session, ift, facts)
+        eft = [_judge_example(session, row) for row in rows]
+        facts["eft"] = len(eft)
+    examples, too_long = _fitting(session, [*ift, *eft])
+    if not examples:
+        raise UserError(
+            f"nothing to train the anchor on ({too_long} rows are longer than base.window)",
+            where=f"data.dir = {session.recipe.data.dir}",
+        )
+    adapter, training = _train(session, examples, stage="anchor SFT", seed_name="anchor")
+    return None, _save(session, adapter, {**facts, "too_long": too_long, **training})
+
+
+def _save(session: Session, adapter: Adapter, facts: dict[str, Any]) -> dict[str, Any]:
+    # The facts come last: where they are, the adapter is whole.
+    directory = session.run.anchor
+    adapter.save(directory.adapter, base_name=session.recipe.base.name)
+    write_json(directory.training, facts)
+    return facts
+
+
+def ift_examples(session: Session) -> list[Example]:
+    """Instruction data as ids."""
+    from srlm_lite.training.sft import Example
+
+    return [
+        Example(
+            prompt_ids=tuple(session.chat.prompt_ids(row.prompt)),
+            target_ids=tuple(session.chat.target_ids(row.response)),
+        )
+        for row in read_ift(session.recipe)
+    ]
+
+
+def eft_rows(session: Session, ift: Sequence[Example], facts: dict[str, Any]) -> list[RankedReply]:
+    """Judge data with targets: as given, or written by the IFT-only model and filtered."""
+    section = session.recipe.anchor
+    path = data_file(session.recipe, "eft_train.jsonl")
+    groups = read_ranked(path, section.eft_prompts)
+    if section.eft_targets == "given":
+        rows = [row for group in groups for row in group]
+        without = sum(row.target is None for row in rows)
+        if without or not rows:
+            raise UserError(
+                f"{without} of {len(rows)} rows have no target",
+                where=str(path),
+                way_out="Set anchor.eft_targets=self to let the IFT-only model write them",
+            )
+        unread = [
+            row.response_id for row in rows if parse_score(row.target or "", session.rubric) is None
+        ]
+        if unread:
+            raise UserError(
+                f"{len(unread)} targets do not end in a score the rubric allows, "
+                f"the first for response {unread[0]}",
+                where=str(path),
+            )
+        return rows
+
+    stack: list[Adapter] = []
+    if ift:
+        stack = [_ift_only(session, ift)]
+    replies = [(row.response_id, row.prompt, row.response) for group in groups for row in group]
+    judgements = judge_replies(
+        session,
+        stack,
+        replies,
+        path=session.run.anchor.eft_judgements,
+        stage="EFT targets",
+        votes=session.recipe.judge.votes,
+        chunk=session.recipe.rollout.batch_rows,
+        seed_path=(session.recipe.seed, "eft-targets"),
+    )
+    kept, drops = agreeing_targets(groups, judgements)
+    thinned = thin_most_common(
+        kept, max_share=section.max_score_share, rng=Random(f"{session.recipe.seed}/thin")
+    )
+    drops["thinned"] = len(kept) - len(thinned)
+    facts["eft_drops"] = drops
+    rows = [row for row, _ in thinned]
+    if not rows:
+        raise UserError(
+            f"the IFT-only model's judgements agree with the human order on none of "
+            f"{len(groups)} prompts ({drops['unreadable']} unreadable, "
+            f"{drops['disagreeing']} disagreeing)",
+            where=str(path),
+            way_out="Give more prompts (anchor.eft_prompts), targets (anchor.eft_targets=given), "
+            "or leave judge data out (anchor.use_eft=false)",
+        )
+    write_records(session.run.anchor.eft_targets, rows)
+    return rows
+
+
+def agreeing_targets(
+    groups: Sequence[Sequence[RankedReply]], judgements: Sequence[Judgement]
+) -> tuple[list[tuple[RankedReply, float]], dict[str, int]]:
+    """The judgements whose order over a prompt's replies agrees with the human order.
+
+    Vote v of all replies of a prompt is one try at ordering them; the first try that agrees
+    gives the targets of that prompt. A try agrees when, for every two replies of different
+    human rank, the better one has the higher score; replies of equal rank may have any scores.
+
+    Returns:
+        Rows with their target and its score; and the prompts left out, by reason.
+
+    Source: Yuan et al. 2024, arXiv:2401.10020, section 3.1.1. How often the paper sampled each
+    reply, and what it did with ties, is not stated there.
+    """
+    by_reply: dict[str, list[Judgement]] = {}
+    for judgement in judgements:
+        by_reply.setdefault(judgement.candidate_id, []).append(judgement)
+    kept: list[tuple[RankedReply, float]] = []
+    drops = Counter({"unreadable": 0, "disagreeing": 0})
+    for group in groups:
+        tries = list(zip(*(by_reply[row.response_id] for row in group), strict=True))
+        readable = [t for t in tries if all(judgement.score is not None for judgement in t)]
+        agreeing = (t for t in readable if _agrees(group, [j.score or 0.0 for j in t]))
+        first = next(agreeing, None)
+        if first is None:
+            drops["disagreeing" if readable else "unreadable"] += 1
+            continue
+        kept.extend(
+            (replace(row, target=judgement.text), judgement.score or 0.0)
+            for row, judgement in zip(group, first, strict=True)
+        )
+    return kept, dict(drops)
+
+
+def _agrees(group: Sequence[RankedReply], scores: Sequence[float]) -> bool:
+    return all(
+        (score_a > score_b) if a.rank < b.rank else (score_a < score_b)
+        for (a, score_a), (b, score_b) in combinations(zip(group, scores, strict=True), 2)
+        if a.rank != b.rank
+    )
+
+
+def thin_most_common(
+    rows: Sequence[tuple[RankedReply, float]], *, max_share: float, rng: Random
+) -> list[tuple[RankedReply, float]]:
+    """Drop rows of the most common score, drawn at random, until its share is at most max_share.
+
+    A judge trained on one dominant score learns to give that score (the paper's 4s).
+    """
+    if not rows:
+        return []
+    (common, count), *_ = Counter(score for _, score in rows).most_common(1)
+    others = len(rows) - count
+    # count' / (count' + others) <= max_share
+    allowed = int(others * max_share / (1 - max_share)) if max_share < 1 else count
+    excess = max(0, count - max(allowed, 1))
+    places = [i for i, (_, score) in enumerate(rows) if score == common]
+    dropped = set(rng.sample(places, excess))
+    return [row for i, row in enumerate(rows) if i not in dropped]
+
+
+def _ift_only(session: Session, ift: Sequence[Example]) -> Adapter:
+    from srlm_lite.model.stack import WEIGHTS, Adapter
+
+    path = session.run.anchor.ift_only
+    if (path / WEIGHTS).is_file():
+        return Adapter.load(path)
+    examples, _ = _fitting(session, ift)
+    adapter, _ = _train(session, examples, stage="IFT-only SFT", seed_name="ift-only")
+    adapter.save(path, base_name=session.recipe.base.name)
+    return adapter
+
+
+def _judge_example(session: Session, row: RankedReply) -> Example:
+    from srlm_lite.training.sft import Example
+
+    judge_prompt = session.rubric.render(prompt=row.prompt, response=row.response)
+    return Example(
+        prompt_ids=tuple(session.chat.prompt_ids(judge_prompt)),
+        target_ids=tuple(session.chat.target_ids(row.target or "")),
+    )
+
+
+def _fitting(session: Session, examples: Sequence[Example]) -> tuple[list[Example], int]:
+    fitting = [example for example in examples if len(example) <= session.recipe.base.window]
+    return fitting, len(examples) - len(fitting)
+
+
+def _train(
+    session: Session, examples: Sequence[Example], *, stage: str, seed_name: str
+) -> tuple[Adapter, dict[str, float]]:
+    from srlm_lite.training.arguments import total_steps
+    from srlm_lite.training.sft import train_sft
+
+    section = session.recipe.anchor
+    seed = derive_seed(session.recipe.seed, seed_name)
+    task = session.reporter.start(stage, total_steps(len(examples), section), "steps")
+
+    def on_step(step: int, steps: int, logs: dict[str, float]) -> None:
+        task.advance()
+        task.note(f"loss {logs['loss']:.3f}")
+
+    return train_sft(
+        session.slot,
+        session.base,
+        session.slot.fresh(section.lora, seed=seed),
+        examples,
+        optim=section,
+        dropout=section.lora.dropout,
+        scratch=scratch(session.run.scratch),
+        seed=seed,
+        on_step=on_step,
+    )
+
+
+def scratch(path: Path) -> Path:
+    """The scratch folder, made if need be."""
+    path.mkdir(parents=True, exist_ok=True)
+    return path

@@ -1,0 +1,107 @@
+"""The evaluation after the anchor and after every iteration."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from srlm_lite.config import Sampling
+from srlm_lite.evaluate.gold import load_gold
+from srlm_lite.evaluate.judge_metrics import collapsed_score, judge_metrics
+from srlm_lite.evaluate.policy_metrics import policy_metrics
+from srlm_lite.run_dir import StageDir, read_json, write_json
+from srlm_lite.session import Session
+from srlm_lite.stages.sampling import judge_replies, sample_candidates
+from srlm_lite.stages.seed_data import data_file, policy_prompts, read_ranked
+
+if TYPE_CHECKING:
+    from srlm_lite.model.stack import Adapter
+
+ACCURACY_FALL = 0.03
+"""A fall of the judge's pairwise accuracy by more than this is worth a warning."""
+
+
+def evaluation(
+    session: Session, directory: StageDir, stack: Sequence[Adapter]
+) -> tuple[None, dict[str, Any]]:
+    """Measure a stack as judge and as policy; write `eval.json`.
+
+    Every model of a run answers the same prompts and judges the same replies, with the same
+    seeds, so that differences are the models'.
+    """
+    if directory.evaluation.is_file():
+        return None, read_json(directory.evaluation)
+    recipe = session.recipe
+    groups = read_ranked(data_file(recipe, "eft_eval.jsonl"), recipe.evaluate.eft_prompts)
+    replies = [(row.response_id, row.prompt, row.response) for group in groups for row in group]
+    judgements = judge_replies(
+        session,
+        stack,
+        replies,
+        path=directory.evaluation_dir / "judgements.jsonl",
+        stage="evaluation, judge",
+        votes=recipe.evaluate.votes or recipe.judge.votes,
+        chunk=recipe.rollout.batch_rows,
+        seed_path=(recipe.seed, "evaluation", "judge"),
+    )
+    result = {
+        "judge": judge_metrics(groups, judgements, best_score=session.rubric.max),
+        "policy": _policy(session, directory, stack),
+    }
+    write_json(directory.evaluation, result)
+    return None, result
+
+
+def _policy(session: Session, directory: StageDir, stack: Sequence[Adapter]) -> dict[str, Any]:
+    recipe = session.recipe
+    prompts = policy_prompts(recipe)
+    if not prompts:
+        return {}
+    gold = load_gold(recipe.evaluate.gold) if recipe.evaluate.gold else None
+    texts = {prompt.prompt_id: prompt.text for prompt in prompts}
+
+    def answers(kind: str, *, temperature: float, n: int) -> dict[str, Any]:
+        sampling = Sampling(
+            temperature=temperature,
+            top_p=recipe.rollout.top_p,
+            max_new_tokens=recipe.rollout.max_new_tokens,
+        )
+        rows = sample_candidates(
+            session,
+            stack,
+            prompts,
+            path=directory.evaluation_dir / f"answers_{kind}.jsonl",
+            stage=f"evaluation, {kind} answers",
+            sampling=sampling,
+            n=n,
+            seed_path=(recipe.seed, "evaluation", "policy"),
+        )
+        return policy_metrics(texts, rows, gold)
+
+    temperature = recipe.evaluate.temperature or recipe.rollout.temperature
+    sampled = answers("sampled", temperature=temperature, n=recipe.evaluate.samples)
+    greedy = answers("greedy", temperature=0.0, n=1)
+    return {**sampled, "temperature": temperature, "greedy": greedy}
+
+
+def warnings(before: dict[str, Any] | None, now: dict[str, Any]) -> list[str]:
+    """What in an evaluation, beside the one before it, bodes ill."""
+    found = []
+    judge = now["judge"]
+    score = collapsed_score(judge["score_histogram"])
+    if score is not None:
+        found.append(
+            f"the judge gives nearly every reply the score {score}: its grades have collapsed "
+            "and say nothing; look at `srlm-lite show judgements`"
+        )
+    accuracy, earlier = judge["pairwise_accuracy"], before and before["judge"]["pairwise_accuracy"]
+    if accuracy is not None and earlier is not None and earlier - accuracy > ACCURACY_FALL:
+        found.append(
+            f"the judge's pairwise accuracy fell from {earlier:.2f} to {accuracy:.2f}: later "
+            "iterations learn from worse grades"
+        )
+    gold = now["policy"].get("gold_mean")
+    gold_before = before and before["policy"].get("gold_mean")
+    if gold is not None and gold_before is not None and gold < gold_before:
+        found.append(f"the gold score fell from {gold_before:.2f} to {gold:.2f}")
+    return found

@@ -1,0 +1,85 @@
+"""The seed data a recipe names, read and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from pathlib import Path
+
+from srlm_lite.config import Recipe
+from srlm_lite.errors import UserError
+from srlm_lite.records import Instruction, Prompt, RankedReply
+from srlm_lite.run_dir import read_jsonl, read_records
+
+
+def data_file(recipe: Recipe, name: str) -> Path:
+    """A file of the recipe's data directory.
+
+    Raises:
+        UserError: The directory or the file is missing.
+    """
+    directory = Path(recipe.data.dir)
+    if not directory.is_dir():
+        raise UserError(
+            "no such data directory",
+            where=f"data.dir = {recipe.data.dir}",
+            way_out="Make one with `srlm-lite data prepare`, or set data.dir",
+        )
+    path = directory / name
+    if not path.is_file():
+        raise UserError(
+            f"the data directory has no {name}",
+            where=str(directory),
+            way_out="Make it with `srlm-lite data prepare`",
+        )
+    return path
+
+
+def read_ift(recipe: Recipe) -> list[Instruction]:
+    """Instruction data, cut to `anchor.ift_limit`."""
+    rows = read_records(data_file(recipe, "ift.jsonl"), Instruction)
+    return rows[: recipe.anchor.ift_limit]
+
+
+def read_ranked(path: Path, limit: int | None) -> list[list[RankedReply]]:
+    """Ranked replies grouped by prompt, at most `limit` prompts, in the order of the file."""
+    groups: dict[str, list[RankedReply]] = {}
+    for row in read_records(path, RankedReply):
+        groups.setdefault(row.prompt_id, []).append(row)
+    return list(islice(groups.values(), limit))
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """A prompt list.
+
+    Raises:
+        UserError: A row has no text, or two rows share an id.
+    """
+    prompts = []
+    for number, row in enumerate(read_jsonl(path), start=1):
+        text = row.get("text", row.get("prompt"))
+        if not isinstance(text, str) or not text.strip():
+            raise UserError(f"row {number} has no text", where=str(path))
+        prompt_id = str(row.get("prompt_id", f"{path.stem}-{number}"))
+        prompts.append(Prompt(prompt_id, text, str(row.get("source", path.name))))
+    _refuse_doubles((prompt.prompt_id for prompt in prompts), path)
+    return prompts
+
+
+def policy_prompts(recipe: Recipe) -> list[Prompt]:
+    """Held-out prompts for the evaluation: `eval_prompts.jsonl`, else those of the EFT eval set."""
+    path = Path(recipe.data.dir) / "eval_prompts.jsonl"
+    if path.is_file():
+        prompts: Sequence[Prompt] = read_prompts(path)
+    else:
+        groups = read_ranked(data_file(recipe, "eft_eval.jsonl"), None)
+        prompts = [Prompt(group[0].prompt_id, group[0].prompt, "eft_eval") for group in groups]
+    return list(prompts[: recipe.evaluate.policy_prompts])
+
+
+def _refuse_doubles(ids: Iterable[str], path: Path) -> None:
+    seen: set[str] = set()
+    for prompt_id in ids:
+        if prompt_id in seen:
+            raise UserError(f"two prompts have the id {prompt_id}", where=str(path))
+        seen.add(prompt_id)

@@ -1,0 +1,1 @@
+"""Our sections mapped onto TRL's trainers."""

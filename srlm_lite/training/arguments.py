@@ -1,0 +1,88 @@
+"""What both trainers are told alike."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from srlm_lite.config import Optim
+from srlm_lite.model.base import LoadedBase
+
+OnStep = Callable[[int, int, dict[str, float]], None]
+"""Called after each optimiser step with the step, their number, and what the trainer logged."""
+
+
+def total_steps(n_examples: int, optim: Optim) -> int:
+    """Optimiser steps of a training: at least one."""
+    return max(1, math.ceil(n_examples / optim.batch_size * optim.epochs))
+
+
+def common_arguments(
+    optim: Optim, base: LoadedBase, *, n_examples: int, scratch: Path, seed: int
+) -> dict[str, Any]:
+    """Keyword arguments for `SFTConfig` and `DPOConfig`."""
+    micro_batch = min(optim.micro_batch_size, n_examples)
+    accumulation = max(1, math.ceil(min(optim.batch_size, n_examples) / micro_batch))
+    schedule: dict[str, Any] = {"lr_scheduler_type": optim.schedule}
+    if optim.schedule == "cosine" and optim.final_learning_rate_ratio:
+        schedule = {
+            "lr_scheduler_type": "cosine_with_min_lr",
+            "lr_scheduler_kwargs": {"min_lr_rate": optim.final_learning_rate_ratio},
+        }
+    steps = total_steps(n_examples, optim)
+    return {
+        "output_dir": str(scratch),
+        "per_device_train_batch_size": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "max_steps": steps,
+        "learning_rate": optim.learning_rate,
+        "warmup_steps": round(steps * optim.warmup_ratio),
+        "weight_decay": 0.0,  # decay would shrink the frozen rows of the slot
+        "max_grad_norm": optim.max_grad_norm,
+        "gradient_checkpointing": optim.gradient_checkpointing,
+        "bf16": base.dtype == torch.bfloat16,
+        "fp16": base.dtype == torch.float16,
+        "use_cpu": base.device.type == "cpu",
+        "seed": seed % (1 << 32),
+        "data_seed": seed % (1 << 32),
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": base.device.type == "cuda",
+        "remove_unused_columns": False,
+        **schedule,
+    }
+
+
+class Listener(TrainerCallback):
+    """Keeps what the trainer logs and passes it on; prints nothing."""
+
+    def __init__(self, on_step: OnStep) -> None:
+        self.rows: list[dict[str, float]] = []
+        self._on_step = on_step
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if not state.is_local_process_zero or logs is None or "loss" not in logs:
+            return
+        row = {key: float(value) for key, value in logs.items() if isinstance(value, int | float)}
+        self.rows.append(row)
+        self._on_step(state.global_step, state.max_steps, row)
+
+
+@contextmanager
+def one_adapter_in_training(model: Any) -> Iterator[None]:
+    """Undo what a trainer leaves behind on the model: training mode, gradients, checkpointing."""
+    try:
+        yield
+    finally:
+        model.zero_grad(set_to_none=True)
+        if model.is_gradient_checkpointing:
+            model.gradient_checkpointing_disable()
+        model.eval()

@@ -1,0 +1,169 @@
+"""DPO on a delta in the slot, with the proof that policy and reference start as the same model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers.trainer_callback import PrinterCallback
+from trl.trainer.dpo_config import DPOConfig
+from trl.trainer.dpo_trainer import DPOTrainer
+
+from srlm_lite.config import Dpo
+from srlm_lite.errors import ProofError
+from srlm_lite.model.base import LoadedBase
+from srlm_lite.model.stack import Adapter, Slot
+from srlm_lite.training.arguments import (
+    Listener,
+    OnStep,
+    common_arguments,
+    one_adapter_in_training,
+)
+
+LN2 = math.log(2)
+PROOF_TOLERANCE = 1e-3
+"""Nats by which the loss before the first step may miss ln 2."""
+
+_REFERENCE = "ref"  # TRL's name for the copy it takes of the adapter
+
+
+@dataclass(frozen=True, slots=True)
+class PairExample:
+    """A preference pair as ids; chosen and rejected end with the end-of-turn token."""
+
+    prompt_ids: tuple[int, ...]
+    chosen_ids: tuple[int, ...]
+    rejected_ids: tuple[int, ...]
+
+    def __len__(self) -> int:
+        """Tokens of the longer of the two sequences."""
+        return len(self.prompt_ids) + max(len(self.chosen_ids), len(self.rejected_ids))
+
+
+class _IdsDPOTrainer(DPOTrainer):
+    """TRL's trainer on pairs that are ids already: rendered once, by the code that sampled them."""
+
+    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        return dataset
+
+
+def train_dpo(
+    slot: Slot,
+    base: LoadedBase,
+    *,
+    anchor: Sequence[Adapter],
+    delta: Adapter,
+    reference: Sequence[Adapter],
+    pairs: Sequence[PairExample],
+    dpo: Dpo,
+    scratch: Path,
+    seed: int,
+    on_step: OnStep = lambda step, steps, logs: None,
+) -> tuple[Adapter, dict[str, float]]:
+    """Train a delta on top of a frozen anchor.
+
+    Args:
+        anchor: The part of the stack below the delta, empty for a delta on the bare base.
+        delta: Where training starts; with B = 0 the policy starts as the anchor.
+        reference: The stack of DPO's reference model.
+        pairs: Pairs that fit the window.
+
+    Returns:
+        The trained delta, and the facts of the training: `step0_loss`, `step0_margin`, steps,
+        and TRL's reward accuracy, margin and loss of the last step.
+
+    Raises:
+        ProofError: Before the first step the reference slot does not reproduce the reference
+            stack (the loss is not ln 2 or the reward margin not 0 on it); or training touched
+            the anchor, or left the delta as it was.
+
+    Source: Rafailov et al. 2023, arXiv:2305.18290, Eq. 7.
+    """
+    dataset = Dataset.from_list(
+        [
+            {
+                "prompt_ids": list(pair.prompt_ids),
+                "chosen_ids": list(pair.chosen_ids),
+                "rejected_ids": list(pair.rejected_ids),
+            }
+            for pair in pairs
+        ]
+    )
+    arguments = common_arguments(dpo, base, n_examples=len(pairs), scratch=scratch, seed=seed)
+    loss: dict[str, Any] = {"loss_type": ["sigmoid"]}
+    if dpo.nll_weight:
+        loss = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, dpo.nll_weight]}
+    stack = [*anchor, delta]
+    start = sum(adapter.rank for adapter in anchor)
+    slot.load(reference, train=True)
+    listener = Listener(on_step)
+    try:
+        with one_adapter_in_training(slot.model), slot.training_only(start, delta):
+            trainer = _IdsDPOTrainer(
+                model=slot.model,
+                args=DPOConfig(
+                    **arguments,
+                    **loss,
+                    beta=dpo.beta,
+                    max_length=None,  # length is our caller's affair: nothing is cut here
+                ),
+                train_dataset=dataset,
+                processing_class=base.tokenizer,
+                callbacks=[listener],
+            )
+            trainer.remove_callback(PrinterCallback)
+            # TRL casts a quantized base's adapters to bf16, where small updates vanish; and it
+            # copied them before. Both copies are written anew, in float32.
+            slot.load(reference, adapter=_REFERENCE, dtype=torch.float32)
+            slot.load(reference, train=True)
+            proof = _prove_reference(trainer)
+            slot.load(stack, train=True)
+            trainer.train()
+            slot.assert_unchanged(anchor)
+            trained = slot.read(start, delta.rank, list(delta.factors))
+    finally:
+        if _REFERENCE in slot.model.peft_config:
+            slot.model.delete_adapter(_REFERENCE)
+    if not trained.differs_from(delta):
+        raise ProofError("DPO changed nothing: the delta received no gradient")
+    last = listener.rows[-1]
+    return trained, {
+        **proof,
+        "steps": len(listener.rows),
+        "first_loss": listener.rows[0]["loss"],
+        "last_loss": last["loss"],
+        "reward_accuracy": last["rewards/accuracies"],
+        "reward_margin": last["rewards/margins"],
+        "logps_chosen": last["logps/chosen"],
+        "logps_rejected": last["logps/rejected"],
+    }
+
+
+def _prove_reference(trainer: Any) -> dict[str, float]:
+    """Loss and margin on the first pairs with the reference stack in both slots.
+
+    Both must be what they are for a model compared with itself, through TRL's own code: that is
+    how one learns that TRL took the stack for its reference, not the base or half a stack.
+    """
+    count = min(len(trainer.train_dataset), 8)
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(count)])
+    batch = trainer._prepare_inputs(batch)
+    kinds, weights = trainer.loss_types, trainer.loss_weights
+    trainer.loss_types, trainer.loss_weights = ["sigmoid"], [1.0]
+    trainer.model.eval()
+    with torch.no_grad(), trainer.compute_loss_context_manager():
+        loss = float(trainer.compute_loss(trainer.model, batch))
+    margin = float(trainer._metrics["eval"]["rewards/margins"][-1])
+    trainer._metrics["eval"].clear()
+    trainer.loss_types, trainer.loss_weights = kinds, weights
+    if abs(loss - LN2) > PROOF_TOLERANCE or abs(margin) > 2 * PROOF_TOLERANCE:
+        raise ProofError(
+            f"before the first step DPO's loss is {loss:.6f} (must be ln 2 = {LN2:.6f}) and the "
+            f"reward margin {margin:.6f} (must be 0): the reference is not the intended stack"
+        )
+    return {"step0_loss": loss, "step0_margin": margin}

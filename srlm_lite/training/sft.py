@@ -1,0 +1,95 @@
+"""Supervised fine-tuning of an adapter in the slot, loss on the targets only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers.trainer_callback import PrinterCallback
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
+
+from srlm_lite.config import Optim
+from srlm_lite.errors import ProofError
+from srlm_lite.model.base import LoadedBase
+from srlm_lite.model.stack import Adapter, Slot
+from srlm_lite.training.arguments import (
+    Listener,
+    OnStep,
+    common_arguments,
+    one_adapter_in_training,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One sequence: the prompt's ids carry no loss, the target's do."""
+
+    prompt_ids: tuple[int, ...]
+    target_ids: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + len(self.target_ids)
+
+
+def train_sft(
+    slot: Slot,
+    base: LoadedBase,
+    adapter: Adapter,
+    examples: Sequence[Example],
+    *,
+    optim: Optim,
+    dropout: float,
+    scratch: Path,
+    seed: int,
+    on_step: OnStep = lambda step, steps, logs: None,
+) -> tuple[Adapter, dict[str, float]]:
+    """Train an adapter on examples that fit the window.
+
+    Returns:
+        The trained adapter, and the facts of the training: steps, first and last loss (nats per
+        target token, averaged over a step's sequences).
+
+    Raises:
+        ProofError: Training changed nothing.
+    """
+    dataset = Dataset.from_list(
+        [
+            {
+                "input_ids": [*example.prompt_ids, *example.target_ids],
+                "labels": [*[-100] * len(example.prompt_ids), *example.target_ids],
+            }
+            for example in examples
+        ]
+    )
+    arguments: dict[str, Any] = common_arguments(
+        optim, base, n_examples=len(examples), scratch=scratch, seed=seed
+    )
+    slot.load((adapter,), train=True)
+    slot.set_dropout(dropout)
+    listener = Listener(on_step)
+    with one_adapter_in_training(slot.model), slot.training_only(0, adapter):
+        trainer = SFTTrainer(
+            model=slot.model,
+            args=SFTConfig(
+                **arguments,
+                max_length=None,  # length is our caller's affair: nothing is cut here
+                packing=False,
+                train_sampling_strategy="group_by_length",
+            ),
+            train_dataset=dataset,
+            processing_class=base.tokenizer,
+            callbacks=[listener],
+        )
+        trainer.remove_callback(PrinterCallback)
+        slot.to_float32()
+        trainer.train()
+    slot.set_dropout(0.0)
+    trained = slot.read(0, adapter.rank, list(adapter.factors))
+    if not trained.differs_from(adapter):
+        raise ProofError("SFT changed nothing: the adapter received no gradient")
+    losses = [row["loss"] for row in listener.rows]
+    return trained, {"steps": len(losses), "first_loss": losses[0], "last_loss": losses[-1]}
