@@ -31,6 +31,7 @@ from srlm_lite.tasks import toy
 Row = dict[str, Any]
 
 RUBRIC = Path(__file__).parent.parent / "rubrics" / "toy.yaml"
+TEMPLATE: str = yaml.safe_load(RUBRIC.read_text(encoding="utf-8"))["template"]
 
 # Bad answers of the anchor's training data mostly just lack the opening or ending, so its most
 # likely answer scores low as well and greedy decoding leaves room for a rise.
@@ -53,8 +54,7 @@ CHAT_TEMPLATE = (
 
 def judge_prompt(prompt: str, response: str) -> str:
     """The toy rubric filled in, as the judge receives it."""
-    template: str = yaml.safe_load(RUBRIC.read_text(encoding="utf-8"))["template"]
-    return template.replace("{{prompt}}", prompt).replace("{{response}}", response)
+    return TEMPLATE.replace("{{prompt}}", prompt).replace("{{response}}", response)
 
 
 def make_data(*, seed: int) -> dict[str, list[Row]]:
@@ -145,15 +145,22 @@ def make_tokenizer() -> Any:
 
 
 def pretraining_dialogues(rng: random.Random) -> Iterator[tuple[str, str]]:
-    """Endless (user, assistant) turns: two answers of random quality for every three reviews."""
+    """Endless (user, assistant) turns: answers of random quality, and reviews of such answers.
+
+    A fourth of the reviewed answers are long lists with many repetitions: there the judge learns
+    to notice an item it has listed before.
+    """
     known = toy.prompts(held_out=False)
     while True:
         prompt = rng.choice(known)
-        if rng.random() < 0.4:
+        if rng.random() < 0.35:
             yield prompt, toy.sample_answer(rng, prompt, PRETRAIN_RATES)
             continue
         response = toy.sample_answer(rng, prompt, rng.choice(REVIEWED_RATES))
-        if rng.random() < 0.2:
+        if rng.random() < 0.25:
+            facts = rng.choices(toy.FACTS, k=rng.randint(4, 9))
+            response = "\n".join(f"{at}. it {fact}" for at, fact in enumerate(facts, start=1))
+        elif rng.random() < 0.2:
             response = toy.disturb(rng, response)
         yield judge_prompt(prompt, response), toy.review(prompt, response)
 
@@ -185,7 +192,7 @@ def make_base(directory: Path, *, seed: int, steps: int, batch: int, threads: in
     block: list[tuple[list[int], int]] = []
     order = random.Random(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=0.01)
-    started, tokens = time.monotonic(), 0
+    started, tokens, recent = time.monotonic(), 0, 0.0
     for step in range(steps):
         if not block:
             texts = [next(dialogues) for _ in range(16 * batch)]
@@ -209,9 +216,11 @@ def make_base(directory: Path, *, seed: int, steps: int, batch: int, threads: in
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if step % 50 == 0 or step == steps - 1:
+        recent += loss.item()
+        if (step + 1) % 100 == 0:
             seconds = time.monotonic() - started
-            print(f"step {step} loss {loss.item():.4f} tokens {tokens} {seconds:.0f} s", flush=True)
+            print(f"step {step + 1} loss {recent / 100:.4f} tokens {tokens} {seconds:.0f} s")
+            recent = 0.0
 
     model.to(torch.bfloat16)
     model.generation_config = GenerationConfig(
@@ -277,7 +286,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=summary)
     parser.add_argument("--out", type=Path, required=True, help="directory for base/ and data/")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=900)
+    parser.add_argument("--steps", type=int, default=1300)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--data-only", action="store_true", help="leave the base as it is")

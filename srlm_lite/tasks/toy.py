@@ -20,34 +20,19 @@ CRITERIA = ("topic", "items", "unique", "opening", "ending")
 
 MIN_ITEMS = 3
 
-KINDS: dict[str, tuple[str, ...]] = {
-    "animal": ("tiger", "horse", "rabbit", "eagle", "whale", "spider"),
-    "plant": ("oak", "rose", "cactus", "tulip", "bamboo", "fern"),
-    "machine": ("train", "robot", "clock", "boat", "radio", "drill"),
-    "place": ("river", "desert", "island", "city", "forest", "castle"),
-}
-TOPICS = tuple(topic for topics in KINDS.values() for topic in topics)
+TOPICS = (
+    "tiger", "horse", "rabbit", "eagle", "whale", "spider",
+    "oak", "rose", "cactus", "tulip", "bamboo", "fern",
+    "train", "robot", "clock", "boat", "radio", "drill",
+    "river", "desert", "island", "city", "forest", "castle",
+)  # fmt: skip
 
-# One verb for each last word, over the whole world: the last word alone identifies a fact.
-FACTS: dict[str, tuple[str, ...]] = {
-    "animal": (
-        "eats grass", "eats insects", "likes company", "likes rain", "has teeth", "has courage",
-        "needs sleep", "needs food", "makes tracks", "makes sounds", "fears fire", "fears hunters",
-    ),
-    "plant": (
-        "has roots", "has leaves", "likes sun", "likes warmth", "needs water", "needs soil",
-        "makes shade", "makes seeds", "gives air", "gives colour", "fears frost", "fears storms",
-    ),
-    "machine": (
-        "has wheels", "has screws", "needs oil", "needs repair", "makes noise", "makes heat",
-        "saves time", "saves work", "uses power", "uses metal", "fears rust", "fears dust",
-    ),
-    "place": (
-        "has history", "has visitors", "needs care", "needs roads", "gives shelter", "gives stone",
-        "hides secrets", "hides gold", "draws artists", "draws birds", "keeps legends",
-        "keeps silence",
-    ),
-}  # fmt: skip
+# The last word alone identifies a fact. All topics share one short list: to see that two items are
+# the same is the hardest thing a judge of this size learns, and more words make it harder.
+FACTS = (
+    "has history", "has friends", "needs care", "needs space", "gives joy", "gives shelter",
+    "makes noise", "makes news", "fears fire", "fears storms", "keeps secrets", "draws visitors",
+)  # fmt: skip
 
 POLITE_OPENINGS = (
     "sure, happy to help.",
@@ -82,13 +67,14 @@ _NOUNS = ("facts", "some facts", "simple facts", "good facts")
 _TAILS = ("", ", please", " now", " today", " for my class")
 
 SPECIAL_TOKENS = ("<pad>", "<unk>", "<bos>", "<eos>", "<user>", "<assistant>")
-_PUNCTUATION = ("\n", ",", ".", ":", "!", "?", "-")
+_PUNCTUATION = ("\n", ",", ".", ":", "!", "?")
 _REVIEW_WORDS = (
     "review", "the", "answer", "question", "one", "point", "each", "for",
     "Score", "yes", "no", "none", "again", "it", *CRITERIA,
 )  # fmt: skip
 _MAX_COUNT = 9
 
+_ITEM = re.compile(r"[0-9]\.")
 _TOKEN = re.compile(r"[A-Za-z]+|[0-9]|[^\sA-Za-z0-9]|\n")
 
 
@@ -101,7 +87,7 @@ def vocabulary() -> list[str]:
     """Every token of the toy world, special tokens first, in a fixed order."""
     texts = [
         *TOPICS,
-        *itertools.chain.from_iterable(FACTS.values()),
+        *FACTS,
         *POLITE_OPENINGS,
         *RUDE_OPENINGS,
         *PROPER_ENDINGS,
@@ -160,9 +146,9 @@ class Answer:
 def read_answer(response: str) -> Answer:
     """Split an answer into opening, items and ending; any text can be read."""
     lines = [line.strip().lower() for line in response.splitlines() if line.strip()]
-    items = [words(line)[1:] for line in lines if line.startswith("-")]
-    opening = lines[0] if lines and not lines[0].startswith("-") else ""
-    ending = lines[-1] if len(lines) > 1 and not lines[-1].startswith("-") else ""
+    items = [words(_ITEM.sub("", line)) for line in lines if _ITEM.match(line)]
+    opening = lines[0] if lines and not _ITEM.match(lines[0]) else ""
+    ending = lines[-1] if len(lines) > 1 and not _ITEM.match(lines[-1]) else ""
     mentions = [word for word in words(" ".join(lines)) if word in TOPICS or word == "it"]
     return Answer(
         opening=opening,
@@ -176,7 +162,7 @@ def gold(prompt: str, response: str) -> dict[str, float]:
     """Points of an answer by criterion, each 0.0 or 1.0; their sum is the gold score (0 to 5).
 
     - topic: the answer contains the topic's name.
-    - items: it lists at least three items (lines that start with a dash).
+    - items: it lists at least three items (lines that start with a number).
     - unique: it lists at least one item, and no two end in the same word.
     - opening: its first line is no item and starts with a polite word.
     - ending: its last line is no item, starts with a closing word and ends in "!".
@@ -195,8 +181,9 @@ def gold(prompt: str, response: str) -> dict[str, float]:
 def review(prompt: str, response: str) -> str:
     """The judge's ideal reply: for each criterion the evidence, then the verdict, then the score.
 
-    The items are copied out and counted, and one seen before is marked `again`, because a verdict
-    on repetition is hard to learn without that step.
+    The items are copied out by number, and one seen before is marked `again`: a judge of this
+    size stays at chance on repetition without that step, and loses its place in a list whose
+    items carry no number.
     """
     answer = read_answer(response)
     points = gold(prompt, response)
@@ -276,12 +263,12 @@ def _ending(rng: random.Random, good: bool) -> Iterator[str]:
 
 
 def _items(rng: random.Random, topic: str, good: Mapping[str, bool]) -> Iterator[str]:
-    kind = next(kind for kind, topics in KINDS.items() if topic in topics)
     if good["items"]:
         count = rng.choice((3, 3, 4, 4, 5))
     else:
-        count = 2 if not good["unique"] else rng.choice((1, 2))
-    facts = rng.sample(FACTS[kind], count)
+        # Pairs repeat about as often as not, so that a judge has to look.
+        count = 2 if not good["unique"] else rng.choice((1, 2, 2, 2))
+    facts = rng.sample(FACTS, count)
     if not good["unique"]:
         first, second = sorted(rng.sample(range(count), 2))
         facts[second] = facts[first]
@@ -289,9 +276,9 @@ def _items(rng: random.Random, topic: str, good: Mapping[str, bool]) -> Iterator
     if good["topic"]:
         subject, named = topic, rng.randrange(count)
     else:
-        wrong = rng.random() < 0.3
+        wrong = rng.random() < 0.4
         subject = rng.choice([t for t in TOPICS if t != topic]) if wrong else "it"
         named = -1
     for number, fact in enumerate(facts):
         says_it = good["topic"] and number != named and rng.random() < 0.25
-        yield f"- {'it' if says_it else subject} {fact}"
+        yield f"{number + 1}. {'it' if says_it else subject} {fact}"
