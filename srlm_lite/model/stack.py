@@ -283,16 +283,15 @@ class Slot:
 
         Exact for the stack's last adapter, whose scaling is the slot's.
         """
-        part = slice(start, start + rank)
-        factors = {}
+        end = start + rank
+        factors: dict[str, Factors] = {}
         for module in modules:
             layer = self._layers[module]
             a, b = _weight(layer.lora_A, _SLOT), _weight(layer.lora_B, _SLOT)
-            factors[module] = (
-                a.data[part].float().cpu().clone(),
-                b.data[:, part].float().cpu().clone(),
-            )
-        return Adapter(rank=rank, alpha=self._last_scaling * rank, factors=factors)
+            factors[module] = (a.data[:end].float().cpu(), b.data[:, :end].float().cpu())
+        fused = Adapter(rank=end, alpha=self._last_scaling * end, factors=factors)
+        ranks = [start, rank] if start else [rank]
+        return split(fused, ranks, [fused.scaling] * len(ranks))[-1]
 
     @contextmanager
     def training_only(self, start: int, adapter: Adapter) -> Iterator[None]:

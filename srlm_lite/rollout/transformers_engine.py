@@ -118,13 +118,13 @@ class TransformersEngine:
         cache = DynamicCache(config=self._model.config)
         if ids.shape[1] > 1:
             positions = (attention.cumsum(dim=1) - 1).clamp(min=0)
-            self._model(
+            # The decoder alone: these positions' logits are of no use.
+            self._model.get_base_model().get_decoder()(
                 input_ids=ids[:, :-1],
                 attention_mask=attention[:, :-1],
                 position_ids=positions[:, :-1],
                 past_key_values=cache,
                 use_cache=True,
-                logits_to_keep=1,
             )
         if len(set(counts)) == 1:
             if counts[0] > 1:

@@ -1,0 +1,234 @@
+"""The adapter stack: exact fusion, a frozen anchor, files that PEFT reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from srlm_lite.config import Base, Lora
+from srlm_lite.errors import ProofError, UserError
+from srlm_lite.model.base import LoadedBase, load_base
+from srlm_lite.model.stack import Adapter, Slot, fuse, split
+
+TARGETS = ("q_proj", "v_proj", "down_proj")
+LORA = Lora(rank=4, alpha=8, targets=TARGETS)
+
+
+def adapter(seed: int, *, rank: int, alpha: float, modules: tuple[str, ...] = ("m",)) -> Adapter:
+    generator = torch.Generator().manual_seed(seed)
+    return Adapter(
+        rank=rank,
+        alpha=alpha,
+        factors={
+            module: (
+                torch.randn(rank, 5, generator=generator),
+                torch.randn(7, rank, generator=generator),
+            )
+            for module in modules
+        },
+    )
+
+
+def update(one: Adapter, module: str = "m") -> Tensor:
+    a, b = one.factors[module]
+    return one.scaling * (b.double() @ a.double())
+
+
+adapters = st.builds(
+    adapter,
+    st.integers(0, 2**31),
+    rank=st.integers(1, 6),
+    alpha=st.sampled_from([1.0, 3.0, 8.0, 32.0]),
+)
+
+
+@given(st.lists(adapters, min_size=1, max_size=4))
+@settings(deadline=None)
+def test_the_fused_update_is_the_sum_of_the_updates(stack: list[Adapter]) -> None:
+    expected = torch.stack([update(one) for one in stack]).sum(dim=0)
+    torch.testing.assert_close(update(fuse(stack)), expected, rtol=1e-5, atol=1e-5)
+
+
+@given(adapters, st.integers(1, 6), st.integers(0, 2**31))
+@settings(deadline=None)
+def test_fusing_and_splitting_is_exact_for_the_adapter_on_top(
+    anchor: Adapter, rank: int, seed: int
+) -> None:
+    delta = adapter(seed, rank=rank, alpha=7.0)
+    _, back = split(fuse([anchor, delta]), [anchor.rank, rank], [anchor.scaling, delta.scaling])
+    assert back.rank == delta.rank
+    assert back.scaling == pytest.approx(delta.scaling)
+    assert torch.equal(back.factors["m"][0], delta.factors["m"][0])
+    assert torch.equal(back.factors["m"][1], delta.factors["m"][1])
+
+
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.integers(0, 2**31))
+@settings(deadline=None)
+def test_fusing_and_splitting_is_exact_for_all_at_equal_scaling(
+    ranks: list[int], seed: int
+) -> None:
+    stack = [adapter(seed + i, rank=rank, alpha=2.0 * rank) for i, rank in enumerate(ranks)]
+    parts = split(fuse(stack), ranks, [2.0] * len(ranks))
+    for before, after in zip(stack, parts, strict=True):
+        assert not after.differs_from(before)
+
+
+def test_a_module_that_one_adapter_lacks_is_zero_there() -> None:
+    low, high = adapter(1, rank=2, alpha=2, modules=("m", "n")), adapter(2, rank=3, alpha=3)
+    fused = fuse([low, high])
+    torch.testing.assert_close(update(fused, "n"), update(low, "n"), rtol=1e-5, atol=1e-6)
+
+
+def test_linear_combination_would_be_wrong() -> None:
+    one, two = adapter(1, rank=2, alpha=2), adapter(2, rank=2, alpha=2)
+    (a1, b1), (a2, b2) = one.factors["m"], two.factors["m"]
+    linear = (b1 + b2).double() @ (a1 + a2).double()
+    assert not torch.allclose(linear, update(one) + update(two), atol=0.1)
+
+
+def test_an_empty_stack_cannot_be_fused() -> None:
+    with pytest.raises(ValueError, match="empty stack"):
+        fuse([])
+
+
+@pytest.fixture
+def base(tiny_base_dir: Path) -> LoadedBase:
+    return load_base(Base(name=str(tiny_base_dir), dtype="float32"))
+
+
+@pytest.fixture
+def slot(base: LoadedBase) -> Slot:
+    return Slot(base.model, targets=TARGETS, rank=10)
+
+
+def noisy(slot: Slot, lora: Lora, seed: int) -> Adapter:
+    """An adapter that does something: B is not zero."""
+    fresh = slot.fresh(lora, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    factors = {
+        module: (a, torch.randn(b.shape, generator=generator) * 0.05)
+        for module, (a, b) in fresh.factors.items()
+    }
+    return Adapter(rank=fresh.rank, alpha=fresh.alpha, factors=factors)
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=torch.arange(4, 20).reshape(2, 8)).logits
+
+
+def test_the_slot_computes_what_peft_computes_with_stacked_adapters(
+    slot: Slot, tiny_base_dir: Path, tmp_path: Path
+) -> None:
+    anchor, delta = noisy(slot, LORA, 1), noisy(slot, LORA.model_copy(update={"alpha": 12.0}), 2)
+    for name, one in (("anchor", anchor), ("delta", delta)):
+        one.save(tmp_path / name, base_name=str(tiny_base_dir))
+    plain = AutoModelForCausalLM.from_pretrained(tiny_base_dir, dtype=torch.float32)
+    peft: Any = PeftModel.from_pretrained(plain, tmp_path / "anchor", adapter_name="anchor")
+    peft.load_adapter(tmp_path / "delta", adapter_name="delta")
+    peft.base_model.set_adapter(["anchor", "delta"])
+    slot.load([anchor, delta])
+    torch.testing.assert_close(logits(slot.model), logits(peft), rtol=1e-4, atol=1e-5)
+
+
+def test_an_empty_slot_is_the_base(slot: Slot, tiny_base_dir: Path) -> None:
+    slot.load([noisy(slot, LORA, 1)])
+    slot.load([])
+    plain = AutoModelForCausalLM.from_pretrained(tiny_base_dir, dtype=torch.float32)
+    assert torch.equal(logits(slot.model), logits(plain))
+
+
+def test_switching_roles_back_and_forth_leaves_no_trace(slot: Slot) -> None:
+    anchor, delta = noisy(slot, LORA, 1), noisy(slot, LORA, 2)
+    slot.load([anchor])
+    before = logits(slot.model)
+    slot.load([anchor, delta])
+    assert not torch.equal(logits(slot.model), before)
+    slot.load([anchor])
+    assert torch.equal(logits(slot.model), before)
+
+
+def test_a_fresh_adapter_changes_nothing_and_depends_on_its_seed_alone(slot: Slot) -> None:
+    slot.load([])
+    bare = logits(slot.model)
+    one, two = slot.fresh(LORA, seed=3), slot.fresh(LORA, seed=3)
+    slot.load([one])
+    torch.testing.assert_close(logits(slot.model), bare, rtol=0, atol=0)
+    assert not one.differs_from(two)
+    assert one.differs_from(slot.fresh(LORA, seed=4))
+
+
+def test_only_the_deltas_rows_receive_a_gradient(slot: Slot) -> None:
+    anchor, delta = noisy(slot, LORA, 1), noisy(slot, LORA, 2)
+    slot.load([anchor, delta], train=True)
+    ids = torch.arange(4, 20).reshape(2, 8)
+    with slot.training_only(anchor.rank, delta):
+        slot.model(input_ids=ids, labels=ids).loss.backward()
+    rows = {name: p.grad for name, p in slot.model.named_parameters() if p.requires_grad}
+    assert rows
+    for name, gradient in rows.items():
+        assert gradient is not None
+        by_rank = gradient if "lora_A" in name else gradient.T
+        assert torch.count_nonzero(by_rank[:4]) == 0  # the anchor's
+        assert torch.count_nonzero(by_rank[4:8]) > 0  # the delta's
+        assert torch.count_nonzero(by_rank[8:]) == 0  # room that nobody uses
+
+
+def test_touching_the_anchor_is_noticed(slot: Slot) -> None:
+    anchor, delta = noisy(slot, LORA, 1), noisy(slot, LORA, 2)
+    slot.load([anchor, delta], train=True)
+    slot.assert_unchanged([anchor])
+    name, parameter = next((n, p) for n, p in slot.model.named_parameters() if p.requires_grad)
+    assert "lora_A" in name
+    parameter.data[0, 0] += 1e-7
+    with pytest.raises(ProofError, match="changed the anchor"):
+        slot.assert_unchanged([anchor])
+
+
+def test_the_delta_is_read_back_bit_for_bit(slot: Slot) -> None:
+    anchor = noisy(slot, Lora(rank=4, alpha=3, targets=TARGETS), 1)
+    delta = noisy(slot, LORA, 2)
+    slot.load([anchor, delta], train=True)
+    back = slot.read(anchor.rank, delta.rank, list(delta.factors))
+    assert not back.differs_from(delta)
+    assert back.scaling == delta.scaling
+
+
+def test_a_stack_that_does_not_fit_is_refused(slot: Slot) -> None:
+    with pytest.raises(UserError, match="rank 12 exceeds the slot's 10"):
+        slot.load([slot.fresh(Lora(rank=12, targets=TARGETS), seed=1)])
+    with pytest.raises(UserError, match="does not have or the recipe does not target"):
+        slot.load([adapter(1, rank=2, alpha=2, modules=("layers.9.q_proj",))])
+
+
+def test_saving_and_loading_is_lossless(slot: Slot, tmp_path: Path) -> None:
+    one = noisy(slot, LORA, 1)
+    one.save(tmp_path / "a", base_name="b")
+    back = Adapter.load(tmp_path / "a")
+    assert (back.rank, back.alpha) == (one.rank, one.alpha)
+    assert not back.differs_from(one)
+
+
+def test_an_adapter_that_is_absent_damaged_or_of_another_kind_is_refused(
+    slot: Slot, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="no adapter here"):
+        Adapter.load(tmp_path)
+    slot.fresh(LORA, seed=1).save(tmp_path, base_name="b")
+    config = tmp_path / "adapter_config.json"
+    config.write_text(config.read_text().replace('"bias"', '"use_dora": true, "bias"'))
+    with pytest.raises(UserError, match="not use_dora"):
+        Adapter.load(tmp_path)
+    config.write_text(config.read_text().replace('"use_dora": true, ', ""))
+    weights = tmp_path / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(UserError, match="damaged"):
+        Adapter.load(tmp_path)
