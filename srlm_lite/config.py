@@ -269,7 +269,10 @@ PATH_KEYS = (
 """Settings that may be paths: relative ones start at the recipe's own directory."""
 
 
-SHIPPED = {("judge", "rubric"): ("rubrics", ".yaml"), ("base", "chat_template"): ("chat_templates", ".jinja")}
+SHIPPED = {
+    ("judge", "rubric"): ("rubrics", ".yaml"),
+    ("base", "chat_template"): ("chat_templates", ".jinja"),
+}
 """Settings that may name a shipped file: its folder and ending."""
 
 

@@ -110,7 +110,9 @@ SCORE_LINE = re.compile(
 )
 
 
-def parse_score(reply: str, rubric: Rubric, *, finish_reason: FinishReason = "stop") -> float | None:
+def parse_score(
+    reply: str, rubric: Rubric, *, finish_reason: FinishReason = "stop"
+) -> float | None:
     """The score a judge's reply ends in, or None when it cannot be read.
 
     A score is a line of its own, `Score: <number>`, markdown emphasis aside; the last such line

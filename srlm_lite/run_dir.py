@@ -79,6 +79,11 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of the run."""
+    return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
 def write_records(path: Path, records: Iterable[Record]) -> None:
     """Write a whole JSONL file atomically."""
     write_atomically(path, "".join(_line(record) for record in records))
@@ -104,7 +109,7 @@ class Journal:
     does not hold whole yet, after cutting off whatever a killed run left behind them.
     """
 
-    def __init__(self, path: Path, kind: type[R], key: Callable[[R], str]) -> None:
+    def __init__(self, path: Path, kind: type[R], key: Callable[[Any], str]) -> None:
         self.path, self._kind, self._key = path, kind, key
 
     def fill(
@@ -125,27 +130,24 @@ class Journal:
             RuntimeError: `compute` returned rows with other keys than announced.
         """
         rows, sizes = self._whole_rows()
-        kept = 0
         records: list[Any] = []
-        for index, keys in enumerate(chunks):
-            found = rows[kept : kept + len(keys)]
-            if [self._key(record) for record in found] == list(keys):
-                kept += len(keys)
-                records.extend(found)
-                on_chunk(index, False)
-                continue
-            self._cut(sum(sizes[:kept]))
-            rows, sizes = rows[:kept], sizes[:kept]
-            made = list(compute(index))
-            if [self._key(record) for record in made] != list(keys):  # type: ignore[arg-type]
+        whole = 0
+        for keys in chunks:
+            found = rows[len(records) : len(records) + len(keys)]
+            if [self._key(record) for record in found] != list(keys):
+                break
+            records.extend(found)
+            whole += 1
+        self._cut(sum(sizes[: len(records)]))
+        for index in range(whole):
+            on_chunk(index, False)
+        for index in range(whole, len(chunks)):
+            made: list[Any] = list(compute(index))
+            if [self._key(record) for record in made] != list(chunks[index]):
                 raise RuntimeError(f"{self.path}: chunk {index} came back with other rows")
             self._append(made)
             records.extend(made)
             on_chunk(index, True)
-        if kept < len(rows):
-            self._cut(sum(sizes[:kept]))
-        if not self.path.exists():
-            write_atomically(self.path, "")
         return records
 
     def _whole_rows(self) -> tuple[list[Any], list[int]]:
@@ -163,11 +165,12 @@ class Journal:
         return rows, sizes
 
     def _cut(self, size: int) -> None:
-        if self.path.exists() and self.path.stat().st_size != size:
+        if not self.path.exists():
+            write_atomically(self.path, "")
+        elif self.path.stat().st_size != size:
             os.truncate(self.path, size)
 
     def _append(self, records: Sequence[Record]) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write("".join(_line(record) for record in records))
             file.flush()
@@ -231,8 +234,9 @@ class AnchorDir(StageDir):
         return self.path / "eft_targets.jsonl"
 
     @property
-    def drops(self) -> Path:
-        return self.path / "drops.json"
+    def training(self) -> Path:
+        """Facts of the training, written after the adapter."""
+        return self.path / "training.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,6 +268,11 @@ class IterationDir(StageDir):
     @property
     def delta(self) -> Path:
         return self.path / "delta"
+
+    @property
+    def training(self) -> Path:
+        """Facts of the training, written after the delta."""
+        return self.path / "training.json"
 
 
 class RunDir:

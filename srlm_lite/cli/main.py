@@ -88,6 +88,9 @@ def main(
         format="%(name)s: %(message)s",
         stream=sys.stderr,
     )
+    if not verbose:
+        # It warns of a faster kernel for CPUs that a user of a CPU cannot install.
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if version:
         from srlm_lite import __version__
 

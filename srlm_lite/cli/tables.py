@@ -17,15 +17,15 @@ def closing_table(run: RunDir, recipe: Recipe) -> str:
     """One row for each model of the run, and below it what the columns mean."""
     gold = recipe.evaluate.gold is not None
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("model")
+    table.add_column("model", no_wrap=True)
     columns = ["pairs"]
     if gold:
         columns += ["gold", "greedy gold"]
     columns += ["judge acc.", "ties", "readable", "length", "minutes"]
     for column in columns:
-        table.add_column(column, justify="right")
-    places: list[tuple[str, StageDir]] = [("anchor (M1)", run.anchor)]
-    places += [(f"iteration {it.number} (M{it.number + 1})", it) for it in run.iterations()]
+        table.add_column(column, justify="right", no_wrap=True)
+    places: list[tuple[str, StageDir]] = [("M1, anchor", run.anchor)]
+    places += [(f"M{it.number + 1}, iteration {it.number}", it) for it in run.iterations()]
     for name, place in places:
         if place.is_done:
             table.add_row(name, *_cells(place, gold=gold))

@@ -3,8 +3,9 @@
 The five metrics of Yuan et al. 2024, arXiv:2401.10020, section 3.1.3. What the paper leaves open
 is settled as follows. A reply's score is the mean of its readable votes; without any it is
 unreadable. For `pairwise_accuracy` a tie of scores and a pair with an unreadable reply count as
-half right: a judge that says nothing is as good as a coin. `exact_match` wants every pair of a
-prompt in the human order, human ties included, so an unreadable reply fails its prompt.
+half right: a judge that says nothing is as good as a coin. `exact_match` wants every two replies
+that humans told apart in the human order, so a tie or an unreadable reply among them fails the
+prompt, while replies that humans ranked equal may have any scores.
 Correlations are computed for each prompt over its readable replies and averaged over prompts; a
 prompt where they are undefined, all scores equal, counts as 0.
 """
@@ -107,7 +108,10 @@ def five_best(
 def exact_match(groups: Sequence[Sequence[RankedReply]], scores: Scores) -> float | None:
     """Share of the prompts whose whole order is the human one."""
     return _rate(
-        [float(all(pair.judge == pair.human for pair in _pairs(group, scores))) for group in groups]
+        [
+            float(all(pair.judge == pair.human for pair in _pairs(group, scores) if pair.human))
+            for group in groups
+        ]
     )
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from srlm_lite.model.stack import Adapter
 
 ACCURACY_FALL = 0.03
-"""A fall of the judge's pairwise accuracy by more than this is worth a warning."""
+"""A fall of the judge's pairwise accuracy by more than this, and more than chance, is told."""
 
 
 def evaluation(
@@ -95,13 +95,17 @@ def warnings(before: dict[str, Any] | None, now: dict[str, Any]) -> list[str]:
             "and say nothing; look at `srlm-lite show judgements`"
         )
     accuracy, earlier = judge["pairwise_accuracy"], before and before["judge"]["pairwise_accuracy"]
-    if accuracy is not None and earlier is not None and earlier - accuracy > ACCURACY_FALL:
+    # Two standard errors of a share near one half: fewer pairs, more patience.
+    chance = 1 / max(1, judge["pairs"]) ** 0.5
+    fall = 0.0 if accuracy is None or earlier is None else earlier - accuracy
+    if fall > max(ACCURACY_FALL, chance):
         found.append(
             f"the judge's pairwise accuracy fell from {earlier:.2f} to {accuracy:.2f}: later "
             "iterations learn from worse grades"
         )
     gold = now["policy"].get("gold_mean")
     gold_before = before and before["policy"].get("gold_mean")
-    if gold is not None and gold_before is not None and gold < gold_before:
+    error = now["policy"].get("gold_se") or 0.0
+    if gold is not None and gold_before is not None and gold < gold_before - 2 * error:
         found.append(f"the gold score fell from {gold_before:.2f} to {gold:.2f}")
     return found

@@ -60,9 +60,7 @@ def write_prompts(session: Session, iteration: IterationDir) -> tuple[list[Promp
         for samples in engine.sample(requests, SAMPLING):
             new = [
                 text
-                for text in pool.offer(
-                    samples[0].text, finished=samples[0].finish_reason == "stop"
-                )
+                for text in pool.offer(samples[0].text, finished=samples[0].finish_reason == "stop")
                 if len(session.chat.prompt_ids(text)) <= room
             ]
             made.extend(new)

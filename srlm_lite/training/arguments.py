@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -74,6 +75,11 @@ class Listener(TrainerCallback):
         row = {key: float(value) for key, value in logs.items() if isinstance(value, int | float)}
         self.rows.append(row)
         self._on_step(state.global_step, state.max_steps, row)
+
+
+def late_mean(rows: Sequence[dict[str, float]], key: str) -> float:
+    """Mean of a logged value over the last quarter of the steps: one step alone is noise."""
+    return fmean(row[key] for row in rows[-max(1, len(rows) // 4) :])
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from srlm_lite.training.arguments import (
     Listener,
     OnStep,
     common_arguments,
+    late_mean,
     one_adapter_in_training,
 )
 
@@ -74,8 +75,8 @@ def train_dpo(
         pairs: Pairs that fit the window.
 
     Returns:
-        The trained delta, and the facts of the training: `step0_loss`, `step0_margin`, steps,
-        and TRL's reward accuracy, margin and loss of the last step.
+        The trained delta, and the facts of the training: `step0_loss`, `step0_margin`, steps, the
+        first step's loss, and loss, reward accuracy and margin of the last quarter of the steps.
 
     Raises:
         ProofError: Before the first step the reference slot does not reproduce the reference
@@ -131,16 +132,16 @@ def train_dpo(
             slot.model.delete_adapter(_REFERENCE)
     if not trained.differs_from(delta):
         raise ProofError("DPO changed nothing: the delta received no gradient")
-    last = listener.rows[-1]
+    rows = listener.rows
     return trained, {
         **proof,
-        "steps": len(listener.rows),
-        "first_loss": listener.rows[0]["loss"],
-        "last_loss": last["loss"],
-        "reward_accuracy": last["rewards/accuracies"],
-        "reward_margin": last["rewards/margins"],
-        "logps_chosen": last["logps/chosen"],
-        "logps_rejected": last["logps/rejected"],
+        "steps": len(rows),
+        "first_loss": rows[0]["loss"],
+        "last_loss": late_mean(rows, "loss"),
+        "reward_accuracy": late_mean(rows, "rewards/accuracies"),
+        "reward_margin": late_mean(rows, "rewards/margins"),
+        "logps_chosen": late_mean(rows, "logps/chosen"),
+        "logps_rejected": late_mean(rows, "logps/rejected"),
     }
 
 

@@ -20,6 +20,7 @@ from srlm_lite.training.arguments import (
     Listener,
     OnStep,
     common_arguments,
+    late_mean,
     one_adapter_in_training,
 )
 
@@ -50,8 +51,8 @@ def train_sft(
     """Train an adapter on examples that fit the window.
 
     Returns:
-        The trained adapter, and the facts of the training: steps, first and last loss (nats per
-        target token, averaged over a step's sequences).
+        The trained adapter, and the facts of the training: steps, and the loss of the first and the
+        last quarter of them in nats per target token.
 
     Raises:
         ProofError: Training changed nothing.
@@ -91,5 +92,9 @@ def train_sft(
     trained = slot.read(0, adapter.rank, list(adapter.factors))
     if not trained.differs_from(adapter):
         raise ProofError("SFT changed nothing: the adapter received no gradient")
-    losses = [row["loss"] for row in listener.rows]
-    return trained, {"steps": len(losses), "first_loss": losses[0], "last_loss": losses[-1]}
+    rows = listener.rows
+    return trained, {
+        "steps": len(rows),
+        "first_loss": late_mean(rows[: max(1, len(rows) // 4)], "loss"),
+        "last_loss": late_mean(rows, "loss"),
+    }
