@@ -29,9 +29,11 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         UserError: The file is missing, or a line is not a JSON object; names the line.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # files from Windows may begin with a mark
     except FileNotFoundError as error:
         raise UserError("no such file", where=str(path)) from error
+    except IsADirectoryError as error:
+        raise UserError("is a directory, not a file", where=str(path)) from error
     except UnicodeDecodeError as error:
         raise UserError("not UTF-8 text", where=str(path)) from error
     rows = []
@@ -159,7 +161,7 @@ class Journal:
                 break
             try:
                 rows.append(self._kind.from_row(json.loads(line)))
-            except (ValueError, KeyError, AttributeError):
+            except (ValueError, KeyError, TypeError):
                 break
             sizes.append(len(line))
         return rows, sizes
@@ -328,16 +330,18 @@ class RunDir:
             UserError: There is no run here.
         """
         try:
-            facts = json.loads(self.run_json.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
+            facts = read_json(self.run_json)
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise UserError(
                 "holds no run (no run.json)",
                 where=str(self.path),
                 way_out="Start one with: srlm-lite iterate --adapters " + str(self.path),
             ) from error
-        except json.JSONDecodeError as error:
+        except (ValueError, TypeError) as error:
             raise UserError("not JSON; the run cannot be read", where=str(self.run_json)) from error
-        return dict(facts)
+        if not facts.keys() >= {"recipe", "identity"}:
+            raise UserError("not the run.json of a run of srlm-lite", where=str(self.run_json))
+        return facts
 
     def open(self, recipe: Recipe, facts: dict[str, Any], *, fresh: bool = False) -> None:
         """Begin a run here, or go on with the one that is here.
@@ -360,7 +364,7 @@ class RunDir:
             self._write_run(recipe, facts)
             return
         before = self.facts()
-        differing = _differences(before.get("identity", {}), recipe.identity())
+        differing = _differences(before["identity"], recipe.identity())
         if differing:
             raise UserError(
                 f"holds a run of another configuration; differing: {'; '.join(differing)}",
@@ -381,18 +385,22 @@ class RunDir:
         write_json(self.run_json, resolved)
 
     def add_metrics(self, row: dict[str, Any]) -> None:
-        """Append one row to `metrics.jsonl`; it is on disk when this returns."""
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        """Append one row to `metrics.jsonl`; it is on disk when this returns.
+
+        What a killed run left of a last line is replaced, not continued.
+        """
+        line = json.dumps(row, ensure_ascii=False) + "\n"
+        write_atomically(self.metrics, self._whole_metrics() + line)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """All rows of `metrics.jsonl`; a torn last line is passed over."""
+        return [json.loads(line) for line in self._whole_metrics().split("\n") if line]
+
+    def _whole_metrics(self) -> str:
         if not self.metrics.exists():
-            return []
-        lines = self.metrics.read_text(encoding="utf-8").split("\n")
-        return [json.loads(line) for line in lines[:-1] if line]
+            return ""
+        content = self.metrics.read_bytes()
+        return content[: content.rfind(b"\n") + 1].decode("utf-8")
 
 
 def _differences(before: Any, now: Any, prefix: str = "") -> list[str]:

@@ -1,0 +1,431 @@
+"""The run directory: journals that survive any stop, atomic files, and who may go on with a run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from srlm_lite.config import Recipe, recipe_from
+from srlm_lite.errors import UserError
+from srlm_lite.records import Candidate, Judgement, Prompt, RankedReply
+from srlm_lite.run_dir import (
+    Journal,
+    RunDir,
+    read_json,
+    read_jsonl,
+    read_records,
+    sha256_file,
+    write_atomically,
+    write_json,
+    write_records,
+)
+
+CHUNKS = [["a", "b"], ["c"], ["d", "e"]]
+TEXTS = {
+    "a": "plain",
+    "b": 'quote " and \\ and\nnew line',
+    "c": "ünï ½ 漢\u2028字",
+    "d": "",
+    "e": "\r\n",
+}
+
+
+def made(index: int) -> list[Prompt]:
+    return [Prompt(key, TEXTS[key], "test") for key in CHUNKS[index]]
+
+
+def journal(path: Path) -> Journal:
+    return Journal(path, Prompt, lambda row: row.prompt_id)
+
+
+class Killed(BaseException):
+    """Stands for the process being killed."""
+
+
+def recording(calls: list[int], *, kill_at: int | None = None) -> Callable[[int], list[Prompt]]:
+    def compute(index: int) -> list[Prompt]:
+        if index == kill_at:
+            raise Killed
+        calls.append(index)
+        return made(index)
+
+    return compute
+
+
+@pytest.fixture
+def whole(tmp_path: Path) -> bytes:
+    """The bytes of a journal that was never disturbed."""
+    path = tmp_path / "undisturbed.jsonl"
+    journal(path).fill(CHUNKS, made)
+    return path.read_bytes()
+
+
+# --- Journal ----------------------------------------------------------------------------------
+
+
+def test_a_journal_holds_every_chunk_in_order(whole: bytes) -> None:
+    rows = [json.loads(line) for line in whole.decode().split("\n")[:-1]]
+    assert [row["prompt_id"] for row in rows] == ["a", "b", "c", "d", "e"]
+    assert [row["text"] for row in rows] == [TEXTS[key] for key in "abcde"]
+
+
+def test_the_file_grows_by_whole_chunks(tmp_path: Path, whole: bytes) -> None:
+    path, sizes = tmp_path / "j.jsonl", []
+    journal(path).fill(CHUNKS, made, on_chunk=lambda i, computed: sizes.append(path.stat().st_size))
+    lines = whole.splitlines(keepends=True)
+    # Two rows, then one more, then two more; each chunk is on disk when it is announced.
+    assert sizes == [sum(map(len, lines[:2])), sum(map(len, lines[:3])), len(whole)]
+
+
+def test_a_complete_journal_computes_nothing(tmp_path: Path, whole: bytes) -> None:
+    path = tmp_path / "j.jsonl"
+    path.write_bytes(whole)
+    calls: list[int] = []
+    told: list[tuple[int, bool]] = []
+    rows = journal(path).fill(CHUNKS, recording(calls), on_chunk=lambda i, c: told.append((i, c)))
+    assert calls == []
+    assert told == [(0, False), (1, False), (2, False)]
+    assert rows == [row for index in range(3) for row in made(index)]
+    assert path.read_bytes() == whole
+
+
+def test_resuming_after_a_cut_at_every_byte(tmp_path: Path, whole: bytes) -> None:
+    lines = whole.splitlines(keepends=True)
+    ends = [sum(map(len, lines[:rows])) for rows in (2, 3, 5)]  # of the chunks, in bytes
+    path = tmp_path / "j.jsonl"
+    for cut in range(len(whole) + 1):
+        path.write_bytes(whole[:cut])
+        calls: list[int] = []
+        rows = journal(path).fill(CHUNKS, recording(calls))
+        assert path.read_bytes() == whole, f"cut at byte {cut}"
+        assert rows == [row for index in range(3) for row in made(index)]
+        # Chunks whose last byte was there are kept; all the others are computed, and only they.
+        kept = sum(end <= cut for end in ends)
+        assert calls == list(range(kept, 3)), f"cut at byte {cut}"
+
+
+@pytest.mark.parametrize("kills", [(0,), (1,), (2,), (0, 1, 2), (2, 2, 1)])
+def test_killed_while_computing_it_ends_with_the_same_bytes(
+    tmp_path: Path, whole: bytes, kills: Sequence[int]
+) -> None:
+    path = tmp_path / "j.jsonl"
+    for kill_at in kills:
+        # A kill before a chunk that is complete already does not happen: nothing is computed.
+        try:
+            journal(path).fill(CHUNKS, recording([], kill_at=kill_at))
+        except Killed:
+            with path.open("ab") if path.exists() else path.open("wb") as file:
+                file.write(b'{"prompt_id": "torn')
+    journal(path).fill(CHUNKS, made)
+    assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    "tail",
+    [
+        b"\n",
+        b"\0\0\0\0\n",
+        b"5\n",
+        b"null\n",
+        b"[]\n",
+        b'"text"\n',
+        b"{}\n",
+        b'{"prompt_id": "d"}\n',
+        b"\xff\xfe\n",
+        b'{"prompt_id": "z", "text": "", "source": ""}\n',
+        b'{"prompt_id": "d", "text": "", "source": ""}\n',  # half a chunk
+    ],
+)
+def test_what_is_not_a_whole_expected_chunk_is_cut_off(
+    tmp_path: Path, whole: bytes, tail: bytes
+) -> None:
+    path = tmp_path / "j.jsonl"
+    first_two = b"".join(whole.splitlines(keepends=True)[:3])
+    path.write_bytes(first_two + tail)
+    calls: list[int] = []
+    journal(path).fill(CHUNKS, recording(calls))
+    assert calls == [2]
+    assert path.read_bytes() == whole
+
+
+def test_rows_behind_the_last_chunk_are_cut_off(tmp_path: Path, whole: bytes) -> None:
+    path = tmp_path / "j.jsonl"
+    path.write_bytes(whole + b'{"prompt_id": "f", "text": "", "source": ""}\n')
+    journal(path).fill(CHUNKS, recording([], kill_at=0))
+    assert path.read_bytes() == whole
+
+
+def test_a_foreign_first_chunk_makes_all_of_it_new(tmp_path: Path, whole: bytes) -> None:
+    path = tmp_path / "j.jsonl"
+    lines = whole.splitlines(keepends=True)
+    path.write_bytes(b"".join([lines[1], lines[0], *lines[2:]]))
+    calls: list[int] = []
+    journal(path).fill(CHUNKS, recording(calls))
+    assert calls == [0, 1, 2]
+    assert path.read_bytes() == whole
+
+
+def test_the_same_rows_in_smaller_chunks_are_kept(tmp_path: Path, whole: bytes) -> None:
+    path = tmp_path / "j.jsonl"
+    path.write_bytes(whole)
+    calls: list[int] = []
+    journal(path).fill([["a"], ["b"], ["c", "d"], ["e"]], recording(calls))
+    assert calls == []
+
+
+def test_a_chunk_with_other_rows_than_announced_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "j.jsonl"
+    with pytest.raises(RuntimeError, match="chunk 1 came back with other rows"):
+        journal(path).fill(CHUNKS, lambda index: made(0))
+    assert [row["prompt_id"] for row in read_jsonl(path)] == ["a", "b"]
+
+
+def test_a_journal_keeps_none_and_defaults_apart(tmp_path: Path) -> None:
+    path = tmp_path / "j.jsonl"
+    rows = [Judgement("c", 0, "?", None, "length", True), Judgement("c", 1, "Score: 0", 0.0)]
+    keys = [["c:0", "c:1"]]
+    told = Journal(path, Judgement, lambda row: f"{row.candidate_id}:{row.vote}")
+    told.fill(keys, lambda index: rows)
+    assert told.fill(keys, recording([], kill_at=0)) == rows
+    assert [row["score"] for row in read_jsonl(path)] == [None, 0.0]
+
+
+# --- files ------------------------------------------------------------------------------------
+
+
+def test_an_interrupted_write_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "deep" / "file.json"
+    write_json(path, {"value": "old"})
+
+    def no_disk(descriptor: int) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "fsync", no_disk)
+    with pytest.raises(OSError, match="no space"):
+        write_json(path, {"value": "new"})
+    assert read_json(path) == {"value": "old"}
+
+
+def test_an_atomic_write_leaves_nothing_beside_it(tmp_path: Path) -> None:
+    write_atomically(tmp_path / "a.txt", "one")
+    write_atomically(tmp_path / "a.txt", "two")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+    assert (tmp_path / "a.txt").read_text() == "two"
+
+
+def test_records_survive_the_way_through_a_file(tmp_path: Path) -> None:
+    rows = [
+        Candidate("p", "p#0", "two\nlines\u2028and a half ½", 5, "stop"),
+        Candidate("p", "p#1", "", 0, "length"),
+    ]
+    write_records(tmp_path / "c.jsonl", rows)
+    assert read_records(tmp_path / "c.jsonl", Candidate) == rows
+    assert (tmp_path / "c.jsonl").read_bytes().count(b"\n") == 2
+
+
+def test_unknown_keys_are_ignored_and_defaults_filled(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt_id": "1", "text": "t", "from_elsewhere": [1, 2]}\n')
+    assert read_records(path, Prompt) == [Prompt("1", "t", "")]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"a": 1}\n\n{"a": \n', ":3: not JSON"),
+        (b'{"a": 1}\n[1]\n', ":2: expected a JSON object"),
+        (b'{"a": 1}\nnull\n', ":2: expected a JSON object"),
+        (b'{"a": "\xff"}\n', ": not UTF-8 text"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        read_jsonl(path)
+    assert f"{path}{message}" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_and_a_directory_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"absent\.jsonl: no such file"):
+        read_jsonl(tmp_path / "absent.jsonl")
+    with pytest.raises(UserError, match="is a directory"):
+        read_jsonl(tmp_path)
+
+
+def test_a_file_from_windows_reads_like_any_other(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n{"a": 2}\r\n')
+    assert read_jsonl(path) == [{"a": 1}, {"a": 2}]
+
+
+def test_a_row_that_lacks_a_key_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "eft.jsonl"
+    row = {"prompt_id": "p", "prompt": "q", "response_id": "r", "response": "a"}
+    path.write_text(json.dumps({**row, "rank": 0}) + "\n" + json.dumps(row) + "\n")
+    with pytest.raises(UserError, match="row 2 lacks rank"):
+        read_records(path, RankedReply)
+
+
+# --- a run ------------------------------------------------------------------------------------
+
+
+def recipe(**changes: Any) -> Recipe:
+    raw: dict[str, Any] = {
+        "name": "test",
+        "base": {"name": "some/base"},
+        "data": {"dir": "nowhere"},
+        "iterations": 2,
+    }
+    return recipe_from({**raw, **changes}, where="test")
+
+
+def test_open_writes_what_the_run_is(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "out")
+    run.open(recipe(seed=7), {"versions": {"python": "3"}, "command": "srlm-lite iterate"})
+    facts = run.facts()
+    assert facts["seed"] == 7
+    assert facts["digest"] == recipe(seed=7).digest()
+    assert facts["recipe"]["dpo"]["beta"] == 0.1
+    assert facts["command"] == "srlm-lite iterate"
+    assert recipe_from(facts["recipe"], where="run.json") == recipe(seed=7)
+
+
+def test_the_same_configuration_goes_on(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    run.open(recipe(), {})
+    (run.path / "anchor").mkdir()
+    run.open(recipe(), {})
+    assert run.path.joinpath("anchor").is_dir()
+
+
+def test_more_iterations_and_another_name_are_the_same_run(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    run.open(recipe(), {})
+    run.open(recipe(iterations=5, description="longer"), {})
+    assert run.facts()["recipe"]["iterations"] == 5
+
+
+def test_another_configuration_is_refused_by_its_keys(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    run.open(recipe(), {})
+    before = run.run_json.read_bytes()
+    other = recipe(dpo={"beta": 0.2, "lora": {"rank": 4}}, seed=1)
+    with pytest.raises(UserError) as caught:
+        run.open(other, {})
+    message = str(caught.value)
+    assert "dpo.beta (0.1 there, 0.2 now)" in message
+    assert "dpo.lora.rank (16 there, 4 now)" in message
+    assert "seed (0 there, 1 now)" in message
+    assert "rollout" not in message
+    assert "--fresh" in message
+    assert "\n" not in message
+    assert run.run_json.read_bytes() == before
+
+
+def test_fresh_deletes_the_run_and_starts_over(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "out")
+    run.open(recipe(), {})
+    (run.path / "iter_001").mkdir()
+    run.open(recipe(seed=1), {}, fresh=True)
+    assert [path.name for path in run.path.iterdir()] == ["run.json"]
+    assert run.facts()["seed"] == 1
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_directory_of_other_files_is_left_alone(tmp_path: Path, fresh: bool) -> None:
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(UserError, match="holds files, but no run"):
+        RunDir(tmp_path).open(recipe(), {}, fresh=fresh)
+    assert (tmp_path / "thesis.tex").read_text() == "precious"
+    assert not (tmp_path / "run.json").exists()
+
+
+def test_a_file_is_no_run_directory(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("")
+    with pytest.raises(UserError, match="is a file"):
+        RunDir(path).open(recipe(), {})
+    with pytest.raises(UserError, match="holds no run"):
+        RunDir(path).facts()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "5", '{"other": "tool"}', '{"recipe": {}}'])
+def test_a_broken_or_foreign_run_json_is_one_line(tmp_path: Path, content: str) -> None:
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(UserError, match=r"run\.json: not "):
+        RunDir(tmp_path).facts()
+    with pytest.raises(UserError, match=r"run\.json: not "):
+        RunDir(tmp_path).open(recipe(), {})
+
+
+def test_iterations_are_counted_up_to_the_first_gap(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    for number in (1, 2, 4):
+        run.iteration(number).path.mkdir()
+    run.iteration(1).finish()
+    assert [place.number for place in run.iterations()] == [1, 2]
+    assert run.iteration(12).path.name == "iter_012"
+    assert run.last_done() == 1
+    assert RunDir(tmp_path / "absent").last_done() == 0
+
+
+def test_done_json_names_every_artefact_with_its_hash(tmp_path: Path) -> None:
+    place = RunDir(tmp_path).iteration(1)
+    write_json(place.drops, {"tied": 1})
+    (place.delta).mkdir()
+    (place.delta / "adapter_model.safetensors").write_bytes(b"weights")
+    (place.path / ".pairs.jsonl.tmp").write_text("left by a kill")
+    assert not place.is_done
+    place.finish(iteration=1, seconds=2.5, counts={"pairs": {"pairs": 9}})
+    done = read_json(place.done)
+    assert place.is_done
+    assert done == {
+        "iteration": 1,
+        "seconds": 2.5,
+        "counts": {"pairs": {"pairs": 9}},
+        "sha256": {
+            "delta/adapter_model.safetensors": hashlib.sha256(b"weights").hexdigest(),
+            "drops.json": sha256_file(place.drops),
+        },
+    }
+    place.finish(iteration=1)
+    assert "done.json" not in read_json(place.done)["sha256"]
+
+
+# --- metrics ----------------------------------------------------------------------------------
+
+
+def test_metrics_rows_come_back_in_order(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    assert run.read_metrics() == []
+    rows = [{"iteration": 1, "stage": "pairs", "text": "½\n"}, {"iteration": 2, "stage": "delta"}]
+    for row in rows:
+        run.add_metrics(row)
+    assert run.read_metrics() == rows
+    assert stat.S_ISREG(run.metrics.stat().st_mode)
+
+
+def test_metrics_go_on_after_a_cut_at_every_byte(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    rows = [{"stage": "pairs"}, {"stage": "½"}]
+    for row in rows:
+        run.add_metrics(row)
+    content = run.metrics.read_bytes()
+    first = content.index(b"\n") + 1
+    for cut in range(len(content) + 1):
+        run.metrics.write_bytes(content[:cut])
+        kept = rows[: (cut >= first) + (cut == len(content))]
+        assert run.read_metrics() == kept
+        run.add_metrics({"stage": "next"})
+        assert run.read_metrics() == [*kept, {"stage": "next"}]
