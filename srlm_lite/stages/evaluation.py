@@ -94,15 +94,16 @@ def warnings(before: dict[str, Any] | None, now: dict[str, Any]) -> list[str]:
             f"the judge gives nearly every reply the score {score}: its grades have collapsed "
             "and say nothing; look at `srlm-lite show judgements`"
         )
-    accuracy, earlier = judge["pairwise_accuracy"], before and before["judge"]["pairwise_accuracy"]
-    # Two standard errors of a share near one half: fewer pairs, more patience.
-    chance = 1 / max(1, judge["pairs"]) ** 0.5
-    fall = 0.0 if accuracy is None or earlier is None else earlier - accuracy
-    if fall > max(ACCURACY_FALL, chance):
-        found.append(
-            f"the judge's pairwise accuracy fell from {earlier:.2f} to {accuracy:.2f}: later "
-            "iterations learn from worse grades"
-        )
+    accuracy = judge["pairwise_accuracy"]
+    earlier = before["judge"]["pairwise_accuracy"] if before else None
+    if accuracy is not None and earlier is not None:
+        # Two standard errors of a share near one half: fewer pairs, more patience.
+        chance = 1 / judge["pairs"] ** 0.5
+        if earlier - accuracy > max(ACCURACY_FALL, chance):
+            found.append(
+                f"the judge's pairwise accuracy fell from {earlier:.2f} to {accuracy:.2f}: later "
+                "iterations learn from worse grades"
+            )
     gold = now["policy"].get("gold_mean")
     gold_before = before and before["policy"].get("gold_mean")
     error = now["policy"].get("gold_se") or 0.0

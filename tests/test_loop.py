@@ -1,0 +1,312 @@
+"""The whole loop on the toy base in NF4, on a CPU: what it writes, and that it can be killed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from srlm_lite.config import Recipe, load_recipe
+from srlm_lite.errors import UserError
+from srlm_lite.loop import iterate
+from srlm_lite.run_dir import RunDir, read_json, read_jsonl, sha256_file
+from srlm_lite.session import Session
+
+JUDGE_KEYS = {
+    "pairwise_accuracy",
+    "five_best",
+    "exact_match",
+    "spearman",
+    "kendall",
+    "parse_rate",
+    "tie_rate",
+    "score_histogram",
+}
+
+
+def run(path: Path, *overrides: str) -> RunDir:
+    recipe = load_recipe("tiny", overrides)
+    directory = RunDir(path)
+    directory.open(recipe, {})
+    iterate(Session(recipe, directory))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """An undisturbed run of the recipe `tiny`: two iterations, NF4."""
+    return run(tmp_path_factory.mktemp("undisturbed") / "out")
+
+
+def artefacts(directory: RunDir) -> dict[str, str]:
+    """Hashes of all that a run computes; seconds and hardware are no results."""
+    return {
+        str(file.relative_to(directory.path)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(directory.path.rglob("*"))
+        if file.is_file() and file.name not in {"done.json", "metrics.jsonl", "run.json"}
+    }
+
+
+def test_the_run_directory_is_as_documented(finished: RunDir) -> None:
+    assert read_json(finished.run_json)["recipe"]["base"]["quantization"] == "nf4"
+    for place in (finished.anchor, finished.iteration(1), finished.iteration(2)):
+        done = read_json(place.done)
+        for name, digest in done["sha256"].items():
+            assert sha256_file(place.path / name) == digest
+        evaluation = read_json(place.evaluation)
+        assert evaluation["judge"].keys() >= JUDGE_KEYS
+        assert evaluation["policy"].keys() >= {"mean_length_chars", "gold_mean", "gold_se"}
+    for t in (1, 2):
+        names = {file.name for file in finished.iteration(t).path.iterdir()}
+        assert names >= {
+            "prompts.jsonl",
+            "candidates.jsonl",
+            "judgements.jsonl",
+            "pairs.jsonl",
+            "drops.json",
+            "delta",
+            "eval.json",
+            "done.json",
+        }
+    assert not finished.scratch.exists()
+
+
+def test_ids_match_from_prompts_to_pairs(finished: RunDir) -> None:
+    for place in finished.iterations():
+        prompts = {row["prompt_id"]: row["text"] for row in read_jsonl(place.prompts)}
+        candidates = {row["candidate_id"]: row for row in read_jsonl(place.candidates)}
+        votes: dict[str, list[float | None]] = {}
+        for row in read_jsonl(place.judgements):
+            votes.setdefault(row["candidate_id"], []).append(row["score"])
+        assert len(candidates) == 4 * len(prompts)
+        assert votes.keys() <= candidates.keys()
+        pairs = read_jsonl(place.pairs)
+        assert pairs
+        for pair in pairs:
+            chosen, rejected = candidates[pair["chosen_id"]], candidates[pair["rejected_id"]]
+            assert chosen["prompt_id"] == rejected["prompt_id"] == pair["prompt_id"]
+            assert (chosen["text"], rejected["text"]) == (pair["chosen"], pair["rejected"])
+            assert prompts[pair["prompt_id"]] == pair["prompt"]
+            assert pair["chosen_score"] > pair["rejected_score"]
+            readable = [vote for vote in votes[pair["chosen_id"]] if vote is not None]
+            assert pair["chosen_score"] == pytest.approx(sum(readable) / len(readable))
+        drops = read_json(place.drops)
+        dropped = sum(count for reason, count in drops.items() if reason != "candidates")
+        assert len(pairs) + dropped == len(prompts)
+
+
+def test_prompts_are_new_in_every_iteration(finished: RunDir) -> None:
+    first, second = (
+        {row["prompt_id"] for row in read_jsonl(finished.iteration(t).prompts)} for t in (1, 2)
+    )
+    assert len(first) == len(second) == 12
+    assert not first & second
+
+
+def test_metrics_have_a_row_for_each_stage_and_the_proof(finished: RunDir) -> None:
+    rows = finished.read_metrics()
+    stages = ["prompts", "candidates", "judgements", "pairs", "delta", "evaluation"]
+    assert [(row["iteration"], row["stage"]) for row in rows] == [
+        (0, "anchor"),
+        (0, "evaluation"),
+        *((t, stage) for t in (1, 2) for stage in stages),
+    ]
+    for row in rows:
+        assert row["seconds"] >= 0
+        if row["stage"] == "delta":
+            assert row["step0_loss"] == pytest.approx(math.log(2), abs=1e-3)
+            assert row["step0_margin"] == pytest.approx(0, abs=1e-3)
+
+
+def test_a_finished_run_is_left_alone_and_loads_nothing(finished: RunDir) -> None:
+    before = artefacts(finished)
+    recipe = load_recipe("tiny")
+    session = Session(recipe, finished)
+    finished.open(recipe, {})
+    iterate(session)
+    assert "base" not in session.__dict__
+    assert artefacts(finished) == before
+
+
+def test_more_iterations_continue_a_run(finished: RunDir, tmp_path: Path) -> None:
+    shorter = run(tmp_path / "out", "iterations=1")
+    assert shorter.last_done() == 1
+    longer = run(tmp_path / "out", "iterations=2")
+    assert artefacts(longer) == artefacts(finished)
+
+
+def test_the_paper_s_chain_starts_each_delta_from_the_one_before(
+    finished: RunDir, tmp_path: Path
+) -> None:
+    chained = run(tmp_path / "out", "dpo.init=previous")
+    rows = {r["iteration"]: r for r in chained.read_metrics() if r["stage"] == "delta"}
+    assert rows[2]["first_loss"] == pytest.approx(math.log(2), abs=1e-3)
+    ours, rebased = artefacts(chained), artefacts(finished)
+    weights = "delta/adapter_model.safetensors"
+    assert ours[f"iter_001/{weights}"] == rebased[f"iter_001/{weights}"]
+    assert ours[f"iter_002/{weights}"] != rebased[f"iter_002/{weights}"]
+
+
+def test_a_killed_run_ends_with_the_same_bytes(finished: RunDir, tmp_path: Path) -> None:
+    """Killed ten times, at moments drawn at random, then left to finish."""
+    rng = random.Random(7)
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "srlm_lite", "iterate", "--recipe", "tiny", "--adapters"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    kills = 0
+    while kills < 10:
+        process = subprocess.Popen(
+            [*command, str(out)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=environment,
+        )
+        # Importing the libraries takes seconds, in which there is nothing to lose.
+        before = size(out)
+        while size(out) == before and process.poll() is None:
+            time.sleep(0.02)
+        time.sleep(rng.uniform(0, 1.5))
+        if process.poll() is not None:
+            break
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kills += 1
+    subprocess.run([*command, str(out)], check=True, capture_output=True, env=environment)
+    assert kills >= 5, "the run was over before it could be killed often enough to tell"
+    assert artefacts(RunDir(out)) == artefacts(finished)
+
+
+def size(path: Path) -> int:
+    """Bytes below a path; files may come and go meanwhile."""
+    total = 0
+    for folder, _, files in os.walk(path):
+        for name in files:
+            try:
+                total += os.stat(os.path.join(folder, name)).st_size
+            except FileNotFoundError:
+                continue
+    return total
+
+
+def test_too_few_pairs_stop_the_run_with_the_counts(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as error:
+        run(tmp_path / "out", "iterations=1", "pairing.min_pairs=12", "pairing.min_gap=4.9")
+    text = str(error.value)
+    assert "fewer than pairing.min_pairs = 12" in text
+    assert "tied" in text and "judge.votes" in text
+    assert read_json(RunDir(tmp_path / "out").iteration(1).drops)["tied"] > 0
+
+
+def test_pairs_longer_than_the_window_are_dropped_and_counted(
+    finished: RunDir, tmp_path: Path
+) -> None:
+    """A window that the longest pairs of the undisturbed run exceed, and nothing else does."""
+    from srlm_lite.records import Candidate, Judgement, PreferencePair, Prompt
+    from srlm_lite.run_dir import IterationDir, read_records
+    from srlm_lite.stages.iteration import pair_example, pairs
+
+    place = finished.iteration(1)
+    session = Session(load_recipe("tiny"), finished)
+    made = read_records(place.pairs, PreferencePair)
+    lengths = sorted(len(pair_example(session, pair)) for pair in made)
+    window = lengths[len(lengths) // 2]
+    short = Session(load_recipe("tiny", [f"base.window={window}"]), finished)
+    short.__dict__["chat"] = session.chat
+    copy = IterationDir(tmp_path, 1)
+    kept, facts = pairs(
+        short,
+        copy,
+        read_records(place.prompts, Prompt),
+        read_records(place.candidates, Candidate),
+        read_records(place.judgements, Judgement),
+    )
+    expected = sum(length <= window for length in lengths)
+    assert len(kept) == expected < len(made)
+    assert facts["drops"]["too_long"] == read_json(copy.drops)["too_long"] == len(made) - expected
+
+
+def test_a_shipped_anchor_is_taken_as_it_is(finished: RunDir, tmp_path: Path) -> None:
+    anchor = finished.anchor.path
+    again = run(tmp_path / "out", f"anchor.init={anchor}", "iterations=1")
+    name = "adapter_model.safetensors"
+    assert sha256_file(again.anchor.path / name) == sha256_file(anchor / name)
+    ours, theirs = artefacts(again), artefacts(finished)
+    assert {k: v for k, v in ours.items() if k.startswith("iter_001")} == {
+        k: v for k, v in theirs.items() if k.startswith("iter_001")
+    }
+
+
+def test_an_anchor_on_judge_data_alone(tmp_path: Path) -> None:
+    only = run(tmp_path / "out", "anchor.use_ift=false", "iterations=0")
+    facts = read_json(only.anchor.training)
+    assert (facts["ift"], facts["eft"]) == (0, 48)
+    assert list(only.iterations()) == []
+
+
+def test_the_ift_only_model_writes_the_judge_s_targets(tmp_path: Path) -> None:
+    """The paper's way: kept are judgements whose order over a prompt's replies is the human one."""
+    data = tmp_path / "data"
+    source = Path(load_recipe("tiny").data.dir)
+    data.mkdir()
+    for name in ("ift.jsonl", "eft_eval.jsonl", "prompts.jsonl"):
+        (data / name).write_text((source / name).read_text())
+    ranked = read_jsonl(source / "eft_eval.jsonl")[:96]
+    (data / "eft_train.jsonl").write_text(
+        "".join(json.dumps({**row, "target": None}) + "\n" for row in ranked)
+    )
+    out = run(
+        tmp_path / "out",
+        f"data.dir={data}",
+        "anchor.eft_targets=self",
+        "anchor.ift_limit=200",
+        "iterations=0",
+    )
+    facts: dict[str, Any] = read_json(out.anchor.training)
+    targets = read_jsonl(out.anchor.eft_targets)
+    assert facts["eft"] == len(targets) > 0
+    assert all(row["target"] for row in targets)
+    dropped = facts["eft_drops"]
+    groups = len({row["prompt_id"] for row in ranked})
+    kept = groups - dropped["unreadable"] - dropped["disagreeing"]
+    assert 0 < kept <= groups
+    assert (out.anchor.ift_only / "adapter_model.safetensors").is_file()
+
+
+def test_given_targets_are_wanted_where_the_recipe_says_so(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    source = Path(load_recipe("tiny").data.dir)
+    data.mkdir()
+    for name in ("ift.jsonl", "eft_eval.jsonl", "prompts.jsonl"):
+        (data / name).write_text((source / name).read_text())
+    (data / "eft_train.jsonl").write_text((source / "eft_eval.jsonl").read_text())
+    with pytest.raises(UserError, match=r"rows have no target.*anchor\.eft_targets=self"):
+        run(tmp_path / "out", f"data.dir={data}", "iterations=0")
+
+
+def test_prompts_run_out_with_a_way_out(finished: RunDir) -> None:
+    from srlm_lite.stages.iteration import prompts
+
+    recipe: Recipe = load_recipe("tiny")
+    session = Session(recipe, finished)
+    far = finished.iteration(999)
+    with pytest.raises(UserError, match=r"iteration 999 needs prompts .* prompts\.reuse=true"):
+        prompts(session, far)
+    reusing = Session(load_recipe("tiny", ["prompts.reuse=true"]), finished)
+    reusing.__dict__["chat"] = session.chat
+    found, _ = prompts(reusing, finished.iteration(998))
+    assert len({prompt.prompt_id for prompt in found}) == 12
+    for number in (998, 999):
+        folder = finished.iteration(number).path
+        (folder / "prompts.jsonl").unlink(missing_ok=True)
+        if folder.exists():
+            folder.rmdir()
