@@ -34,7 +34,9 @@ class Drops:
 
     def summary(self) -> str:
         """The prompts' reasons in words, most frequent first."""
-        return ", ".join(f"{count} {reason}" for reason, count in self.prompts.most_common())
+        return ", ".join(
+            f"{count} {reason}" for reason, count in self.prompts.most_common() if count
+        )
 
 
 def make_pairs(
@@ -48,8 +50,9 @@ def make_pairs(
 ) -> tuple[list[PreferencePair], Drops]:
     """At most one pair a prompt: the candidate of the highest mean score against the lowest.
 
-    Among equal scores the earlier candidate counts. With `pairing.source: random`, the control,
-    two usable candidates are drawn blindly instead.
+    Among equal scores the earlier candidate counts. Of several usable candidates with the same
+    text the first counts, and the others are duplicates. With `pairing.source: random`, the
+    control, two usable candidates are drawn blindly instead.
 
     Source: Yuan et al. 2024, arXiv:2401.10020, section 2.3.
     """
@@ -112,7 +115,7 @@ def _usable(
             reasons.append("too_few_votes" if readable else "unreadable")
         else:
             usable.append((candidate, score))
-        seen.add(candidate.text)
+            seen.add(candidate.text)
     return usable, reasons
 
 

@@ -1,0 +1,397 @@
+"""Scores become preference pairs, by hand-worked examples; nothing is left out uncounted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from srlm_lite import methods
+from srlm_lite.config import Pairing, recipe_from
+from srlm_lite.pairing import CANDIDATE_REASONS, PROMPT_REASONS, Drops, make_pairs
+from srlm_lite.records import Candidate, FinishReason, Judgement, PreferencePair, Prompt
+
+DEFAULT = Pairing()
+
+Votes = Sequence[float | None]
+
+
+def case(
+    *answers: tuple[str, Votes] | tuple[str, Votes, FinishReason], prompt_id: str = "p"
+) -> tuple[Prompt, list[Candidate], list[Judgement]]:
+    """A prompt with its answers: text, votes, and how it ended ("stop" unless said)."""
+    candidates, judgements = [], []
+    for i, (text, votes, *end) in enumerate(answers):
+        name = f"{prompt_id}#{i}"
+        candidates.append(Candidate(prompt_id, name, text, len(text), end[0] if end else "stop"))
+        judgements += [Judgement(name, k, "", score) for k, score in enumerate(votes)]
+    return Prompt(prompt_id, f"question {prompt_id}"), candidates, judgements
+
+
+def pairs_of(
+    *cases: tuple[Prompt, list[Candidate], list[Judgement]],
+    pairing: Pairing = DEFAULT,
+    min_votes: int = 2,
+    seed: int = 0,
+) -> tuple[list[PreferencePair], Drops]:
+    return make_pairs(
+        [prompt for prompt, _, _ in cases],
+        [row for _, candidates, _ in cases for row in candidates],
+        [row for _, _, judgements in cases for row in judgements],
+        pairing=pairing,
+        min_votes=min_votes,
+        seed=seed,
+    )
+
+
+def reasons(drops: Drops) -> dict[str, int]:
+    return {reason: count for reason, count in drops.prompts.items() if count}
+
+
+def candidate_reasons(drops: Drops) -> dict[str, int]:
+    return {reason: count for reason, count in drops.candidates.items() if count}
+
+
+# --- highest against lowest -------------------------------------------------------------------
+
+
+def test_the_highest_mean_is_chosen_and_the_lowest_rejected() -> None:
+    # Means: (3+3+3)/3 = 3, (5+4+3)/3 = 4, (1+2+0)/3 = 1, (2+2+5)/3 = 3.
+    found, drops = pairs_of(
+        case(("a", (3, 3, 3)), ("b", (5, 4, 3)), ("c", (1, 2, 0)), ("d", (2, 2, 5)))
+    )
+    assert found == [
+        PreferencePair(
+            prompt_id="p",
+            prompt="question p",
+            chosen_id="p#1",
+            rejected_id="p#2",
+            chosen="b",
+            rejected="c",
+            chosen_score=4.0,
+            rejected_score=1.0,
+        )
+    ]
+    assert reasons(drops) == candidate_reasons(drops) == {}
+
+
+def test_the_mean_decides_and_not_a_single_vote() -> None:
+    # (5+0+0)/3 = 1.67 has the highest vote and loses against (2+2+2)/3 = 2.
+    [pair], _ = pairs_of(case(("spiky", (5, 0, 0)), ("steady", (2, 2, 2))))
+    assert (pair.chosen, pair.rejected) == ("steady", "spiky")
+
+
+def test_unreadable_votes_do_not_pull_a_mean() -> None:
+    # (4+4)/2 = 4 with one vote unreadable beats (4+4+3)/3 = 3.67; as a zero it would be 2.67.
+    [pair], _ = pairs_of(case(("a", (4, None, 4)), ("b", (4, 4, 3))))
+    assert (pair.chosen, pair.chosen_score) == ("a", 4.0)
+
+
+def test_a_score_of_zero_is_a_score() -> None:
+    [pair], drops = pairs_of(case(("a", (0, 0)), ("b", (1, 1))))
+    assert (pair.chosen, pair.rejected, pair.rejected_score) == ("b", "a", 0.0)
+    assert reasons(drops) == {}
+
+
+def test_negative_scores_keep_their_order() -> None:
+    [pair], _ = pairs_of(case(("a", (-2, -2)), ("b", (-1, -1))))
+    assert (pair.chosen, pair.rejected) == ("b", "a")
+
+
+def test_among_equal_scores_the_earlier_candidate_counts() -> None:
+    [pair], _ = pairs_of(case(("a", (1, 1)), ("b", (4, 4)), ("c", (4, 4)), ("d", (1, 1))))
+    assert (pair.chosen_id, pair.rejected_id) == ("p#1", "p#0")
+
+
+def test_the_order_of_votes_does_not_matter() -> None:
+    # The same three tenths in another order must not differ by a rounding error and make a pair.
+    found, drops = pairs_of(case(("a", (0.1, 0.2, 0.3)), ("b", (0.3, 0.2, 0.1))))
+    assert found == []
+    assert reasons(drops) == {"tied": 1}
+
+
+def test_judgements_belong_to_candidates_by_id_not_by_place() -> None:
+    prompt, candidates, judgements = case(("a", (1, 2)), ("b", (4, 5)))
+    [pair], _ = make_pairs(
+        [prompt], candidates, judgements[::-1], pairing=Pairing(), min_votes=2, seed=0
+    )
+    assert (pair.chosen, pair.chosen_score) == ("b", 4.5)
+
+
+def test_prompts_keep_to_their_own_candidates_and_order() -> None:
+    first = case(("a", (1, 1)), ("b", (2, 2)), prompt_id="p")
+    second = case(("c", (5, 5)), ("d", (4, 4)), prompt_id="q")
+    found, _ = pairs_of(second, first)
+    assert [(pair.prompt_id, pair.chosen, pair.rejected) for pair in found] == [
+        ("q", "c", "d"),
+        ("p", "b", "a"),
+    ]
+
+
+# --- ties and gaps ----------------------------------------------------------------------------
+
+
+def test_equal_scores_give_no_pair() -> None:
+    found, drops = pairs_of(case(("a", (3, 3)), ("b", (2, 4)), ("c", (4, 2))))
+    assert found == []
+    assert reasons(drops) == {"tied": 1}
+
+
+@pytest.mark.parametrize(("gap", "expected"), [(0.0, 1), (0.4, 1), (0.5, 0), (0.6, 0)])
+def test_scores_must_differ_by_more_than_the_gap(gap: float, expected: int) -> None:
+    # Means 3.5 and 3.0: they differ by 0.5, which is not more than 0.5.
+    found, drops = pairs_of(case(("a", (3, 4)), ("b", (3, 3))), pairing=Pairing(min_gap=gap))
+    assert len(found) == expected
+    assert reasons(drops) == ({} if expected else {"tied": 1})
+
+
+# --- candidates that cannot be used -----------------------------------------------------------
+
+
+def test_truncated_candidates_are_left_out() -> None:
+    found, drops = pairs_of(case(("a", (5, 5), "length"), ("b", (4, 4)), ("c", (1, 1))))
+    assert [pair.chosen for pair in found] == ["b"]
+    assert candidate_reasons(drops) == {"truncated": 1}
+
+
+def test_truncated_candidates_stay_where_the_recipe_keeps_them() -> None:
+    found, drops = pairs_of(
+        case(("a", (5, 5), "length"), ("b", (4, 4)), ("c", (1, 1))),
+        pairing=Pairing(drop_truncated=False),
+    )
+    assert [pair.chosen for pair in found] == ["a"]
+    assert candidate_reasons(drops) == {}
+
+
+@pytest.mark.parametrize("text", ["", " ", "\n\t ", "\u3000"])
+def test_empty_answers_are_never_in_a_pair(text: str) -> None:
+    found, drops = pairs_of(case((text, (5, 5)), ("b", (1, 1))))
+    assert found == []
+    assert reasons(drops) == candidate_reasons(drops) == {"empty": 1}
+
+
+def test_the_same_text_counts_once_with_its_first_scores() -> None:
+    # The twins are scored 4 and 0: without this, one text would be chosen and rejected at once.
+    found, drops = pairs_of(case(("twin", (4, 4)), ("twin", (0, 0)), ("b", (2, 2))))
+    assert [(pair.chosen_id, pair.rejected_id) for pair in found] == [("p#0", "p#2")]
+    assert candidate_reasons(drops) == {"duplicate": 1}
+
+
+def test_only_copies_of_one_text_give_no_pair() -> None:
+    found, drops = pairs_of(case(*[("same", (k, k)) for k in range(4)]))
+    assert found == []
+    assert reasons(drops) == {"duplicate": 1}
+    assert candidate_reasons(drops) == {"duplicate": 3}
+
+
+def test_a_copy_of_an_unreadable_candidate_stands_in_for_it() -> None:
+    found, drops = pairs_of(case(("twin", (None, None)), ("twin", (4, 4)), ("b", (2, 2))))
+    assert [(pair.chosen_id, pair.rejected_id) for pair in found] == [("p#1", "p#2")]
+    assert candidate_reasons(drops) == {"unreadable": 1}
+
+
+def test_the_same_text_under_two_prompts_is_no_duplicate() -> None:
+    found, _ = pairs_of(
+        case(("yes", (4, 4)), ("no", (1, 1)), prompt_id="p"),
+        case(("yes", (1, 1)), ("no", (4, 4)), prompt_id="q"),
+    )
+    assert [pair.chosen for pair in found] == ["yes", "no"]
+
+
+def test_no_readable_vote_and_too_few_of_them_are_told_apart() -> None:
+    found, drops = pairs_of(
+        case(("a", (None, None, None)), ("b", (3, None, None)), ("c", (3, None, 3)))
+    )
+    assert found == []
+    assert candidate_reasons(drops) == {"unreadable": 1, "too_few_votes": 1}
+
+
+@pytest.mark.parametrize(("min_votes", "expected"), [(1, 1), (2, 0), (3, 0)])
+def test_the_recipe_says_how_many_votes_are_enough(min_votes: int, expected: int) -> None:
+    found, _ = pairs_of(case(("a", (5, None, None)), ("b", (1, 1, 1))), min_votes=min_votes)
+    assert len(found) == expected
+
+
+def test_a_candidate_that_was_never_judged_is_unreadable() -> None:
+    found, drops = pairs_of(case(("a", ()), ("b", (1, 1))))
+    assert found == []
+    assert reasons(drops) == {"unreadable": 1}
+
+
+@pytest.mark.parametrize(
+    ("answers", "main"),
+    [
+        # The most frequent reason among the candidates is the prompt's.
+        ([("a", (), "length"), ("b", (), "length"), ("", ()), ("c", (1, 1))], "truncated"),
+        ([("a", (), "length"), ("", ()), ("", ()), ("c", (1, 1))], "empty"),
+        ([("a", (), "length"), ("c", (1, 1)), ("c", (1, 1)), ("c", (2, 2))], "duplicate"),
+        ([("a", (None,)), ("b", (None,)), ("c", (1, None)), ("d", (1, 1))], "unreadable"),
+        ([("a", (None,)), ("b", (1, None)), ("c", (1, None)), ("d", (1, 1))], "too_few_votes"),
+        # Equally frequent: the one that is asked first.
+        ([("", (), "length"), ("", ()), ("c", (1, 1))], "truncated"),
+        ([("a", (1, None)), ("b", (None, None)), ("c", (1, 1))], "unreadable"),
+    ],
+)
+def test_a_prompt_is_counted_under_its_main_reason(
+    answers: list[tuple[str, Votes]], main: str
+) -> None:
+    found, drops = pairs_of(case(*answers))
+    assert found == []
+    assert reasons(drops) == {main: 1}
+
+
+# --- what is told of drops --------------------------------------------------------------------
+
+
+def test_drops_json_carries_every_reason() -> None:
+    _, drops = pairs_of(case(("a", (3, 3)), ("b", (3, 3))), case(("a", (1, 1)), prompt_id="q"))
+    told = json.loads(json.dumps(drops.to_json()))
+    for reason in ("tied", "unreadable", "too_few_votes", "duplicate", "truncated", "too_long"):
+        assert isinstance(told[reason], int)
+    assert set(told) == {*PROMPT_REASONS, "candidates"}
+    assert set(told["candidates"]) == set(CANDIDATE_REASONS)
+    assert told["tied"] == 1
+
+
+def test_the_summary_names_reasons_by_frequency_and_no_zeros() -> None:
+    drops = Drops()
+    assert drops.summary() == ""
+    drops.prompts.update({"too_long": 0, "tied": 3, "duplicate": 5})
+    assert drops.summary() == "5 duplicate, 3 tied"
+
+
+# --- the random control -----------------------------------------------------------------------
+
+RANDOM = Pairing(source="random")
+
+
+def crowd(prompt_id: str) -> tuple[Prompt, list[Candidate], list[Judgement]]:
+    return case(*[(f"{prompt_id} {k}", (k, k)) for k in range(5)], prompt_id=prompt_id)
+
+
+def test_random_pairs_are_fixed_by_the_seed() -> None:
+    cases = [crowd(f"p{i}") for i in range(30)]
+    first, _ = pairs_of(*cases, pairing=RANDOM, seed=1)
+    assert pairs_of(*cases, pairing=RANDOM, seed=1)[0] == first
+    assert pairs_of(*cases, pairing=RANDOM, seed=2)[0] != first
+
+
+def test_random_pairs_do_not_depend_on_the_prompts_beside_them() -> None:
+    cases = [crowd(f"p{i}") for i in range(10)]
+    every = {pair.prompt_id: pair for pair in pairs_of(*cases, pairing=RANDOM)[0]}
+    backwards = pairs_of(*cases[::-1], pairing=RANDOM)[0]
+    assert {pair.prompt_id: pair for pair in backwards} == every
+    [alone], _ = pairs_of(cases[7], pairing=RANDOM)
+    assert alone == every["p7"]
+
+
+def test_random_pairs_are_blind_to_the_score() -> None:
+    # 400 prompts: the better one is chosen in half of them, give or take 4 sigma (40).
+    found, _ = pairs_of(*[crowd(f"p{i}") for i in range(400)], pairing=RANDOM)
+    better = sum(pair.chosen_score > pair.rejected_score for pair in found)
+    assert 160 < better < 240
+    assert all(pair.chosen_id != pair.rejected_id for pair in found)
+
+
+def test_random_pairs_take_usable_candidates_only() -> None:
+    cases = [
+        case(
+            ("long", (5, 5), "length"),
+            ("", (5, 5)),
+            ("mute", (None, None)),
+            ("a", (1, 1)),
+            ("a", (2, 2)),
+            ("b", (1, 1)),
+            prompt_id=f"p{i}",
+        )
+        for i in range(20)
+    ]
+    found, drops = pairs_of(*cases, pairing=RANDOM)
+    assert len(found) == 20  # equal scores are no tie to the control
+    assert {frozenset((pair.chosen, pair.rejected)) for pair in found} == {frozenset("ab")}
+    assert reasons(drops) == {}
+
+
+def test_random_pairs_are_dropped_for_the_same_reasons() -> None:
+    found, drops = pairs_of(case(("a", (1, 1)), ("b", (1, None))), pairing=RANDOM)
+    assert found == []
+    assert reasons(drops) == {"too_few_votes": 1}
+
+
+# --- properties -------------------------------------------------------------------------------
+
+answers = st.lists(
+    st.tuples(
+        st.sampled_from(["", " ", "a", "b", "c", "d"]),
+        st.lists(st.none() | st.sampled_from([0.0, 1.0, 2.5, 5.0]), max_size=4),
+        st.sampled_from(["stop", "length"]),
+    ),
+    min_size=2,
+    max_size=6,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(answers, max_size=4),
+    st.builds(
+        Pairing,
+        source=st.sampled_from(["judge", "random"]),
+        min_gap=st.sampled_from([0.0, 1.0]),
+        drop_truncated=st.booleans(),
+    ),
+    st.integers(1, 3),
+)
+def test_every_prompt_gives_a_pair_or_exactly_one_reason(
+    prompts: list[list[tuple[str, Votes, FinishReason]]], pairing: Pairing, min_votes: int
+) -> None:
+    cases = [case(*rows, prompt_id=f"p{i}") for i, rows in enumerate(prompts)]
+    found, drops = pairs_of(*cases, pairing=pairing, min_votes=min_votes)
+    assert len(found) + sum(drops.prompts.values()) == len(prompts)
+    assert set(drops.prompts) <= set(PROMPT_REASONS)
+    assert len({pair.prompt_id for pair in found}) == len(found)
+
+    votes = {c.candidate_id: [] for _, candidates, _ in cases for c in candidates}
+    for _, _, judgements in cases:
+        for judgement in judgements:
+            votes[judgement.candidate_id].append(judgement.score)
+    rows = {c.candidate_id: c for _, candidates, _ in cases for c in candidates}
+    for pair in found:
+        chosen, rejected = rows[pair.chosen_id], rows[pair.rejected_id]
+        assert chosen.prompt_id == rejected.prompt_id == pair.prompt_id
+        assert (pair.chosen, pair.rejected) == (chosen.text, rejected.text)
+        assert pair.chosen != pair.rejected
+        for row, score in ((chosen, pair.chosen_score), (rejected, pair.rejected_score)):
+            assert row.text.strip()
+            assert not (pairing.drop_truncated and row.finish_reason == "length")
+            readable = [vote for vote in votes[row.candidate_id] if vote is not None]
+            assert len(readable) >= min_votes
+            assert min(readable) <= score <= max(readable)
+        if pairing.source == "judge":
+            assert pair.chosen_score - pair.rejected_score > pairing.min_gap
+
+
+# --- the method -------------------------------------------------------------------------------
+
+
+def test_the_self_rewarding_method_follows_the_recipe() -> None:
+    raw = {"name": "t", "base": {"name": "b"}, "data": {"dir": "d"}}
+    prompt, candidates, judgements = case(("a", (1, None)), ("b", (3, 3)), ("c", (2, 2)))
+    for min_votes, rejected in ((1, "a"), (2, "c")):
+        recipe = recipe_from({**raw, "judge": {"min_votes": min_votes}}, where="t")
+        [pair], _ = methods.pairs(recipe, [prompt], candidates, judgements, seed_path=(0, 1))
+        assert (pair.chosen, pair.rejected) == ("b", rejected)
+
+
+def test_the_control_draws_anew_in_every_iteration() -> None:
+    raw = {"name": "t", "base": {"name": "b"}, "data": {"dir": "d"}}
+    recipe = recipe_from({**raw, "pairing": {"source": "random"}}, where="t")
+    prompt, candidates, judgements = crowd("p")
+    drawn = {
+        methods.pairs(recipe, [prompt], candidates, judgements, seed_path=(0, t))[0][0].chosen_id
+        for t in range(20)
+    }
+    assert len(drawn) > 1
