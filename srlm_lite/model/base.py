@@ -258,11 +258,14 @@ def _converted(file: Path, digest: str) -> Path:
         ) from error
     try:
         _convert(file, draft)
-        # Another process may have been quicker; its result is the same.
-        with contextlib.suppress(FileExistsError, OSError):
+        with contextlib.suppress(OSError):  # another process was quicker; its result is the same
             draft.rename(folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            "cannot put the converted file here", where=str(folder), way_out="Delete it"
+        )
     return folder
 
 
