@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,18 +26,20 @@ class Gold:
         """Points by criterion; a scorer that gives one number has the one criterion `score`.
 
         Raises:
-            UserError: The scorer failed, or gave something that is no number.
+            UserError: The scorer failed, or gave something that is no finite number.
         """
         try:
-            points = self.function(prompt, response)
-            if isinstance(points, Mapping):
-                return {str(key): float(value) for key, value in points.items()}
-            return {"score": float(points)}
+            given = self.function(prompt, response)
+            by_name = given if isinstance(given, Mapping) else {"score": given}
+            points = {str(key): float(value) for key, value in by_name.items()}
         except Exception as error:
             raise UserError(
                 f"the gold scorer failed on a response ({type(error).__name__}: {error})",
                 where=self.name,
             ) from error
+        if not all(math.isfinite(value) for value in points.values()):
+            raise UserError(f"the gold scorer gave {given}, not a finite number", where=self.name)
+        return points
 
     def total(self, prompt: str, response: str) -> float:
         """The gold score."""
@@ -47,7 +50,7 @@ def load_gold(name: str) -> Gold:
     """Import a gold scorer; modules in the working directory are found too.
 
     Raises:
-        UserError: Not of the form `module:function`, or it cannot be imported.
+        UserError: Not of the form `module:function`, it cannot be imported, or is no function.
     """
     module_name, colon, function_name = name.partition(":")
     if not colon or not module_name or not function_name:
@@ -57,10 +60,16 @@ def load_gold(name: str) -> Gold:
         sys.path.append(here)
     try:
         function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError) as error:
+    except ImportError as error:
         raise UserError(
             f"cannot be imported ({error})",
             where=f"evaluate.gold = {name}",
             way_out="Put the module on PYTHONPATH or in the working directory",
         ) from error
+    except Exception as error:  # the module is the user's own code
+        raise UserError(
+            f"cannot be used ({type(error).__name__}: {error})", where=f"evaluate.gold = {name}"
+        ) from error
+    if not callable(function):
+        raise UserError("is not a function", where=f"evaluate.gold = {name}")
     return Gold(name, function)

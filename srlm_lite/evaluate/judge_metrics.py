@@ -1,18 +1,19 @@
 """How well a judge's scores agree with a human order over the replies of a prompt.
 
 The five metrics of Yuan et al. 2024, arXiv:2401.10020, section 3.1.3. What the paper leaves open
-is settled as follows. A reply's score is the mean of its readable votes; without any it is
-unreadable. For `pairwise_accuracy` a tie of scores and a pair with an unreadable reply count as
-half right: a judge that says nothing is as good as a coin. `exact_match` wants every two replies
-that humans told apart in the human order, so a tie or an unreadable reply among them fails the
-prompt, while replies that humans ranked equal may have any scores.
-Correlations are computed for each prompt over its readable replies and averaged over prompts; a
-prompt where they are undefined, all scores equal, counts as 0.
+is settled as follows. A prompt whose replies humans did not tell apart is left out of all five.
+A reply's score is the mean of its readable votes; without any it is unreadable.
+
+For `pairwise_accuracy` a tie of scores and a pair with an unreadable reply count as half right: a
+judge that says nothing is as good as a coin. `exact_match` wants every two replies that humans
+told apart in the human order, so a tie or an unreadable reply among them fails the prompt, while
+replies that humans ranked equal may have any scores. Correlations are computed for each prompt
+over its readable replies and averaged over prompts; a prompt where they are undefined, with all
+scores equal or too few of them readable, counts as 0.
 """
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -52,6 +53,7 @@ def judge_metrics(
         `tie_rate`, `score_histogram` (single votes), `pairwise_accuracy_decided` (ties and
         unreadable pairs left out), and the counts behind them. A rate over nothing is None.
     """
+    groups = [group for group in groups if len({row.rank for row in group}) > 1]
     scores = mean_scores(judgements, min_votes=1)
     pairs = [pair for group in groups for pair in _pairs(group, scores) if pair.human]
     decided = [pair for pair in pairs if pair.judge]
@@ -106,7 +108,7 @@ def five_best(
 
 
 def exact_match(groups: Sequence[Sequence[RankedReply]], scores: Scores) -> float | None:
-    """Share of the prompts whose whole order is the human one."""
+    """Share of the prompts (each with a human order) whose whole order is the human one."""
     return _rate(
         [
             float(all(pair.judge == pair.human for pair in _pairs(group, scores) if pair.human))
@@ -123,20 +125,14 @@ def _mean_correlation(
         readable = [(row.rank, scores.get(row.response_id)) for row in group]
         both = [(-rank, score) for rank, score in readable if score is not None]
         human, judge = [h for h, _ in both], [j for _, j in both]
-        if len(set(human)) < 2:
-            continue  # nothing to correlate with
-        if len(set(judge)) < 2:
-            values.append(0.0)
-            continue
-        value = float(correlation(human, judge).statistic)
-        values.append(0.0 if math.isnan(value) else value)
+        defined = len(set(human)) > 1 and len(set(judge)) > 1
+        values.append(float(correlation(human, judge).statistic) if defined else 0.0)
     return _rate(values)
 
 
 def histogram(votes: Sequence[float | None]) -> dict[str, int]:
     """How often each score was given, in ascending order, and `unreadable` last."""
-    counts = Counter(vote for vote in votes if vote is not None)
-    result = {f"{score:g}": counts[score] for score in sorted(counts)}
+    result = Counter(f"{score:g}" for score in sorted(vote for vote in votes if vote is not None))
     return {**result, "unreadable": sum(vote is None for vote in votes)}
 
 
