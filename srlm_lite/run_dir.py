@@ -374,6 +374,26 @@ class RunDir:
         if before["recipe"]["iterations"] != recipe.iterations:
             self._write_run(recipe, facts)
 
+    def hold_to_base(self, source: dict[str, Any]) -> None:
+        """Note which base the run is on, by hash or revision; refuse any other from then on.
+
+        Raises:
+            UserError: The run was begun on other weights.
+        """
+        path = self.path / "base.json"
+        if not path.is_file():
+            write_json(path, source)
+            return
+        begun = read_json(path)
+        for key in ("sha256", "revision"):
+            if begun.get(key) != source.get(key):
+                raise UserError(
+                    f"the run was begun on other weights of {begun['name']} "
+                    f"({key} {_short(begun.get(key))}, now {_short(source.get(key))})",
+                    where=str(self.path),
+                    way_out="Restore the base, or use another directory",
+                )
+
     def _write_run(self, recipe: Recipe, facts: dict[str, Any]) -> None:
         resolved = {
             "recipe": recipe.model_dump(mode="json"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from srlm_lite.config import Recipe
 from srlm_lite.judging import Rubric, load_rubric
@@ -37,7 +37,9 @@ class Session:
     def base(self) -> LoadedBase:
         from srlm_lite.model.base import load_base
 
-        return load_base(self.recipe.base)
+        base = load_base(self.recipe.base)
+        self.run.hold_to_base(base.source)
+        return base
 
     @cached_property
     def chat(self) -> ChatFormat:
@@ -86,7 +88,3 @@ class Session:
         if iteration:
             stack.append(Adapter.load(self.run.iteration(iteration).delta))
         return stack
-
-    def facts(self) -> dict[str, Any]:
-        """What is known of the loaded base."""
-        return dict(self.base.source)

@@ -12,6 +12,8 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList
 
 from srlm_lite.model.chat import ChatFormat
+from srlm_lite.rollout.attention import grouped_decoding
+from srlm_lite.rollout.cache import roomy_cache
 from srlm_lite.rollout.nucleus import SeededNucleus, uniforms
 from srlm_lite.rollout.protocol import Limits, Request, Sample
 
@@ -46,7 +48,8 @@ class TransformersEngine:
         while waiting:
             batch = self._next_batch(waiting, requests)
             try:
-                samples = self._generate([requests[i] for i in batch], limits)
+                with grouped_decoding(self._model.get_base_model()):
+                    samples = self._generate([requests[i] for i in batch], limits)
             except (RuntimeError, MemoryError) as error:
                 if len(batch) == 1 or not _is_out_of_memory(error):
                     raise
@@ -74,7 +77,7 @@ class TransformersEngine:
     def _generate(self, requests: Sequence[Request], limits: Limits) -> list[list[Sample]]:
         counts = [len(request.seeds) for request in requests]
         prompt_ids, attention = self._left_padded([request.prompt_ids for request in requests])
-        cache = self._prefill(prompt_ids, attention, counts)
+        cache = self._prefill(prompt_ids, attention, counts, room=limits.max_new_tokens + 1)
         repeats = torch.tensor(counts, device=prompt_ids.device)
         prompt_ids = prompt_ids.repeat_interleave(repeats, dim=0)
         attention = attention.repeat_interleave(repeats, dim=0)
@@ -113,9 +116,11 @@ class TransformersEngine:
             attention[i, longest - len(row) :] = 1
         return ids, attention
 
-    def _prefill(self, ids: Tensor, attention: Tensor, counts: Sequence[int]) -> DynamicCache:
+    def _prefill(
+        self, ids: Tensor, attention: Tensor, counts: Sequence[int], *, room: int
+    ) -> DynamicCache:
         # All but the last token: `generate` computes that one for every sample.
-        cache = DynamicCache(config=self._model.config)
+        cache = roomy_cache(self._model.config, room)
         if ids.shape[1] > 1:
             positions = (attention.cumsum(dim=1) - 1).clamp(min=0)
             # The decoder alone: these positions' logits are of no use.

@@ -105,7 +105,7 @@ def warnings(before: dict[str, Any] | None, now: dict[str, Any]) -> list[str]:
                 "iterations learn from worse grades"
             )
     gold = now["policy"].get("gold_mean")
-    gold_before = before and before["policy"].get("gold_mean")
+    gold_before = before["policy"].get("gold_mean") if before else None
     error = now["policy"].get("gold_se") or 0.0
     if gold is not None and gold_before is not None and gold < gold_before - 2 * error:
         found.append(f"the gold score fell from {gold_before:.2f} to {gold:.2f}")
