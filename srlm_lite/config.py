@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -266,7 +267,11 @@ PATH_KEYS = (
     ("prompts", "file"),
     ("judge", "rubric"),
 )
-"""Settings that may be paths: relative ones start at the recipe's own directory."""
+"""Settings that may be paths: relative ones start at the recipe's own directory, or else at the
+working directory; what is in neither stays as it is."""
+
+ANCHOR_FROM_BASE = ("anchor", "init", "base")
+"""No path, even where there is a directory of that name."""
 
 
 SHIPPED = {
@@ -307,7 +312,8 @@ def find_recipe(name_or_path: str) -> Path:
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe, apply `section.key=value` overrides and resolve its paths.
 
-    Paths in the file are relative to it; paths in overrides to the working directory.
+    Paths in the file are looked for beside it, then in the working directory; paths in overrides
+    in the working directory.
 
     Raises:
         UserError: Not found, not YAML, an unknown key, or a value out of range.
@@ -319,12 +325,13 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
         raise UserError(f"not readable as YAML ({error})", where=str(path)) from error
     if not isinstance(raw, dict):
         raise UserError("a recipe is a mapping of sections", where=str(path))
-    _resolve_paths(raw, path.parent)
+    _resolve_paths(raw, path.parent, Path.cwd())
     given: dict[str, Any] = {}
     for override in overrides:
         _apply(given, override)
     _resolve_paths(given, Path.cwd())
-    return recipe_from(_merged(raw, given), where=str(path))
+    where = f"{path} with --set" if given else str(path)
+    return recipe_from(_merged(raw, given), where=where)
 
 
 def recipe_from(raw: Mapping[str, Any], *, where: str) -> Recipe:
@@ -336,38 +343,49 @@ def recipe_from(raw: Mapping[str, Any], *, where: str) -> Recipe:
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
-        first = error.errors()[0]
+        # A misspelt key is unknown under its name and missing under the right one.
+        found = sorted(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
+        first = found[0]
         location = [str(part) for part in first["loc"]]
         key = ".".join(location)
         if first["type"] == "extra_forbidden":
             raise UserError(
                 f"unknown key `{key}`", where=where, way_out=_suggestion(location)
             ) from error
-        shown = "" if first["type"] == "missing" else f" (is {first['input']!r})"
-        raise UserError(f"`{key}`{shown}: {first['msg']}", where=where) from error
+        whole_section = first["type"] in ("missing", "value_error")
+        shown = "" if whole_section else f" (is {first['input']!r})"
+        message = first["msg"].removeprefix("Value error, ")
+        raise UserError(f"`{key}`{shown}: {message}", where=where) from error
 
 
 def _suggestion(location: list[str]) -> str:
+    *sections, name = location
     section: type[BaseModel] = Recipe
-    for part in location[:-1]:
-        annotation = section.model_fields[part].annotation
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            section = annotation
-    siblings = list(section.model_fields)
-    everywhere = [
-        f"{name}.{key}"
-        for name, field in Recipe.model_fields.items()
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
-        for key in field.annotation.model_fields
-    ]
-    prefix = ".".join(location[:-1])
-    close = difflib.get_close_matches(location[-1], siblings, n=1, cutoff=0.6)
+    for part in sections:
+        section = _sections(section)[part]
+    close = difflib.get_close_matches(name, section.model_fields, n=1, cutoff=0.6)
     if close:
-        return f"Did you mean `{f'{prefix}.' if prefix else ''}{close[0]}`?"
-    same_name = [key for key in everywhere if key.split(".")[1] == location[-1]]
-    if same_name:
-        return f"Did you mean `{same_name[0]}`?"
-    return f"Known here: {', '.join(siblings)}"
+        return f"Did you mean `{'.'.join([*sections, *close])}`?"
+    elsewhere = [key for key in _keys(Recipe) if key.split(".")[-1] == name]
+    if elsewhere:
+        return f"Did you mean {' or '.join(f'`{key}`' for key in elsewhere)}?"
+    return f"Known here: {', '.join(section.model_fields)}"
+
+
+def _sections(section: type[BaseModel]) -> dict[str, type[BaseModel]]:
+    return {
+        name: field.annotation
+        for name, field in section.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+    }
+
+
+def _keys(section: type[BaseModel], prefix: str = "") -> list[str]:
+    """All keys at and below a section, dotted."""
+    below = _sections(section)
+    return [f"{prefix}{name}" for name in section.model_fields] + [
+        key for name, part in below.items() for key in _keys(part, f"{prefix}{name}.")
+    ]
 
 
 def _apply(target: dict[str, Any], override: str) -> None:
@@ -394,17 +412,18 @@ def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _resolve_paths(raw: dict[str, Any], directory: Path) -> None:
+def _resolve_paths(raw: dict[str, Any], *directories: Path) -> None:
     for section, key in PATH_KEYS:
         part = raw.get(section)
         value = part.get(key) if isinstance(part, dict) else None
         if not isinstance(part, dict) or not isinstance(value, str):
             continue
+        if (section, key, value) == ANCHOR_FROM_BASE or _is_shipped_name(section, key, value):
+            continue
         path = Path(value).expanduser()
-        if path.is_absolute():
-            part[key] = str(path)
-        elif (directory / path).exists() and not _is_shipped_name(section, key, value):
-            part[key] = str((directory / path).resolve())
+        # Links are not followed: in a Hub cache only the link's name tells a `.gguf`.
+        places = [os.path.abspath(directory / path) for directory in directories]
+        part[key] = next((place for place in places if os.path.exists(place)), value)
 
 
 def _is_shipped_name(section: str, key: str, value: str) -> bool:
@@ -419,11 +438,13 @@ def _content_digest(section: str, key: str, value: str) -> str:
     if _is_shipped_name(section, key, value):
         folder, suffix = SHIPPED[section, key]
         path = recipes_dir() / folder / f"{value}{suffix}"
-    files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
-    if not path.exists():
+    if (section, key, value) == ANCHOR_FROM_BASE or not path.exists():
         return value
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
     digest = hashlib.sha256()
     for file in files:
+        if not file.is_file() or file.name.startswith("."):
+            continue
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return f"sha256:{digest.hexdigest()}"
 

@@ -1,0 +1,423 @@
+"""Recipes: every shipped one loads, every mistake is one line that says the way out."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from srlm_lite.config import (
+    Recipe,
+    find_recipe,
+    load_recipe,
+    recipe_from,
+    recipes_dir,
+    shipped_file,
+    shipped_recipes,
+)
+from srlm_lite.errors import UserError
+from srlm_lite.evaluate.gold import load_gold
+from srlm_lite.hardware import Gpu, choose_recipe
+from srlm_lite.judging import load_rubric
+from srlm_lite.stages.seed_data import data_file
+
+MINIMAL: dict[str, Any] = {"name": "t", "base": {"name": "some/base"}, "data": {"dir": "nowhere"}}
+
+
+def recipe(**changes: Any) -> Recipe:
+    return recipe_from({**MINIMAL, **changes}, where="r.yaml")
+
+
+def refusal(**changes: Any) -> str:
+    """The one line that says what is wrong with a recipe."""
+    with pytest.raises(UserError) as caught:
+        recipe(**changes)
+    line = str(caught.value)
+    assert line.startswith("r.yaml: ")
+    assert "\n" not in line
+    return line.removeprefix("r.yaml: ")
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Path:
+    """A recipe file with its data beside it."""
+    folder = tmp_path / "mine"
+    (folder / "data").mkdir(parents=True)
+    (folder / "data" / "ift.jsonl").write_text("{}\n")
+    (folder / "rubric.yaml").write_text('template: "{{prompt}} {{response}}"\n')
+    raw = {**MINIMAL, "data": {"dir": "data"}, "judge": {"rubric": "rubric.yaml"}}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(raw))
+    return folder / "recipe.yaml"
+
+
+# --- shipped recipes --------------------------------------------------------------------------
+
+
+def test_the_promised_recipes_are_shipped() -> None:
+    promised = {"smollm2-135m-demo", "toy", "tiny", "llama3.1-8b", "llama2-7b", "llama2-70b"}
+    assert promised <= set(shipped_recipes())
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_every_shipped_recipe_loads(name: str) -> None:
+    loaded = load_recipe(name)
+    assert loaded.name == name
+    assert loaded.description.endswith(".")
+    load_rubric(loaded.judge.rubric)
+    if loaded.base.chat_template is not None:
+        assert shipped_file("chat_templates", ".jinja", name=loaded.base.chat_template).is_file()
+    if loaded.evaluate.gold is not None:
+        load_gold(loaded.evaluate.gold)
+    assert len(loaded.digest()) == 64
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_shipped_recipes_have_their_data_or_say_how_to_make_it(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    loaded = load_recipe(name)
+    if Path(loaded.data.dir).is_absolute():
+        for file in ("ift.jsonl", "eft_train.jsonl", "eft_eval.jsonl", "prompts.jsonl"):
+            assert data_file(loaded, file).is_file()
+    else:
+        assert "srlm-lite data prepare" in find_recipe(name).read_text()
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_shipped_recipes_hold_a_window_for_prompt_answer_and_judgement(name: str) -> None:
+    loaded = load_recipe(name)
+    assert loaded.rollout.max_new_tokens < loaded.base.window
+    assert loaded.judge.max_new_tokens <= loaded.judge.retry_max_new_tokens < loaded.base.window
+
+
+@pytest.mark.parametrize(
+    ("devices", "name"),
+    [
+        ([], "smollm2-135m-demo"),
+        ([Gpu("small", 8.0)], "smollm2-135m-demo"),
+        ([Gpu("24 GB", 25.3)], "llama3.1-8b"),
+        ([Gpu("80 GB", 85.0)], "llama3.1-8b"),
+        ([Gpu("80 GB", 85.0)] * 2, "llama2-70b"),
+        ([Gpu("80 GB", 85.0), Gpu("small", 8.0)], "smollm2-135m-demo"),
+    ],
+)
+def test_the_hardware_chooses_a_shipped_recipe(devices: list[Gpu], name: str) -> None:
+    chosen, why = choose_recipe(devices)
+    assert chosen == name
+    assert chosen in shipped_recipes()
+    assert why
+
+
+# --- unknown keys -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "hint"),
+    [
+        ({"iteration": 3}, "iteration", "`iterations`"),
+        ({"dpo": {"bta": 0.2}}, "dpo.bta", "`dpo.beta`"),
+        ({"anchor": {"lora": {"rnk": 4}}}, "anchor.lora.rnk", "`anchor.lora.rank`"),
+        ({"beta": 0.2}, "beta", "`dpo.beta`"),
+        ({"judge": {"min_gap": 1}}, "judge.min_gap", "`pairing.min_gap`"),
+        ({"n": 8}, "n", "`rollout.n`"),
+        ({"rank": 8}, "rank", "`anchor.lora.rank` or `dpo.lora.rank`"),
+        ({"epochs": 1}, "epochs", "`anchor.epochs` or `dpo.epochs`"),
+        ({"dpo": {"lora": {"beta": 1}}}, "dpo.lora.beta", "`dpo.beta`"),
+    ],
+)
+def test_an_unknown_key_suggests_the_right_one(
+    changes: dict[str, Any], key: str, hint: str
+) -> None:
+    assert refusal(**changes) == f"unknown key `{key}`. Did you mean {hint}?"
+
+
+def test_an_unknown_key_like_no_other_lists_what_is_known_there() -> None:
+    assert refusal(pairing={"xyzzy": 1}) == (
+        "unknown key `pairing.xyzzy`. Known here: source, min_gap, drop_truncated, min_pairs"
+    )
+
+
+def test_a_misspelt_required_key_is_called_unknown_and_not_missing() -> None:
+    with pytest.raises(UserError, match=r"unknown key `nmae`. Did you mean `name`\?"):
+        recipe_from({"nmae": "t", "base": {"name": "b"}, "data": {"dir": "d"}}, where="r")
+
+
+# --- wrong values -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dpo": {"learning_rate": "fast"}}, "`dpo.learning_rate` (is 'fast'): Input should be"),
+        ({"dpo": {"learning_rate": 0}}, "`dpo.learning_rate` (is 0): Input should be greater"),
+        ({"iterations": -1}, "`iterations` (is -1): Input should be greater than or equal"),
+        ({"iterations": 1.5}, "`iterations` (is 1.5): Input should be a valid integer"),
+        ({"rollout": {"n": 1}}, "`rollout.n` (is 1): Input should be greater"),
+        ({"rollout": {"top_p": 1.1}}, "`rollout.top_p` (is 1.1): Input should be less"),
+        ({"base": {"name": 5}}, "`base.name` (is 5): Input should be a valid string"),
+        ({"base": {}}, "`base.name`: Field required"),
+        ({"base": {"name": "b", "quantization": "int8"}}, "`base.quantization` (is 'int8'): "),
+        ({"dpo": None}, "`dpo` (is None): Input should be a valid dictionary"),
+        ({"anchor": {"lora": {"targets": "q_proj"}}}, "`anchor.lora.targets` (is 'q_proj'): "),
+        ({"anchor": {"micro_batch_size": 3}}, "`anchor`: micro_batch_size must divide batch_size"),
+        ({"judge": {"votes": 1}}, "`judge`: min_votes exceeds votes"),
+        ({"dpo": {"lora": {"dropout": 0.1}}}, "`dpo`: dropout would make policy and reference"),
+        ({"judge": {1: 2}}, "`judge.1` (is 1): Keys should be strings"),
+    ],
+)
+def test_a_wrong_value_is_one_line_with_its_key(changes: dict[str, Any], message: str) -> None:
+    assert refusal(**changes).startswith(message)
+
+
+def test_a_section_is_frozen() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        recipe().dpo.beta = 1.0  # type: ignore[misc]
+
+
+# --- finding and reading ----------------------------------------------------------------------
+
+
+def test_an_unknown_recipe_suggests_a_shipped_one() -> None:
+    with pytest.raises(UserError, match=r"smolm2-135m-demo: .* Did you mean smollm2-135m-demo\?"):
+        load_recipe("smolm2-135m-demo")
+
+
+def test_a_recipe_like_no_other_lists_the_shipped_ones() -> None:
+    with pytest.raises(UserError) as caught:
+        load_recipe("/nowhere/zzz.yaml")
+    assert "no such recipe" in str(caught.value)
+    assert "llama2-70b" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a: [1, 2\n", "not readable as YAML"),
+        (b"\xff\xfe\x00", "not readable as YAML"),
+        (b"- a\n- b\n", "a recipe is a mapping of sections"),
+        (b"", "a recipe is a mapping of sections"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_one_line(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        load_recipe(str(path))
+    assert str(caught.value).startswith(f"{path}: {message}")
+    assert "\n" not in str(caught.value)
+
+
+# --- overrides --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "section", "key", "value"),
+    [
+        ("dpo.beta=0.2", "dpo", "beta", 0.2),
+        ("dpo.learning_rate=1e-4", "dpo", "learning_rate", 1e-4),  # YAML reads that as text
+        ("rollout.n=8", "rollout", "n", 8),
+        ("prompts.reuse=true", "prompts", "reuse", True),
+        ("base.quantization=none", "base", "quantization", "none"),
+        ("anchor.eft_prompts=null", "anchor", "eft_prompts", None),
+        ("evaluate.gold=module:function", "evaluate", "gold", "module:function"),
+        (" dpo.beta =0.3", "dpo", "beta", 0.3),
+    ],
+)
+def test_overrides(written: Path, override: str, section: str, key: str, value: Any) -> None:
+    found = getattr(getattr(load_recipe(str(written), [override]), section), key)
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_an_override_leaves_the_rest_of_its_section(written: Path) -> None:
+    loaded = load_recipe(
+        str(written), ["judge.votes=5", "anchor.lora.rank=2", "anchor.lora.alpha=4", "seed=3"]
+    )
+    assert Path(loaded.judge.rubric).name == "rubric.yaml"
+    assert (loaded.judge.votes, loaded.anchor.lora.rank, loaded.anchor.lora.alpha) == (5, 2, 4)
+    assert loaded.anchor.lora.targets[0] == "q_proj"
+    assert loaded.seed == 3
+
+
+def test_the_last_of_two_overrides_counts(written: Path) -> None:
+    assert load_recipe(str(written), ["dpo.beta=1", "dpo.beta=2"]).dpo.beta == 2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["dpo.beta"], "--set dpo.beta: expected KEY=VALUE"),
+        (["=1"], "--set =1: expected KEY=VALUE"),
+        ([""], "--set : expected KEY=VALUE"),
+        (["dpo.beta=[1"], "--set dpo.beta=[1: the value is not valid YAML"),
+        (["dpo=1", "dpo.beta=1"], "--set dpo.beta=1: a key cannot be both"),
+        (["dpo.bta=1"], "unknown key `dpo.bta`. Did you mean `dpo.beta`?"),
+        (["dpo..beta=1"], "unknown key `dpo.`"),
+        (["dpo=1"], "`dpo` (is 1): Input should be a valid dictionary"),
+        (["iterations.x=1"], "`iterations` (is {'x': 1}): Input should be a valid integer"),
+    ],
+)
+def test_a_wrong_override_is_one_line(written: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_recipe(str(written), overrides)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_override_is_named_where_the_key_came_from(written: Path) -> None:
+    with pytest.raises(UserError, match=r"recipe\.yaml with --set: unknown key"):
+        load_recipe(str(written), ["dpo.bta=1"])
+
+
+# --- paths ------------------------------------------------------------------------------------
+
+
+def test_paths_are_relative_to_the_recipe(
+    written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "data").mkdir(parents=True)
+    monkeypatch.chdir(elsewhere)
+    loaded = load_recipe(str(written))
+    assert loaded.data.dir == str(written.parent / "data")
+    assert loaded.judge.rubric == str(written.parent / "rubric.yaml")
+
+
+def test_what_is_not_beside_the_recipe_is_looked_for_here(
+    written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written.write_text(yaml.safe_dump({**MINIMAL, "data": {"dir": "here"}}))
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe(str(written)).data.dir == "here"  # in neither place: as it was
+    (tmp_path / "here").mkdir()
+    # Absolute, so that the run goes on from any other directory.
+    assert load_recipe(str(written)).data.dir == str(tmp_path / "here")
+
+
+def test_paths_of_overrides_are_relative_to_the_working_directory(
+    written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe(str(written), ["data.dir=data"]).data.dir == str(tmp_path / "data")
+
+
+def test_names_are_not_taken_for_paths(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("base", "additive-5", "plain"):
+        (written.parent / name).mkdir()
+    raw = {
+        **MINIMAL,
+        "base": {"name": "some/base", "chat_template": "plain"},
+        "judge": {"rubric": "additive-5"},
+        "anchor": {"init": "base"},
+    }
+    written.write_text(yaml.safe_dump(raw))
+    before = load_recipe(str(written)).digest()
+    monkeypatch.chdir(written.parent)
+    for loaded in (load_recipe(str(written)), load_recipe(str(written), ["anchor.init=base"])):
+        assert loaded.anchor.init == "base"
+        assert loaded.judge.rubric == "additive-5"
+        assert loaded.base.chat_template == "plain"
+        assert loaded.digest() == before
+
+
+def test_a_link_keeps_its_name(written: Path) -> None:
+    # As in a Hub cache, where snapshots/model.gguf is a link to blobs/<hash>.
+    (written.parent / "blob").write_bytes(b"GGUF")
+    (written.parent / "model.gguf").symlink_to(written.parent / "blob")
+    loaded = load_recipe(str(written), [f"base.name={written.parent / 'model.gguf'}"])
+    assert Path(loaded.base.name).name == "model.gguf"
+
+
+def test_the_home_directory_is_found(
+    written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "seed").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load_recipe(str(written), ["data.dir=~/seed"]).data.dir == str(tmp_path / "seed")
+
+
+@pytest.mark.parametrize("kind", ["rubrics", "chat_templates"])
+def test_a_missing_shipped_file_lists_what_there_is(kind: str) -> None:
+    suffix = {"rubrics": ".yaml", "chat_templates": ".jinja"}[kind]
+    with pytest.raises(
+        UserError, match=f"additive-6: neither a file nor one of the shipped {kind}"
+    ):
+        shipped_file(kind, suffix, name="additive-6")
+    names = [path.stem for path in (recipes_dir() / kind).glob(f"*{suffix}")]
+    assert names
+
+
+# --- identity ---------------------------------------------------------------------------------
+
+
+def test_identity_leaves_out_what_changes_nothing() -> None:
+    assert recipe().digest() == recipe(iterations=9, name="other", description="words").digest()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seed": 1},
+        {"dpo": {"beta": 0.2}},
+        {"dpo": {"init": "previous"}},
+        {"rollout": {"temperature": 0.8}},
+        {"base": {"name": "other/base"}},
+        {"base": {"name": "some/base", "quantization": "nf4"}},
+        {"evaluate": {"gold": "module:function"}},
+        {"pairing": {"source": "random"}},
+    ],
+)
+def test_identity_holds_what_decides_the_result(changes: dict[str, Any]) -> None:
+    assert recipe(**changes).digest() != recipe().digest()
+
+
+def test_identity_counts_a_default_like_the_same_value_written_down() -> None:
+    assert recipe(dpo={"beta": 0.1}).digest() == recipe().digest()
+
+
+def test_identity_follows_the_data_and_not_its_place(written: Path, tmp_path: Path) -> None:
+    before = load_recipe(str(written)).digest()
+    moved = written.parent.rename(tmp_path / "moved") / "recipe.yaml"
+    assert load_recipe(str(moved)).digest() == before
+    (moved.parent / "data" / ".DS_Store").write_text("no data")
+    assert load_recipe(str(moved)).digest() == before
+
+    ift = moved.parent / "data" / "ift.jsonl"
+    ift.write_text("{} \n")
+    edited = load_recipe(str(moved)).digest()
+    assert edited != before
+    ift.rename(ift.with_name("eft_train.jsonl"))
+    assert load_recipe(str(moved)).digest() not in (before, edited)
+
+
+def test_identity_follows_the_rubrics_text(written: Path) -> None:
+    before = load_recipe(str(written)).digest()
+    with (written.parent / "rubric.yaml").open("a") as file:
+        file.write("max: 10\n")
+    assert load_recipe(str(written)).digest() != before
+
+
+def test_identity_survives_the_way_through_json(written: Path) -> None:
+    loaded = load_recipe(str(written))
+    there_and_back = recipe_from(
+        json.loads(json.dumps(loaded.model_dump(mode="json"))), where="run.json"
+    )
+    assert there_and_back == loaded
+    assert json.loads(json.dumps(loaded.identity())) == there_and_back.identity()
+
+
+def test_the_digest_is_the_same_in_another_process(written: Path) -> None:
+    code = (
+        f"from srlm_lite.config import load_recipe; print(load_recipe({str(written)!r}).digest())"
+    )
+    other = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/"
+    )
+    assert other.stdout.strip() == load_recipe(str(written)).digest()
