@@ -31,6 +31,8 @@ MUST_HAVE = (
     "toy/base/config.json",
     "toy/base/model.safetensors",
     "toy/base/tokenizer.json",
+    "house_style/anchor/adapter_config.json",
+    "house_style/anchor/adapter_model.safetensors",
     *(
         f"{task}/data/{name}.jsonl"
         for task in ("toy", "house_style")
