@@ -1,0 +1,211 @@
+"""Imports point one way, the heavy ones stay where they belong, and the loop fits on a screen."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "srlm_lite"
+FILES = sorted(
+    path for path in PACKAGE.rglob("*.py") if "recipes" not in path.relative_to(PACKAGE).parts
+)
+
+ALLOWED: dict[str, set[str]] = {
+    # plain values
+    "errors": set(),
+    "records": set(),
+    "seeds": set(),
+    "progress": set(),
+    "hardware": set(),
+    "tasks": set(),
+    "config": {"errors"},
+    # files
+    "run_dir": {"config", "errors", "records"},
+    "data": {"errors", "records", "run_dir"},
+    # pure: from judgements to pairs and figures
+    "judging": {"config", "errors", "records"},
+    "pairing": {"config", "judging", "records"},
+    "methods": {"config", "pairing", "records", "seeds"},
+    "evaluate": {"errors", "judging", "records"},
+    # torch
+    "model": {"config", "errors"},
+    "rollout": {"model", "records"},
+    "training": {"config", "errors", "model"},
+    # the run
+    "session": {"config", "errors", "judging", "model", "progress", "rollout", "run_dir"},
+    "stages": {
+        "config",
+        "data",
+        "errors",
+        "evaluate",
+        "judging",
+        "methods",
+        "model",
+        "pairing",
+        "progress",
+        "records",
+        "rollout",
+        "run_dir",
+        "seeds",
+        "session",
+        "training",
+    },
+    "loop": {"run_dir", "session", "stages"},
+    "cli": {
+        "config",
+        "data",
+        "errors",
+        "hardware",
+        "loop",
+        "progress",
+        "records",
+        "run_dir",
+        "session",
+        "stages",
+    },
+    "__main__": {"cli"},
+}
+"""Part of the package to the parts it may import: the package's layers, from the bottom up."""
+
+HEAVY = {"torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "safetensors"}
+MAY_BE_HEAVY = {"model", "rollout", "training"}
+MAY_BE_HEAVY_WITHIN_A_FUNCTION = {"hardware"}
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(
+        ".__init__"
+    )
+
+
+def part_of(module: str) -> str:
+    """`srlm_lite.model.base` belongs to `model`, `srlm_lite.loop` to `loop`."""
+    return [*module.split("."), ""][1]
+
+
+def imports(path: Path) -> Iterator[tuple[str, bool]]:
+    """What a file imports, and whether within a function; TYPE_CHECKING blocks included."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
+    late = {
+        inner
+        for outer in ast.walk(tree)
+        if isinstance(outer, functions)
+        for inner in ast.walk(outer)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, node in late
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import"
+            if node.module == "srlm_lite":
+                for alias in node.names:
+                    yield f"srlm_lite.{alias.name}", node in late
+            else:
+                yield str(node.module), node in late
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_imports_point_one_way(path: Path) -> None:
+    own = part_of(module_name(path))
+    if not own:
+        return
+    for module, _ in imports(path):
+        if module.split(".")[0] != "srlm_lite" or module == "srlm_lite.__version__":
+            continue
+        assert part_of(module) in ALLOWED[own] | {own}, f"{own} must not import {module}"
+
+
+def test_the_layers_have_no_circle() -> None:
+    remaining = {part: set(below) for part, below in ALLOWED.items()}
+    while remaining:
+        free = {part for part, below in remaining.items() if not below}
+        assert free, f"a circle among {sorted(remaining)}"
+        remaining = {part: below - free for part, below in remaining.items() if part not in free}
+
+
+def test_every_part_has_its_layer() -> None:
+    assert {part_of(module_name(path)) for path in FILES} - {""} == set(ALLOWED)
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_heavy_libraries_stay_where_they_belong(path: Path) -> None:
+    own = part_of(module_name(path))
+    for module, late in imports(path):
+        if module.split(".")[0] in HEAVY:
+            allowed = own in MAY_BE_HEAVY or (late and own in MAY_BE_HEAVY_WITHIN_A_FUNCTION)
+            assert allowed, f"{own} must not import {module}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_the_library_neither_prints_nor_asserts(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        assert not isinstance(node, ast.Assert), f"line {node.lineno}: assert"
+        called = node.func if isinstance(node, ast.Call) else None
+        assert not (isinstance(called, ast.Name) and called.id == "print"), f"{path}: print"
+
+
+def test_only_the_run_directory_knows_names_of_its_files() -> None:
+    names = ("candidates.jsonl", "pairs.jsonl", "drops.json", "done.json", "run.json", "iter_")
+    knowing = set()
+    for path in FILES:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        documentation = {
+            node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)
+        }  # docstrings, and strings that describe an attribute
+        knowing |= {
+            part_of(module_name(path))
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Constant)
+            and node not in documentation
+            and isinstance(node.value, str)
+            and node.value.startswith(names)
+        }
+    assert knowing == {"run_dir"}
+
+
+def test_the_loop_fits_on_a_screen() -> None:
+    assert len((PACKAGE / "loop.py").read_text(encoding="utf-8").splitlines()) <= 100
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_every_module_imports_and_says_what_it_is(path: Path) -> None:
+    name = module_name(path)
+    if name.endswith("__main__"):  # starts the program
+        assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+    else:
+        assert importlib.import_module(name).__doc__
+
+
+def loaded_by(code: str) -> set[str]:
+    """Top-level packages in memory after some code has run in a process of its own."""
+    code = f"import json, sys\n{code}\nprint(json.dumps(sorted(sys.modules)), file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return {name.split(".")[0] for name in json.loads(done.stderr.splitlines()[-1])}
+
+
+@pytest.mark.parametrize("command", [["--help"], ["iterate", "--help"], ["show", "--help"]])
+def test_help_imports_nothing_heavy(command: list[str]) -> None:
+    loaded = loaded_by(
+        f"sys.argv = ['srlm-lite', *{command}]\n"
+        "from srlm_lite.cli.main import run\n"
+        "try:\n    run()\nexcept SystemExit as end:\n    assert not end.code, end.code"
+    )
+    assert "typer" in loaded
+    assert loaded & (HEAVY | {"scipy", "numpy", "yaml", "datasets"}) == set()
+    if len(command) == 1:  # of a command's options, typer itself imports pydantic
+        assert "pydantic" not in loaded
+
+
+def test_the_loop_imports_no_torch() -> None:
+    loaded = loaded_by("import srlm_lite.loop, srlm_lite.cli.iterate, srlm_lite.cli.evaluate")
+    assert "pydantic" in loaded
+    assert loaded & HEAVY == set()
