@@ -16,7 +16,7 @@ from srlm_lite.model.stack import Slot
 from srlm_lite.rollout import transformers_engine
 from srlm_lite.rollout.nucleus import draw, uniforms
 from srlm_lite.rollout.protocol import Limits, Request, Sample
-from srlm_lite.rollout.transformers_engine import TransformersEngine
+from srlm_lite.rollout.transformers_engine import TransformersEngine, _shared_prefix
 
 TEXTS = ("moon", "How do I look after a bicycle?", "Read the reply and judge it, please.", "a b c")
 GREEDY = Limits(temperature=0.0, top_p=1.0, max_new_tokens=12)
@@ -74,6 +74,48 @@ def test_greedy_is_token_for_token_what_plain_generate_gives(
             assert (sample.finish_reason == "stop") == (
                 bool(stopped) and stopped[0] in engine._chat.stop_ids
             )
+
+
+def test_a_prefix_that_all_prompts_share_is_computed_once(
+    engine: TransformersEngine, base: LoadedBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with a rubric: long fixed text first, then what differs; and nothing else changes."""
+    rubric = "Read the reply and judge it. One point for each thing that it does well. " * 3
+    prompts = [
+        Request(tuple(engine._chat.prompt_ids(rubric + text)), (i, i + 50))
+        for i, text in enumerate((*TEXTS, ""))
+    ]
+    lengths: list[tuple[int, ...]] = []
+    decoder = engine._model.get_base_model().get_decoder()
+    hook = decoder.register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.append(tuple(kwargs["input_ids"].shape)),
+        with_kwargs=True,
+    )
+    results = engine.sample(prompts, GREEDY)
+    hook.remove()
+    shared = _shared_prefix([prompt.prompt_ids for prompt in prompts])
+    longest = max(len(prompt.prompt_ids) for prompt in prompts)
+    assert shared > 40
+    assert lengths[:3] == [(1, shared), (5, longest - 1 - shared), (10, 1)]
+    for prompt, samples in zip(prompts, results, strict=True):
+        expected = plain_generate(engine, base, prompt)
+        for sample in samples:
+            assert list(sample.token_ids) == expected[: len(sample.token_ids)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "length"),
+    [
+        ([(1, 2, 3, 4), (1, 2, 9)], 2),
+        ([(1, 2, 3), (1, 2, 3)], 2),  # the last token of a prompt is always its own
+        ([(1, 2, 3)], 0),
+        ([(1,), (1, 2)], 0),
+        ([(5, 6), (7, 6)], 0),
+        ([(1, 2, 3), (1, 2, 3, 4), (1, 2, 8, 9)], 2),
+    ],
+)
+def test_the_shared_prefix(rows: list[tuple[int, ...]], length: int) -> None:
+    assert _shared_prefix(rows) == length
 
 
 def test_a_samples_seed_does_not_depend_on_its_neighbours(engine: TransformersEngine) -> None:

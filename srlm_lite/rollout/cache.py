@@ -67,3 +67,8 @@ def roomy_cache(config: Any, room: int) -> DynamicCache:
         RoomyLayer(room) if type(layer) is DynamicLayer else layer for layer in cache.layers
     ]
     return cache
+
+
+def is_roomy(cache: DynamicCache) -> bool:
+    """Whether every layer attends to all of the past, so that padding may lie anywhere in it."""
+    return all(isinstance(layer, RoomyLayer) for layer in cache.layers)

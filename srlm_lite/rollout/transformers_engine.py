@@ -13,7 +13,7 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessorList
 
 from srlm_lite.model.chat import ChatFormat
 from srlm_lite.rollout.attention import grouped_decoding
-from srlm_lite.rollout.cache import roomy_cache
+from srlm_lite.rollout.cache import is_roomy, roomy_cache
 from srlm_lite.rollout.nucleus import SeededNucleus, uniforms
 from srlm_lite.rollout.protocol import Limits, Request, Sample
 
@@ -23,8 +23,9 @@ logger = logging.getLogger(__name__)
 class TransformersEngine:
     """Samples in batches from whatever the slot holds.
 
-    A prompt is computed once, whatever the number of its samples. Requests of similar length
-    share a batch. When memory runs out the batch is halved and the work goes on.
+    A prompt is computed once, whatever the number of its samples, and a prefix that all prompts of
+    a batch share, such as the rubric, once for all of them. Requests of similar length share a
+    batch. When memory runs out the batch is halved and the work goes on.
 
     Args:
         model: The base with its slot.
@@ -76,11 +77,15 @@ class TransformersEngine:
     @torch.inference_mode()
     def _generate(self, requests: Sequence[Request], limits: Limits) -> list[list[Sample]]:
         counts = [len(request.seeds) for request in requests]
-        prompt_ids, attention = self._left_padded([request.prompt_ids for request in requests])
-        cache = self._prefill(prompt_ids, attention, counts, room=limits.max_new_tokens + 1)
-        repeats = torch.tensor(counts, device=prompt_ids.device)
-        prompt_ids = prompt_ids.repeat_interleave(repeats, dim=0)
-        attention = attention.repeat_interleave(repeats, dim=0)
+        cache = roomy_cache(self._model.config, room=limits.max_new_tokens + 1)
+        prompts = [request.prompt_ids for request in requests]
+        shared = _shared_prefix(prompts) if is_roomy(cache) else 0
+        ids, attention = self._padded(prompts, shared)
+        self._prefill(cache, ids, attention, shared)
+        index = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+        if len(index) > len(counts):
+            cache.batch_select_indices(index.to(ids.device))
+        ids, attention = ids[index], attention[index]
         processors = LogitsProcessorList()
         if limits.temperature > 0:
             seeds = tuple(seed for request in requests for seed in request.seeds)
@@ -89,7 +94,7 @@ class TransformersEngine:
                 SeededNucleus(numbers, temperature=limits.temperature, top_p=limits.top_p)
             )
         output = self._model.generate(
-            input_ids=prompt_ids,
+            input_ids=ids,
             attention_mask=attention,
             past_key_values=cache,
             logits_processor=processors,
@@ -101,43 +106,41 @@ class TransformersEngine:
                 use_cache=True,
             ),
         )
-        new_tokens = output[:, prompt_ids.shape[1] :].tolist()
-        samples = [self._sample(row) for row in new_tokens]
+        samples = [self._sample(row) for row in output[:, ids.shape[1] :].tolist()]
         starts = [sum(counts[:i]) for i in range(len(counts))]
         return [samples[start : start + n] for start, n in zip(starts, counts, strict=True)]
 
-    def _left_padded(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        longest = max(len(row) for row in rows)
-        device = self._model.device
-        ids = torch.full((len(rows), longest), self._chat.pad_id, device=device)
-        attention = torch.zeros((len(rows), longest), dtype=torch.long, device=device)
-        for i, row in enumerate(rows):
-            ids[i, longest - len(row) :] = torch.tensor(row, device=device)
-            attention[i, longest - len(row) :] = 1
-        return ids, attention
+    def _padded(self, rows: Sequence[Sequence[int]], shared: int) -> tuple[Tensor, Tensor]:
+        """(B, T) ids and attention mask: the shared prefix, padding, the rest of each prompt.
 
-    def _prefill(
-        self, ids: Tensor, attention: Tensor, counts: Sequence[int], *, room: int
-    ) -> DynamicCache:
-        # All but the last token: `generate` computes that one for every sample.
-        cache = roomy_cache(self._model.config, room)
-        if ids.shape[1] > 1:
+        Where the padding lies makes no difference: it is masked, and positions skip it.
+        """
+        longest = max(len(row) for row in rows)
+        ids = torch.full((len(rows), longest), self._chat.pad_id)
+        attention = torch.zeros((len(rows), longest), dtype=torch.long)
+        for i, row in enumerate(rows):
+            ids[i, :shared] = torch.tensor(row[:shared])
+            ids[i, longest - len(row) + shared :] = torch.tensor(row[shared:])
+            attention[i, :shared] = 1
+            attention[i, longest - len(row) + shared :] = 1
+        return ids.to(self._model.device), attention.to(self._model.device)
+
+    def _prefill(self, cache: DynamicCache, ids: Tensor, attention: Tensor, shared: int) -> None:
+        """Fill the cache for every prompt but its last token, which `generate` starts from."""
+        # The decoder alone: the logits of these positions are of no use.
+        decoder = self._model.get_base_model().get_decoder()
+        if shared:
+            decoder(input_ids=ids[:1, :shared], past_key_values=cache, use_cache=True)
+            cache.batch_repeat_interleave(len(ids))
+        if ids.shape[1] - 1 > shared:
             positions = (attention.cumsum(dim=1) - 1).clamp(min=0)
-            # The decoder alone: these positions' logits are of no use.
-            self._model.get_base_model().get_decoder()(
-                input_ids=ids[:, :-1],
+            decoder(
+                input_ids=ids[:, shared:-1],
                 attention_mask=attention[:, :-1],
-                position_ids=positions[:, :-1],
+                position_ids=positions[:, shared:-1],
                 past_key_values=cache,
                 use_cache=True,
             )
-        if len(set(counts)) == 1:
-            if counts[0] > 1:
-                cache.batch_repeat_interleave(counts[0])
-        else:
-            index = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
-            cache.batch_select_indices(index)
-        return cache
 
     def _sample(self, token_ids: list[int]) -> Sample:
         stops = self._chat.stop_ids
@@ -153,6 +156,18 @@ class TransformersEngine:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def _shared_prefix(rows: Sequence[tuple[int, ...]]) -> int:
+    """Length of the longest prefix of all rows; 0 for a single row, and never a whole row."""
+    if len(rows) < 2:
+        return 0
+    first, last = min(rows), max(rows)  # of a sorted list, these two differ earliest
+    length = next(
+        (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b),
+        min(len(first), len(last)),
+    )
+    return min(length, min(len(row) for row in rows) - 1)
 
 
 def _is_out_of_memory(error: Exception) -> bool:
