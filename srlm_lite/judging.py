@@ -8,13 +8,14 @@ only the judge's reply is read, never the prompt that quotes the candidate.
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import Annotated
 
 import yaml
+from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
 
 from srlm_lite.config import SHIPPED, shipped_file
 from srlm_lite.errors import UserError
@@ -33,10 +34,10 @@ class Rubric:
 
     name: str
     template: str
-    min: float = 0.0
-    max: float = 5.0
-    step: float | None = None
-    delimiter: str | None = None
+    min: FiniteFloat = 0.0
+    max: FiniteFloat = 5.0
+    step: Annotated[FiniteFloat, Field(gt=0)] | None = None
+    delimiter: Annotated[str, Field(pattern=r"^[A-Za-z][\w-]*$")] | None = None
 
     def render(self, *, prompt: str, response: str) -> str:
         """The judge's prompt for one candidate.
@@ -51,7 +52,8 @@ class Rubric:
     def _fenced(self, text: str) -> str:
         if self.delimiter is None:
             return text
-        tag = re.compile(rf"<(?=\s*/?\s*{re.escape(self.delimiter)}\b)", re.IGNORECASE)
+        # Whatever may stand between: spaces, slashes, characters of no width.
+        tag = re.compile(rf"<(?=[^\w<>]*{re.escape(self.delimiter)}\b)", re.IGNORECASE)
         return tag.sub("&lt;", text)
 
     def allows(self, score: float) -> bool:
@@ -68,7 +70,8 @@ def load_rubric(name_or_path: str) -> Rubric:
     """A shipped rubric by name, or one from a file.
 
     Raises:
-        UserError: Not found, unknown keys, a placeholder missing or doubled, or an empty range.
+        UserError: Not found, unknown keys, values of another type, an empty range, a placeholder
+            missing or doubled, or no delimiter around the response where one is named.
     """
     path = shipped_file(*SHIPPED["judge", "rubric"], name=name_or_path)
     return _read_rubric(path)
@@ -79,35 +82,52 @@ def _read_rubric(path: Path) -> Rubric:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError("not readable as YAML", where=str(path)) from error
-    if not isinstance(raw, dict) or "template" not in raw:
-        raise UserError("a rubric needs the keys name, template, min, max", where=str(path))
+    if not isinstance(raw, dict):
+        raise UserError("a rubric is a mapping with the key template", where=str(path))
     unknown = raw.keys() - set(Rubric.__slots__)
     if unknown:
-        raise UserError(f"unknown keys: {', '.join(sorted(unknown))}", where=str(path))
-    rubric = Rubric(**{"name": path.stem, **raw})
-    found = sorted(match[1] for match in PLACEHOLDER.finditer(rubric.template))
-    if found != ["prompt", "response"]:
-        raise UserError(
-            "the template must hold {{prompt}} and {{response}} once each", where=str(path)
-        )
-    if not rubric.min < rubric.max:
-        raise UserError("min must be below max", where=str(path))
+        raise UserError(f"unknown keys: {', '.join(sorted(map(str, unknown)))}", where=str(path))
+    try:
+        rubric = TypeAdapter(Rubric).validate_python({"name": path.stem, **raw})
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"`{first['loc'][0]}`: {first['msg']}", where=str(path)) from error
+    problem = _problem(rubric)
+    if problem is not None:
+        raise UserError(problem, where=str(path))
     return rubric
+
+
+def _problem(rubric: Rubric) -> str | None:
+    if not rubric.min < rubric.max:
+        return "min must be below max"
+    found = [match[1] for match in PLACEHOLDER.finditer(rubric.template)]
+    if sorted(found) != ["prompt", "response"]:
+        return "the template must hold {{prompt}} and {{response}} once each"
+    before, _, after = re.split(r"(\{\{\s*response\s*\}\})", rubric.template)
+    tag = rubric.delimiter
+    if tag is not None and (f"<{tag}>" not in before or f"</{tag}>" not in after):
+        return f"the template must put <{tag}> and </{tag}> around {{{{response}}}}"
+    return None
 
 
 SCORE_LINE = re.compile(
     r"""
     (?:(?:final|total|overall)\s+)?score
     \s*[:=]\s*
-    [\[(<]?\s*
-    (?P<value>[+-]?\d+(?:[.,]\d+)?)
+    (?:(?P<square>\[)|(?P<round>\()|(?P<angle><))?\s*
+    (?P<value>[+-]?\d+(?:\.\d+|,\d{1,2})?)
     \s*(?:points?)?\s*
-    [\])>]?
+    (?(square)\])(?(round)\))(?(angle)>)
     (?:\s*(?:/|out\s+of)\s*(?P<of>\d+(?:\.0+)?))?
     \s*(?:points?)?\s*\.?
     """,
     re.IGNORECASE | re.VERBOSE,
 )
+
+MARKDOWN = str.maketrans(dict.fromkeys("*_`#", " "))
+FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
+"""Full-width letters, digits and colons, which to a reader are the plain ones."""
 
 
 def parse_score(
@@ -115,16 +135,16 @@ def parse_score(
 ) -> float | None:
     """The score a judge's reply ends in, or None when it cannot be read.
 
-    A score is a line of its own, `Score: <number>`, markdown emphasis aside; the last such line
-    counts. `/5` or `out of 5` is accepted when it names the rubric's maximum. None when there
-    is no such line, when the number is off the rubric's range or grid, or when the reply ran
-    into its token limit: what a truncated reply would have ended in is not known.
+    A score is a line of its own, `Score: <number>`, markdown aside, and the last line of the
+    reply: one with text behind it may be a quotation, or not be meant to stand. `/5` or
+    `out of 5` is accepted when it names the rubric's maximum. None when the last line is
+    anything else, when the number is off the rubric's range or grid, or when the reply ran into
+    its token limit: what a truncated reply would have ended in is not known.
     """
     if finish_reason == "length":
         return None
-    last = None
-    for line in reply.splitlines():
-        last = SCORE_LINE.fullmatch(_plain(line)) or last
+    lines = [line for line in map(_plain, reply.splitlines()) if any(map(str.isalnum, line))]
+    last = SCORE_LINE.fullmatch(lines[-1]) if lines else None
     if last is None:
         return None
     if last["of"] is not None and float(last["of"]) != rubric.max:
@@ -134,9 +154,10 @@ def parse_score(
 
 
 def _plain(line: str) -> str:
-    halves = line.replace("½", ".5")
-    # Full-width digits and colons are the same characters to a reader.
-    return re.sub(r"[*_`#]", "", unicodedata.normalize("NFKC", halves)).strip()
+    # A space for each mark, for "3*4" is not 34. Then single spaces: a run of thousands would
+    # keep the pattern busy for hours.
+    plain = " ".join(line.translate(FULL_WIDTH).translate(MARKDOWN).split())
+    return re.sub(r"(?<=\d) ?½", ".5", plain).replace("½", "0.5")
 
 
 def mean_scores(judgements: Iterable[Judgement], *, min_votes: int) -> dict[str, float | None]:
