@@ -112,11 +112,12 @@ class Anchor(Optim):
     ift_limit: Positive | None = None
     eft_prompts: Positive | None = None
     """At most this many EFT prompts (with all their replies)."""
-    eft_targets: Literal["given", "self"] = "self"
+    eft_targets: Literal["self", "given", "human"] = "self"
     """`self`: the IFT-only model writes rationale and score; a prompt's judgements are kept when
-    their order agrees with the human order. `given`: the data has them."""
+    their order agrees with the human order. `given`: the data has them. `human`: the human
+    quality, or rank, on the rubric's scale and no rationale, for bases too small to write one."""
     max_score_share: Annotated[float, Field(gt=0, le=1)] = 0.35
-    """The most common score is thinned to this share of the self-written targets."""
+    """The most common score is thinned to this share of the targets, unless they are given."""
     lora: Lora = Lora()
 
 

@@ -11,7 +11,7 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 from srlm_lite.errors import UserError
-from srlm_lite.judging import parse_score
+from srlm_lite.judging import Rubric, parse_score
 from srlm_lite.records import Judgement, RankedReply
 from srlm_lite.run_dir import read_json, write_json, write_records
 from srlm_lite.seeds import derive_seed
@@ -79,33 +79,55 @@ def ift_examples(session: Session) -> list[Example]:
 
 
 def eft_rows(session: Session, ift: Sequence[Example], facts: dict[str, Any]) -> list[RankedReply]:
-    """Judge data with targets: as given, or written by the IFT-only model and filtered."""
+    """Judge data with targets, from where the recipe says."""
     section = session.recipe.anchor
     path = data_file(session.recipe, "eft_train.jsonl")
     groups = read_ranked(path, section.eft_prompts)
     if section.eft_targets == "given":
-        rows = [row for group in groups for row in group]
-        without = sum(row.target is None for row in rows)
-        if without or not rows:
-            raise UserError(
-                f"{without} of {len(rows)} rows have no target",
-                where=str(path),
-                way_out="Set anchor.eft_targets=self to let the IFT-only model write them",
-            )
-        unread = [
-            row.response_id for row in rows if parse_score(row.target or "", session.rubric) is None
-        ]
-        if unread:
-            raise UserError(
-                f"{len(unread)} targets do not end in a score the rubric allows, "
-                f"the first for response {unread[0]}",
-                where=str(path),
-            )
-        return rows
+        return _given_targets(session, groups, path)
+    drops: dict[str, int] = {}
+    if section.eft_targets == "human":
+        scored = human_targets(groups, session.rubric)
+    else:
+        scored, drops = _self_written_targets(session, groups, ift, path)
+    thinned = thin_most_common(
+        scored, max_share=section.max_score_share, rng=Random(f"{session.recipe.seed}/thin")
+    )
+    facts["eft_drops"] = {**drops, "thinned": len(scored) - len(thinned)}
+    rows = [row for row, _ in thinned]
+    write_records(session.run.anchor.eft_targets, rows)
+    return rows
 
-    stack: list[Adapter] = []
-    if ift:
-        stack = [_ift_only(session, ift)]
+
+def _given_targets(
+    session: Session, groups: Sequence[Sequence[RankedReply]], path: Path
+) -> list[RankedReply]:
+    rows = [row for group in groups for row in group]
+    without = sum(row.target is None for row in rows)
+    if without or not rows:
+        raise UserError(
+            f"{without} of {len(rows)} rows have no target",
+            where=str(path),
+            way_out="Set anchor.eft_targets=self to let the IFT-only model write them, or =human "
+            "to take the human order as it is",
+        )
+    unread = [r.response_id for r in rows if parse_score(r.target or "", session.rubric) is None]
+    if unread:
+        raise UserError(
+            f"{len(unread)} targets do not end in a score the rubric allows, "
+            f"the first for response {unread[0]}",
+            where=str(path),
+        )
+    return rows
+
+
+def _self_written_targets(
+    session: Session,
+    groups: Sequence[Sequence[RankedReply]],
+    ift: Sequence[Example],
+    path: Path,
+) -> tuple[list[tuple[RankedReply, float]], dict[str, int]]:
+    stack = [_ift_only(session, ift)] if ift else []
     replies = [(row.response_id, row.prompt, row.response) for group in groups for row in group]
     judgements = judge_replies(
         session,
@@ -118,23 +140,41 @@ def eft_rows(session: Session, ift: Sequence[Example], facts: dict[str, Any]) ->
         seed_path=(session.recipe.seed, "eft-targets"),
     )
     kept, drops = agreeing_targets(groups, judgements)
-    thinned = thin_most_common(
-        kept, max_share=section.max_score_share, rng=Random(f"{session.recipe.seed}/thin")
-    )
-    drops["thinned"] = len(kept) - len(thinned)
-    facts["eft_drops"] = drops
-    rows = [row for row, _ in thinned]
-    if not rows:
+    if not kept:
         raise UserError(
             f"the IFT-only model's judgements agree with the human order on none of "
             f"{len(groups)} prompts ({drops['unreadable']} unreadable, "
             f"{drops['disagreeing']} disagreeing)",
             where=str(path),
-            way_out="Give more prompts (anchor.eft_prompts), targets (anchor.eft_targets=given), "
-            "or leave judge data out (anchor.use_eft=false)",
+            way_out="Set anchor.eft_targets=human for a base this small, give more prompts "
+            "(anchor.eft_prompts), or leave judge data out (anchor.use_eft=false)",
         )
-    write_records(session.run.anchor.eft_targets, rows)
-    return rows
+    return kept, drops
+
+
+def human_targets(
+    groups: Sequence[Sequence[RankedReply]], rubric: Rubric
+) -> list[tuple[RankedReply, float]]:
+    """Targets that say the human order alone: `Score: <n>`, without a rationale.
+
+    The human quality, from the lowest to the highest of the data, becomes the rubric's scale,
+    rounded to its step (1 where it has none). Without a quality the rank does: the best reply of
+    a prompt gets the rubric's maximum, the worst its minimum.
+    """
+    qualities = [row.quality for group in groups for row in group if row.quality is not None]
+    low, high = (min(qualities), max(qualities)) if qualities else (0.0, 1.0)
+    step = rubric.step or 1.0
+    scored = []
+    for group in groups:
+        worst = max((row.rank for row in group), default=0)
+        for row in group:
+            if row.quality is not None:
+                share = (row.quality - low) / (high - low) if high > low else 1.0
+            else:
+                share = 1 - row.rank / worst if worst else 1.0
+            score = rubric.min + round(share * (rubric.max - rubric.min) / step) * step
+            scored.append((replace(row, target=f"Score: {score:g}"), score))
+    return scored
 
 
 def agreeing_targets(

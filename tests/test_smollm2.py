@@ -1,0 +1,85 @@
+"""The loop on a real language model, SmolLM2-135M; minutes, so marked slow."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from srlm_lite.model.base import SMOLLM2_WHEEL, smollm2_file
+from srlm_lite.run_dir import RunDir, read_json, read_jsonl
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(smollm2_file() is None, reason=f"no SmolLM2 here ({SMOLLM2_WHEEL})"),
+]
+
+
+def srlm_lite(*arguments: object) -> str:
+    """Run the real command; its stdout. Fails with what it said on stderr."""
+    done = subprocess.run(
+        [sys.executable, "-m", "srlm_lite", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_demo_in_small(tmp_path: Path) -> None:
+    """The recipe of `make demo` with fewer prompts: every stage, on its shipped anchor."""
+    out = tmp_path / "out"
+    table = srlm_lite(
+        *("iterate", "--recipe", "smollm2-135m-demo", "--adapters", out, "--iterations", 1),
+        *("--set", "prompts.per_iteration=6", "--set", "pairing.min_pairs=2"),
+        *("--set", "evaluate.policy_prompts=6", "--set", "evaluate.eft_prompts=4"),
+    )
+    assert "M1, anchor" in table and "M2, iteration 1" in table
+    run = RunDir(out)
+    delta = next(row for row in run.read_metrics() if row["stage"] == "delta")
+    assert delta["step0_loss"] == pytest.approx(math.log(2), abs=1e-3)
+    judge = read_json(run.anchor.evaluation)["judge"]
+    assert judge["parse_rate"] > 0.9  # the shipped anchor does know how to grade
+    assert judge["pairwise_accuracy"] > 0.75
+    for pair in read_jsonl(run.iteration(1).pairs):
+        assert pair["chosen_score"] > pair["rejected_score"]
+    shown = srlm_lite("show", "pairs", "--adapters", out, "--limit", 1)
+    assert "chosen" in shown and "rejected" in shown and "Score:" in shown
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_one_iteration_on_human_scored_replies(
+    shared_data: Path, tmp_path: Path, quantization: str
+) -> None:
+    """From `data prepare` on ranked human replies to the judge metrics against human order."""
+    data, out = tmp_path / "data", tmp_path / "out"
+    source = shared_data / "oasst2_quality.jsonl"
+    counts: dict[str, Any] = json.loads(
+        srlm_lite(
+            *("data", "prepare", "--source", source, "--format", "ranked"),
+            *("--score-column", "quality", "--out", data, "--json"),
+        )
+    )
+    assert counts["kept"]["eft_eval.jsonl"] > 0
+    small = 2 if quantization == "nf4" else 4
+    srlm_lite(
+        *("iterate", "--recipe", "smollm2-135m", "--adapters", out, "--iterations", 1),
+        *("--set", f"data.dir={data}", "--set", f"base.quantization={quantization}"),
+        *("--set", f"prompts.file={shared_data / 'prompts_generated.jsonl'}"),
+        *("--set", f"prompts.per_iteration={2 * small}", "--set", "pairing.min_pairs=1"),
+        *("--set", f"anchor.ift_limit={4 * small}", "--set", f"anchor.eft_prompts={2 * small}"),
+        *("--set", f"evaluate.eft_prompts={small}", "--set", f"evaluate.policy_prompts={small}"),
+        *("--set", "rollout.max_new_tokens=48", "--set", "judge.max_new_tokens=48"),
+    )
+    judge = read_json(RunDir(out).iteration(1).evaluation)["judge"]
+    assert judge["prompts"] == small
+    for name in ("pairwise_accuracy", "five_best", "exact_match", "spearman", "kendall"):
+        assert name in judge
