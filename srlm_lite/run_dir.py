@@ -6,11 +6,13 @@ beside their place and renamed into it; journals grow by whole chunks, and a tor
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +22,8 @@ from srlm_lite.errors import UserError
 from srlm_lite.records import Record
 
 R = TypeVar("R", bound=Record)
+
+_LOCK = ".lock"
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -350,17 +354,17 @@ class RunDir:
             UserError: The directory holds a run of another configuration (the differing keys are
                 named), or files that are not a run's.
         """
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError("is a file, not a directory", where=str(self.path))
         if fresh and self.exists:
-            shutil.rmtree(self.path)
+            self._clear()
         if not self.exists:
-            if self.path.is_dir() and any(self.path.iterdir()):
+            if self._entries():
                 raise UserError(
                     "holds files, but no run (no run.json)",
                     where=str(self.path),
                     way_out="Choose an empty or new directory for --adapters",
                 )
-            if self.path.exists() and not self.path.is_dir():
-                raise UserError("is a file, not a directory", where=str(self.path))
             self._write_run(recipe, facts)
             return
         before = self.facts()
@@ -373,6 +377,42 @@ class RunDir:
             )
         if before["recipe"]["iterations"] != recipe.iterations:
             self._write_run(recipe, facts)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from working in this directory meanwhile.
+
+        The lock goes with the process, however that ends.
+
+        Raises:
+            UserError: Another process has it.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise UserError("is a file, not a directory", where=str(self.path)) from error
+        with (self.path / _LOCK).open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(
+                    "another srlm-lite is working here",
+                    where=str(self.path),
+                    way_out="Wait until it has finished, or use another directory",
+                ) from error
+            yield
+
+    def _entries(self) -> list[Path]:
+        if not self.path.is_dir():
+            return []
+        return [entry for entry in self.path.iterdir() if entry.name != _LOCK]
+
+    def _clear(self) -> None:
+        for entry in self._entries():
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
 
     def hold_to_base(self, source: dict[str, Any]) -> None:
         """Note which base the run is on, by hash or revision; refuse any other from then on.

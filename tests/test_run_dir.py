@@ -6,13 +6,15 @@ import hashlib
 import json
 import os
 import stat
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from srlm_lite.config import Recipe, recipe_from
+from srlm_lite.config import Recipe, load_recipe, recipe_from
 from srlm_lite.errors import UserError
 from srlm_lite.records import Candidate, Judgement, Prompt, RankedReply
 from srlm_lite.run_dir import (
@@ -429,3 +431,26 @@ def test_metrics_go_on_after_a_cut_at_every_byte(tmp_path: Path) -> None:
         assert run.read_metrics() == kept
         run.add_metrics({"stage": "next"})
         assert run.read_metrics() == [*kept, {"stage": "next"}]
+
+
+def test_two_processes_do_not_work_in_one_directory(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "out")
+    with run.locked():
+        code = (
+            "from pathlib import Path; from srlm_lite.run_dir import RunDir\n"
+            f"with RunDir(Path({str(run.path)!r})).locked(): pass"
+        )
+        other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert other.returncode != 0
+    assert "another srlm-lite is working here" in other.stderr
+    with run.locked():  # free again
+        pass
+
+
+def test_a_lock_alone_does_not_make_a_directory_look_used(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "out")
+    with run.locked():
+        run.open(load_recipe("tiny"), {})
+        (run.path / "note.txt").write_text("mine")
+        run.open(load_recipe("tiny", ["seed=1"]), {}, fresh=True)
+    assert sorted(path.name for path in run.path.iterdir()) == [".lock", "run.json"]

@@ -29,7 +29,7 @@ def run_evaluate(*, directory: Path, which: str, data_dir: Path | None, as_json:
     console = Console()
     if not place.evaluation.is_file():
         session = Session(recipe, run, console)
-        with console:
+        with run.locked(), console:
             stack = [] if number is None else session.stack(number)
             evaluation(session, place, stack)
     result = read_json(place.evaluation)

@@ -41,11 +41,12 @@ def run_iterate(
         "hardware": hardware(),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
-    resumed = run.exists and not fresh
-    run.open(recipe, facts, fresh=fresh)
-    console.say(f"{'resuming' if resumed else 'starting'} {recipe.name} in {directory}")
-    with console:
-        iterate(Session(recipe, run, console))
+    with run.locked():
+        resumed = run.exists and not fresh
+        run.open(recipe, facts, fresh=fresh)
+        console.say(f"{'resuming' if resumed else 'starting'} {recipe.name} in {directory}")
+        with console:
+            iterate(Session(recipe, run, console))
     typer.echo(closing_table(run, recipe))
     last = run.last_done()
     show = "pairs" if last else "run"
