@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,9 +23,13 @@ DPO = Dpo(learning_rate=5e-3, epochs=3, batch_size=4, micro_batch_size=2, lora=L
 LN2 = math.log(2)
 
 
-@pytest.fixture(scope="module", params=["none", "nf4"])
-def base(request: pytest.FixtureRequest, tiny_base_dir: Path) -> Iterator[LoadedBase]:
-    yield load_base(Base(name=str(tiny_base_dir), quantization=request.param, dtype="float32"))
+KINDS = [("none", "float32"), ("nf4", "float32"), ("none", "bfloat16"), ("nf4", "bfloat16")]
+
+
+@pytest.fixture(scope="module", params=KINDS, ids=["-".join(kind) for kind in KINDS])
+def base(request: pytest.FixtureRequest, tiny_base_dir: Path) -> LoadedBase:
+    quantization, dtype = request.param
+    return load_base(Base(name=str(tiny_base_dir), quantization=quantization, dtype=dtype))
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +107,7 @@ def test_step_0_is_ln_2_training_learns_and_the_anchor_stays(
     assert same(anchor, before)
     assert trained.rank == 4 and not same(trained, start)
     assert list(slot.model.peft_config) == ["default"]  # TRL's copy is gone
+    assert "forward" not in slot.model.__dict__  # and so is accelerate's wrapping
     assert not any(
         parameter.requires_grad
         for name, parameter in slot.model.named_parameters()

@@ -91,4 +91,8 @@ def one_adapter_in_training(model: Any) -> Iterator[None]:
         model.zero_grad(set_to_none=True)
         if model.is_gradient_checkpointing:
             model.gradient_checkpointing_disable()
+        # accelerate wraps `forward` (mixed precision, float32 outputs) and marks the model as
+        # wrapped, so that the next trainer would leave it as it finds it.
+        for attribute in ("forward", "_original_forward", "_is_accelerate_prepared"):
+            model.__dict__.pop(attribute, None)
         model.eval()

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_callback import PrinterCallback, TrainerCallback
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
@@ -118,12 +118,8 @@ def train_dpo(
                 callbacks=[listener],
             )
             trainer.remove_callback(PrinterCallback)
-            # TRL casts a quantized base's adapters to bf16, where small updates vanish; and it
-            # copied them before. Both copies are written anew, in float32.
-            slot.load(reference, adapter=_REFERENCE, dtype=torch.float32)
-            slot.load(reference, train=True)
-            proof = _prove_reference(trainer)
-            slot.load(stack, train=True)
+            proof = _Proof(trainer, slot, reference=reference, stack=stack)
+            trainer.add_callback(proof)
             trainer.train()
             slot.assert_unchanged(anchor)
             trained = slot.read(start, delta.rank, list(delta.factors))
@@ -134,7 +130,7 @@ def train_dpo(
         raise ProofError("DPO changed nothing: the delta received no gradient")
     rows = listener.rows
     return trained, {
-        **proof,
+        **proof.facts,
         "steps": len(rows),
         "first_loss": rows[0]["loss"],
         "last_loss": late_mean(rows, "loss"),
@@ -145,26 +141,52 @@ def train_dpo(
     }
 
 
-def _prove_reference(trainer: Any) -> dict[str, float]:
-    """Loss and margin on the first pairs with the reference stack in both slots.
+class _Proof(TrainerCallback):
+    """Before the first step, shows that TRL's reference is the intended stack.
 
-    Both must be what they are for a model compared with itself, through TRL's own code: that is
-    how one learns that TRL took the stack for its reference, not the base or half a stack.
+    With the reference stack in the slot too, loss and margin through TRL's own code must be what
+    they are for a model compared with itself: ln 2 and 0. Then the slot gets what is to train.
     """
-    count = min(len(trainer.train_dataset), 8)
-    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(count)])
-    batch = trainer._prepare_inputs(batch)
-    kinds, weights = trainer.loss_types, trainer.loss_weights
-    trainer.loss_types, trainer.loss_weights = ["sigmoid"], [1.0]
-    trainer.model.eval()
-    with torch.no_grad(), trainer.compute_loss_context_manager():
-        loss = float(trainer.compute_loss(trainer.model, batch))
-    margin = float(trainer._metrics["eval"]["rewards/margins"][-1])
-    trainer._metrics["eval"].clear()
-    trainer.loss_types, trainer.loss_weights = kinds, weights
-    if abs(loss - LN2) > PROOF_TOLERANCE or abs(margin) > 2 * PROOF_TOLERANCE:
-        raise ProofError(
-            f"before the first step DPO's loss is {loss:.6f} (must be ln 2 = {LN2:.6f}) and the "
-            f"reward margin {margin:.6f} (must be 0): the reference is not the intended stack"
-        )
-    return {"step0_loss": loss, "step0_margin": margin}
+
+    def __init__(
+        self,
+        trainer: Any,
+        slot: Slot,
+        *,
+        reference: Sequence[Adapter],
+        stack: Sequence[Adapter],
+    ) -> None:
+        self._trainer, self._slot = trainer, slot
+        self._reference, self._stack = reference, stack
+        self.facts: dict[str, float] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # TRL casts a quantized base's adapters to bf16, where small updates vanish, and copied
+        # them before. Both copies are written anew, in float32.
+        self._slot.load(self._reference, adapter=_REFERENCE, dtype=torch.float32)
+        self._slot.load(self._reference, train=True)
+        loss, margin = self._compare()
+        if abs(loss - LN2) > PROOF_TOLERANCE or abs(margin) > 2 * PROOF_TOLERANCE:
+            raise ProofError(
+                f"before the first step DPO's loss is {loss:.6f} (must be ln 2 = {LN2:.6f}) and "
+                f"the reward margin {margin:.6f} (must be 0): the reference is not the intended "
+                "stack"
+            )
+        self.facts = {"step0_loss": loss, "step0_margin": margin}
+        self._slot.load(self._stack, train=True)
+        self._trainer.model.train()
+
+    def _compare(self) -> tuple[float, float]:
+        trainer = self._trainer
+        pairs = trainer.train_dataset
+        batch = trainer.data_collator([pairs[i] for i in range(min(len(pairs), 8))])
+        batch = trainer._prepare_inputs(batch)
+        kinds, weights = trainer.loss_types, trainer.loss_weights
+        trainer.loss_types, trainer.loss_weights = ["sigmoid"], [1.0]
+        trainer.model.eval()
+        with torch.no_grad(), trainer.compute_loss_context_manager():
+            loss = float(trainer.compute_loss(trainer.model_wrapped, batch))
+        margin = float(trainer._metrics["eval"]["rewards/margins"][-1])
+        trainer._metrics["eval"].clear()
+        trainer.loss_types, trainer.loss_weights = kinds, weights
+        return loss, margin
