@@ -354,17 +354,10 @@ class RunDir:
             UserError: The directory holds a run of another configuration (the differing keys are
                 named), or files that are not a run's.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise UserError("is a file, not a directory", where=str(self.path))
+        self._refuse_other_places()
         if fresh and self.exists:
             self._clear()
         if not self.exists:
-            if self._entries():
-                raise UserError(
-                    "holds files, but no run (no run.json)",
-                    where=str(self.path),
-                    way_out="Choose an empty or new directory for --adapters",
-                )
             self._write_run(recipe, facts)
             return
         before = self.facts()
@@ -385,12 +378,13 @@ class RunDir:
         The lock goes with the process, however that ends.
 
         Raises:
-            UserError: Another process has it.
+            UserError: Another process has it, or this is no place for a run.
         """
+        self._refuse_other_places()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError) as error:
-            raise UserError("is a file, not a directory", where=str(self.path)) from error
+        except NotADirectoryError as error:
+            raise UserError("lies below a file", where=str(self.path)) from error
         with (self.path / _LOCK).open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -401,6 +395,16 @@ class RunDir:
                     way_out="Wait until it has finished, or use another directory",
                 ) from error
             yield
+
+    def _refuse_other_places(self) -> None:
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError("is a file, not a directory", where=str(self.path))
+        if not self.exists and self._entries():
+            raise UserError(
+                "holds files, but no run (no run.json)",
+                where=str(self.path),
+                way_out="Choose an empty or new directory for --adapters",
+            )
 
     def _entries(self) -> list[Path]:
         if not self.path.is_dir():

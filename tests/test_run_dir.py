@@ -362,6 +362,18 @@ def test_a_file_is_no_run_directory(tmp_path: Path) -> None:
         RunDir(path).facts()
 
 
+def test_a_lock_is_left_in_no_other_place(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("precious")
+    for place, message in (
+        (tmp_path, "holds files, but no run"),
+        (tmp_path / "thesis.tex", "is a file"),
+        (tmp_path / "thesis.tex" / "out", "lies below a file"),
+    ):
+        with pytest.raises(UserError, match=message), RunDir(place).locked():
+            raise AssertionError(place)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", "5", '{"other": "tool"}', '{"recipe": {}}'])
 def test_a_broken_or_foreign_run_json_is_one_line(tmp_path: Path, content: str) -> None:
     (tmp_path / "run.json").write_text(content)

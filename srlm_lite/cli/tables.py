@@ -16,7 +16,7 @@ from srlm_lite.run_dir import RunDir, StageDir, read_json
 def closing_table(run: RunDir, recipe: Recipe) -> str:
     """One row for each model of the run, and below it what the columns mean."""
     gold = recipe.evaluate.gold is not None
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("model", no_wrap=True)
     columns = ["pairs"]
     if gold:
@@ -30,7 +30,7 @@ def closing_table(run: RunDir, recipe: Recipe) -> str:
         if place.is_done:
             table.add_row(name, *_cells(place, gold=gold))
     out = io.StringIO()
-    Console(file=out, width=100, highlight=False).print(table)
+    Console(file=out, width=200, highlight=False, color_system=None).print(table)
     lines = [
         "judge acc.: share of reply pairs that the model, as judge, puts in the human order",
         "ties, readable: pairs it scores equal; votes that could be read.  length: characters",

@@ -1,0 +1,471 @@
+"""The command line: what it prints, where, and how a mistake ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from srlm_lite import __version__
+from srlm_lite.cli import main
+from srlm_lite.cli.progress import _duration, summary
+from srlm_lite.cli.tables import closing_table
+from srlm_lite.config import recipe_from, recipes_dir, shipped_recipes
+from srlm_lite.records import Candidate, Judgement, PreferencePair, Prompt
+from srlm_lite.run_dir import RunDir, StageDir, write_json, write_records
+
+GOLD = "srlm_lite.tasks.toy:gold"
+
+
+@dataclass(frozen=True)
+class Done:
+    """How a command ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+Cli = Callable[..., Done]
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Cli:
+    """The command in this process: what `srlm-lite ARGS` prints and ends with."""
+
+    def command(*args: str | Path) -> Done:
+        monkeypatch.setattr(sys, "argv", ["srlm-lite", *map(str, args)])
+        capfd.readouterr()
+        try:
+            main.run()
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+        out, err = capfd.readouterr()
+        return Done(code, out, err)
+
+    return command
+
+
+def shell(*args: str | Path, **env: str) -> Done:
+    """The command in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "srlm_lite", *map(str, args)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, **env},
+    )
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+def mistake(done: Done) -> str:
+    """What a user's mistake prints: one line on stderr, nothing on stdout, exit code 2."""
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    # `iterate` says what it starts before it comes upon its data.
+    told = [line for line in done.stderr.splitlines() if not line.startswith("starting ")]
+    assert len(told) == 1, done.stderr
+    assert told[0].startswith("srlm-lite: ")
+    return told[0].removeprefix("srlm-lite: ")
+
+
+# --- a run made by hand -----------------------------------------------------------------------
+
+
+def evaluation(gold: float | None, accuracy: float | None = 0.75) -> dict[str, Any]:
+    policy: dict[str, Any] = {"mean_length_chars": 123.4, "greedy": {}}
+    if gold is not None:
+        policy = {**policy, "gold_mean": gold, "gold_se": 0.08, "greedy": {"gold_mean": gold + 1}}
+    judge = {
+        "pairwise_accuracy": accuracy,
+        "tie_rate": 0.125,
+        "parse_rate": 0.98,
+        "score_histogram": {"3": 4, "unreadable": 1},
+    }
+    return {"judge": judge, "policy": policy}
+
+
+def finish(place: StageDir, gold: float | None, **counts: Any) -> None:
+    write_json(place.evaluation, evaluation(gold))
+    place.finish(iteration=0, seconds=90.0, counts=counts)
+
+
+def make_run(path: Path, *, gold: str | None = GOLD) -> RunDir:
+    """An anchor, one iteration that is done, and one that has sampled its candidates."""
+    run = RunDir(path)
+    recipe = {
+        "name": "by-hand",
+        "base": {"name": "some/base"},
+        "data": {"dir": "nowhere"},
+        "evaluate": {"gold": gold},
+    }
+    run.open(recipe_from(recipe, where="test"), {"versions": {}})
+    run.add_metrics({"iteration": 0, "stage": "anchor", "seconds": 1.0})
+    write_json(run.anchor.training, {})
+    finish(run.anchor, 2.5 if gold else None)
+    one = run.iteration(1)
+    write_records(one.prompts, [Prompt("p1", "What is [bold]this[/bold]?")])
+    candidates = [
+        Candidate("p1", "p1#0", "A good answer\nof two lines.", 7, "stop"),
+        Candidate("p1", "p1#1", "A bad one ½", 3, "stop"),
+        Candidate("p1", "p1#2", "Cut", 1, "length"),
+    ]
+    write_records(one.candidates, candidates)
+    judgements = [
+        Judgement("p1#0", 0, "Clear.\nScore: 4", 4.0),
+        Judgement("p1#0", 1, "Clear?\nScore: 4.5", 4.5),
+        Judgement("p1#1", 0, "Thin.\nScore: 1", 1.0),
+        Judgement("p1#1", 1, "Hm.", None, "length", True),
+    ]
+    write_records(one.judgements, judgements)
+    pair = PreferencePair(
+        "p1",
+        "What is [bold]this[/bold]?",
+        "p1#0",
+        "p1#1",
+        candidates[0].text,
+        candidates[1].text,
+        4.25,
+        1.0,
+    )
+    write_records(one.pairs, [pair] * 5)
+    finish(one, 3.0 if gold else None, pairs={"pairs": 5})
+    write_records(run.iteration(2).candidates, candidates[:1])
+    return run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    return make_run(tmp_path_factory.mktemp("run") / "out")
+
+
+# --- mistakes ---------------------------------------------------------------------------------
+
+
+def test_a_mistake_is_one_line_in_a_real_shell(tmp_path: Path) -> None:
+    line = mistake(shell("show", "run", "--adapters", tmp_path))
+    assert line.startswith(f"{tmp_path}: holds no run")
+
+
+def test_an_unknown_recipe_suggests_the_right_one(cli: Cli, tmp_path: Path) -> None:
+    line = mistake(cli("iterate", "--recipe", "tooy", "--adapters", tmp_path / "out"))
+    assert line == "tooy: no such recipe. Did you mean toy?"
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("dpo.bta=1", "unknown key `dpo.bta`. Did you mean `dpo.beta`?"),
+        ("beta=1", "unknown key `beta`. Did you mean `dpo.beta`?"),
+        ("dpo.beta", "--set dpo.beta: expected KEY=VALUE"),
+        ("dpo.beta=-1", "`dpo.beta` (is -1): Input should be greater than 0"),
+    ],
+)
+def test_a_wrong_override(cli: Cli, tmp_path: Path, override: str, message: str) -> None:
+    out = tmp_path / "out"
+    line = mistake(cli("iterate", "--recipe", "toy", "--adapters", out, "--set", override))
+    assert message in line
+    assert not out.exists()
+
+
+def test_a_negative_number_of_iterations(cli: Cli, tmp_path: Path) -> None:
+    line = mistake(
+        cli("iterate", "--recipe", "toy", "--adapters", tmp_path / "out", "--iterations=-1")
+    )
+    assert "`iterations` (is -1)" in line
+
+
+def test_a_missing_data_directory(cli: Cli, tmp_path: Path) -> None:
+    nowhere = "data.dir=nowhere"
+    out = tmp_path / "out"
+    line = mistake(cli("iterate", "--recipe", "toy", "--adapters", out, "--set", nowhere))
+    assert "data.dir = nowhere: no such data directory" in line
+    assert "srlm-lite data prepare" in line
+
+
+def test_a_directory_with_other_files(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("precious")
+    line = mistake(cli("iterate", "--recipe", "toy", "--adapters", tmp_path))
+    assert line.startswith(f"{tmp_path}: holds files, but no run")
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_run_of_another_configuration(cli: Cli, tmp_path: Path) -> None:
+    make_run(tmp_path / "out")
+    line = mistake(cli("iterate", "--recipe", "toy", "--adapters", tmp_path / "out"))
+    assert "holds a run of another configuration; differing: " in line
+    assert 'base.name ("some/base" there, ' in line
+    assert "--fresh" in line
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["show", "run"],
+        ["show", "pairs"],
+        ["show", "judgements"],
+        ["show", "candidates"],
+        ["evaluate"],
+    ],
+)
+def test_a_directory_without_a_run(cli: Cli, tmp_path: Path, command: list[str]) -> None:
+    line = mistake(cli(*command, "--adapters", tmp_path))
+    assert line.startswith(f"{tmp_path}: holds no run (no run.json)")
+    assert "srlm-lite iterate" in line
+
+
+def test_an_iteration_that_is_not_there(cli: Cli, run: RunDir) -> None:
+    line = mistake(cli("show", "pairs", "--adapters", run.path, "--iteration", "7"))
+    assert line == f"{run.path}: has no iteration 7. It has: 1, 2"
+    line = mistake(cli("evaluate", "--adapters", run.path, "--iteration", "7"))
+    assert "has no iteration 7" in line
+
+
+def test_an_iteration_without_pairs_yet(cli: Cli, run: RunDir) -> None:
+    line = mistake(cli("show", "pairs", "--adapters", run.path))
+    assert line.endswith("iter_002/pairs.jsonl: no such file")
+
+
+def test_a_run_without_iterations(cli: Cli, tmp_path: Path) -> None:
+    RunDir(tmp_path).open(
+        recipe_from({"name": "t", "base": {"name": "b"}, "data": {"dir": "d"}}, where="t"), {}
+    )
+    line = mistake(cli("show", "candidates", "--adapters", tmp_path))
+    assert line == f"{tmp_path}: has no iteration yet"
+
+
+@pytest.mark.parametrize("command", [["recipes", "show"], ["recipes", "check"]])
+def test_recipes_commands_know_mistakes_too(cli: Cli, command: list[str]) -> None:
+    assert "Did you mean llama2-70b?" in mistake(cli(*command, "lama2-70b"))
+
+
+def test_a_wrong_recipe_file_is_found_by_check(cli: Cli, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("name: mine\nbase: {name: b}\ndata: {dir: d}\ndpo: {bta: 1}\n")
+    line = mistake(cli("recipes", "check", path))
+    assert line == f"{path}: unknown key `dpo.bta`. Did you mean `dpo.beta`?"
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["itreate"],
+        ["iterate"],
+        ["iterate", "--adapters"],
+        ["iterate", "--adapters", "x", "--iterations", "many"],
+        ["show", "pairs", "--adapters", "x", "--limit", "-1"],
+        ["show", "everything", "--adapters", "x"],
+    ],
+)
+def test_a_wrong_call_is_no_traceback(cli: Cli, args: list[str]) -> None:
+    done = cli(*args)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "Error" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# --- show -------------------------------------------------------------------------------------
+
+
+def test_show_pairs_prints_both_replies_and_the_judges_words(cli: Cli, run: RunDir) -> None:
+    done = cli("show", "pairs", "--adapters", run.path, "--iteration", "1", "--limit", "1")
+    assert done.returncode == 0
+    assert done.stdout == (
+        "--- p1   4.25 against 1\n"
+        "What is [bold]this[/bold]?\n"
+        "\n"
+        "chosen (p1#0; votes 4, 4.5)\n"
+        "  A good answer\n"
+        "  of two lines.\n"
+        "  the judge:\n"
+        "    Clear.\n"
+        "    Score: 4\n"
+        "\n"
+        "rejected (p1#1; votes 1, unreadable)\n"
+        "  A bad one ½\n"
+        "  the judge:\n"
+        "    Thin.\n"
+        "    Score: 1\n"
+        "\n"
+    )
+    assert done.stderr == "1 of 5; --limit 0 shows all\n"
+
+
+@pytest.mark.parametrize(("limit", "rows"), [("0", 5), ("2", 2), ("9", 5)])
+def test_show_pairs_as_json_is_the_rows(cli: Cli, run: RunDir, limit: str, rows: int) -> None:
+    done = cli(
+        "show", "pairs", "--adapters", run.path, "--iteration", "1", "--limit", limit, "--json"
+    )
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(found) == rows
+    assert found[0] == json.loads(run.iteration(1).pairs.read_text().splitlines()[0])
+    assert "½" in done.stdout
+
+
+def test_show_judgements(cli: Cli, run: RunDir) -> None:
+    done = cli("show", "judgements", "--adapters", run.path, "--iteration", "1")
+    assert "--- p1#1 vote 0   score 1\n  A bad one ½\n  the judge:\n    Thin.\n" in done.stdout
+    assert "--- p1#1 vote 1   score unreadable\n" in done.stdout
+    rows = cli("show", "judgements", "--adapters", run.path, "--iteration", "1", "--json").stdout
+    assert [json.loads(row)["score"] for row in rows.splitlines()] == [4.0, 4.5, 1.0, None]
+
+
+def test_show_candidates_defaults_to_the_last_iteration(cli: Cli, run: RunDir) -> None:
+    done = cli("show", "candidates", "--adapters", run.path)
+    assert done.stdout.count("---") == 1
+    done = cli("show", "candidates", "--adapters", run.path, "--iteration", "1")
+    assert "--- p1#2   1 tokens, ended by length\n  Cut\n" in done.stdout
+    rows = cli("show", "candidates", "--adapters", run.path, "--json").stdout
+    assert json.loads(rows)["candidate_id"] == "p1#0"
+
+
+def test_show_run(cli: Cli, run: RunDir) -> None:
+    done = cli("show", "run", "--adapters", run.path)
+    assert done.stdout.startswith("by-hand: self-rewarding, seed 0, base some/base\n")
+    assert "M2, iteration 1" in done.stdout
+    facts = json.loads(cli("show", "run", "--adapters", run.path, "--json").stdout)
+    assert facts["recipe"]["name"] == "by-hand"
+    assert facts["stages"] == [{"iteration": 0, "stage": "anchor", "seconds": 1.0}]
+
+
+def test_evaluate_prints_what_has_been_measured(cli: Cli, run: RunDir) -> None:
+    done = cli("evaluate", "--adapters", run.path, "--iteration", "anchor", "--json")
+    assert json.loads(done.stdout) == evaluation(2.5)
+    done = cli("evaluate", "--adapters", run.path, "--iteration", "anchor")
+    assert re.search(r"^policy gold_mean +2\.5$", done.stdout, re.MULTILINE)
+    assert re.search(r"^judge scores +3: 4  unreadable: 1$", done.stdout, re.MULTILINE)
+
+
+# --- the closing table ------------------------------------------------------------------------
+
+
+def table_of(run: RunDir) -> list[list[str]]:
+    recipe = recipe_from(run.facts()["recipe"], where="run.json")
+    lines = closing_table(run, recipe).splitlines()
+    return [re.split(r"\s{2,}", line.strip()) for line in lines]
+
+
+def test_the_table_has_a_row_for_each_model_that_is_done(run: RunDir) -> None:
+    rows = table_of(run)
+    columns = ["model", "pairs", "gold", "greedy gold", "judge acc.", "ties", "readable"]
+    assert rows[1] == [*columns, "length", "minutes"]
+    # 90 s are 1.5 minutes; the anchor comes of no pairs; iteration 2 is not done.
+    assert rows[3] == ["M1, anchor", "2.50 ±0.08", "3.50", "0.75", "0.12", "0.98", "123", "1.5"]
+    assert rows[4] == [
+        "M2, iteration 1",
+        "5",
+        *["3.00 ±0.08", "4.00", "0.75", "0.12", "0.98", "123", "1.5"],
+    ]
+    assert rows[5] == [""]
+    told = " ".join(word for row in rows[6:] for word in row)
+    for word in ("gold:", GOLD, "judge acc.:", "ties, readable:", "length:"):
+        assert word in told
+
+
+def test_without_a_gold_scorer_there_is_no_gold(tmp_path: Path) -> None:
+    rows = table_of(make_run(tmp_path / "out", gold=None))
+    assert rows[1] == ["model", "pairs", "judge acc.", "ties", "readable", "length", "minutes"]
+    assert rows[4] == ["M2, iteration 1", "5", "0.75", "0.12", "0.98", "123", "1.5"]
+    assert not any("gold" in word for row in rows for word in row)
+
+
+def test_what_was_not_measured_is_a_dash(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "out")
+    write_json(run.anchor.evaluation, {**evaluation(None, accuracy=None), "policy": {}})
+    assert table_of(run)[3] == ["M1, anchor", "-", "-", "-", "0.12", "0.98", "-", "1.5"]
+
+
+def test_a_new_run_has_an_empty_table(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    run.open(recipe_from({"name": "t", "base": {"name": "b"}, "data": {"dir": "d"}}, where="t"), {})
+    assert table_of(run)[1][0] == "model"
+
+
+def test_the_table_on_stdout_has_no_colour_codes(cli: Cli, run: RunDir) -> None:
+    done = shell("show", "run", "--adapters", run.path, NO_COLOR="", FORCE_COLOR="1")
+    assert "\x1b" not in done.stdout
+
+
+# --- the rest ---------------------------------------------------------------------------------
+
+
+def test_version(cli: Cli) -> None:
+    assert cli("--version").stdout == f"{__version__}\n"
+
+
+def test_help_names_every_command(cli: Cli) -> None:
+    done = cli("--help")
+    assert done.returncode == 0
+    for command in ("iterate", "data", "evaluate", "show", "recipes"):
+        assert re.search(rf"\b{command}\b", done.stdout)
+
+
+def test_recipes_list_has_a_line_for_each(cli: Cli) -> None:
+    lines = cli("recipes", "list").stdout.splitlines()
+    assert [line.split()[0] for line in lines] == shipped_recipes()
+    assert all(len(line.split()) > 3 for line in lines)
+
+
+def test_recipes_show_prints_the_file_and_check_fills_in_defaults(cli: Cli) -> None:
+    path = recipes_dir() / "llama2-70b.yaml"
+    assert cli("recipes", "show", "llama2-70b").stdout == path.read_text().rstrip() + "\n"
+    checked = yaml.safe_load(cli("recipes", "check", "llama2-70b").stdout)
+    assert checked["dpo"]["max_grad_norm"] == 1.0
+    assert recipe_from(checked, where="stdout").name == "llama2-70b"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.04, "0.0 s"), (59.9, "59.9 s"), (60, "1:00 min"), (3599, "59:59 min"), (7260, "2:01 h")],
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert _duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("stage", "facts", "text"),
+    [
+        ("anchor", {"taken_from": "x/anchor"}, "shipped with the recipe (x/anchor)"),
+        ("prompts", {"prompts": 64}, "64 prompts"),
+        (
+            "judgements",
+            {"judgements": 12, "parse_rate": 0.9167, "mean_score": None},
+            "12 votes, 91.7% readable, none readable",
+        ),
+        (
+            "pairs",
+            {"pairs": 9, "drops": {"tied": 3, "too_long": 1}},
+            "9 preference pairs; no pair: 3 tied, 1 too_long",
+        ),
+        (
+            "pairs",
+            {"pairs": 9, "drops": {}, "gold_agreement": {"right": 5, "reversed": 3, "tied": 1}},
+            "9 preference pairs; gold says 5 right, 3 reversed",
+        ),
+        (
+            "evaluation",
+            evaluation(3.0),
+            "gold 3.00, judge pairwise accuracy 0.75, mean length 123 characters",
+        ),
+        (
+            "evaluation",
+            {"judge": {"pairwise_accuracy": None}, "policy": {}},
+            "",
+        ),
+    ],
+)
+def test_finished_stages_in_one_line(stage: str, facts: dict[str, Any], text: str) -> None:
+    assert summary(stage, facts) == text
