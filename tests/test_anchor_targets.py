@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from random import Random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from srlm_lite.records import Judgement, RankedReply
@@ -148,6 +148,7 @@ def test_thinning_keeps_the_order_and_is_fixed_by_its_seed() -> None:
     assert places == sorted(places)
 
 
+@settings(deadline=None)
 @given(
     st.dictionaries(
         st.sampled_from([0.0, 1.0, 2.0, 3.5, 4.0, 5.0]), st.integers(1, 60), min_size=2

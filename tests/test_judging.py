@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from srlm_lite.config import Pairing, recipes_dir
@@ -283,6 +283,7 @@ def test_the_rubric_sets_range_and_grid(rubric: Rubric, reply: str, score: float
 near_replies = st.text(alphabet="Ss core:=[](<>)/*_#½.,-+0123459\n out of points") | st.text()
 
 
+@settings(deadline=None)
 @given(near_replies, st.sampled_from([FIVE, TEN, HUNDRED, HALVES, WHOLE, TENTHS, SIGNED]))
 def test_no_text_gives_a_number_that_the_rubric_has_not(reply: str, rubric: Rubric) -> None:
     for text in (reply, f"Score: {reply}", f"{reply}\nScore: {reply}"):
@@ -291,6 +292,7 @@ def test_no_text_gives_a_number_that_the_rubric_has_not(reply: str, rubric: Rubr
         assert parse_score(text, rubric, finish_reason="length") is None
 
 
+@settings(deadline=None)
 @given(near_replies, st.integers(0, 10), st.sampled_from(["", "\n", "\r\n", "\n\n```\n"]))
 @example("Score: 5", 1, "")
 @example("Score: 5\n", 1, "\n")
@@ -300,6 +302,7 @@ def test_the_last_line_counts_whatever_stands_before(rationale: str, n: int, tai
     assert parse_score(f"{rationale}\nScore: {n}{tail}", FIVE) == (n if n <= 5 else None)
 
 
+@settings(deadline=None)
 @given(near_replies)
 def test_a_reply_without_the_word_has_no_score(reply: str) -> None:
     if "score" not in unicodedata.normalize("NFKC", reply).casefold():
@@ -366,6 +369,7 @@ any_text = st.text() | st.lists(
 ).map("".join)
 
 
+@settings(deadline=None)
 @given(any_text, any_text)
 def test_each_text_is_inserted_once_and_stays_inside(prompt: str, response: str) -> None:
     rendered = FIVE.render(prompt=prompt, response=response)
@@ -379,6 +383,7 @@ def test_each_text_is_inserted_once_and_stays_inside(prompt: str, response: str)
     assert head.replace("&lt;", "<") == f"Grade it.\nPrompt: {prompt}".replace("&lt;", "<")
 
 
+@settings(deadline=None)
 @given(any_text, any_text)
 def test_without_a_delimiter_texts_are_inserted_as_they_are(prompt: str, response: str) -> None:
     plain = Rubric("plain", "A {{ prompt }} B {{response}} C")
@@ -459,6 +464,7 @@ def test_the_mean_is_over_readable_votes() -> None:
     assert mean_scores([], min_votes=1) == {}
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from([0.0, 0.1, 1 / 3, 2.5, 5.0]), min_size=1), st.randoms())
 def test_the_mean_does_not_depend_on_the_order_of_votes(scores: list[float], rng: Any) -> None:
     def mean(values: list[float]) -> float | None:
