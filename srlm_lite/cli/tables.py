@@ -20,8 +20,8 @@ def closing_table(run: RunDir, recipe: Recipe) -> str:
     table.add_column("model", no_wrap=True)
     columns = ["pairs"]
     if gold:
-        columns += ["gold", "greedy gold"]
-    columns += ["judge acc.", "ties", "readable", "length", "minutes"]
+        columns += ["gold", "greedy"]
+    columns += ["judge acc.", "ties", "readable", "chars", "min"]
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     places: list[tuple[str, StageDir]] = [("M1, anchor", run.anchor)]
@@ -32,14 +32,14 @@ def closing_table(run: RunDir, recipe: Recipe) -> str:
     out = io.StringIO()
     Console(file=out, width=200, highlight=False, color_system=None).print(table)
     lines = [
-        "judge acc.: share of reply pairs that the model, as judge, puts in the human order",
-        "ties, readable: pairs it scores equal; votes that could be read.  length: characters",
+        "judge acc.: share of reply pairs that the model, as judge, puts in the right order",
+        "ties, readable: pairs it scores equal; votes that could be read.  chars: mean length",
     ]
     if gold:
         lines.insert(
             0,
-            f"gold: mean score by {recipe.evaluate.gold} of sampled answers to held-out prompts "
-            "± standard error",
+            f"gold: {recipe.evaluate.gold} on sampled answers to held-out prompts, ± standard "
+            "error; greedy: on greedy ones",
         )
     return out.getvalue().rstrip() + "\n\n" + "\n".join(lines)
 
