@@ -371,13 +371,13 @@ def test_the_table_has_a_row_for_each_model_that_is_done(run: RunDir) -> None:
     ]
     assert rows[5] == [""]
     told = " ".join(word for row in rows[6:] for word in row)
-    for word in ("gold:", GOLD, "judge acc.:", "ties, readable:", "length:"):
+    for word in ("gold:", GOLD, "judge acc.:", "ties, readable:", "chars:", "greedy:"):
         assert word in told
 
 
 def test_without_a_gold_scorer_there_is_no_gold(tmp_path: Path) -> None:
     rows = table_of(make_run(tmp_path / "out", gold=None))
-    assert rows[1] == ["model", "pairs", "judge acc.", "ties", "readable", "length", "minutes"]
+    assert rows[1] == ["model", "pairs", "judge acc.", "ties", "readable", "chars", "min"]
     assert rows[4] == ["M2, iteration 1", "5", "0.75", "0.12", "0.98", "123", "1.5"]
     assert not any("gold" in word for row in rows for word in row)
 
