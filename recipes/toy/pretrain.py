@@ -10,7 +10,7 @@ alone, and the reviews carry labels of the gold scorer (`srlm_lite.tasks.toy`): 
 this task tests the loop, it does not prove that a model can judge what nobody taught it.
 
 One phrasing of a prompt in eight is held out: only eft_eval and eval_prompts use those.
-Deterministic for a seed on one machine. Takes about three minutes on two CPU cores.
+Deterministic for a seed and thread count on one machine. Takes six to seven minutes on one core.
 """
 
 from __future__ import annotations
@@ -288,7 +288,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=1300)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--data-only", action="store_true", help="leave the base as it is")
     arguments = parser.parse_args()
     write_data(arguments.out / "data", seed=arguments.seed)
