@@ -10,12 +10,15 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
 
 from srlm_lite.config import Recipe
 from srlm_lite.errors import UserError
@@ -24,6 +27,7 @@ from srlm_lite.records import Record
 R = TypeVar("R", bound=Record)
 
 _LOCK = ".lock"
+_OWN = re.compile(r"run\.json|base\.json|metrics\.jsonl|anchor|base|iter_\d{3,}|\.scratch")
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -58,14 +62,21 @@ def read_records(path: Path, kind: type[R]) -> list[R]:
     """All rows of a JSONL file as records.
 
     Raises:
-        UserError: As `read_jsonl`; or a row lacks a key.
+        UserError: As `read_jsonl`; or a row lacks a key or has a value of another type.
     """
+    check = TypeAdapter(kind)
     records = []
     for number, row in enumerate(read_jsonl(path), start=1):
         try:
-            records.append(kind.from_row(row))
+            records.append(check.validate_python(kind.from_row(row).to_row()))
         except KeyError as error:
             raise UserError(f"row {number} lacks {error.args[0]}", where=str(path)) from error
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise UserError(
+                f"row {number}: `{first['loc'][0]}` is {_short(first['input'])}: {first['msg']}",
+                where=str(path),
+            ) from error
     return records
 
 
@@ -412,7 +423,10 @@ class RunDir:
         return [entry for entry in self.path.iterdir() if entry.name != _LOCK]
 
     def _clear(self) -> None:
+        # What a run writes, and nothing that somebody has put beside it.
         for entry in self._entries():
+            if not _OWN.fullmatch(entry.name):
+                continue
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry)
             else:

@@ -464,5 +464,15 @@ def test_a_lock_alone_does_not_make_a_directory_look_used(tmp_path: Path) -> Non
     with run.locked():
         run.open(load_recipe("tiny"), {})
         (run.path / "note.txt").write_text("mine")
+        (run.path / "iter_001").mkdir()
         run.open(load_recipe("tiny", ["seed=1"]), {}, fresh=True)
-    assert sorted(path.name for path in run.path.iterdir()) == [".lock", "run.json"]
+    # --fresh deletes what a run wrote, and nothing that somebody put beside it.
+    assert sorted(path.name for path in run.path.iterdir()) == [".lock", "note.txt", "run.json"]
+
+
+def test_a_row_with_a_value_of_another_type_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "eft.jsonl"
+    row = {"prompt_id": "p", "prompt": "q", "response_id": "r", "response": "a"}
+    path.write_text(json.dumps({**row, "rank": 0}) + "\n" + json.dumps({**row, "rank": "first"}))
+    with pytest.raises(UserError, match=r"row 2: `rank` is \"first\".*integer"):
+        read_records(path, RankedReply)

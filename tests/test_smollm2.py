@@ -83,3 +83,34 @@ def test_one_iteration_on_human_scored_replies(
     assert judge["prompts"] == small
     for name in ("pairwise_accuracy", "five_best", "exact_match", "spearman", "kendall"):
         assert name in judge
+
+
+def test_self_instruct_writes_new_prompts(tmp_path: Path) -> None:
+    """SmolLM2 itself continues lists of requests; what it writes passes the filters."""
+    from srlm_lite.config import load_recipe
+    from srlm_lite.session import Session
+    from srlm_lite.stages.seed_data import read_ift
+    from srlm_lite.stages.self_instruct import write_prompts
+
+    demo = load_recipe("smollm2-135m-demo")
+    recipe = load_recipe(
+        "smollm2-135m",
+        [
+            f"data.dir={demo.data.dir}",
+            "prompts.source=self-instruct",
+            "prompts.per_iteration=4",
+            "rollout.chunk_prompts=4",
+        ],
+    )
+    run = RunDir(tmp_path)
+    run.open(recipe, {})
+    session = Session(recipe, run)
+    # An adapter that changes nothing: the anchor is then the base.
+    fresh = session.slot.fresh(recipe.anchor.lora, seed=0)
+    fresh.save(run.anchor.adapter, base_name=recipe.base.name)
+    prompts, facts = write_prompts(session, run.iteration(1))
+    texts = [prompt.text for prompt in prompts]
+    assert len(set(texts)) == 4
+    assert not set(texts) & {row.prompt for row in read_ift(recipe)}
+    assert {prompt.source for prompt in prompts} == {"self-instruct"}
+    assert isinstance(facts["filtered"], dict)

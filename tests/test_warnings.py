@@ -91,3 +91,11 @@ def test_several_ills_are_all_told() -> None:
     )
     assert len(found) == 3
     assert all("\n" not in text for text in found)
+
+
+def test_a_judge_that_cannot_be_read_is_told() -> None:
+    now = evaluation()
+    now["judge"]["parse_rate"] = 0.2
+    assert any("only 20% of the judge's votes" in text for text in warnings(None, now))
+    now["judge"]["parse_rate"] = 0.9
+    assert warnings(None, now) == []

@@ -17,6 +17,7 @@ from srlm_lite.hardware import pick_recipe
 from srlm_lite.loop import iterate
 from srlm_lite.run_dir import RunDir
 from srlm_lite.session import Session
+from srlm_lite.stages.seed_data import check_inputs
 
 
 def run_iterate(
@@ -36,6 +37,7 @@ def run_iterate(
     if iterations is not None:
         overrides = [*overrides, f"iterations={iterations}"]
     recipe = load_recipe(recipe_name, overrides)
+    check_inputs(recipe)
     facts = {
         "versions": versions(),
         "hardware": hardware(),

@@ -225,15 +225,17 @@ def thin_most_common(
 ) -> list[tuple[RankedReply, float]]:
     """Drop rows of the most common score, drawn at random, until its share is at most max_share.
 
+    It keeps at least as many rows as the next most common score.
     A judge trained on one dominant score learns to give that score (the paper's 4s).
     """
-    if not rows:
-        return []
-    (common, count), *_ = Counter(score for _, score in rows).most_common(1)
+    counts = Counter(score for _, score in rows).most_common(2)
+    if len(counts) < 2:
+        return list(rows)
+    (common, count), (_, runner_up) = counts
+    # count' / (count' + others) <= max_share; but no score is thinned below the next one.
     others = len(rows) - count
-    # count' / (count' + others) <= max_share
-    allowed = int(others * max_share / (1 - max_share)) if max_share < 1 else count
-    excess = max(0, count - max(allowed, 1))
+    allowed = others * max_share // (1 - max_share) if max_share < 1 else count
+    excess = max(0, count - max(int(allowed), runner_up))
     places = [i for i, (_, score) in enumerate(rows) if score == common]
     dropped = set(rng.sample(places, excess))
     return [row for i, row in enumerate(rows) if i not in dropped]

@@ -17,6 +17,9 @@ from srlm_lite.stages.seed_data import data_file, policy_prompts, read_ranked
 if TYPE_CHECKING:
     from srlm_lite.model.stack import Adapter
 
+LEAST_READABLE = 0.5
+"""With a smaller share of readable votes than this, the judge is told to be no judge."""
+
 ACCURACY_FALL = 0.03
 """A fall of the judge's pairwise accuracy by more than this, and more than chance, is told."""
 
@@ -93,6 +96,12 @@ def warnings(before: dict[str, Any] | None, now: dict[str, Any]) -> list[str]:
         found.append(
             f"the judge gives nearly every reply the score {score}: its grades have collapsed "
             "and say nothing; look at `srlm-lite show judgements`"
+        )
+    readable = judge.get("parse_rate")
+    if readable is not None and readable < LEAST_READABLE:
+        found.append(
+            f"only {readable:.0%} of the judge's votes can be read: give the anchor "
+            "more judge data, or raise judge.max_new_tokens"
         )
     accuracy = judge["pairwise_accuracy"]
     earlier = before["judge"]["pairwise_accuracy"] if before else None

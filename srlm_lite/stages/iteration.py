@@ -24,7 +24,7 @@ from srlm_lite.seeds import derive_seed
 from srlm_lite.session import Session
 from srlm_lite.stages.anchor import scratch
 from srlm_lite.stages.sampling import judge_replies, sample_candidates
-from srlm_lite.stages.seed_data import data_file, read_prompts
+from srlm_lite.stages.seed_data import prompt_file, read_prompts
 from srlm_lite.stages.self_instruct import write_prompts
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def prompts(session: Session, iteration: IterationDir) -> tuple[list[Prompt], di
     if section.source == "self-instruct":
         chosen, facts = write_prompts(session, iteration)
     else:
-        path = Path(section.file) if section.file else data_file(session.recipe, "prompts.jsonl")
+        path = prompt_file(session.recipe)
         chosen, facts = _slice(session, read_prompts(path), iteration.number, path)
     write_records(iteration.prompts, chosen)
     return chosen, {"prompts": len(chosen), **facts}
@@ -172,7 +172,7 @@ def _refuse_too_few(
         "empty": "check the chat template and the anchor",
         "too_long": "raise base.window or lower rollout.max_new_tokens",
     }
-    main = max(drops.prompts, key=lambda reason: drops.prompts[reason], default="")
+    main = next((reason for reason, count in drops.prompts.most_common(1) if count), "")
     raise UserError(
         f"iteration {iteration.number} has {len(pairs)} preference pairs, fewer than "
         f"pairing.min_pairs = {needed}; prompts without one: {drops.summary() or 'none'}",

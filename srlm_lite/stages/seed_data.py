@@ -8,6 +8,8 @@ from pathlib import Path
 
 from srlm_lite.config import Recipe
 from srlm_lite.errors import UserError
+from srlm_lite.evaluate.gold import load_gold
+from srlm_lite.judging import load_rubric
 from srlm_lite.records import Instruction, Prompt, RankedReply
 from srlm_lite.run_dir import read_jsonl, read_records
 
@@ -44,7 +46,9 @@ def read_ift(recipe: Recipe) -> list[Instruction]:
 def read_ranked(path: Path, limit: int | None) -> list[list[RankedReply]]:
     """Ranked replies grouped by prompt, at most `limit` prompts, in the order of the file."""
     groups: dict[str, list[RankedReply]] = {}
-    for row in read_records(path, RankedReply):
+    rows = read_records(path, RankedReply)
+    _refuse_doubles((row.response_id for row in rows), "responses", path)
+    for row in rows:
         groups.setdefault(row.prompt_id, []).append(row)
     return list(islice(groups.values(), limit))
 
@@ -62,7 +66,7 @@ def read_prompts(path: Path) -> list[Prompt]:
             raise UserError(f"row {number} has no text", where=str(path))
         prompt_id = str(row.get("prompt_id", f"{path.stem}-{number}"))
         prompts.append(Prompt(prompt_id, text, str(row.get("source", path.name))))
-    _refuse_doubles((prompt.prompt_id for prompt in prompts), path)
+    _refuse_doubles((prompt.prompt_id for prompt in prompts), "prompts", path)
     return prompts
 
 
@@ -77,9 +81,35 @@ def policy_prompts(recipe: Recipe) -> list[Prompt]:
     return list(prompts[: recipe.evaluate.policy_prompts])
 
 
-def _refuse_doubles(ids: Iterable[str], path: Path) -> None:
+def check_inputs(recipe: Recipe) -> None:
+    """Find out before a run begins what of its inputs is missing or cannot be read.
+
+    Raises:
+        UserError: Names the first such input.
+    """
+    load_rubric(recipe.judge.rubric)
+    if recipe.evaluate.gold is not None:
+        load_gold(recipe.evaluate.gold)
+    trained = recipe.anchor.init == "base"
+    if (trained and recipe.anchor.use_ift) or recipe.prompts.source == "self-instruct":
+        read_ift(recipe)
+    if trained and recipe.anchor.use_eft:
+        read_ranked(data_file(recipe, "eft_train.jsonl"), recipe.anchor.eft_prompts)
+    read_ranked(data_file(recipe, "eft_eval.jsonl"), recipe.evaluate.eft_prompts)
+    policy_prompts(recipe)
+    if recipe.iterations and recipe.prompts.source == "file":
+        read_prompts(prompt_file(recipe))
+
+
+def prompt_file(recipe: Recipe) -> Path:
+    """The list that the iterations take their prompts from."""
+    named = recipe.prompts.file
+    return Path(named) if named else data_file(recipe, "prompts.jsonl")
+
+
+def _refuse_doubles(ids: Iterable[str], what: str, path: Path) -> None:
     seen: set[str] = set()
-    for prompt_id in ids:
-        if prompt_id in seen:
-            raise UserError(f"two prompts have the id {prompt_id}", where=str(path))
-        seen.add(prompt_id)
+    for one in ids:
+        if one in seen:
+            raise UserError(f"two {what} have the id {one}", where=str(path))
+        seen.add(one)

@@ -7,13 +7,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import TrainerCallback
 
 from srlm_lite.config import Optim
 from srlm_lite.model.base import LoadedBase
+
+A = TypeVar("A", bound=Any)
 
 OnStep = Callable[[int, int, dict[str, float]], None]
 """Called after each optimiser step with the step, their number, and what the trainer logged."""
@@ -60,6 +62,12 @@ def common_arguments(
         "remove_unused_columns": False,
         **schedule,
     }
+
+
+def one_device(arguments: A) -> A:
+    """Keep Trainer from spreading one process over all GPUs it sees: bitsandbytes cannot."""
+    arguments._n_gpu = 1
+    return arguments
 
 
 class Listener(TrainerCallback):

@@ -24,6 +24,7 @@ from srlm_lite.training.arguments import (
     common_arguments,
     late_mean,
     one_adapter_in_training,
+    one_device,
 )
 
 LN2 = math.log(2)
@@ -107,11 +108,13 @@ def train_dpo(
         with one_adapter_in_training(slot.model), slot.training_only(start, delta):
             trainer = _IdsDPOTrainer(
                 model=slot.model,
-                args=DPOConfig(
-                    **arguments,
-                    **loss,
-                    beta=dpo.beta,
-                    max_length=None,  # length is our caller's affair: nothing is cut here
+                args=one_device(
+                    DPOConfig(
+                        **arguments,
+                        **loss,
+                        beta=dpo.beta,
+                        max_length=None,  # length is our caller's affair: nothing is cut here
+                    )
                 ),
                 train_dataset=dataset,
                 processing_class=base.tokenizer,

@@ -22,6 +22,7 @@ from srlm_lite.training.arguments import (
     common_arguments,
     late_mean,
     one_adapter_in_training,
+    one_device,
 )
 
 
@@ -75,11 +76,13 @@ def train_sft(
     with one_adapter_in_training(slot.model), slot.training_only(0, adapter):
         trainer = SFTTrainer(
             model=slot.model,
-            args=SFTConfig(
-                **arguments,
-                max_length=None,  # length is our caller's affair: nothing is cut here
-                packing=False,
-                train_sampling_strategy="group_by_length",
+            args=one_device(
+                SFTConfig(
+                    **arguments,
+                    max_length=None,  # length is our caller's affair: nothing is cut here
+                    packing=False,
+                    train_sampling_strategy="group_by_length",
+                )
             ),
             train_dataset=dataset,
             processing_class=base.tokenizer,
