@@ -128,8 +128,10 @@ def thinned(counts: Mapping[float, int], max_share: float, *, seed: int = 0) -> 
 def test_the_most_common_score_is_thinned_to_its_share() -> None:
     # 40 others; 40 of 80 is one half.
     assert thinned({4: 100, 3: 30, 5: 10}, 0.5) == {4: 40, 3: 30, 5: 10}
-    # 60 others; 20 of 80 is one quarter.
-    assert thinned({4: 100, 3: 30, 5: 30}, 0.25) == {4: 20, 3: 30, 5: 30}
+    # 60 others; 20 of 80 would be one quarter, but that is fewer than the next score has.
+    assert thinned({4: 100, 3: 30, 5: 30}, 0.25) == {4: 30, 3: 30, 5: 30}
+    assert thinned({4: 100, 3: 2}, 0.35) == {4: 2, 3: 2}
+    assert thinned({4: 100}, 0.35) == {4: 100}
 
 
 def test_nothing_is_thinned_below_the_share() -> None:
@@ -164,6 +166,7 @@ def test_the_share_holds_and_no_other_score_is_touched(
     for score in changed:
         assert counts[score] == max(counts.values())
         share = found[score] / sum(found.values())
-        # One row is kept even where its share is larger; else the share is as large as it may be.
-        assert share <= max_share or found[score] == 1
+        # No fewer than the next score has, whatever its share; else the share is as large as may be.
+        next_most = max(count for other, count in counts.items() if other != score)
+        assert share <= max_share or found[score] == next_most
         assert (found[score] + 2) / (sum(found.values()) + 2) > max_share
