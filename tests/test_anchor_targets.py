@@ -166,7 +166,7 @@ def test_the_share_holds_and_no_other_score_is_touched(
     for score in changed:
         assert counts[score] == max(counts.values())
         share = found[score] / sum(found.values())
-        # No fewer than the next score has, whatever its share; else the share is as large as may be.
+        # As large as it may be, but no smaller than what the next score has.
         next_most = max(count for other, count in counts.items() if other != score)
         assert share <= max_share or found[score] == next_most
         assert (found[score] + 2) / (sum(found.values()) + 2) > max_share
