@@ -149,6 +149,10 @@ class Rollout(Sampling):
     """Candidates a prompt."""
     batch_rows: Positive = 64
     """Sequences in one forward pass; halved by itself when memory runs out."""
+    fold: bool = False
+    """Sample with the stack written into the weights: faster for small models, at the price of
+    a second copy of the weights and a rounding of the update. Not for quantized bases, which
+    ignore it."""
     chunk_prompts: Positive = 16
     """Prompts whose results reach the disk together; a killed run loses at most one chunk."""
 

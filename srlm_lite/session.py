@@ -57,7 +57,12 @@ class Session:
         rank = recipe.anchor.lora.rank if shipped is None else shipped.rank
         targets = tuple(dict.fromkeys((*recipe.anchor.lora.targets, *recipe.dpo.lora.targets)))
         check_targets(self.base.model, targets)
-        return Slot(self.base.model, targets=targets, rank=rank + recipe.dpo.lora.rank)
+        return Slot(
+            self.base.model,
+            targets=targets,
+            rank=rank + recipe.dpo.lora.rank,
+            fold=recipe.rollout.fold,
+        )
 
     @cached_property
     def shipped_anchor(self) -> Adapter | None:

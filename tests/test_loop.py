@@ -128,6 +128,34 @@ def test_metrics_have_a_row_for_each_stage_and_the_proof(finished: RunDir) -> No
             assert row["step0_margin"] == pytest.approx(0, abs=1e-3)
 
 
+def test_the_judge_s_accuracy_on_the_policy_s_own_candidates(finished: RunDir) -> None:
+    from itertools import combinations
+
+    from srlm_lite.tasks.toy import gold
+
+    row = next(row for row in finished.read_metrics() if row["stage"] == "judgements")
+    place = finished.iteration(1)
+    prompts = {r["prompt_id"]: r["text"] for r in read_jsonl(place.prompts)}
+    votes: dict[str, list[float]] = {}
+    for judgement in read_jsonl(place.judgements):
+        if judgement["score"] is not None:
+            votes.setdefault(judgement["candidate_id"], []).append(judgement["score"])
+    credits = []
+    for a, b in combinations(read_jsonl(place.candidates), 2):
+        if a["prompt_id"] != b["prompt_id"] or not {a["candidate_id"], b["candidate_id"]} <= set(
+            votes
+        ):
+            continue
+        prompt = prompts[a["prompt_id"]]
+        truth = sum(gold(prompt, a["text"]).values()) - sum(gold(prompt, b["text"]).values())
+        judge = sum(votes[a["candidate_id"]]) / len(votes[a["candidate_id"]])
+        judge -= sum(votes[b["candidate_id"]]) / len(votes[b["candidate_id"]])
+        if truth:
+            credits.append(0.5 if judge == 0 else float((judge > 0) == (truth > 0)))
+    assert row["parse_rate"] == 1.0  # else the unreadable would count as halves
+    assert row["gold_pairwise_accuracy"] == pytest.approx(sum(credits) / len(credits), abs=1e-4)
+
+
 def test_a_finished_run_is_left_alone_and_loads_nothing(finished: RunDir) -> None:
     before = artefacts(finished)
     recipe = load_recipe("tiny")

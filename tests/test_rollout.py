@@ -130,6 +130,34 @@ def test_a_samples_seed_does_not_depend_on_its_neighbours(engine: TransformersEn
     assert ids(engine.sample(fewer, WARM)) == [row[1:] for row in ids(together)]
 
 
+@pytest.mark.parametrize("limits", [GREEDY, WARM], ids=["greedy", "sampled"])
+def test_rows_that_end_leave_the_batch_and_nothing_else_changes(
+    engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch, limits: Limits
+) -> None:
+    """With every eighth token an end, rows end at all lengths; alone each gives the same."""
+    monkeypatch.setattr(engine._chat, "stop_ids", tuple(range(2, 600, 8)))
+    prompts = [
+        Request(tuple(engine._chat.prompt_ids(f"{text} {i}")), (i, i + 70, i + 140))
+        for i in range(4)
+        for text in TEXTS
+    ]
+    widths: list[int] = []
+    decoder = engine._model.get_base_model().get_decoder()
+    hook = decoder.register_forward_pre_hook(
+        lambda module, args, kwargs: widths.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    together = engine.sample(prompts, limits)
+    hook.remove()
+    assert len(set(widths)) >= 3  # the batch did shrink
+    reasons = {sample.finish_reason for row in together for sample in row}
+    assert "stop" in reasons
+    assert len({len(sample.token_ids) for row in together for sample in row}) >= 4
+    for place, prompt in enumerate(prompts):
+        for sample, seed in zip(together[place], prompt.seeds, strict=True):
+            alone = engine.sample([Request(prompt.prompt_ids, (seed,))], limits)
+            assert alone == [[sample]]
+
+
 def test_requests_may_differ_in_their_number_of_samples(engine: TransformersEngine) -> None:
     prompts = requests(engine, n=3)
     ragged = [Request(p.prompt_ids, p.seeds[: 1 + i % 3]) for i, p in enumerate(prompts)]

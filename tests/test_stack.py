@@ -156,6 +156,27 @@ def test_switching_roles_back_and_forth_leaves_no_trace(slot: Slot) -> None:
     assert torch.equal(logits(slot.model), before)
 
 
+def test_folding_computes_the_same_and_leaves_no_trace(tiny_base_dir: Path) -> None:
+    bases = [load_base(Base(name=str(tiny_base_dir), dtype="float32")) for _ in range(2)]
+    beside, folded = (
+        Slot(base.model, targets=TARGETS, rank=10, fold=fold)
+        for base, fold in zip(bases, (False, True), strict=True)
+    )
+    before = {name: p.clone() for name, p in folded.model.named_parameters() if "base" in name}
+    anchor, delta = noisy(beside, LORA, 1), noisy(beside, LORA, 2)
+    for stack in ([anchor], [anchor, delta], [], [anchor]):
+        beside.load(stack)
+        folded.load(stack)
+        torch.testing.assert_close(logits(folded.model), logits(beside.model), rtol=1e-4, atol=1e-5)
+    folded.load([anchor, delta], train=True)
+    after = dict(folded.model.named_parameters())
+    for name, parameter in before.items():
+        if "lora" not in name:
+            assert torch.equal(after[name], parameter), name
+    beside.load([anchor, delta], train=True)
+    torch.testing.assert_close(logits(folded.model), logits(beside.model), rtol=0, atol=0)
+
+
 def test_a_fresh_adapter_changes_nothing_and_depends_on_its_seed_alone(slot: Slot) -> None:
     slot.load([])
     bare = logits(slot.model)

@@ -120,7 +120,10 @@ def _candidates(facts: dict[str, Any]) -> str:
 
 def _judgements(facts: dict[str, Any]) -> str:
     mean = "none readable" if facts["mean_score"] is None else f"mean score {facts['mean_score']}"
-    return f"{facts['judgements']} votes, {facts['parse_rate']:.1%} readable, {mean}"
+    text = f"{facts['judgements']} votes, {facts['parse_rate']:.1%} readable, {mean}"
+    if facts.get("gold_pairwise_accuracy") is not None:
+        text += f"; pairwise accuracy by gold {facts['gold_pairwise_accuracy']:.2f}"
+    return text
 
 
 def _pairs(facts: dict[str, Any]) -> str:

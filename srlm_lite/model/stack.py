@@ -183,9 +183,14 @@ class Slot:
         base: The frozen model; it is wrapped once, and `model` is the wrapped one.
         targets: Names of the linear layers that carry an adapter.
         rank: Room for the whole stack: the anchor's rank plus the delta's.
+        fold: While nothing trains, write the stack's update into the weights instead of computing
+            it beside them. Faster for small models; the weights are kept twice, and the sum is
+            rounded to their dtype. Has no effect on a quantized base.
     """
 
-    def __init__(self, base: PreTrainedModel, *, targets: Sequence[str], rank: int) -> None:
+    def __init__(
+        self, base: PreTrainedModel, *, targets: Sequence[str], rank: int, fold: bool = False
+    ) -> None:
         config = LoraConfig(
             r=rank, lora_alpha=rank, target_modules=list(targets), task_type="CAUSAL_LM"
         )
@@ -197,6 +202,8 @@ class Slot:
             for name, module in self.model.named_modules()
             if isinstance(module, LoraLayer)
         }
+        self._fold = fold and not getattr(base, "is_quantized", False)
+        self._bare: dict[str, Tensor] = {}
         self._last_scaling = 1.0
         self._held: tuple[Adapter, ...] | None = None
         self.load(())
@@ -274,9 +281,31 @@ class Slot:
                 b.data[:, : fused.rank].copy_(columns)
             layer.scaling[adapter] = scaling
         if adapter == _SLOT:
+            self._unfold()
+            if self._fold and not train and dtype == self.compute_dtype:
+                self._fold_in(fused)
             self._last_scaling = scaling
             self._held = None if train or dtype is not None else tuple(stack)
             self.model.eval()
+
+    def _fold_in(self, fused: Adapter) -> None:
+        for module, layer in self._layers.items():
+            layer._disable_adapters = True
+            if module not in fused.factors:
+                continue
+            weight: Any = layer.get_base_layer().weight
+            a, b = (factor.to(weight.device) for factor in fused.factors[module])
+            self._bare[module] = weight.data
+            update = fused.scaling * (b @ a)
+            weight.data = (weight.data.float() + update).to(weight.dtype)
+
+    def _unfold(self) -> None:
+        for layer in self._layers.values():
+            layer._disable_adapters = False
+        for module, bare in self._bare.items():
+            weight: Any = self._layers[module].get_base_layer().weight
+            weight.data = bare
+        self._bare.clear()
 
     def read(self, start: int, rank: int, modules: Sequence[str]) -> Adapter:
         """The part of the slot that holds one adapter: `rank` rows from `start` on.

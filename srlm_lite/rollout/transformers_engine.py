@@ -9,7 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, LogitsProcessorList
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from srlm_lite.model.chat import ChatFormat
 from srlm_lite.rollout.attention import grouped_decoding
@@ -86,29 +92,57 @@ class TransformersEngine:
         if len(index) > len(counts):
             cache.batch_select_indices(index.to(ids.device))
         ids, attention = ids[index], attention[index]
-        processors = LogitsProcessorList()
-        if limits.temperature > 0:
-            seeds = tuple(seed for request in requests for seed in request.seeds)
-            numbers = uniforms(seeds, limits.max_new_tokens)
-            processors.append(
-                SeededNucleus(numbers, temperature=limits.temperature, top_p=limits.top_p)
-            )
-        output = self._model.generate(
-            input_ids=ids,
-            attention_mask=attention,
-            past_key_values=cache,
-            logits_processor=processors,
-            generation_config=GenerationConfig(  # type: ignore[no-untyped-call]
-                do_sample=False,
-                max_new_tokens=limits.max_new_tokens,
-                eos_token_id=list(self._chat.stop_ids),
-                pad_token_id=self._chat.pad_id,
-                use_cache=True,
-            ),
-        )
-        samples = [self._sample(row) for row in output[:, ids.shape[1] :].tolist()]
+        seeds = tuple(seed for request in requests for seed in request.seeds)
+        samples = self._decode(ids, attention, cache, seeds, limits)
         starts = [sum(counts[:i]) for i in range(len(counts))]
         return [samples[start : start + n] for start, n in zip(starts, counts, strict=True)]
+
+    def _decode(
+        self,
+        ids: Tensor,
+        attention: Tensor,
+        cache: DynamicCache,
+        seeds: tuple[int, ...],
+        limits: Limits,
+    ) -> list[Sample]:
+        """Continue every row to its end; rows that have ended leave the batch in between."""
+        numbers = uniforms(seeds, limits.max_new_tokens)
+        tokens: list[list[int]] = [[] for _ in seeds]
+        alive = torch.arange(len(seeds))
+        done = 0
+        while len(alive) and done < limits.max_new_tokens:
+            processors = LogitsProcessorList()
+            if limits.temperature > 0:
+                processors.append(
+                    SeededNucleus(
+                        numbers[alive, done:], temperature=limits.temperature, top_p=limits.top_p
+                    )
+                )
+            ended = EnoughEnded(self._chat.stop_ids, rows=len(alive), device=ids.device)
+            output = self._model.generate(
+                input_ids=ids,
+                attention_mask=attention,
+                past_key_values=cache,
+                logits_processor=processors,
+                stopping_criteria=StoppingCriteriaList([ended]),
+                generation_config=GenerationConfig(  # type: ignore[no-untyped-call]
+                    do_sample=False,
+                    max_new_tokens=limits.max_new_tokens - done,
+                    eos_token_id=list(self._chat.stop_ids),
+                    pad_token_id=self._chat.pad_id,
+                    use_cache=True,
+                ),
+            )
+            new = output[:, ids.shape[1] :]
+            for row, row_tokens in zip(alive.tolist(), new.tolist(), strict=True):
+                tokens[row].extend(row_tokens)
+            done += new.shape[1]
+            going = (~ended.rows).nonzero().squeeze(1)
+            ids = output[going]
+            attention = torch.cat([attention, torch.ones_like(new)], dim=1)[going]
+            cache.batch_select_indices(going)
+            alive = alive[going.cpu()]
+        return [self._sample(row) for row in tokens]
 
     def _padded(self, rows: Sequence[Sequence[int]], shared: int) -> tuple[Tensor, Tensor]:
         """(B, T) ids and attention mask: the shared prefix, padding, the rest of each prompt.
@@ -156,6 +190,23 @@ class TransformersEngine:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+class EnoughEnded(StoppingCriteria):
+    """Interrupts `generate` when half of the rows have ended, so that the rest can go on alone.
+
+    `rows` (B,) says which have.
+    """
+
+    def __init__(self, stop_ids: Sequence[int], *, rows: int, device: torch.device) -> None:
+        self._stop_ids = torch.tensor(stop_ids, device=device)
+        self.rows = torch.zeros(rows, dtype=torch.bool, device=device)
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        self.rows |= torch.isin(input_ids[:, -1], self._stop_ids)
+        # A few rows are not worth the interruption.
+        enough = len(self.rows) >= 8 and 2 * int(self.rows.sum()) >= len(self.rows)
+        return torch.full_like(self.rows, enough)
 
 
 def _shared_prefix(rows: Sequence[tuple[int, ...]]) -> int:

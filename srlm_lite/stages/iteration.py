@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from random import Random
 from statistics import fmean
@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from srlm_lite import methods
 from srlm_lite.errors import UserError
 from srlm_lite.evaluate.gold import load_gold
+from srlm_lite.evaluate.judge_metrics import judge_metrics
 from srlm_lite.pairing import Drops
-from srlm_lite.records import Candidate, Judgement, PreferencePair, Prompt
+from srlm_lite.records import Candidate, Judgement, PreferencePair, Prompt, RankedReply
 from srlm_lite.run_dir import (
     IterationDir,
     read_json,
@@ -126,7 +127,40 @@ def judgements(
         "judgements": len(rows),
         "parse_rate": round(len(readable) / max(1, len(rows)), 4),
         "mean_score": round(fmean(readable), 3) if readable else None,
+        **_on_policy_accuracy(recipe.evaluate.gold, texts, candidates, rows),
     }
+
+
+def _on_policy_accuracy(
+    gold_name: str | None,
+    texts: Mapping[str, str],
+    candidates: Sequence[Candidate],
+    judgements: Sequence[Judgement],
+) -> dict[str, Any]:
+    """Share of the policy's own candidates' pairs that the judge puts in the gold order."""
+    if gold_name is None:
+        return {}
+    gold = load_gold(gold_name)
+    judged = {row.candidate_id for row in judgements}
+    by_prompt: dict[str, dict[Candidate, float]] = {}
+    for row in candidates:
+        if row.candidate_id in judged:
+            points = gold.total(texts[row.prompt_id], row.text)
+            by_prompt.setdefault(row.prompt_id, {})[row] = points
+    groups = []
+    for prompt_id, points_of in by_prompt.items():
+        order = sorted(set(points_of.values()), reverse=True)
+        groups.append(
+            [
+                RankedReply(
+                    prompt_id, texts[prompt_id], row.candidate_id, row.text, order.index(points)
+                )
+                for row, points in points_of.items()
+            ]
+        )
+    # The best possible score plays no part in the pairwise accuracy.
+    metrics = judge_metrics(groups, judgements, best_score=0.0)
+    return {"gold_pairwise_accuracy": metrics["pairwise_accuracy"]}
 
 
 def pairs(

@@ -81,7 +81,8 @@ def train_sft(
                     **arguments,
                     max_length=None,  # length is our caller's affair: nothing is cut here
                     packing=False,
-                    train_sampling_strategy="group_by_length",
+                    # In random order: batches of equal length would be all IFT or all EFT.
+                    train_sampling_strategy="random",
                 )
             ),
             train_dataset=dataset,
