@@ -19,9 +19,11 @@ from srlm_lite import __version__
 from srlm_lite.cli import main
 from srlm_lite.cli.progress import _duration, summary
 from srlm_lite.cli.tables import closing_table
-from srlm_lite.config import recipe_from, recipes_dir, shipped_recipes
+from srlm_lite.config import load_recipe, recipe_from, recipes_dir, shipped_recipes
+from srlm_lite.errors import UserError
 from srlm_lite.records import Candidate, Judgement, PreferencePair, Prompt
 from srlm_lite.run_dir import RunDir, StageDir, write_json, write_records
+from srlm_lite.stages.seed_data import check_inputs
 
 GOLD = "srlm_lite.tasks.toy:gold"
 
@@ -469,3 +471,17 @@ def test_durations(seconds: float, text: str) -> None:
 )
 def test_finished_stages_in_one_line(stage: str, facts: dict[str, Any], text: str) -> None:
     assert summary(stage, facts) == text
+
+
+def test_inputs_are_checked_before_a_run_begins(tmp_path: Path) -> None:
+    """A run directory of a mistyped setting would refuse the corrected command."""
+    for setting, told in (
+        ("data.dir=nowhere", "no such data directory"),
+        ("judge.rubric=nowhere", "neither a file nor one of the shipped rubrics"),
+        ("evaluate.gold=nowhere:gold", "cannot be imported"),
+        ("prompts.file=nowhere.jsonl", "no such file"),
+    ):
+        recipe = load_recipe("tiny", [setting])
+        with pytest.raises(UserError, match=told):
+            check_inputs(recipe)
+    check_inputs(load_recipe("tiny"))

@@ -476,3 +476,14 @@ def test_a_row_with_a_value_of_another_type_is_named(tmp_path: Path) -> None:
     path.write_text(json.dumps({**row, "rank": 0}) + "\n" + json.dumps({**row, "rank": "first"}))
     with pytest.raises(UserError, match=r"row 2: `rank` is \"first\".*integer"):
         read_records(path, RankedReply)
+
+
+def test_a_run_stays_on_the_weights_it_was_begun_on(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    source = {"name": "some/base", "kind": "hub", "revision": "abc"}
+    run.hold_to_base(source)
+    run.hold_to_base(source)
+    with pytest.raises(UserError, match=r"begun on other weights of some/base \(revision"):
+        run.hold_to_base({**source, "revision": "def"})
+    with pytest.raises(UserError, match=r"\(sha256"):
+        run.hold_to_base({**source, "sha256": "0" * 64})
