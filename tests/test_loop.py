@@ -53,7 +53,7 @@ def artefacts(directory: RunDir) -> dict[str, str]:
     return {
         str(file.relative_to(directory.path)): hashlib.sha256(file.read_bytes()).hexdigest()
         for file in sorted(directory.path.rglob("*"))
-        if file.is_file() and file.name not in {"done.json", "metrics.jsonl", "run.json"}
+        if file.is_file() and file.name not in {"done.json", "metrics.jsonl", "run.json", ".lock"}
     }
 
 

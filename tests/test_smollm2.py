@@ -68,7 +68,7 @@ def test_one_iteration_on_human_scored_replies(
             *("--score-column", "quality", "--out", data, "--json"),
         )
     )
-    assert counts["kept"]["eft_eval.jsonl"] > 0
+    assert counts["files"]["eft_eval.jsonl"]["rows"] == 316
     small = 2 if quantization == "nf4" else 4
     srlm_lite(
         *("iterate", "--recipe", "smollm2-135m", "--adapters", out, "--iterations", 1),
