@@ -60,7 +60,11 @@ def test_one_iteration_on_human_scored_replies(
     shared_data: Path, tmp_path: Path, quantization: str
 ) -> None:
     """From `data prepare` on ranked human replies to the judge metrics against human order."""
-    data, out = tmp_path / "data", tmp_path / "out"
+    data, out, rubric = tmp_path / "data", tmp_path / "out", tmp_path / "short.yaml"
+    rubric.write_text(
+        "min: 0\nmax: 5\ntemplate: |-\n  Grade the reply from 0 to 5. Question: {{prompt}}\n"
+        "  Reply: {{response}}\n  End with: Score: n\n"
+    )
     source = shared_data / "oasst2_quality.jsonl"
     counts: dict[str, Any] = json.loads(
         srlm_lite(
@@ -69,18 +73,19 @@ def test_one_iteration_on_human_scored_replies(
         )
     )
     assert counts["files"]["eft_eval.jsonl"]["rows"] == 316
-    small = 2 if quantization == "nf4" else 4
     srlm_lite(
         *("iterate", "--recipe", "smollm2-135m", "--adapters", out, "--iterations", 1),
         *("--set", f"data.dir={data}", "--set", f"base.quantization={quantization}"),
         *("--set", f"prompts.file={shared_data / 'prompts_generated.jsonl'}"),
-        *("--set", f"prompts.per_iteration={2 * small}", "--set", "pairing.min_pairs=1"),
-        *("--set", f"anchor.ift_limit={4 * small}", "--set", f"anchor.eft_prompts={2 * small}"),
-        *("--set", f"evaluate.eft_prompts={small}", "--set", f"evaluate.policy_prompts={small}"),
-        *("--set", "rollout.max_new_tokens=48", "--set", "judge.max_new_tokens=48"),
+        *("--set", "prompts.per_iteration=4", "--set", "pairing.min_pairs=1"),
+        *("--set", "anchor.ift_limit=2", "--set", "anchor.eft_prompts=8"),
+        *("--set", "anchor.learning_rate=1e-3", "--set", "anchor.batch_size=2"),
+        *("--set", "anchor.micro_batch_size=2", "--set", f"judge.rubric={rubric}"),
+        *("--set", "evaluate.eft_prompts=2", "--set", "evaluate.policy_prompts=2"),
+        *("--set", "rollout.max_new_tokens=24", "--set", "base.window=256"),
     )
     judge = read_json(RunDir(out).iteration(1).evaluation)["judge"]
-    assert judge["prompts"] == small
+    assert judge["prompts"] == 2
     for name in ("pairwise_accuracy", "five_best", "exact_match", "spearman", "kendall"):
         assert name in judge
 
