@@ -84,6 +84,21 @@ def tiny_base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def wide_headed_base_dir(tiny_base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with heads of 32: vLLM's attention on a CPU knows none of 16."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig.from_pretrained(tiny_base_dir)
+    config.update({"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32})
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("wide_headed_base")
+    LlamaForCausalLM(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_base_dir).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Real data beside the checkout, or where SRLM_TEST_DATA says; skips where there is none."""
     folder = Path(os.environ.get("SRLM_TEST_DATA") or REPOSITORY.parent / "shared" / "data")

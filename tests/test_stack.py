@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from srlm_lite.config import Base, Lora
 from srlm_lite.errors import ProofError, UserError
 from srlm_lite.model.base import LoadedBase, load_base
-from srlm_lite.model.stack import Adapter, Slot, fuse, split
+from srlm_lite.model.stack import CONFIG, WEIGHTS, Adapter, Slot, fuse, split
 
 TARGETS = ("q_proj", "v_proj", "down_proj")
 LORA = Lora(rank=4, alpha=8, targets=TARGETS)
@@ -233,6 +233,8 @@ def test_a_stack_that_does_not_fit_is_refused(slot: Slot) -> None:
 def test_saving_and_loading_is_lossless(slot: Slot, tmp_path: Path) -> None:
     one = noisy(slot, LORA, 1)
     one.save(tmp_path / "a", base_name="b")
+    modes = {(tmp_path / "a" / name).stat().st_mode for name in (CONFIG, WEIGHTS)}
+    assert len(modes) == 1  # whoever may read the settings may read the weights
     back = Adapter.load(tmp_path / "a")
     assert (back.rank, back.alpha) == (one.rank, one.alpha)
     assert not back.differs_from(one)

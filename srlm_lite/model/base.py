@@ -24,6 +24,8 @@ from typing import Any, Literal
 import httpx
 import torch
 import transformers
+from accelerate import init_empty_weights
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -52,6 +54,8 @@ Kind = Literal["gguf", "directory", "hub"]
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _WHERE = "base.name"
 _PAD_TOKENS = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>")
+_ENDINGS = (".json", ".safetensors", ".model", ".jinja", ".txt")
+"""What makes a base: configuration, weights, tokenizer and chat template."""
 _CONVERSION = 1
 """Part of the cache key: raise it when the conversion of a GGUF file changes."""
 
@@ -69,6 +73,9 @@ class LoadedBase:
     device: torch.device
     dtype: torch.dtype
     """Compute dtype: of the weights, or of what NF4 weights are expanded to."""
+    folder: str
+    """Where `from_pretrained` finds it: a directory, of a GGUF file the converted one, or a Hub id
+    (whose revision `source` has)."""
     source: dict[str, Any]
     """For run.json: name, kind, location, and sha256 (files) or revision (Hub)."""
 
@@ -76,6 +83,73 @@ class LoadedBase:
     def eos_ids(self) -> tuple[int, ...]:
         """Every id at which the checkpoint says a text ends."""
         return _ids(self.model.generation_config.eos_token_id)
+
+
+@dataclass(frozen=True, slots=True)
+class BaseFiles:
+    """The base on disk: a directory with `config.json`, safetensors weights and a tokenizer."""
+
+    folder: Path
+    kind: Kind
+    source: dict[str, Any]
+    """As `LoadedBase.source`."""
+
+
+def base_files(section: config.Base, *, revision: str | None = None) -> BaseFiles:
+    """The files of the base that a recipe names, without loading it.
+
+    Args:
+        revision: Commit on the Hub; default: the recipe's.
+
+    Raises:
+        UserError: They cannot be found, fetched or read.
+    """
+    kind, location = _locate(section.name)
+    if kind != "hub":
+        folder, digest = _local_files(kind, location)
+        source = {"name": section.name, "kind": kind, "location": location, "sha256": digest}
+        return BaseFiles(folder=Path(folder), kind=kind, source=source)
+    with _quiet(), _explained(section, kind, location):
+        folder = snapshot_download(
+            location,
+            revision=revision or section.revision,
+            allow_patterns=[f"*{ending}" for ending in _ENDINGS],
+        )
+    _check_directory(Path(folder))
+    commit = Path(folder).name  # the cache names a snapshot by its commit
+    source = {"name": section.name, "kind": kind, "location": location, "revision": commit}
+    return BaseFiles(folder=Path(folder), kind=kind, source=source)
+
+
+def skeleton(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model without weights (on the meta device), and its tokenizer.
+
+    Special tokens are settled as `load_base` settles them. Buffers, which no file holds, are real.
+
+    Raises:
+        UserError: transformers cannot make sense of the directory.
+    """
+    section = config.Base(name=str(folder))
+    with _quiet(), _explained(section, "directory", str(folder)):
+        tokenizer = hf.AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        model = empty_model(folder)
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = hf.GenerationConfig.from_pretrained(str(folder))
+    _check_vocabulary(model, tokenizer)
+    _settle_special_tokens(model, tokenizer)
+    return model, tokenizer
+
+
+def empty_model(folder: Path) -> PreTrainedModel:
+    """The model that a directory's `config.json` describes, without weights."""
+    settings = hf.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = hf.AutoModelForCausalLM.from_config(
+            settings, dtype=torch.float32, trust_remote_code=False
+        )
+    model.tie_weights()
+    model.train(False)
+    return model
 
 
 def load_base(section: config.Base) -> LoadedBase:
@@ -95,12 +169,8 @@ def load_base(section: config.Base) -> LoadedBase:
         )
     source: dict[str, Any] = {"name": section.name, "kind": kind, "location": location}
     folder = location
-    if kind == "gguf":
-        source["sha256"] = _sha256([Path(location)])
-        folder = str(_converted(Path(location), source["sha256"]))
-    elif kind == "directory":
-        _check_directory(Path(location))
-        source["sha256"] = _sha256(_base_files(Path(location)))
+    if kind != "hub":
+        folder, source["sha256"] = _local_files(kind, location)
     with _quiet(), _explained(section, kind, location):
         model, tokenizer = _load(section, folder, kind, device, dtype)
     if kind == "hub":
@@ -111,7 +181,14 @@ def load_base(section: config.Base) -> LoadedBase:
     model.requires_grad_(False)
     model.train(False)
     model.config.use_cache = True
-    return LoadedBase(model=model, tokenizer=tokenizer, device=device, dtype=dtype, source=source)
+    return LoadedBase(
+        model=model, tokenizer=tokenizer, device=device, dtype=dtype, folder=folder, source=source
+    )
+
+
+def compute_dtype(section: config.Base) -> torch.dtype:
+    """What the section's `dtype` means on this machine."""
+    return _dtype(section.dtype, _device(section.device))
 
 
 def check_targets(model: torch.nn.Module, targets: Iterable[str]) -> None:
@@ -170,6 +247,15 @@ def _locate(name: str) -> tuple[Kind, str]:
     if looks_like_path or not _HUB_ID.fullmatch(name):
         raise UserError(f"there is nothing at {name}", where=_WHERE)
     return "hub", name
+
+
+def _local_files(kind: Kind, location: str) -> tuple[str, str]:
+    """The directory to load a local base from, and the SHA-256 that it is known by."""
+    if kind == "gguf":
+        digest = _sha256([Path(location)])
+        return str(_converted(Path(location), digest)), digest
+    _check_directory(Path(location))
+    return location, _sha256(_base_files(Path(location)))
 
 
 def _device(wanted: str) -> torch.device:
@@ -336,9 +422,7 @@ def _check_directory(folder: Path) -> None:
 
 
 def _base_files(folder: Path) -> list[Path]:
-    """What makes a base: configuration, weights, tokenizer and chat template."""
-    endings = (".json", ".safetensors", ".model", ".jinja", ".txt")
-    return sorted(file for file in folder.iterdir() if file.suffix in endings and file.is_file())
+    return sorted(file for file in folder.iterdir() if file.suffix in _ENDINGS and file.is_file())
 
 
 def _sha256(files: list[Path]) -> str:

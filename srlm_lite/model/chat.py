@@ -20,6 +20,7 @@ Message = Mapping[str, str]
 """`role` (system, user or assistant) and `content`."""
 
 _MARK = "qzjxq"
+_STRFTIME = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 _TAG = re.compile(r"\[/?[A-Z_]+\]|<</?[A-Z_]+>>|<\|[^\s|<>]+\|>|</?[a-z_]+>")
 """What template authors write as turn marks where they have no special tokens."""
 
@@ -125,10 +126,25 @@ class ChatFormat:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of a reply: up to the first stop id, without special tokens, stripped."""
         end = next((at for at, token in enumerate(ids) if token in self.stop_ids), len(ids))
+        return self.spell(ids[:end]).strip()
+
+    def spell(self, ids: Sequence[int]) -> str:
+        """Text of any ids as it is, without special tokens."""
         text: str = self._tokenizer.decode(
-            list(ids[:end]), skip_special_tokens=True, clean_up_tokenization_spaces=False
+            list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
-        return text.strip()
+        return text
+
+    @property
+    def portable_template(self) -> str:
+        """A template with which `apply_chat_template` alone gives the ids of `render`.
+
+        The BOS that the tokenizer adds, and the date that stands in for today's, are part of it.
+        """
+        template = _STRFTIME.sub(lambda call: repr(_fixed_date(call[2])), self.template)
+        if self._bos_id is None or self._context_ids[:1] == [self._bos_id]:
+            return template
+        return "{{ bos_token }}" + template
 
     def neutralise(self, text: str) -> str:
         """The text as it enters a user turn: unable to end it."""

@@ -65,8 +65,19 @@ class Adapter:
             for module, (a, b) in self.factors.items()
         )
 
-    def save(self, directory: Path, *, base_name: str, dtype: torch.dtype = torch.float32) -> None:
-        """Write a PEFT LoRA directory; each file is complete or absent."""
+    def save(
+        self,
+        directory: Path,
+        *,
+        base_name: str,
+        revision: str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """Write a PEFT LoRA directory; each file is complete or absent.
+
+        Args:
+            revision: The base's commit, for a base from the Hub.
+        """
         directory.mkdir(parents=True, exist_ok=True)
         tensors = {}
         for module, (a, b) in self.factors.items():
@@ -76,6 +87,7 @@ class Adapter:
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
             "base_model_name_or_path": base_name,
+            **({"revision": revision} if revision else {}),
             "r": self.rank,
             "lora_alpha": self.alpha,
             "lora_dropout": 0.0,
@@ -88,6 +100,7 @@ class Adapter:
             save_file(tensors, weights, metadata={"format": "pt"})
             settings = Path(temporary) / CONFIG
             settings.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            weights.chmod(settings.stat().st_mode)  # safetensors makes it private
             settings.replace(directory / CONFIG)
             weights.replace(directory / WEIGHTS)
 
@@ -212,6 +225,10 @@ class Slot:
     def modules(self) -> list[str]:
         """Names of the layers that carry the adapter, in the model's order."""
         return list(self._layers)
+
+    def holds(self, stack: Sequence[Adapter]) -> bool:
+        """Whether the slot is as `load` of these very adapters leaves it, for running a role."""
+        return _same(self._held, stack)
 
     def fresh(self, lora: Lora, *, seed: int) -> Adapter:
         """An adapter that changes nothing yet: A drawn as LoRA draws it, B zero.

@@ -1,0 +1,236 @@
+"""Merge a stack into the base's files: W + sum of s·B·A, in float32, rounded once.
+
+NF4 is the trap. To quantize a merged weight again would delete what small updates change, so the
+result always has 16 bits or more. Two bases can be merged onto:
+
+    original     the weights as they were before NF4 rounded them
+    dequantized  what NF4 made of them, expanded: the weights that the adapters were trained against
+
+They differ by NF4's rounding error, which no adapter has learned to undo.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from srlm_lite.config import Base
+from srlm_lite.errors import UserError
+from srlm_lite.model.base import compute_dtype
+from srlm_lite.model.checkpoint import (
+    INDEX,
+    SINGLE,
+    Checkpoint,
+    TensorInfo,
+    write_index,
+    write_shard,
+)
+from srlm_lite.model.stack import Adapter, Factors, fuse
+
+Onto = Literal["original", "dequantized"]
+
+_BLOCK = 1 << 17
+"""Elements merged at a time: their float32 sum stays in the processor's cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """The base's tensors as a stack stands on them.
+
+    `nf4` names those that NF4 rounds; `dtype` is what they are expanded to.
+    """
+
+    checkpoint: Checkpoint
+    nf4: frozenset[str] = frozenset()
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, on the CPU."""
+        weight = self.checkpoint.read(name)
+        return nf4_rounded(weight, self.dtype, self.device) if name in self.nf4 else weight
+
+
+def base_weights(folder: Path, section: Base, model: PreTrainedModel, *, nf4: bool) -> Weights:
+    """The base's weights as its files hold them; with `nf4`, as the section loads them."""
+    checkpoint = Checkpoint(folder)
+    if not nf4 or section.quantization != "nf4":
+        return Weights(checkpoint)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Weights(checkpoint, nf4_modules(model), compute_dtype(section), device)
+
+
+@dataclass(frozen=True, slots=True)
+class Merge:
+    """One tensor of the result: the base's `source`, with `update` added where there is one."""
+
+    info: TensorInfo
+    source: str
+    update: Factors | None = None
+    """A, and B times the scaling."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All that is to be written, file by file."""
+
+    shards: Mapping[str, Sequence[Merge]]
+    unties: bool
+    """The embeddings are tied in the base, and an adapter on one side parts them."""
+
+    @property
+    def nbytes(self) -> int:
+        return sum(merge.info.nbytes for merges in self.shards.values() for merge in merges)
+
+
+def nf4_modules(model: PreTrainedModel) -> frozenset[str]:
+    """Names of the weights that loading in NF4 quantizes."""
+    kept: Any = model._keep_in_fp32_modules
+    skipped = HfQuantizer.get_modules_to_not_convert(model, None, kept)
+    return frozenset(
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and should_convert_module(name, skipped)
+    )
+
+
+def nf4_rounded(weight: Tensor, dtype: torch.dtype, device: str = "cpu") -> Tensor:
+    """A weight after NF4 with double quantization, expanded to the compute dtype."""
+    from bitsandbytes import functional
+
+    packed, state = functional.quantize_4bit(
+        weight.to(device=device, dtype=dtype), quant_type="nf4", compress_statistics=True
+    )
+    return functional.dequantize_4bit(packed, state).to("cpu")
+
+
+def merged(weight: Tensor, update: Factors, dtype: torch.dtype) -> Tensor:
+    """round(W + B·A): summed in float32, rounded once to the dtype."""
+    a, b = update
+    out = torch.empty(weight.shape, dtype=dtype)
+    rows = max(1, _BLOCK // weight.shape[1])
+    block = torch.empty(min(rows, len(weight)), weight.shape[1])
+    for start in range(0, len(weight), rows):
+        part = slice(start, start + rows)
+        total = block[: len(weight[part])]
+        total.copy_(weight[part])
+        out[part] = total.addmm_(b[part], a)
+    return out
+
+
+def plan(
+    checkpoint: Checkpoint,
+    stack: Sequence[Adapter],
+    *,
+    tied: Mapping[str, str],
+    dtype: torch.dtype | None,
+) -> Plan:
+    """What the merged checkpoint holds: the base's tensors under their names, in its files.
+
+    Args:
+        tied: Tensors that are another one under a second name.
+        dtype: Of all floating-point tensors; None keeps each one's own.
+
+    Raises:
+        UserError: The stack has an update for a tensor that the base lacks, or of another shape.
+    """
+    updates = {f"{module}.weight": factors for module, factors in _updates(stack).items()}
+    shards: dict[str, list[Merge]] = {}
+    for file, infos in checkpoint.shards.items():
+        shards[file] = [Merge(_typed(info, dtype), info.name) for info in infos]
+    parted = (tied.keys() | set(tied.values())) & updates.keys()
+    for name in parted:
+        # Under both names, the base has one tensor; with an update on one side it needs two.
+        for alias, target in tied.items():
+            if name in (alias, target):
+                held, other = (target, alias) if target in checkpoint else (alias, target)
+                last = shards[list(shards)[-1]]
+                if other not in checkpoint:
+                    info = replace(_typed(checkpoint.info(held), dtype), name=other)
+                    last.append(Merge(info, held))
+    there = {merge.info.name for merges in shards.values() for merge in merges}
+    if unknown := updates.keys() - there:
+        raise _unknown(min(unknown), checkpoint)
+    for merges in shards.values():
+        for index, merge in enumerate(merges):
+            if (update := updates.get(merge.info.name)) is not None:
+                _check_shape(merge.info, update)
+                merges[index] = replace(merge, update=update)
+    return Plan(shards=shards, unties=bool(parted))
+
+
+def write(
+    plan: Plan,
+    weights: Weights,
+    folder: Path,
+    *,
+    on_bytes: Callable[[int], None] = lambda count: None,
+) -> None:
+    """Write the merged checkpoint, tensor by tensor; files that are there already are kept.
+
+    Args:
+        on_bytes: Told how many bytes have just been written, or been found written.
+    """
+
+    def tensors(merges: Sequence[Merge]) -> Iterator[Tensor]:
+        for merge in merges:
+            yield result(merge, weights)
+            on_bytes(merge.info.nbytes)
+
+    for file, merges in plan.shards.items():
+        if (folder / file).is_file():
+            on_bytes(sum(merge.info.nbytes for merge in merges))
+            continue
+        write_shard(folder / file, [merge.info for merge in merges], tensors(merges))
+    if set(plan.shards) != {SINGLE}:
+        infos = {file: [m.info for m in merges] for file, merges in plan.shards.items()}
+        write_index(folder, infos)
+    else:
+        with suppress(FileNotFoundError):
+            (folder / INDEX).unlink()
+
+
+def result(merge: Merge, weights: Weights) -> Tensor:
+    """One tensor of the merged checkpoint."""
+    weight = weights.read(merge.source)
+    if merge.update is None:
+        return weight.to(merge.info.dtype)
+    return merged(weight, merge.update, merge.info.dtype)
+
+
+def _updates(stack: Sequence[Adapter]) -> dict[str, Factors]:
+    if not stack:
+        return {}
+    fused = fuse(stack)
+    return {module: (a, b * fused.scaling) for module, (a, b) in fused.factors.items()}
+
+
+def _typed(info: TensorInfo, dtype: torch.dtype | None) -> TensorInfo:
+    return replace(info, dtype=dtype) if dtype and info.dtype.is_floating_point else info
+
+
+def _check_shape(info: TensorInfo, update: Factors) -> None:
+    shape: Any = (update[1].shape[0], update[0].shape[1])
+    if info.shape != shape:
+        raise UserError(
+            f"the adapter's update of {info.name} is {shape}, the base's weight {info.shape}",
+            where="adapters",
+            way_out="Use the base that the adapter was trained on",
+        )
+
+
+def _unknown(name: str, checkpoint: Checkpoint) -> UserError:
+    return UserError(
+        f"the adapter changes {name}, which the base's files do not have under that name",
+        where=str(checkpoint.folder),
+        way_out="Use the base that the adapter was trained on, or export with --as adapter",
+    )
