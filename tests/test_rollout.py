@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ from scipy.stats import chisquare
 from srlm_lite.config import Base, Lora
 from srlm_lite.model.base import LoadedBase, load_base
 from srlm_lite.model.chat import ChatFormat
-from srlm_lite.model.stack import Slot
-from srlm_lite.rollout import transformers_engine
-from srlm_lite.rollout.nucleus import draw, uniforms
+from srlm_lite.model.stack import Adapter, Slot
+from srlm_lite.rollout import memory, transformers_engine, tree
+from srlm_lite.rollout.attention import attention, merged, plain_attention
+from srlm_lite.rollout.nucleus import draw, largest, most_probable, uniforms
 from srlm_lite.rollout.protocol import Limits, Request, Sample
-from srlm_lite.rollout.transformers_engine import TransformersEngine, _shared_prefix
+from srlm_lite.rollout.transformers_engine import TransformersEngine
+from srlm_lite.rollout.tree import shared_prefix
 
 TEXTS = ("moon", "How do I look after a bicycle?", "Read the reply and judge it, please.", "a b c")
 GREEDY = Limits(temperature=0.0, top_p=1.0, max_new_tokens=12)
@@ -31,8 +34,23 @@ def base(tiny_base_dir: Path) -> LoadedBase:
 @pytest.fixture(scope="module")
 def engine(base: LoadedBase) -> TransformersEngine:
     slot = Slot(base.model, targets=("q_proj", "v_proj"), rank=4)
-    slot.load([slot.fresh(Lora(rank=4, alpha=4), seed=0)])
-    return TransformersEngine(slot.model, ChatFormat.of(base), batch_rows=64)
+    engine = TransformersEngine(slot, ChatFormat.of(base), batch_rows=64)
+    engine.load([noisy_adapter(slot)])
+    return engine
+
+
+def noisy_adapter(slot: Slot, *, seed: int = 0) -> Adapter:
+    """An adapter that changes what is sampled."""
+    fresh = slot.fresh(Lora(rank=4, alpha=4, targets=("q_proj", "v_proj")), seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    return Adapter(
+        rank=4,
+        alpha=4,
+        factors={
+            module: (a, torch.randn(b.shape, generator=generator))
+            for module, (a, b) in fresh.factors.items()
+        },
+    )
 
 
 def requests(engine: TransformersEngine, *, n: int) -> list[Request]:
@@ -63,7 +81,7 @@ def plain_generate(engine: TransformersEngine, base: LoadedBase, prompt: Request
 def test_greedy_is_token_for_token_what_plain_generate_gives(
     engine: TransformersEngine, base: LoadedBase, n: int
 ) -> None:
-    """Ragged prompts, left-padded, a prefix shared by n samples, against one by one."""
+    """Ragged prompts, a prefix shared by all and one by n samples, against one by one."""
     prompts = requests(engine, n=n)
     assert len({len(prompt.prompt_ids) for prompt in prompts}) > 1
     for prompt, samples in zip(prompts, engine.sample(prompts, GREEDY), strict=True):
@@ -76,46 +94,81 @@ def test_greedy_is_token_for_token_what_plain_generate_gives(
             )
 
 
-def test_a_prefix_that_all_prompts_share_is_computed_once(
-    engine: TransformersEngine, base: LoadedBase, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As with a rubric: long fixed text first, then what differs; and nothing else changes."""
-    rubric = "Read the reply and judge it. One point for each thing that it does well. " * 3
-    prompts = [
-        Request(tuple(engine._chat.prompt_ids(rubric + text)), (i, i + 50))
-        for i, text in enumerate((*TEXTS, ""))
-    ]
-    lengths: list[tuple[int, ...]] = []
-    decoder = engine._model.get_base_model().get_decoder()
-    hook = decoder.register_forward_pre_hook(
-        lambda module, args, kwargs: lengths.append(tuple(kwargs["input_ids"].shape)),
+def passes(engine: TransformersEngine, call: Any) -> list[tuple[int, ...]]:
+    """Shapes of the ids in each forward pass of a call."""
+    shapes: list[tuple[int, ...]] = []
+    hook = engine._model.get_decoder().register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)),
         with_kwargs=True,
     )
-    results = engine.sample(prompts, GREEDY)
-    hook.remove()
-    shared = _shared_prefix([prompt.prompt_ids for prompt in prompts])
+    try:
+        call()
+    finally:
+        hook.remove()
+    return shapes
+
+
+def rubric_requests(engine: TransformersEngine, texts: tuple[str, ...]) -> list[Request]:
+    rubric = "Read the reply and judge it. One point for each thing that it does well. " * 3
+    return [
+        Request(tuple(engine._chat.prompt_ids(rubric + text)), (i, i + 50))
+        for i, text in enumerate(texts)
+    ]
+
+
+def test_a_prefix_that_all_prompts_share_is_computed_once(
+    engine: TransformersEngine, base: LoadedBase
+) -> None:
+    """As with a rubric: long fixed text first, then what differs; and nothing else changes."""
+    prompts = rubric_requests(engine, (*TEXTS, ""))
+    engine.close()
+    results: list[list[Sample]] = []
+    shapes = passes(engine, lambda: results.extend(engine.sample(prompts, GREEDY)))
+    shared = shared_prefix([prompt.prompt_ids for prompt in prompts])
     longest = max(len(prompt.prompt_ids) for prompt in prompts)
     assert shared > 40
-    assert lengths[:3] == [(1, shared), (5, longest - 1 - shared), (10, 1)]
+    assert shapes[:3] == [(1, shared), (5, longest - 1 - shared), (10, 1)]
     for prompt, samples in zip(prompts, results, strict=True):
         expected = plain_generate(engine, base, prompt)
         for sample in samples:
             assert list(sample.token_ids) == expected[: len(sample.token_ids)]
 
 
+def test_the_rubric_is_kept_from_call_to_call_until_the_stack_changes(
+    engine: TransformersEngine,
+) -> None:
+    prompts = rubric_requests(engine, TEXTS)
+    others = rubric_requests(engine, ("the sun and the stars", "oil"))
+    stack = [noisy_adapter(engine._slot)]
+    engine.load(stack)
+    engine.sample(prompts, GREEDY)
+    kept: list[list[Sample]] = []
+    shapes = passes(engine, lambda: kept.extend(engine.sample(others, GREEDY)))
+    assert shapes[0][0] == 2  # straight to the branches
+    engine.close()
+    assert engine.sample(others, GREEDY) == kept
+    engine.load([noisy_adapter(engine._slot, seed=1)])
+    changed: list[list[Sample]] = []
+    shapes = passes(engine, lambda: changed.extend(engine.sample(others, GREEDY)))
+    assert shapes[0][0] == 1
+    assert changed != kept
+    engine.load(stack)
+    assert engine.sample(others, GREEDY) == kept
+
+
 @pytest.mark.parametrize(
     ("rows", "length"),
     [
-        ([(1, 2, 3, 4), (1, 2, 9)], 2),
-        ([(1, 2, 3), (1, 2, 3)], 2),  # the last token of a prompt is always its own
-        ([(1, 2, 3)], 0),
+        ([(1, 2, 3, 4), (1, 2, 9, 8)], 2),
+        ([(1, 2, 3, 4), (1, 2, 3, 4)], 2),  # a branch, and the token its leaves start from
+        ([(1, 2, 3)], 1),
         ([(1,), (1, 2)], 0),
         ([(5, 6), (7, 6)], 0),
-        ([(1, 2, 3), (1, 2, 3, 4), (1, 2, 8, 9)], 2),
+        ([(1, 2, 3, 4), (1, 2, 3, 4, 5), (1, 2, 8, 9)], 2),
     ],
 )
 def test_the_shared_prefix(rows: list[tuple[int, ...]], length: int) -> None:
-    assert _shared_prefix(rows) == length
+    assert shared_prefix(rows) == length
 
 
 def test_a_samples_seed_does_not_depend_on_its_neighbours(engine: TransformersEngine) -> None:
@@ -141,14 +194,9 @@ def test_rows_that_end_leave_the_batch_and_nothing_else_changes(
         for i in range(4)
         for text in TEXTS
     ]
-    widths: list[int] = []
-    decoder = engine._model.get_base_model().get_decoder()
-    hook = decoder.register_forward_pre_hook(
-        lambda module, args, kwargs: widths.append(len(kwargs["input_ids"])), with_kwargs=True
-    )
-    together = engine.sample(prompts, limits)
-    hook.remove()
-    assert len(set(widths)) >= 3  # the batch did shrink
+    together: list[list[Sample]] = []
+    shapes = passes(engine, lambda: together.extend(engine.sample(prompts, limits)))
+    assert len({shape[0] for shape in shapes if shape[1] == 1}) >= 3  # the batch did shrink
     reasons = {sample.finish_reason for row in together for sample in row}
     assert "stop" in reasons
     assert len({len(sample.token_ids) for row in together for sample in row}) >= 4
@@ -156,6 +204,28 @@ def test_rows_that_end_leave_the_batch_and_nothing_else_changes(
         for sample, seed in zip(together[place], prompt.seeds, strict=True):
             alone = engine.sample([Request(prompt.prompt_ids, (seed,))], limits)
             assert alone == [[sample]]
+
+
+@pytest.mark.parametrize("limits", [GREEDY, WARM], ids=["greedy", "sampled"])
+def test_waiting_rows_enter_the_batch_as_others_leave_it(
+    engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch, limits: Limits
+) -> None:
+    """Rows of unlike age side by side: their leaves differ in length, their branches in rows."""
+    monkeypatch.setattr(engine._chat, "stop_ids", tuple(range(2, 600, 8)))
+    prompts = [
+        Request(tuple(engine._chat.prompt_ids(f"{text} {i}")), tuple(range(i, i + 1 + i % 3)))
+        for i in range(6)
+        for text in TEXTS
+    ]
+    expected = engine.sample(prompts, limits)
+    small = TransformersEngine(engine._slot, engine._chat, batch_rows=9)
+    results: list[list[Sample]] = []
+    shapes = passes(small, lambda: results.extend(small.sample(prompts, limits)))
+    assert results == expected
+    steps = [shape[0] for shape in shapes if shape[1] == 1]
+    assert max(steps) <= 9
+    # One batch after the other would take more steps than rows that are replaced as they end.
+    assert len(steps) < 12 * len(prompts) * 2 / 9
 
 
 def test_requests_may_differ_in_their_number_of_samples(engine: TransformersEngine) -> None:
@@ -171,30 +241,166 @@ def test_the_batch_is_halved_when_memory_runs_out(
 ) -> None:
     prompts = requests(engine, n=3)
     expected = ids(engine.sample(prompts, WARM))
-    small = TransformersEngine(engine._model, engine._chat, batch_rows=12)
-    generate, sizes = TransformersEngine._generate, []
+    small = TransformersEngine(engine._slot, engine._chat, batch_rows=12)
+    step, sizes = TransformersEngine._next_logits, []
 
-    def hungry(self: TransformersEngine, batch: Any, limits: Limits) -> Any:
-        rows = sum(len(request.seeds) for request in batch)
-        sizes.append(rows)
-        if rows > 3:
+    def hungry(self: TransformersEngine, tree: Any, last: Any) -> Any:
+        sizes.append(len(last))
+        # Halfway through, as keys and values grow.
+        if len(last) > 3 and len(sizes) > 3:
             raise torch.OutOfMemoryError("out of memory")
-        return generate(self, batch, limits)
+        return step(self, tree, last)
 
-    monkeypatch.setattr(transformers_engine.TransformersEngine, "_generate", hungry)
-    assert ids(small.sample(prompts, WARM)) == expected
-    assert sizes == [12, 6, 3, 3, 3, 3]
+    monkeypatch.setattr(TransformersEngine, "_next_logits", hungry)
+    finished: list[int] = []
+    assert ids(small.sample(prompts, WARM, on_samples=finished.append)) == expected
+    assert sum(finished) == 12
+    tried = [size for size, before in zip(sizes, [1, *sizes], strict=False) if size != before]
+    assert tried[:3] == [12, 6, 3]
+
+
+def test_a_single_request_may_be_larger_than_the_batch(engine: TransformersEngine) -> None:
+    prompt = Request(tuple(engine._chat.prompt_ids("moon")), tuple(range(5)))
+    small = TransformersEngine(engine._slot, engine._chat, batch_rows=2)
+    assert small.sample([prompt, prompt], WARM) == engine.sample([prompt, prompt], WARM)
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory(
     engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(self: Any, batch: Any, limits: Limits) -> Any:
+    def broken(*args: Any) -> Any:
         raise RuntimeError("shape mismatch")
 
-    monkeypatch.setattr(TransformersEngine, "_generate", broken)
+    monkeypatch.setattr(TransformersEngine, "_next_logits", broken)
     with pytest.raises(RuntimeError, match="shape mismatch"):
         engine.sample(requests(engine, n=2), WARM)
+
+
+def test_a_stop_rule_is_asked_at_the_end_of_each_line(engine: TransformersEngine) -> None:
+    asked: list[str] = []
+
+    def long_enough(text: str) -> bool:
+        asked.append(text)
+        return len(text) > 30
+
+    prompts = [Request(engine_ids, tuple(range(40))) for engine_ids in [(3, 4, 5), (7, 8, 9, 10)]]
+    limits = Limits(temperature=2.0, top_p=1.0, max_new_tokens=60, ignore_end=True)
+    whole = engine.sample(prompts, limits)
+    stopped = engine.sample(prompts, replace(limits, stop=long_enough))
+    assert asked and all("\n" in text for text in asked)
+    assert any(len(text) <= 30 for text in asked)
+    ends = 0
+    for long_row, row in zip(whole, stopped, strict=True):
+        for one, cut in zip(long_row, row, strict=True):
+            assert one.token_ids[: len(cut.token_ids)] == cut.token_ids
+            if len(cut.token_ids) < 60:
+                assert "\n" in engine._chat.spell(cut.token_ids[-1:])
+                assert cut.finish_reason == "stop"
+                ends += 1
+    assert ends
+
+
+def test_ends_of_turns_can_be_ignored(engine: TransformersEngine) -> None:
+    endless = Limits(temperature=1.0, top_p=1.0, max_new_tokens=40, ignore_end=True)
+    for row in engine.sample(requests(engine, n=2), endless):
+        assert [sample.n_tokens for sample in row] == [40, 40]
+        assert [sample.finish_reason for sample in row] == ["length", "length"]
+
+
+def test_alternatives_are_the_models_own_probabilities(engine: TransformersEngine) -> None:
+    limits = Limits(temperature=0.7, top_p=0.9, max_new_tokens=5, alternatives=3)
+    prompt = requests(engine, n=2)[1]
+    other = requests(engine, n=1)[0]
+    for sample in engine.sample([other, prompt], limits)[1]:
+        sequence = torch.tensor([[*prompt.prompt_ids, *sample.token_ids]])
+        with torch.no_grad():
+            logs = engine._model(input_ids=sequence).logits[0].log_softmax(dim=-1)
+        assert len(sample.tokens) == sample.n_tokens > 0
+        for place, token in enumerate(sample.tokens):
+            expected = logs[len(prompt.prompt_ids) - 1 + place].topk(3)
+            assert [p for _, p in token.alternatives] == pytest.approx(
+                expected.values.tolist(), abs=1e-4
+            )
+            texts = [engine._chat.spell([int(i)]) for i in expected.indices]
+            assert [text for text, _ in token.alternatives] == texts
+            assert token.text == engine._chat.spell([sample.token_ids[place]])
+
+
+def test_a_model_with_an_attention_of_its_own_is_sampled_with_plain_generate(
+    base: LoadedBase, engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a bound that nothing meets, the proof fails as it would for such a model."""
+    prompts = requests(engine, n=2)
+    limits = Limits(temperature=1.0, top_p=0.95, max_new_tokens=12, alternatives=2)
+    expected = engine.sample(prompts, limits)
+    careful = TransformersEngine(engine._slot, engine._chat, batch_rows=5)
+    monkeypatch.setattr(transformers_engine, "SAME", -1.0)  # nothing is the same
+    found = careful.sample(prompts, limits)
+    assert careful._branches is False
+    assert ids(found) == ids(expected)
+    for row, other in zip(found, expected, strict=True):
+        for one, two in zip(row, other, strict=True):
+            assert [t.text for t in one.tokens] == [t.text for t in two.tokens]
+
+
+def test_soft_caps_and_sliding_windows_are_refused_by_the_tree(engine: TransformersEngine) -> None:
+    states = torch.zeros(1, 2, 3, 4)
+    for odd in ({"softcap": 50.0}, {"sliding_window": 8}, {"s_aux": torch.zeros(2)}):
+        with pytest.raises(tree.UnsupportedAttention, match=next(iter(odd))):
+            tree.Tree().attend(torch.nn.Identity(), states, states, states, None, **odd)
+    with pytest.raises(tree.UnsupportedAttention, match="mask"):
+        tree.Tree().attend(torch.nn.Identity(), states, states, states, torch.zeros(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merged_parts_are_the_attention_over_the_whole(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(3, 2, n, 8).to(dtype) for n in (4, 20, 20))
+    whole = torch.nn.functional.scaled_dot_product_attention(query, key, value)
+    bias = torch.zeros(3, 1, 1, 9, dtype=dtype)
+    bias[1, ..., 5:] = -torch.inf
+    behind = bias.expand(3, 2, 4, 9)
+    parts = [
+        attention(query, key[:, :, :9], value[:, :, :9], bias=bias),
+        attention(query, key[:, :, 9:], value[:, :, 9:]),
+    ]
+    mask = torch.cat([behind, torch.zeros(3, 2, 4, 11, dtype=dtype)], dim=-1)
+    masked = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    assert torch.allclose(merged(parts), masked, atol=tolerance)
+    assert not torch.allclose(whole[1], masked[1], atol=tolerance)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_written_out_agrees_with_the_kernel(causal: bool) -> None:
+    torch.manual_seed(1)
+    query, key, value = (torch.randn(2, 3, 7, 8) for _ in range(3))
+    bias = None if causal else torch.zeros(2, 1, 1, 7).masked_fill(torch.arange(7) > 4, -torch.inf)
+    for one, two in zip(
+        attention(query, key, value, 0.3, causal=causal, bias=bias),
+        plain_attention(query, key, value, 0.3, causal=causal, bias=bias),
+        strict=True,
+    ):
+        assert torch.allclose(one, two, atol=1e-5)
+
+
+def test_the_largest_values_are_found_in_the_best_blocks() -> None:
+    torch.manual_seed(2)
+    values = torch.randn(5, 64 * 200)
+    values[2, 640:660] = 9.0  # all of the best in one block, tied
+    found, places = largest(values, 64)
+    assert torch.equal(found, values.topk(64).values)
+    assert torch.equal(values.gather(1, places), found)
+    assert all(len(set(row)) == 64 for row in places.tolist())
+
+
+def test_no_alternatives_unless_asked_for() -> None:
+    logits = torch.tensor([[0.0, 2.0, 1.0]])
+    assert most_probable(logits, 0) == [()]
+    [(first, second)] = most_probable(logits, 2)
+    normaliser = float(logits.logsumexp(-1))
+    assert first == (1, pytest.approx(2 - normaliser))
+    assert second == (2, pytest.approx(1 - normaliser))
 
 
 def exact_nucleus(logits: torch.Tensor, *, temperature: float, top_p: float) -> torch.Tensor:
@@ -239,3 +445,17 @@ def test_uniform_numbers_belong_to_their_seed() -> None:
     assert torch.equal(together[1:2], uniforms((6,), 10))
     assert torch.equal(together[:, :4], uniforms((5, 6, 7), 4))
     assert float(together.min()) >= 0 and float(together.max()) < 1
+
+
+def test_the_batch_follows_the_devices_memory(
+    engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """2 layers of 2 key-value heads of 16 in float32: 512 bytes a token; logits 8,272 or so."""
+    weights = sum(p.numel() * 4 for p in engine._model.parameters())
+    vocabulary = engine._model.config.vocab_size
+    row = 512 * 100 + vocabulary * 16
+    monkeypatch.setattr(memory, "_memory", lambda device: weights + 2 * 10 * row + 5)
+    assert memory.rows_that_fit(engine._model, tokens=100) == 10
+    assert memory.rows_that_fit(engine._model, tokens=10**9) == 1
+    monkeypatch.setattr(memory, "_memory", lambda device: 10**15)
+    assert memory.rows_that_fit(engine._model, tokens=100) == memory.MOST_ROWS

@@ -1,73 +1,80 @@
-"""Attention for decoding where several query heads share one key-value head.
-
-With a padding mask, transformers' sdpa attention first repeats keys and values for every query
-head: for one new token it copies the whole cache several times over. Here the query heads that
-share a key-value head become the query positions of one attention, which reads the cache once.
-"""
+"""Attention that also tells its log-sum-exp, so that attentions over parts can be merged."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Sequence
 
-from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+import torch
+from torch import Tensor
 
-NAME = "srlm_grouped_decode"
+Attended = tuple[Tensor, Tensor]
+"""Output (B, H, T, D), and the log-sum-exp of the scores (B, H, T) in float32."""
+
+_HALF = (torch.float16, torch.bfloat16)
 
 
-def grouped_decode(
-    module: nn.Module,
+def attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
     scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Attention of one new token; everything else goes the way of transformers' sdpa.
+    *,
+    causal: bool = False,
+    bias: Tensor | None = None,
+) -> Attended:
+    """Scaled dot-product attention by torch's kernels, where they tell the log-sum-exp.
 
     Args:
-        query: (B, Hq, T, D); grouped when T is 1.
-        key: (B, Hkv, S, D), and `value` alike; Hkv divides Hq.
-        attention_mask: None, or (B, 1, T, S).
-
-    Returns:
-        (B, T, Hq, D), and None for the weights.
+        query: (B, H, T, D).
+        key: (B, H, S, D), and `value` alike.
+        scaling: Of the scores; default 1/sqrt(D).
+        causal: Query t sees keys 0 to t; S is T.
+        bias: Added to the scores; (B, 1, 1, S).
     """
-    batch, query_heads, tokens, width = query.shape
-    heads = key.shape[1]
-    special = kwargs.get("position_bias") is not None or kwargs.get("dropout")
-    if tokens != 1 or heads == query_heads or special or _per_head(attention_mask):
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, **kwargs
+    if query.device.type == "cpu":
+        output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, 0.0, causal, attn_mask=bias, scale=scaling
         )
-    grouped = query.reshape(batch, heads, query_heads // heads, width)
-    output = scaled_dot_product_attention(
-        grouped, key, value, attn_mask=attention_mask, scale=scaling, is_causal=False
-    )
-    return output.reshape(batch, 1, query_heads, width), None
+        return output, lse
+    if bias is None and query.is_cuda and query.dtype in _HALF:
+        output, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
+            query, key, value, 0.0, causal, False, scale=scaling
+        )
+        return output, lse
+    return plain_attention(query, key, value, scaling, causal=causal, bias=bias)
 
 
-def _per_head(attention_mask: Tensor | None) -> bool:
-    return attention_mask is not None and attention_mask.shape[1] != 1
+def plain_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None = None,
+    *,
+    causal: bool = False,
+    bias: Tensor | None = None,
+) -> Attended:
+    """What `attention` computes, written out: for devices and cases without such a kernel."""
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = (query @ key.transpose(-1, -2)).float() * scaling
+    if bias is not None:
+        scores = scores + bias
+    if causal:
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        scores = scores.masked_fill(later, -torch.inf)
+    lse = scores.logsumexp(dim=-1)
+    return (scores - lse.unsqueeze(-1)).exp().to(value.dtype) @ value, lse
 
 
-@contextmanager
-def grouped_decoding(model: Any) -> Iterator[None]:
-    """Within this context the model decodes with grouped attention, if it uses sdpa at all."""
-    before = model.config._attn_implementation
-    if before != "sdpa":
-        yield
-        return
-    AttentionInterface.register(NAME, grouped_decode)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
-    model.set_attn_implementation(NAME)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
+def merged(parts: Sequence[Attended]) -> Tensor:
+    """Attention over all keys from attentions over parts of them: (B, H, T, D).
+
+    With o_i the outputs and l_i their log-sum-exps, it is the sum of softmax(l)_i o_i.
+
+    Source: Rabe and Staats 2021, arXiv:2112.05682, section 3.
+    """
+    if len(parts) == 1:
+        return parts[0][0]
+    weights = torch.stack([lse for _, lse in parts]).softmax(dim=0).unsqueeze(-1)
+    total = sum(output * weight for (output, _), weight in zip(parts, weights, strict=True))
+    rounded: Tensor = total.to(parts[0][0].dtype)
+    return rounded

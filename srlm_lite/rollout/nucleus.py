@@ -7,8 +7,19 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
+from srlm_lite.rollout.protocol import Limits
+
 FIRST_CUT = 64
 """Candidates tried before a wider cut: nearly always enough, and far cheaper than a full sort."""
+
+BLOCK = 64
+"""Neighbouring tokens that are compared as one when the most probable ones are looked for."""
+
+PART = 2**19
+"""Logits that are sampled from at once on a CPU: 2 MB of them."""
+
+Alternatives = tuple[tuple[int, float], ...]
+"""Tokens and their log-probabilities, the most probable first."""
 
 
 def uniforms(seeds: tuple[int, ...], steps: int) -> Tensor:
@@ -21,13 +32,13 @@ def draw(logits: Tensor, uniform: Tensor, *, temperature: float, top_p: float) -
     """Each row's next token by inverse transform over its nucleus.
 
     The nucleus is the smallest set of most probable tokens whose probabilities reach `top_p`.
-    It is found among the largest logits first; the cut is widened until it holds the nucleus of
-    every row, so the distribution is exact.
+    It is found among the largest logits first; the cut is widened for rows whose nucleus it does
+    not hold, so the distribution is exact.
 
     Args:
         logits: (B, V) unnormalised.
         uniform: (B,) in [0, 1).
-        temperature: Above 0.
+        temperature: 0 takes the most probable token.
         top_p: In (0, 1].
 
     Returns:
@@ -35,26 +46,75 @@ def draw(logits: Tensor, uniform: Tensor, *, temperature: float, top_p: float) -
 
     Source: Holtzman et al. 2020, arXiv:1904.09751.
     """
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    uniform = uniform.to(logits.device, torch.float64)
+    # On a CPU in parts that stay in its cache: several times as fast as all rows at once.
+    rows = len(logits) if logits.is_cuda else max(1, PART // logits.shape[-1])
+    parts = [slice(start, start + rows) for start in range(0, len(logits), rows)]
+    return torch.cat([_draw(logits[part], uniform[part], temperature, top_p) for part in parts])
+
+
+def _draw(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -> Tensor:
     scaled = logits.float() / temperature
     normaliser = scaled.logsumexp(dim=-1, keepdim=True)
-    vocabulary = logits.shape[-1]
-    width = vocabulary if top_p >= 1 else min(FIRST_CUT, vocabulary)
-    while True:
-        if width == vocabulary and top_p >= 1:
-            values, tokens = scaled, None
-        else:
-            values, tokens = scaled.topk(width, dim=-1)
-        probabilities = (values - normaliser).exp().double()
-        cumulative = probabilities.cumsum(dim=-1)
-        if width == vocabulary or bool((cumulative[:, -1] >= top_p).all()):
-            break
-        width = min(width * 8, vocabulary)
-    if top_p < 1:
-        outside = cumulative - probabilities >= top_p
-        cumulative = probabilities.masked_fill(outside, 0).cumsum(dim=-1)
-    target = uniform.to(cumulative.device, torch.float64).unsqueeze(1) * cumulative[:, -1:]
-    index = torch.searchsorted(cumulative, target, right=True).clamp(max=width - 1)
-    return (index if tokens is None else tokens.gather(1, index)).squeeze(1)
+    vocabulary = scaled.shape[-1]
+    tokens = torch.empty(len(scaled), dtype=torch.long, device=scaled.device)
+    rows = torch.arange(len(scaled), device=scaled.device)
+    width = min(FIRST_CUT, vocabulary) if top_p < 1 else vocabulary
+    while len(rows):
+        values, ids = largest(scaled[rows], width)
+        cumulative = (values - normaliser[rows]).exp().double().cumsum(dim=-1)
+        held = (cumulative[:, -1] >= top_p) | (width == vocabulary)
+        at = rows[held]
+        tokens[at] = _inverse(cumulative[held], ids[held], uniform[at], top_p)
+        rows, width = rows[~held], min(8 * width, vocabulary)
+    return tokens
+
+
+def _inverse(cumulative: Tensor, ids: Tensor, uniform: Tensor, top_p: float) -> Tensor:
+    """The token in whose share of the nucleus a uniform number falls.
+
+    Args:
+        cumulative: (B, W) of the probabilities in descending order.
+    """
+    last = (cumulative < top_p).sum(dim=-1, keepdim=True).clamp(max=ids.shape[1] - 1)
+    target = uniform.unsqueeze(1) * cumulative.gather(1, last)
+    place = torch.searchsorted(cumulative, target, right=True).minimum(last)
+    return ids.gather(1, place).squeeze(1)
+
+
+def largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """What `values.topk(count)` gives for (B, V), without sorting through all of a vocabulary.
+
+    The `count` largest values lie in the `count` blocks with the largest maxima.
+    """
+    rows, vocabulary = values.shape
+    if vocabulary % BLOCK or vocabulary // BLOCK <= 2 * count:
+        return values.topk(count, dim=-1)
+    blocks = values.view(rows, -1, BLOCK)
+    best = blocks.amax(dim=-1).topk(count, dim=-1).indices
+    inside = blocks.gather(1, best.unsqueeze(-1).expand(-1, -1, BLOCK)).flatten(1)
+    found, places = inside.topk(count, dim=-1)
+    return found, best.gather(1, places // BLOCK) * BLOCK + places % BLOCK
+
+
+def most_probable(logits: Tensor, count: int) -> list[Alternatives]:
+    """Each row's most probable tokens with their log-probabilities at temperature 1.
+
+    Args:
+        logits: (B, V) unnormalised.
+        count: How many; 0 computes nothing.
+    """
+    if not count:
+        return [()] * len(logits)
+    scores = logits.float()
+    values, tokens = largest(scores, min(count, logits.shape[-1]))
+    logs = values - scores.logsumexp(dim=-1, keepdim=True)
+    return [
+        tuple(zip(row, row_logs, strict=True))
+        for row, row_logs in zip(tokens.tolist(), logs.tolist(), strict=True)
+    ]
 
 
 class SeededNucleus(LogitsProcessor):
@@ -65,19 +125,22 @@ class SeededNucleus(LogitsProcessor):
 
     Args:
         numbers: (rows, steps), one for each token that may be drawn.
+
+    `alternatives` holds, for each step and row, what `Limits.alternatives` asks for.
     """
 
-    def __init__(self, numbers: Tensor, *, temperature: float, top_p: float) -> None:
-        self._numbers, self._temperature, self._top_p = numbers, temperature, top_p
-        self._step = 0
+    def __init__(self, numbers: Tensor, limits: Limits) -> None:
+        self._numbers, self._limits = numbers, limits
+        self.alternatives: list[list[Alternatives]] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        step = len(self.alternatives)
         tokens = draw(
             scores,
-            self._numbers[:, self._step],
-            temperature=self._temperature,
-            top_p=self._top_p,
+            self._numbers[:, step],
+            temperature=self._limits.temperature,
+            top_p=self._limits.top_p,
         )
-        self._step += 1
+        self.alternatives.append(most_probable(scores, self._limits.alternatives))
         only = torch.full_like(scores, -torch.inf)
         return only.scatter_(1, tokens.unsqueeze(1), 0.0)

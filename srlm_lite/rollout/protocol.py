@@ -4,39 +4,79 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from srlm_lite.records import FinishReason
+
+if TYPE_CHECKING:
+    from srlm_lite.model.stack import Adapter
+
+StopRule = Callable[[str], bool]
+"""Asked with a sample's text so far whenever it has finished a line; True ends the sample there.
+It may cross a process border, so it is a function of a module, or a `partial` of one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One prompt to be continued once for each seed."""
+    """One prompt to be continued once for each seed.
+
+    `prompt_ids` is what is continued; `text` is the user turn behind them, for servers that take
+    messages and know their own template.
+    """
 
     prompt_ids: tuple[int, ...]
     seeds: tuple[int, ...]
+    text: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How to draw, and when to stop. A temperature of 0 is greedy and ignores the seeds."""
+    """How to draw, and when to stop. A temperature of 0 is greedy and ignores the seeds.
+
+    `alternatives` asks for the log-probabilities of that many most probable tokens at every
+    position. `ignore_end` goes on after an end of turn, up to `max_new_tokens`; for benchmarks.
+    """
 
     temperature: float
     top_p: float
     max_new_tokens: int
+    stop: StopRule | None = None
+    alternatives: int = 0
+    ignore_end: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One drawn token's text and, most probable first, what could have stood in its place.
+
+    The log-probabilities (natural, at temperature 1, before top-p) are those of the model itself.
+    """
+
+    text: str
+    alternatives: tuple[tuple[str, float], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One continuation. `token_ids` end before the stop token; `text` is what they decode to."""
+    """One continuation. `token_ids` end before the stop token; `text` is what they decode to.
+
+    `token_ids` are empty where an engine does not know them. `tokens` are as many as were drawn
+    before the stop token, and empty unless `Limits.alternatives` asked for them.
+    """
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
+    n_tokens: int
+    tokens: tuple[Token, ...] = ()
 
 
 class Engine(Protocol):
-    """Samples from the role that is in the slot."""
+    """Samples from the base with a stack of adapters."""
+
+    def load(self, stack: Sequence[Adapter]) -> None:
+        """From here on, sample from the base with these adapters."""
+        ...
 
     def sample(
         self,
@@ -50,4 +90,8 @@ class Engine(Protocol):
         What a seed draws does not depend on the requests beside it, up to the rounding of the
         dtype. `on_samples` is told how many samples have just been finished.
         """
+        ...
+
+    def close(self) -> None:
+        """Give back the memory; the next `load` or `sample` takes it again."""
         ...

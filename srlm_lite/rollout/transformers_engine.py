@@ -1,46 +1,119 @@
-"""The default engine: `generate` on the one base in memory, in this process."""
+"""The default engine: the one base in memory, in this process."""
 
 from __future__ import annotations
 
 import gc
 import logging
+from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    DynamicCache,
-    GenerationConfig,
-    LogitsProcessorList,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
 
 from srlm_lite.model.chat import ChatFormat
-from srlm_lite.rollout.attention import grouped_decoding
-from srlm_lite.rollout.cache import is_roomy, roomy_cache
-from srlm_lite.rollout.nucleus import SeededNucleus, uniforms
-from srlm_lite.rollout.protocol import Limits, Request, Sample
+from srlm_lite.model.stack import Adapter, Slot
+from srlm_lite.records import FinishReason
+from srlm_lite.rollout.ends import Ends
+from srlm_lite.rollout.memory import rows_that_fit
+from srlm_lite.rollout.nucleus import Alternatives, draw, most_probable, uniforms
+from srlm_lite.rollout.plain import generate
+from srlm_lite.rollout.protocol import Limits, Request, Sample, Token
+from srlm_lite.rollout.tree import (
+    Tree,
+    UnsupportedAttention,
+    attending,
+    may_branch,
+    shared_prefix,
+)
 
 logger = logging.getLogger(__name__)
 
+PREFILL_TOKENS = 4096
+"""Prompt tokens computed in one forward pass; it bounds the memory of activations."""
+
+LEAST_TRUNK = 16
+"""Tokens that prompts must share before a trunk is worth its own forward pass."""
+
+PRUNE = 1 / 8
+"""Share of ended rows at which they leave the batch, and waiting ones enter it."""
+
+SAME = 0.05
+"""Nats between two ways to compute one token's distribution that rounding explains."""
+
+
+@dataclass(slots=True)
+class Row:
+    """One sample in the making."""
+
+    prompt_ids: tuple[int, ...]
+    numbers: Sequence[float]
+    """In [0, 1), one for each token that may be drawn."""
+    tokens: list[int] = field(default_factory=list)
+    alternatives: list[Alternatives] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+    @property
+    def last(self) -> int:
+        """The token that the next one follows."""
+        return self.tokens[-1] if self.tokens else self.prompt_ids[-1]
+
+    @property
+    def number(self) -> float:
+        """What the next token is drawn with."""
+        return self.numbers[min(len(self.tokens), len(self.numbers) - 1)]
+
+    def restart(self) -> None:
+        """Forget what has been drawn; drawn again, it is the same."""
+        self.tokens.clear()
+        self.alternatives.clear()
+
+
+Group = Sequence[Row]
+"""All rows of one request."""
+
 
 class TransformersEngine:
-    """Samples in batches from whatever the slot holds.
+    """Samples from whatever the slot holds, many rows at a time.
 
     A prompt is computed once, whatever the number of its samples, and a prefix that all prompts of
-    a batch share, such as the rubric, once for all of them. Requests of similar length share a
-    batch. When memory runs out the batch is halved and the work goes on.
+    a call share, such as the rubric, once for all of them; both are also read once a step. Rows
+    that have ended leave the batch and waiting requests enter it. When memory runs out the batch
+    is halved and the work goes on.
+
+    Models whose attention is more than a softmax over all of the past are sampled with plain
+    `generate`; which it is, is found out by computing one token in both ways.
 
     Args:
-        model: The base with its slot.
-        batch_rows: Samples in one batch.
+        slot: Around the base.
+        batch_rows: Samples in the batch at most; None goes by the device's memory.
     """
 
-    def __init__(self, model: Any, chat: ChatFormat, *, batch_rows: int) -> None:
-        self._model, self._chat, self._batch_rows = model, chat, batch_rows
+    def __init__(self, slot: Slot, chat: ChatFormat, *, batch_rows: int | None = None) -> None:
+        self._slot, self._chat = slot, chat
+        self._most_rows, self._batch_rows = batch_rows, 0
+        self._model: Any = slot.model.get_base_model()
+        self._branches: bool | None = None if may_branch(self._model) else False
+        self._tree, self._trunk = Tree(), tuple[int, ...]()
+        self._ends = Ends(chat)
 
+    @property
+    def _device(self) -> torch.device:
+        device: torch.device = self._model.device
+        return device
+
+    def load(self, stack: Sequence[Adapter]) -> None:
+        """See `Engine.load`. Copies tensors into the slot; nothing is reloaded."""
+        if not self._slot.holds(stack):
+            self._tree, self._trunk = Tree(), ()
+        self._slot.load(stack)
+
+    def close(self) -> None:
+        """See `Engine.close`. The base stays; only what sampling has kept is given back."""
+        self._forget()
+
+    @torch.inference_mode()
     def sample(
         self,
         requests: Sequence[Request],
@@ -49,176 +122,210 @@ class TransformersEngine:
         on_samples: Callable[[int], None] = lambda count: None,
     ) -> list[list[Sample]]:
         """See `Engine.sample`."""
-        results: list[list[Sample]] = [[] for _ in requests]
+        groups: list[Group] = [
+            [
+                Row(request.prompt_ids, numbers)
+                for numbers in uniforms(request.seeds, limits.max_new_tokens).tolist()
+            ]
+            for request in requests
+        ]
+        longest = max((len(request.prompt_ids) for request in requests), default=0)
+        tokens = longest + limits.max_new_tokens
+        self._batch_rows = self._most_rows or rows_that_fit(self._model, tokens=tokens)
         # Longest first: if memory does not suffice, that shows at once.
-        waiting = sorted(range(len(requests)), key=lambda i: (-len(requests[i].prompt_ids), i))
-        while waiting:
-            batch = self._next_batch(waiting, requests)
+        order = sorted(range(len(groups)), key=lambda i: (-len(requests[i].prompt_ids), i))
+        while waiting := deque(groups[i] for i in order if _is_unfinished(groups[i])):
             try:
-                with grouped_decoding(self._model.get_base_model()):
-                    samples = self._generate([requests[i] for i in batch], limits)
+                if self._can_branch(waiting):
+                    self._run(waiting, limits, on_samples)
+                else:
+                    self._run_plain(waiting, limits, on_samples)
             except (RuntimeError, MemoryError) as error:
-                if len(batch) == 1 or not _is_out_of_memory(error):
+                if self._batch_rows == 1 or not _is_out_of_memory(error):
                     raise
-                self._batch_rows = max(1, self._batch_rows // 2)
-                logger.warning("out of memory; sampling %d rows at a time now", self._batch_rows)
-                self._free()
-                continue
-            for index, row in zip(batch, samples, strict=True):
-                results[index] = row
-                on_samples(len(row))
-            waiting = waiting[len(batch) :]
-        return results
+                self._back_off()
+                for row in (row for group in groups for row in group if not row.finish_reason):
+                    row.restart()
+        return [[self._sample(row) for row in group] for group in groups]
 
-    def _next_batch(self, waiting: Sequence[int], requests: Sequence[Request]) -> list[int]:
-        batch: list[int] = []
-        rows = 0
-        for index in waiting:
-            rows += len(requests[index].seeds)
-            if batch and rows > self._batch_rows:
-                break
-            batch.append(index)
-        return batch
+    def _run(
+        self, waiting: deque[Group], limits: Limits, on_samples: Callable[[int], None]
+    ) -> None:
+        """Draw token after token for the rows in the batch, until none is left or waiting."""
+        tree = self._rooted([group[0].prompt_ids for group in waiting])
+        live: list[Row] = []
+        with attending(self._model, tree):
+            while waiting or live:
+                live += self._admitted(tree, waiting, self._batch_rows - len(live))
+                on_samples(self._step(tree, live, limits))
+                going = [i for i, row in enumerate(live) if row.finish_reason is None]
+                if not going or len(going) <= (1 - PRUNE) * len(live):
+                    tree.keep(torch.tensor(going, dtype=torch.long, device=self._device))
+                    live = [live[i] for i in going]
 
-    @torch.inference_mode()
-    def _generate(self, requests: Sequence[Request], limits: Limits) -> list[list[Sample]]:
-        counts = [len(request.seeds) for request in requests]
-        cache = roomy_cache(self._model.config, room=limits.max_new_tokens + 1)
-        prompts = [request.prompt_ids for request in requests]
-        shared = _shared_prefix(prompts) if is_roomy(cache) else 0
-        ids, attention = self._padded(prompts, shared)
-        self._prefill(cache, ids, attention, shared)
-        index = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
-        if len(index) > len(counts):
-            cache.batch_select_indices(index.to(ids.device))
-        ids, attention = ids[index], attention[index]
-        seeds = tuple(seed for request in requests for seed in request.seeds)
-        samples = self._decode(ids, attention, cache, seeds, limits)
-        starts = [sum(counts[:i]) for i in range(len(counts))]
-        return [samples[start : start + n] for start, n in zip(starts, counts, strict=True)]
+    def _rooted(self, prompts: Sequence[tuple[int, ...]]) -> Tree:
+        """A tree whose trunk these prompts share: the one there is, or a new one."""
+        shared = prompts[0][: shared_prefix(prompts)]
+        held = len(self._trunk)
+        if held and shared[:held] == self._trunk and len(shared) < held + LEAST_TRUNK:
+            return self._tree
+        self._tree, self._trunk = Tree(), ()
+        if len(shared) >= LEAST_TRUNK and len(prompts) > 1:
+            ids = torch.tensor([shared], device=self._device)
+            with attending(self._model, self._tree), self._tree.growing_trunk():
+                self._prefill(self._tree, ids)
+            self._trunk = shared
+        return self._tree
 
-    def _decode(
-        self,
-        ids: Tensor,
-        attention: Tensor,
-        cache: DynamicCache,
-        seeds: tuple[int, ...],
-        limits: Limits,
-    ) -> list[Sample]:
-        """Continue every row to its end; rows that have ended leave the batch in between."""
-        numbers = uniforms(seeds, limits.max_new_tokens)
-        tokens: list[list[int]] = [[] for _ in seeds]
-        alive = torch.arange(len(seeds))
-        done = 0
-        while len(alive) and done < limits.max_new_tokens:
-            processors = LogitsProcessorList()
-            if limits.temperature > 0:
-                processors.append(
-                    SeededNucleus(
-                        numbers[alive, done:], temperature=limits.temperature, top_p=limits.top_p
-                    )
-                )
-            ended = EnoughEnded(self._chat.stop_ids, rows=len(alive), device=ids.device)
-            output = self._model.generate(
-                input_ids=ids,
-                attention_mask=attention,
-                past_key_values=cache,
-                logits_processor=processors,
-                stopping_criteria=StoppingCriteriaList([ended]),
-                generation_config=GenerationConfig(  # type: ignore[no-untyped-call]
-                    do_sample=False,
-                    max_new_tokens=limits.max_new_tokens - done,
-                    eos_token_id=list(self._chat.stop_ids),
-                    pad_token_id=self._chat.pad_id,
-                    use_cache=True,
-                ),
-            )
-            new = output[:, ids.shape[1] :]
-            for row, row_tokens in zip(alive.tolist(), new.tolist(), strict=True):
-                tokens[row].extend(row_tokens)
-            done += new.shape[1]
-            going = (~ended.rows).nonzero().squeeze(1)
-            ids = output[going]
-            attention = torch.cat([attention, torch.ones_like(new)], dim=1)[going]
-            cache.batch_select_indices(going)
-            alive = alive[going.cpu()]
-        return [self._sample(row) for row in tokens]
+    def _admitted(self, tree: Tree, waiting: deque[Group], room: int) -> list[Row]:
+        """Requests that enter the batch: their prompts as branches, their samples as leaves."""
+        entering: list[Group] = []
+        alone = room == self._batch_rows  # then even a request larger than the batch
+        while waiting and (len(waiting[0]) <= room or alone):
+            entering.append(waiting.popleft())
+            room, alone = room - len(entering[-1]), False
+        start = tree.get_seq_length()
+        # All but a prompt's last token, which its samples go on from.
+        branches = [group[0].prompt_ids[start:-1] for group in entering]
+        at_once = max(1, PREFILL_TOKENS // max(map(len, branches), default=1))
+        for part in _chunks(len(branches), at_once):
+            lengths = torch.tensor([len(branch) for branch in branches[part]], device=self._device)
+            ids = torch.full((len(lengths), int(lengths.max())), self._chat.pad_id)
+            for row, branch in zip(ids, branches[part], strict=True):
+                row[: len(branch)] = torch.tensor(branch)
+            with tree.growing_branches(lengths):
+                self._prefill(tree, ids.to(self._device))
+            counts = torch.tensor([len(group) for group in entering[part]], device=self._device)
+            tree.add_leaves(counts)
+        return [row for group in entering for row in group]
 
-    def _padded(self, rows: Sequence[Sequence[int]], shared: int) -> tuple[Tensor, Tensor]:
-        """(B, T) ids and attention mask: the shared prefix, padding, the rest of each prompt.
-
-        Where the padding lies makes no difference: it is masked, and positions skip it.
-        """
-        longest = max(len(row) for row in rows)
-        ids = torch.full((len(rows), longest), self._chat.pad_id)
-        attention = torch.zeros((len(rows), longest), dtype=torch.long)
-        for i, row in enumerate(rows):
-            ids[i, :shared] = torch.tensor(row[:shared])
-            ids[i, longest - len(row) + shared :] = torch.tensor(row[shared:])
-            attention[i, :shared] = 1
-            attention[i, longest - len(row) + shared :] = 1
-        return ids.to(self._model.device), attention.to(self._model.device)
-
-    def _prefill(self, cache: DynamicCache, ids: Tensor, attention: Tensor, shared: int) -> None:
-        """Fill the cache for every prompt but its last token, which `generate` starts from."""
+    def _prefill(self, tree: Tree, ids: Tensor) -> None:
+        start = tree.get_seq_length()
+        positions = torch.arange(start, start + ids.shape[1], device=ids.device)
         # The decoder alone: the logits of these positions are of no use.
-        decoder = self._model.get_base_model().get_decoder()
-        if shared:
-            decoder(input_ids=ids[:1, :shared], past_key_values=cache, use_cache=True)
-            cache.batch_repeat_interleave(len(ids))
-        if ids.shape[1] - 1 > shared:
-            positions = (attention.cumsum(dim=1) - 1).clamp(min=0)
-            decoder(
-                input_ids=ids[:, shared:-1],
-                attention_mask=attention[:, :-1],
-                position_ids=positions[:, shared:-1],
-                past_key_values=cache,
-                use_cache=True,
-            )
-
-    def _sample(self, token_ids: list[int]) -> Sample:
-        stops = self._chat.stop_ids
-        end = next((i for i, token in enumerate(token_ids) if token in stops), None)
-        kept = tuple(token_ids if end is None else token_ids[:end])
-        return Sample(
-            text=self._chat.decode(kept),
-            token_ids=kept,
-            finish_reason="length" if end is None else "stop",
+        self._model.get_decoder()(
+            input_ids=ids,
+            position_ids=positions.expand_as(ids),
+            past_key_values=tree,
+            use_cache=True,
         )
 
-    def _free(self) -> None:
+    def _next_logits(self, tree: Tree, last: Sequence[int]) -> Tensor:
+        """(B, V) for each row's next token, from its last one."""
+        ids = torch.tensor(last, device=self._device).unsqueeze(1)
+        positions = tree.positions
+        with tree.growing_leaves():
+            output = self._model(
+                input_ids=ids, position_ids=positions, past_key_values=tree, use_cache=True
+            )
+        logits: Tensor = output.logits[:, -1]
+        return logits
+
+    def _step(self, tree: Tree, live: Sequence[Row], limits: Limits) -> int:
+        """One more token for every row; returns how many rows have ended with it."""
+        logits = self._next_logits(tree, [row.last for row in live])
+        numbers = torch.tensor([row.number for row in live], dtype=torch.float64)
+        tokens = draw(logits, numbers, temperature=limits.temperature, top_p=limits.top_p)
+        others = most_probable(logits, limits.alternatives)
+        ended = 0
+        for row, token, alternatives in zip(live, tokens.tolist(), others, strict=True):
+            if row.finish_reason is None:
+                self._append(row, token, alternatives, limits)
+                ended += row.finish_reason is not None
+        return ended
+
+    def _append(self, row: Row, token: int, alternatives: Alternatives, limits: Limits) -> None:
+        row.finish_reason = self._ends.append(row.tokens, token, limits)
+        if len(row.alternatives) < len(row.tokens):
+            row.alternatives.append(alternatives)
+
+    def _run_plain(
+        self, waiting: deque[Group], limits: Limits, on_samples: Callable[[int], None]
+    ) -> None:
+        while waiting:
+            rows = list(waiting.popleft())
+            while waiting and len(rows) + len(waiting[0]) <= self._batch_rows:
+                rows += waiting.popleft()
+            drawn = generate(
+                self._model,
+                self._chat,
+                [row.prompt_ids for row in rows],
+                torch.tensor([row.numbers for row in rows], dtype=torch.float64),
+                limits,
+            )
+            for row, tokens in zip(rows, drawn, strict=True):
+                for token, alternatives in tokens:
+                    if row.finish_reason is None:
+                        self._append(row, token, alternatives, limits)
+            on_samples(len(rows))
+
+    def _can_branch(self, waiting: Sequence[Group]) -> bool:
+        """Whether these prompts can grow on a tree; the first one has to prove it."""
+        shortest = min((group[0].prompt_ids for group in waiting), key=len)
+        if self._branches is None and len(shortest) > 2:
+            self._branches = self._branches_like_the_model(shortest)
+            if not self._branches:
+                logger.warning("this model's attention is its own; sampling with plain generate")
+        return bool(self._branches) and len(shortest) > 1
+
+    def _branches_like_the_model(self, prompt: tuple[int, ...]) -> bool:
+        """Whether trunk, branch and leaf give the next token the distribution the model gives it.
+
+        Both are rounded in their own way; a model with positions or masks of its own would differ
+        by far more.
+        """
+        ids = torch.tensor([prompt], device=self._device)
+        expected = self._model(input_ids=ids, use_cache=False).logits[:, -1]
+        half = len(prompt) // 2
+        tree = Tree()
+        try:
+            with attending(self._model, tree):
+                with tree.growing_trunk():
+                    self._prefill(tree, ids[:, :half])
+                with tree.growing_branches(torch.tensor([len(prompt) - 1 - half])):
+                    self._prefill(tree, ids[:, half:-1])
+                tree.add_leaves(torch.tensor([1], device=self._device))
+                found = self._next_logits(tree, prompt[-1:])
+        except UnsupportedAttention:
+            return False
+        logs = (expected.float().log_softmax(-1), found.float().log_softmax(-1))
+        return bool((logs[0].exp() * (logs[0] - logs[1])).sum() < SAME)
+
+    def _back_off(self) -> None:
+        self._batch_rows = self._most_rows = max(1, self._batch_rows // 2)
+        logger.warning("out of memory; sampling %d rows at a time now", self._batch_rows)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._tree, self._trunk = Tree(), ()
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
+    def _sample(self, row: Row) -> Sample:
+        pieces = [
+            Token(
+                self._chat.spell([token]),
+                tuple((self._chat.spell([other]), p) for other, p in alternatives),
+            )
+            for token, alternatives in zip(row.tokens, row.alternatives, strict=True)
+            if alternatives
+        ]
+        return Sample(
+            text=self._chat.decode(row.tokens),
+            token_ids=tuple(row.tokens),
+            finish_reason=row.finish_reason or "length",
+            n_tokens=len(row.tokens),
+            tokens=tuple(pieces),
+        )
 
-class EnoughEnded(StoppingCriteria):
-    """Interrupts `generate` when half of the rows have ended, so that the rest can go on alone.
 
-    `rows` (B,) says which have.
-    """
-
-    def __init__(self, stop_ids: Sequence[int], *, rows: int, device: torch.device) -> None:
-        self._stop_ids = torch.tensor(stop_ids, device=device)
-        self.rows = torch.zeros(rows, dtype=torch.bool, device=device)
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        self.rows |= torch.isin(input_ids[:, -1], self._stop_ids)
-        # A few rows are not worth the interruption.
-        enough = len(self.rows) >= 8 and 2 * int(self.rows.sum()) >= len(self.rows)
-        return torch.full_like(self.rows, enough)
+def _is_unfinished(group: Group) -> bool:
+    return any(row.finish_reason is None for row in group)
 
 
-def _shared_prefix(rows: Sequence[tuple[int, ...]]) -> int:
-    """Length of the longest prefix of all rows; 0 for a single row, and never a whole row."""
-    if len(rows) < 2:
-        return 0
-    first, last = min(rows), max(rows)  # of a sorted list, these two differ earliest
-    length = next(
-        (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b),
-        min(len(first), len(last)),
-    )
-    return min(length, min(len(row) for row in rows) - 1)
+def _chunks(count: int, size: int) -> list[slice]:
+    return [slice(start, start + size) for start in range(0, count, size)]
 
 
 def _is_out_of_memory(error: Exception) -> bool:

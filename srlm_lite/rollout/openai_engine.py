@@ -1,0 +1,281 @@
+"""The engine `openai`: any server that speaks the OpenAI protocol, through chat completions.
+
+httpx sends the requests, which the package has anyway. The client library of that name would bring
+seven more packages for one endpoint, and waits at most a minute where a server asks for longer.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from email.utils import parsedate_to_datetime
+from typing import TYPE_CHECKING, Any
+
+import httpx
+
+from srlm_lite import config
+from srlm_lite.errors import SrlmError, UserError
+from srlm_lite.records import FinishReason
+from srlm_lite.rollout.protocol import Limits, Request, Sample, StopRule, Token
+
+if TYPE_CHECKING:
+    from srlm_lite.model.stack import Adapter
+
+logger = logging.getLogger(__name__)
+
+FIRST_WAIT_S = 1.0
+"""Before the first retry; it doubles with each one."""
+LONGEST_WAIT_S = 60.0
+LONGEST_RETRY_AFTER_S = 600.0
+"""A server that asks for more will not answer this run."""
+
+NO_KEY = "none"
+"""Sent where there is no key; local servers want the header, not the key."""
+
+_RETRIED = {408, 409, 425, 429}
+_WHERE = "engine openai"
+
+
+class OpenAIEngine:
+    """Samples from a server's own model; each seed is a request of its own.
+
+    The server gets the user turn's text and puts its own template around it. It never sees what
+    the run learns. `n_tokens` is what the server counts, which may include the stop token, and
+    `token_ids` are empty.
+
+    Args:
+        settings: The recipe's section; url and model are given.
+    """
+
+    def __init__(self, settings: config.OpenAI) -> None:
+        self._settings = settings
+        self._client: httpx.Client | None = None
+
+    def load(self, stack: Sequence[Adapter]) -> None:
+        """See `Engine.load`. Without effect: a server samples from its own model."""
+
+    def close(self) -> None:
+        """See `Engine.close`. Closes the connections."""
+        if self._client is not None:
+            self._client.close()
+            self._client = None
+
+    def sample(
+        self,
+        requests: Sequence[Request],
+        limits: Limits,
+        *,
+        on_samples: Callable[[int], None] = lambda count: None,
+    ) -> list[list[Sample]]:
+        """See `Engine.sample`.
+
+        Raises:
+            UserError: The server refuses the request, or does not speak the protocol.
+            SrlmError: It cannot be reached, or fails, after all retries.
+        """
+        if self._client is None:
+            self._client = self._connected()
+        caller = _Caller(self._client, self._settings.retries)
+        pool = ThreadPoolExecutor(self._settings.parallel)
+        futures = {
+            pool.submit(caller.answer, self._body(request, seed, limits)): (number, place)
+            for number, request in enumerate(requests)
+            for place, seed in enumerate(request.seeds)
+        }
+        found: dict[tuple[int, int], Sample] = {}
+        try:
+            for future in as_completed(futures):
+                found[futures[future]] = _sample(future.result(), limits)
+                on_samples(1)
+        except BaseException:
+            caller.given_up.set()
+            self.close()  # ends the requests under way
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
+        return [
+            [found[number, place] for place in range(len(request.seeds))]
+            for number, request in enumerate(requests)
+        ]
+
+    def _connected(self) -> httpx.Client:
+        name, parallel = self._settings.key_variable, self._settings.parallel
+        key = os.environ.get(name, "").strip() or NO_KEY
+        if not (key.isascii() and key.isprintable()):
+            raise UserError("holds characters that no key has", where=f"${name}")
+        return httpx.Client(
+            base_url=(self._settings.url or "").rstrip("/"),
+            headers={"Authorization": f"Bearer {key}"},
+            timeout=self._settings.timeout_s,
+            limits=httpx.Limits(max_connections=parallel, max_keepalive_connections=parallel),
+        )
+
+    def _body(self, request: Request, seed: int, limits: Limits) -> dict[str, Any]:
+        body: dict[str, Any] = {
+            "model": self._settings.model,
+            "messages": [{"role": "user", "content": request.text}],
+            "max_tokens": limits.max_new_tokens,
+            "temperature": limits.temperature,
+        }
+        if limits.temperature > 0:
+            # Some servers hold a seed in 32 bits.
+            body |= {"top_p": limits.top_p, "seed": seed % 2**31}
+        if limits.alternatives:
+            body |= {"logprobs": True, "top_logprobs": limits.alternatives}
+        if limits.ignore_end:
+            body["ignore_eos"] = True  # vLLM and SGLang know it
+        return body
+
+
+class _Caller:
+    """Sends requests and tries again where that may help; shared by all threads of a call."""
+
+    def __init__(self, client: httpx.Client, retries: int) -> None:
+        self._client, self._retries = client, retries
+        self._key = client.headers["Authorization"].removeprefix("Bearer ")
+        self.given_up = threading.Event()
+        """Set when one request has failed for good, so that none waits any longer."""
+
+    def answer(self, body: dict[str, Any]) -> dict[str, Any]:
+        """The server's answer to one request, as JSON."""
+        for attempt in range(self._retries + 1):
+            wait = random.uniform(0.8, 1.0) * min(LONGEST_WAIT_S, FIRST_WAIT_S * 2**attempt)
+            try:
+                response = self._client.post("/chat/completions", json=body)
+            except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
+                raise UserError(f"not a URL ({error})", where="openai.url") from error
+            except httpx.TransportError as error:
+                problem = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+            else:
+                if response.is_success:
+                    return self._json(response)
+                problem = f"{response.status_code}: {self._said(response)}"
+                if response.status_code not in _RETRIED and response.status_code < 500:
+                    raise self._refusal(response.status_code, problem)
+                wait = max(wait, self._wanted_wait(response, problem))
+            if attempt < self._retries:
+                logger.info("%s; trying again in %.0f s", problem, wait)
+                if self.given_up.wait(wait):
+                    break
+        raise self._stopped(f"{problem}, after {attempt + 1} tries")
+
+    def _json(self, response: httpx.Response) -> dict[str, Any]:
+        try:
+            return dict(response.json())
+        except (ValueError, TypeError) as error:
+            raise UserError(
+                f"{response.url} does not answer with JSON; is openai.url right?", where=_WHERE
+            ) from error
+
+    def _said(self, response: httpx.Response) -> str:
+        """The server's own words, in one short line, without the key."""
+        text = response.text
+        try:
+            found = json.loads(text)
+            for name in ("error", "message", "detail"):
+                found = found.get(name, found) if isinstance(found, dict) else found
+            text = found if isinstance(found, str) else json.dumps(found)
+        except ValueError:
+            pass
+        text = " ".join(text.split()).replace(self._key, "***") or response.reason_phrase
+        return text if len(text) <= 200 else f"{text[:200]}…"
+
+    def _refusal(self, status: int, problem: str) -> UserError:
+        hints = {
+            401: "Put the key into the environment variable that openai.key_variable names",
+            403: "Put the key into the environment variable that openai.key_variable names",
+            404: "Check openai.url, up to and including /v1, and openai.model",
+        }
+        url = self._client.base_url
+        return UserError(f"{url} refuses with {problem}", where=_WHERE, way_out=hints.get(status))
+
+    def _wanted_wait(self, response: httpx.Response, problem: str) -> float:
+        wait = _retry_after(response.headers.get("Retry-After", ""))
+        if wait > LONGEST_RETRY_AFTER_S:
+            raise self._stopped(f"{problem}; it asks to wait for {wait:.0f} s")
+        return wait
+
+    def _stopped(self, why: str) -> SrlmError:
+        return SrlmError(
+            f"{_WHERE}: {self._client.base_url} does not answer ({why}). "
+            "What it has answered is kept: the same command goes on from here"
+        )
+
+
+def _retry_after(value: str) -> float:
+    """Seconds that a Retry-After header asks for: a number, or a date; 0 without one."""
+    try:
+        return max(0.0, float(value))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+    except ValueError:
+        return 0.0
+
+
+def _sample(answer: dict[str, Any], limits: Limits) -> Sample:
+    try:
+        choice = answer["choices"][0]
+        text = str(choice["message"].get("content") or "")
+        drawn = (choice.get("logprobs") or {}).get("content") or []
+        tokens = [_token(entry, limits.alternatives) for entry in drawn]
+        count = (answer.get("usage") or {}).get("completion_tokens")
+        reason = choice.get("finish_reason")
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"the server's answer is no chat completion ({type(error).__name__}: {error})",
+            where=_WHERE,
+        ) from error
+    if limits.alternatives and text and not tokens:
+        raise UserError(
+            "the server gives no log-probabilities",
+            where=_WHERE,
+            way_out="Set judge.score=sampled, or take a server that has them, such as vLLM",
+        )
+    # Whatever else it says (length, content_filter, tool_calls), the text did not come to its end.
+    finish: FinishReason = "stop" if reason in ("stop", None) else "length"
+    ruled = _up_to_rule(text, limits.stop)
+    kept = text if ruled is None else ruled
+    if ruled is not None:
+        finish = "stop"
+    if limits.alternatives:
+        tokens = _covering(tokens, kept)
+        count = len(tokens)
+    return Sample(
+        text=kept.strip(),
+        token_ids=(),
+        finish_reason=finish,
+        n_tokens=int(count or 0),
+        tokens=tuple(tokens) if limits.alternatives else (),
+    )
+
+
+def _token(entry: dict[str, Any], count: int) -> Token:
+    others = [(str(one["token"]), float(one["logprob"])) for one in entry["top_logprobs"]]
+    others.sort(key=lambda other: -other[1])
+    return Token(str(entry["token"]), tuple(others[:count]))
+
+
+def _up_to_rule(text: str, rule: StopRule | None) -> str | None:
+    """The text up to the end of the first line at which the rule holds, if it does at any."""
+    if rule is None:
+        return None
+    ends = (at + 1 for at, character in enumerate(text) if character == "\n")
+    return next((text[:end] for end in ends if rule(text[:end])), None)
+
+
+def _covering(tokens: Sequence[Token], text: str) -> list[Token]:
+    """The tokens that spell the text: without the stop token, or what the rule has cut off."""
+    covered = 0
+    for place, token in enumerate(tokens):
+        if covered >= len(text):
+            return list(tokens[:place])
+        covered += len(token.text)
+    return list(tokens)
