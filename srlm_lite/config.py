@@ -74,6 +74,12 @@ class Data(Section):
     dir: str
     """Holds `ift.jsonl`, `eft_train.jsonl`, `eft_eval.jsonl`, `prompts.jsonl`,
     and optionally `eval_prompts.jsonl`."""
+    extra: str | None = None
+    """More rows of the form of `ift.jsonl` for the anchor, such as a method's own questions with
+    the replies that it hopes for."""
+    ranked: str | None = None
+    """Replies that humans ranked, a file of the form of `eft_train.jsonl`, for the methods that
+    learn from them (`dpo`: default `eft_train.jsonl`; `spin`: default `ift.jsonl`)."""
 
 
 class Optim(Section):
@@ -142,13 +148,20 @@ class Sampling(Section):
     max_new_tokens: Positive = 512
 
 
+EngineName = Literal["transformers", "vllm", "openai"]
+
+
 class Rollout(Sampling):
     """Candidates."""
 
+    engine: EngineName = "transformers"
+    """`transformers`: in this process, on the base in memory. `vllm`: in a process of its own.
+    `openai`: a server that speaks the OpenAI protocol; it never sees what the run learns."""
     n: Annotated[int, Field(ge=2)] = 4
     """Candidates a prompt."""
-    batch_rows: Positive = 64
-    """Sequences in one forward pass; halved by itself when memory runs out."""
+    batch_rows: Positive | Literal["auto"] = "auto"
+    """Sequences in one forward pass; `auto` goes by the device's memory. Halved by itself when
+    memory runs out."""
     fold: bool = False
     """Sample with the stack written into the weights: faster for small models, at the price of
     a second copy of the weights and a rounding of the update. Not for quantized bases, which
@@ -160,8 +173,14 @@ class Rollout(Sampling):
 class Judge(Sampling):
     """LLM-as-a-judge."""
 
+    engine: EngineName | None = None
+    """Default: `rollout.engine`. `openai` makes the judge an external one."""
     rubric: str = "additive-5"
     """Name of a shipped rubric or a path."""
+    score: Literal["sampled", "expected"] = "sampled"
+    """`sampled`: the number that the judge writes, as in the paper. `expected`: the mean of the
+    numbers it could have written there, by their probability; finer, with fewer ties. Needs a
+    rubric whose scores are one token each; a fraction such as 3.5 counts as sampled."""
     votes: Positive = 3
     """Judgements sampled for each candidate; their mean is its score."""
     min_votes: Positive = 2
@@ -177,13 +196,51 @@ class Judge(Sampling):
         return self
 
 
+class Vllm(Section):
+    """Settings of the engine `vllm`."""
+
+    memory: Annotated[float, Field(gt=0, le=1)] = 0.45
+    """Share of the GPU's memory, or on a CPU, for the key-value cache, of the free memory; the base
+    in this process keeps its own."""
+
+
+class OpenAI(Section):
+    """The server of the engine `openai`."""
+
+    url: str | None = None
+    """Up to and including `/v1`."""
+    model: str | None = None
+    key_variable: str = "OPENAI_API_KEY"
+    """Environment variable that holds the key; the key itself is in no file and no log."""
+    parallel: Positive = 8
+    """Requests under way at once."""
+    timeout_s: Annotated[float, Field(gt=0)] = 120.0
+    """Of one request."""
+    retries: Annotated[int, Field(ge=0)] = 6
+    """Of one request, with exponential back-off, before the run stops."""
+
+
 class Pairing(Section):
     """How scores become preference pairs."""
 
-    source: Literal["judge", "random"] = "judge"
-    """`random` is the control: two candidates of a prompt, drawn blindly."""
+    source: Literal["judge", "random", "gold"] = "judge"
+    """`random` is the control: two candidates of a prompt, drawn blindly. `gold` is the upper
+    bound: the scorer that `evaluate.gold` names takes the judge's place."""
     min_gap: Annotated[float, Field(ge=0)] = 0.0
     """The scores of a pair must differ by more than this."""
+    rho: (
+        Annotated[float, Field(ge=0, le=0.5)] | tuple[Annotated[float, Field(ge=0, le=0.5)], ...]
+    ) = 0.0
+    """Length control of Meta-Rewarding: chosen is the shortest candidate within this share of the
+    prompt's score range from its top, rejected the longest within it from the bottom; 0 is off.
+    A list gives each iteration its own, the last one those after it."""
+    alpha: float | Literal["auto"] = 0.0
+    """Length control of DICE: candidates are ranked by score - alpha * characters. `auto` finds
+    the alpha at which chosen and rejected are equally long on average. A negative one is a judge
+    that likes length: for experiments."""
+    replay: tuple[Annotated[float, Field(ge=0)], ...] = ()
+    """Pairs of the last iteration, of the one before it, and so on that are learned once more: at
+    most so many for each new pair."""
     drop_truncated: bool = True
     """Leave out candidates that ran into the token limit."""
     min_pairs: Positive = 8
@@ -201,6 +258,12 @@ class Dpo(Optim):
     beta: Annotated[float, Field(gt=0)] = 0.1
     nll_weight: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the negative log-likelihood of the chosen reply beside the DPO loss."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """How likely a pair's order is wrong (conservative DPO): the loss is (1 - s) times DPO's, plus
+    s times that of the pair turned round. Comes on top of what a method says of a single pair."""
+    ld_alpha: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Length-desensitised DPO (LD-DPO): weight of the tokens by which one reply is longer than the
+    other. Default: 1, plain DPO."""
     lora: Lora = Lora()
 
     @model_validator(mode="after")
@@ -227,12 +290,106 @@ class Evaluate(Section):
     """`module:function`: an external score of an answer that the model never sees."""
 
 
+MethodName = Literal[
+    "self-rewarding",
+    "dpo",
+    "spin",
+    "cream",
+    "temporal",
+    "dno",
+    "scir",
+    "meta-rewarding",
+]
+
+
+class Offline(Section):
+    """Method `dpo`: pairs of replies that humans ranked, from `data.ranked`."""
+
+    pairs: Literal["best-worst", "all"] = "best-worst"
+    """`all`: every two replies of a prompt that humans told apart."""
+
+
+class Spin(Section):
+    """Method `spin`: a human's answer against the last model's."""
+
+    answers: Positive = 1
+    """Answers of the last model to each prompt, each a pair with the human's."""
+    lambdas: tuple[Annotated[float, Field(gt=0)], ...] = (0.1, 0.1, 0.1, 5.0)
+    """The loss's lambda in each iteration, in place of `dpo.beta`; the last one stays."""
+
+
+class Cream(Section):
+    """Method `cream`: pairs count by how consistently they are ranked."""
+
+    scores: Literal["likelihood", "judge"] = "likelihood"
+    """What ranks the candidates. `likelihood` is the paper: their log-likelihood ratio to the
+    bare base. `judge`: this iteration's judge against the last iteration's."""
+    consistency: Literal["run", "sample"] = "run"
+    """`run`: one C, the mean over all prompts. `sample`: each prompt its own."""
+
+
+class Dno(Section):
+    """Method `dno`: every pair with a good winner and a wide margin."""
+
+    teacher: str | None = None
+    """A stronger model's answers: a JSONL file with `prompt_id` and `response`, or `server` for
+    the model of the section `openai`. Without, the policy is alone."""
+    grading: Literal["rubric", "side-by-side"] = "rubric"
+    """`side-by-side`: the judge sees all answers to a prompt at once, in an order drawn for each
+    vote, as in the paper. `rubric`: each answer by itself."""
+    template: str = "side-by-side"
+    """Of the side-by-side judge's prompt: name of a shipped template or a path."""
+    least_positive: float = 5.0
+    """Lowest score of a chosen answer."""
+    margin: Annotated[float, Field(gt=0)] = 2.0
+    """Least gap of a pair whose chosen answer is the teacher's."""
+    own_margin: Annotated[float, Field(gt=0)] = 1.0
+    """Least gap of a pair whose chosen answer is the policy's own."""
+    repeated_words: Annotated[int, Field(ge=2)] = 6
+    """An answer that says a run of so many words three times is rejected whatever its score."""
+
+
+class Scir(Section):
+    """Method `scir`: judge and implicit reward are pulled together; pairs they dispute wait."""
+
+    sharpness: Annotated[float, Field(gt=0)] = 1.0
+    """Turns a difference of log-ratios per token into the implicit reward's preference."""
+    consistency_weight: Annotated[float, Field(ge=0)] = 0.1
+    """Of the symmetric KL divergence between the two preferences."""
+    confidence_weight: Annotated[float, Field(ge=0)] = 0.01
+    """Of the entropy of both."""
+    threshold: Annotated[float, Field(ge=0.5, lt=1)] = 0.5
+    """DPO takes a pair when the judge prefers its chosen reply by more than this."""
+
+
+class MetaRewarding(Section):
+    """Method `meta-rewarding`: the model also judges its judgements, and learns from that."""
+
+    schedule: tuple[Literal["both", "policy"], ...] = ("both", "both", "policy")
+    """What each iteration trains, the last entry those after it: `both` policy and judge, or the
+    policy alone. The paper stops training the judge after two iterations."""
+    roles: Literal["shared", "separate"] = "shared"
+    """One delta for policy and judge, or one each."""
+    template: str = "meta-judge"
+    """Of the meta-judge's question: name of a shipped template or a path."""
+    verdicts: tuple[str, str] = ("Winner: Judgement A", "Winner: Judgement B")
+    """Last line of the meta-judge's reply where the first, or the second judgement wins."""
+    max_new_tokens: Positive = 512
+    """Of the meta-judge's reply."""
+    hide_scores: bool = False
+    """Show it the judgements without their scores: it tends to choose the higher one."""
+    judgement_caps: tuple[Positive, ...] = (1100, 1000)
+    """Longest judgement, in characters, that may be chosen in each iteration."""
+    answer_caps: tuple[Annotated[int, Field(ge=0)], ...] = (2500, 0)
+    """Longest answer that may be chosen in each iteration; 0 is any."""
+
+
 class Recipe(Section):
     """All a run needs to know."""
 
     name: str
     description: str = ""
-    method: Literal["self-rewarding"] = "self-rewarding"
+    method: MethodName = "self-rewarding"
     seed: int = 0
     iterations: Annotated[int, Field(ge=0)] = 3
     base: Base
@@ -244,15 +401,51 @@ class Recipe(Section):
     pairing: Pairing = Pairing()
     dpo: Dpo = Dpo()
     evaluate: Evaluate = Evaluate()
+    vllm: Vllm = Vllm()
+    openai: OpenAI = OpenAI()
+    offline: Offline = Offline()
+    spin: Spin = Spin()
+    cream: Cream = Cream()
+    dno: Dno = Dno()
+    scir: Scir = Scir()
+    meta_rewarding: MetaRewarding = MetaRewarding()
+
+    @model_validator(mode="after")
+    def _server_is_named(self) -> Recipe:
+        engines: set[str | None] = {self.rollout.engine, self.judge.engine}
+        if self.method == "dno" and self.dno.teacher == "server":
+            engines.add("openai")
+        if "openai" in engines and not (self.openai.url and self.openai.model):
+            raise ValueError("the engine openai needs openai.url and openai.model")
+        return self
+
+    @model_validator(mode="after")
+    def _implicit_reward_exists(self) -> Recipe:
+        told = self.dpo.init == "previous" and self.dpo.reference == "anchor"
+        if self.method == "scir" and not told:
+            raise ValueError(
+                "method scir needs dpo.init=previous and dpo.reference=anchor: the implicit reward "
+                "is what the last model has learned beyond the anchor"
+            )
+        return self
+
+    @property
+    def judge_has_deltas(self) -> bool:
+        """Whether the judge's role has deltas of its own."""
+        return self.method == "meta-rewarding" and self.meta_rewarding.roles == "separate"
 
     def identity(self) -> dict[str, Any]:
         """What makes two runs the same run: every setting that decides what is computed.
 
-        Leaves out `iterations` (a longer run continues a shorter one), name and description.
-        A path counts by what the file holds, not by where it lies.
+        Leaves out `iterations` (a longer run continues a shorter one), name, description, and
+        the sections of other methods. A path counts by what the file holds, not by where it lies.
         """
-        settings = self.model_dump(mode="json", exclude={"iterations", "name", "description"})
+        others = {section for method, section in METHOD_SECTIONS.items() if method != self.method}
+        left_out = {"iterations", "name", "description", *others}
+        settings = self.model_dump(mode="json", exclude=left_out)
         for section, key in PATH_KEYS:
+            if section not in settings:
+                continue
             value = settings[section][key]
             if isinstance(value, str) and (section, key) != ("base", "name"):
                 settings[section][key] = _content_digest(section, key, value)
@@ -264,24 +457,41 @@ class Recipe(Section):
         return hashlib.sha256(text.encode()).hexdigest()
 
 
+METHOD_SECTIONS = {
+    "dpo": "offline",
+    "spin": "spin",
+    "cream": "cream",
+    "dno": "dno",
+    "scir": "scir",
+    "meta-rewarding": "meta_rewarding",
+}
+"""The section of each method that has one of its own."""
+
 PATH_KEYS = (
     ("base", "name"),
     ("base", "chat_template"),
     ("data", "dir"),
+    ("data", "ranked"),
     ("anchor", "init"),
     ("prompts", "file"),
     ("judge", "rubric"),
+    ("dno", "teacher"),
+    ("dno", "template"),
+    ("meta_rewarding", "template"),
+    ("data", "extra"),
 )
 """Settings that may be paths: relative ones start at the recipe's own directory, or else at the
 working directory; what is in neither stays as it is."""
 
-ANCHOR_FROM_BASE = ("anchor", "init", "base")
-"""No path, even where there is a directory of that name."""
+NO_PATHS = {("anchor", "init", "base"), ("dno", "teacher", "server")}
+"""Words that are no paths, even where there is a file or directory of that name."""
 
 
 SHIPPED = {
     ("judge", "rubric"): ("rubrics", ".yaml"),
     ("base", "chat_template"): ("chat_templates", ".jinja"),
+    ("dno", "template"): ("templates", ".txt"),
+    ("meta_rewarding", "template"): ("templates", ".txt"),
 }
 """Settings that may name a shipped file: its folder and ending."""
 
@@ -317,13 +527,24 @@ def find_recipe(name_or_path: str) -> Path:
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe, apply `section.key=value` overrides and resolve its paths.
 
-    Paths in the file are looked for beside it, then in the working directory; paths in overrides
-    in the working directory.
+    A file that says `extends: NAME|PATH` is that recipe with what it says itself on top. Paths in
+    a file are looked for beside it, then in the working directory; paths in overrides in the
+    working directory.
 
     Raises:
         UserError: Not found, not YAML, an unknown key, or a value out of range.
     """
     path = find_recipe(name_or_path)
+    raw = _read_recipe(path)
+    given: dict[str, Any] = {}
+    for override in overrides:
+        _apply(given, override)
+    _resolve_paths(given, Path.cwd())
+    where = f"{path} with --set" if given else str(path)
+    return recipe_from(_merged(raw, given), where=where)
+
+
+def _read_recipe(path: Path, *below: Path) -> dict[str, Any]:
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -331,12 +552,16 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     if not isinstance(raw, dict):
         raise UserError("a recipe is a mapping of sections", where=str(path))
     _resolve_paths(raw, path.parent, Path.cwd())
-    given: dict[str, Any] = {}
-    for override in overrides:
-        _apply(given, override)
-    _resolve_paths(given, Path.cwd())
-    where = f"{path} with --set" if given else str(path)
-    return recipe_from(_merged(raw, given), where=where)
+    extended = raw.pop("extends", None)
+    if extended is None:
+        return raw
+    if not isinstance(extended, str):
+        raise UserError("`extends` names one recipe", where=str(path))
+    beside = path.parent / extended
+    found = beside if beside.is_file() else find_recipe(extended)
+    if found in (path, *below):
+        raise UserError("extends itself", where=str(path))
+    return _merged(_read_recipe(found, path, *below), raw)
 
 
 def recipe_from(raw: Mapping[str, Any], *, where: str) -> Recipe:
@@ -360,7 +585,8 @@ def recipe_from(raw: Mapping[str, Any], *, where: str) -> Recipe:
         whole_section = first["type"] in ("missing", "value_error")
         shown = "" if whole_section else f" (is {first['input']!r})"
         message = first["msg"].removeprefix("Value error, ")
-        raise UserError(f"`{key}`{shown}: {message}", where=where) from error
+        at = f"`{key}`{shown}: " if key else ""  # two sections that do not go together
+        raise UserError(f"{at}{message}", where=where) from error
 
 
 def _suggestion(location: list[str]) -> str:
@@ -423,7 +649,7 @@ def _resolve_paths(raw: dict[str, Any], *directories: Path) -> None:
         value = part.get(key) if isinstance(part, dict) else None
         if not isinstance(part, dict) or not isinstance(value, str):
             continue
-        if (section, key, value) == ANCHOR_FROM_BASE or _is_shipped_name(section, key, value):
+        if (section, key, value) in NO_PATHS or _is_shipped_name(section, key, value):
             continue
         path = Path(value).expanduser()
         # Links are not followed: in a Hub cache only the link's name tells a `.gguf`.
@@ -443,7 +669,7 @@ def _content_digest(section: str, key: str, value: str) -> str:
     if _is_shipped_name(section, key, value):
         folder, suffix = SHIPPED[section, key]
         path = recipes_dir() / folder / f"{value}{suffix}"
-    if (section, key, value) == ANCHOR_FROM_BASE or not path.exists():
+    if (section, key, value) in NO_PATHS or not path.exists():
         return value
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     digest = hashlib.sha256()

@@ -7,12 +7,13 @@ only the judge's reply is read, never the prompt that quotes the candidate.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Annotated
+from typing import Annotated, Protocol
 
 import yaml
 from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
@@ -77,6 +78,22 @@ def load_rubric(name_or_path: str) -> Rubric:
     return _read_rubric(path)
 
 
+def load_template(name_or_path: str, *placeholders: str) -> str:
+    """A question to the judge by shipped name, or from a file.
+
+    Raises:
+        UserError: Not found, or a `{{placeholder}}` is missing or doubled.
+    """
+    path = shipped_file("templates", ".txt", name=name_or_path)
+    text = path.read_text(encoding="utf-8")
+    for placeholder in placeholders:
+        if text.count(f"{{{{{placeholder}}}}}") != 1:
+            raise UserError(
+                f"a template of this kind holds {{{{{placeholder}}}}} once", where=str(path)
+            )
+    return text
+
+
 def _read_rubric(path: Path) -> Rubric:
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -130,6 +147,23 @@ FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
 """Full-width letters, digits and colons, which to a reader are the plain ones."""
 
 
+WHOLE = re.compile(r"[0-9]+")
+VALUE = re.compile(r"score[^0-9]*([0-9]+(?:[.,][0-9]+)?)", re.IGNORECASE)
+"""The first number after the word, in a line that `SCORE_LINE` has accepted."""
+
+
+class DrawnToken(Protocol):
+    """A token of a judge's reply, and what could have stood in its place."""
+
+    @property
+    def text(self) -> str: ...
+
+    @property
+    def alternatives(self) -> Sequence[tuple[str, float]]:
+        """Texts with their log-probabilities."""
+        ...
+
+
 def parse_score(
     reply: str, rubric: Rubric, *, finish_reason: FinishReason = "stop"
 ) -> float | None:
@@ -143,7 +177,7 @@ def parse_score(
     """
     if finish_reason == "length":
         return None
-    lines = [line for line in map(_plain, reply.splitlines()) if any(map(str.isalnum, line))]
+    lines = plain_lines(reply)
     last = SCORE_LINE.fullmatch(lines[-1]) if lines else None
     if last is None:
         return None
@@ -151,6 +185,80 @@ def parse_score(
         return None
     score = float(last["value"].replace(",", "."))
     return score if rubric.allows(score) else None
+
+
+def score_line_complete(rubric: Rubric, text: str) -> bool:
+    """Whether a judge's reply, still being written, has just finished its score line.
+
+    A rule for `Limits.stop`: what it stops is read by `parse_score` as that line's score. Only
+    for replies in which the judge quotes no score, for it would stop at the quotation: see
+    `names_a_score`.
+    """
+    return text.endswith(("\n", "\r")) and parse_score(text, rubric) is not None
+
+
+def names_a_score(text: str) -> bool:
+    """Whether a text has the word that a score line starts with, for a judge to quote."""
+    return "score" in text.translate(FULL_WIDTH).casefold()
+
+
+def expected_score(tokens: Sequence[DrawnToken], rubric: Rubric, *, sampled: float) -> float | None:
+    """The mean of the scores that could have stood where the score was drawn, by probability.
+
+    sum(s p(s)) / sum(p(s)), over the alternatives at the score's own token that are whole scores
+    of the rubric. The rationale before it is as it was sampled; only the last step, from rationale
+    to number, becomes finer than a whole number, and ties become rare.
+
+    Args:
+        tokens: All of the reply, each with its most probable alternatives.
+        sampled: What `parse_score` reads in the reply.
+
+    Returns:
+        None where the score is not one token of digits, such as 3.5, 3½ or 10 in two tokens.
+
+    Source: Liu et al. 2023, G-Eval, arXiv:2303.16634, section 2: scores weighted by their
+    probability. Yuan et al. 2024, arXiv:2401.10020, sample whole scores and average several.
+    """
+    token = _score_token(tokens, sampled)
+    if token is None:
+        return None
+    weights = [
+        (float(text.strip()), math.exp(log_probability))
+        for text, log_probability in token.alternatives
+        if WHOLE.fullmatch(text.strip()) and rubric.allows(float(text.strip()))
+    ]
+    total = sum(weight for _, weight in weights)
+    return sum(score * weight for score, weight in weights) / total if total else None
+
+
+def _score_token(tokens: Sequence[DrawnToken], sampled: float) -> DrawnToken | None:
+    """The token that is the number in the reply's last line."""
+    text = "".join(token.text for token in tokens)
+    start, value = 0, None
+    for line in text.splitlines(keepends=True):
+        if any(map(str.isalnum, _plain(line))):
+            found = VALUE.search(line)
+            value = (start + found.start(1), found[1]) if found else None
+        start += len(line)
+    if value is None or not WHOLE.fullmatch(value[1]) or float(value[1]) != sampled:
+        return None
+    end = 0
+    for token in tokens:
+        end += len(token.text)
+        if end > value[0]:
+            return token if token.text.strip() == value[1] else None
+    return None
+
+
+def whole_scores(rubric: Rubric) -> list[int]:
+    """The rubric's scores without a fraction, ascending; of very many the last thousand."""
+    numbers = range(math.ceil(rubric.min), math.floor(rubric.max) + 1)
+    return [number for number in numbers[-1000:] if rubric.allows(number)]
+
+
+def plain_lines(reply: str) -> list[str]:
+    """The lines of a reply that say something, without markdown."""
+    return [line for line in map(_plain, reply.splitlines()) if any(map(str.isalnum, line))]
 
 
 def _plain(line: str) -> str:

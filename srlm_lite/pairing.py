@@ -1,15 +1,14 @@
-"""Candidates and judgements become preference pairs; every prompt without one is counted."""
+"""Candidates and scores become preference pairs; every prompt without one is counted."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 
 from srlm_lite.config import Pairing
-from srlm_lite.judging import mean_scores, votes_by_candidate
-from srlm_lite.records import Candidate, Judgement, PreferencePair, Prompt
+from srlm_lite.records import Candidate, PreferencePair, Prompt
 
 CANDIDATE_REASONS = ("truncated", "empty", "duplicate", "unreadable", "too_few_votes")
 """Why a candidate cannot be part of a pair, in the order in which it is asked."""
@@ -17,18 +16,24 @@ CANDIDATE_REASONS = ("truncated", "empty", "duplicate", "unreadable", "too_few_v
 PROMPT_REASONS = (*CANDIDATE_REASONS, "tied", "too_long")
 """Why a prompt gave no pair."""
 
+Scores = Mapping[str, float | None]
+"""Score by candidate; None is unreadable."""
+
+Scored = tuple[Candidate, float]
+
 
 @dataclass(slots=True)
 class Drops:
-    """What was left out, and why."""
+    """What was left out, and why. A method may have reasons of its own for a prompt."""
 
     prompts: Counter[str] = field(default_factory=Counter)
     candidates: Counter[str] = field(default_factory=Counter)
 
     def to_json(self) -> dict[str, object]:
         """All reasons with their counts, zeros included: prompts on top, candidates below."""
+        reasons = dict.fromkeys((*PROMPT_REASONS, *self.prompts))
         return {
-            **{reason: self.prompts[reason] for reason in PROMPT_REASONS},
+            **{reason: self.prompts[reason] for reason in reasons},
             "candidates": {reason: self.candidates[reason] for reason in CANDIDATE_REASONS},
         }
 
@@ -39,72 +44,191 @@ class Drops:
         )
 
 
-def make_pairs(
+def usable_candidates(
     prompts: Sequence[Prompt],
     candidates: Sequence[Candidate],
-    judgements: Sequence[Judgement],
+    scores: Scores,
     *,
-    pairing: Pairing,
-    min_votes: int,
-    seed: int,
-) -> tuple[list[PreferencePair], Drops]:
-    """At most one pair a prompt: the candidate of the highest mean score against the lowest.
+    votes: Mapping[str, Sequence[float | None]] | None = None,
+    drop_truncated: bool,
+) -> tuple[dict[str, list[Scored]], Drops]:
+    """The candidates of each prompt that can be part of a pair, with their scores.
 
-    Among equal scores the earlier candidate counts. Of several usable candidates with the same
-    text the first counts, and the others are duplicates. With `pairing.source: random`, the
-    control, two usable candidates are drawn blindly instead.
+    Of several usable candidates with the same text the first counts, and the others are
+    duplicates. A prompt with fewer than two is dropped, for its candidates' main reason.
 
-    Source: Yuan et al. 2024, arXiv:2401.10020, section 2.3.
+    Args:
+        votes: Tells a candidate with too few readable votes from one with none.
     """
-    scores = mean_scores(judgements, min_votes=min_votes)
-    votes = votes_by_candidate(judgements)
     by_prompt: dict[str, list[Candidate]] = {prompt.prompt_id: [] for prompt in prompts}
     for candidate in candidates:
         by_prompt[candidate.prompt_id].append(candidate)
-
-    pairs: list[PreferencePair] = []
+    found: dict[str, list[Scored]] = {}
     drops = Drops()
     for prompt in prompts:
-        usable, reasons = _usable(by_prompt[prompt.prompt_id], scores, votes, pairing)
+        usable, reasons = _usable(by_prompt[prompt.prompt_id], scores, votes or {}, drop_truncated)
         drops.candidates.update(reasons)
         if len(usable) < 2:
             drops.prompts[_main_reason(reasons)] += 1
-            continue
-        if pairing.source == "random":
-            chosen, rejected = Random(f"{seed}/{prompt.prompt_id}").sample(usable, 2)
         else:
-            chosen = max(usable, key=lambda item: item[1])
-            rejected = min(usable, key=lambda item: item[1])
+            found[prompt.prompt_id] = usable
+    return found, drops
+
+
+def pairs_of(
+    prompts: Sequence[Prompt],
+    usable: Mapping[str, Sequence[Scored]],
+    drops: Drops,
+    *,
+    pairing: Pairing,
+    seed: int = 0,
+    iteration: int = 1,
+) -> tuple[list[PreferencePair], Drops]:
+    """At most one pair a prompt of its usable candidates; drops are added to those given.
+
+    The candidate of the highest score is chosen, that of the lowest rejected; among equal scores
+    the earlier one counts. With `pairing.source: random`, the control, two usable candidates are
+    drawn blindly instead.
+
+    Source: Yuan et al. 2024, arXiv:2401.10020, section 2.3.
+    """
+    alpha = length_penalty(list(usable.values()), pairing)
+    rho = at_iteration(pairing.rho, iteration)
+    pairs: list[PreferencePair] = []
+    for prompt in prompts:
+        if prompt.prompt_id not in usable:
+            continue
+        scored = usable[prompt.prompt_id]
+        if pairing.source == "random":
+            chosen, rejected = Random(f"{seed}/{prompt.prompt_id}").sample(scored, 2)
+        else:
+            chosen, rejected = best_and_worst(scored, rho=rho, alpha=alpha)
             if chosen[1] - rejected[1] <= pairing.min_gap:
                 drops.prompts["tied"] += 1
                 continue
-        pairs.append(
-            PreferencePair(
-                prompt_id=prompt.prompt_id,
-                prompt=prompt.text,
-                chosen_id=chosen[0].candidate_id,
-                rejected_id=rejected[0].candidate_id,
-                chosen=chosen[0].text,
-                rejected=rejected[0].text,
-                chosen_score=chosen[1],
-                rejected_score=rejected[1],
-            )
-        )
+        pairs.append(pair(prompt, chosen, rejected))
     return pairs, drops
+
+
+def pair(prompt: Prompt, chosen: Scored, rejected: Scored) -> PreferencePair:
+    """A pair of two scored candidates of a prompt."""
+    return PreferencePair(
+        prompt_id=prompt.prompt_id,
+        prompt=prompt.text,
+        chosen_id=chosen[0].candidate_id,
+        rejected_id=rejected[0].candidate_id,
+        chosen=chosen[0].text,
+        rejected=rejected[0].text,
+        chosen_score=chosen[1],
+        rejected_score=rejected[1],
+    )
+
+
+def best_and_worst(
+    scored: Sequence[Scored], *, rho: float = 0.0, alpha: float = 0.0
+) -> tuple[Scored, Scored]:
+    """The candidates to choose and to reject; length counts where rho or alpha is above 0.
+
+    With rho, chosen is the shortest of those that score at least (1 - rho) max + rho min, and
+    rejected the longest of those that score at most (1 - rho) min + rho max. With alpha, scores
+    are lowered by alpha a character first, for the choice only.
+
+    Source: rho, Wu et al. 2024, arXiv:2407.19594, section 2.1; alpha, Chen et al. 2024 (DICE),
+    arXiv:2406.09760.
+    """
+    adjusted = [score - alpha * len(candidate.text) for candidate, score in scored]
+    top, bottom = max(adjusted), min(adjusted)
+    if not rho:
+        return scored[adjusted.index(top)], scored[adjusted.index(bottom)]
+    good, bad = (1 - rho) * top + rho * bottom, (1 - rho) * bottom + rho * top
+    # The extremes themselves belong, whatever the rounding.
+    high = [one for one, value in zip(scored, adjusted, strict=True) if value >= good - 1e-9]
+    low = [one for one, value in zip(scored, adjusted, strict=True) if value <= bad + 1e-9]
+    shortest = min(high, key=lambda one: len(one[0].text))
+    return shortest, max(low, key=lambda one: len(one[0].text))
+
+
+def length_penalty(groups: Sequence[Sequence[Scored]], pairing: Pairing) -> float:
+    """The alpha of `pairing.alpha`, in score points a character.
+
+    `auto`: the alpha at which the chosen are, on average, as long as the rejected, by bisection;
+    0 where they are no longer without it. The gap falls in steps, so it may come out a little
+    to either side.
+
+    Source: Chen et al. 2024 (DICE), arXiv:2406.09760.
+    """
+    if pairing.alpha != "auto":
+        return pairing.alpha
+    if mean_length_gap(groups, 0.0) <= 0:
+        return 0.0
+    low, high = 0.0, 1e-4
+    while mean_length_gap(groups, high) > 0 and high < 1e3:
+        low, high = high, 2 * high
+    for _ in range(40):
+        middle = (low + high) / 2
+        if mean_length_gap(groups, middle) > 0:
+            low = middle
+        else:
+            high = middle
+    return min(low, high, key=lambda alpha: abs(mean_length_gap(groups, alpha)))
+
+
+def mean_length_gap(groups: Sequence[Sequence[Scored]], alpha: float) -> float:
+    """Characters by which chosen are longer than rejected under a length penalty, on average.
+
+    Groups that a penalty turns round count too, though `pairs_of` makes no pair of them: else a
+    penalty high enough to leave no pair at all would look like the remedy.
+    """
+    gaps = []
+    for group in groups:
+        chosen, rejected = best_and_worst(group, alpha=alpha)
+        if chosen is not rejected:
+            gaps.append(len(chosen[0].text) - len(rejected[0].text))
+    return sum(gaps) / len(gaps) if gaps else 0.0
+
+
+def at_iteration(setting: float | Sequence[float], iteration: int) -> float:
+    """The value of a setting that may be a schedule, for iteration 1, 2, ...; the last one stays.
+
+    An empty schedule is 0.
+    """
+    if isinstance(setting, int | float):
+        return setting
+    return setting[min(iteration, len(setting)) - 1] if setting else 0.0
+
+
+def replayed(
+    older: Sequence[Sequence[PreferencePair]], *, new: int, shares: Sequence[float], seed: int
+) -> list[PreferencePair]:
+    """Pairs of earlier iterations to learn from once more, marked `replay`.
+
+    Args:
+        older: The pairs of the last iteration, of the one before it, and so on. Only those of
+            that iteration's own candidates count, no replays and no pairs of judgements.
+        new: How many new pairs there are.
+        shares: Of each of the older iterations, at most so many for each new pair.
+    """
+    chosen: list[PreferencePair] = []
+    for back, (pairs, share) in enumerate(zip(older, shares, strict=False), start=1):
+        own = [one for one in pairs if not one.origin]
+        count = min(len(own), round(share * new))
+        drawn = sorted(Random(f"{seed}/{back}").sample(range(len(own)), count))
+        chosen += [replace(own[i], origin=f"replay, {back} back") for i in drawn]
+    return chosen
 
 
 def _usable(
     candidates: Sequence[Candidate],
-    scores: Mapping[str, float | None],
+    scores: Scores,
     votes: Mapping[str, Sequence[float | None]],
-    pairing: Pairing,
-) -> tuple[list[tuple[Candidate, float]], list[str]]:
-    usable: list[tuple[Candidate, float]] = []
+    drop_truncated: bool,
+) -> tuple[list[Scored], list[str]]:
+    usable: list[Scored] = []
     reasons: list[str] = []
     seen: set[str] = set()
     for candidate in candidates:
         score = scores.get(candidate.candidate_id)
-        if pairing.drop_truncated and candidate.finish_reason == "length":
+        if drop_truncated and candidate.finish_reason == "length":
             reasons.append("truncated")
         elif not candidate.text.strip():
             reasons.append("empty")

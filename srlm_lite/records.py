@@ -56,7 +56,8 @@ class Candidate(Record):
 class Judgement(Record):
     """One sampled grading of a candidate.
 
-    `score` is None when the judge's reply could not be read; None never counts as a number.
+    `score` is what counts. It is None when the judge's reply could not be read; None never counts
+    as a number. `sampled_score` is what the reply says, where `score` is an expected one.
     """
 
     candidate_id: str
@@ -65,11 +66,17 @@ class Judgement(Record):
     score: float | None
     finish_reason: FinishReason = "stop"
     retried: bool = False
+    sampled_score: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class PreferencePair(Record):
-    """Two candidates of one prompt, the better one first, with the ids they came from."""
+    """Two candidates of one prompt, the better one first, with the ids they came from.
+
+    The loss of the pair counts `weight` times. `smoothing` is how likely the order is wrong, from
+    0 to 1: that share of the loss is of the pair turned round. `origin` is empty for a pair of
+    this iteration's candidates, else it says where the pair is from.
+    """
 
     prompt_id: str
     prompt: str
@@ -80,6 +87,26 @@ class PreferencePair(Record):
     chosen_score: float
     rejected_score: float
     weight: float = 1.0
+    smoothing: float = 0.0
+    origin: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Likelihood(Record):
+    """How likely a model finds a candidate: in nats, the sum over its tokens and its end."""
+
+    candidate_id: str
+    logp: float
+    n_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reply(Record):
+    """What a model said to a question that a method asked; `name` is unique in its file."""
+
+    name: str
+    text: str
+    finish_reason: FinishReason = "stop"
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,9 @@ from srlm_lite.records import Record
 R = TypeVar("R", bound=Record)
 
 _LOCK = ".lock"
-_OWN = re.compile(r"run\.json|base\.json|metrics\.jsonl|anchor|base|iter_\d{3,}|\.scratch")
+_OWN = re.compile(
+    r"run\.json|base\.json|metrics\.jsonl|anchor|base|iter_\d{3,}|\.scratch|vllm\.log"
+)
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -227,6 +229,32 @@ class StageDir:
         }
         write_json(self.done, {**facts, "sha256": artefacts})
 
+    def verify(self, *files: Path) -> dict[str, str]:
+        """Hold files of a finished folder against `done.json`; their hashes, by relative name.
+
+        Raises:
+            UserError: The folder is not finished, or a file is missing or has changed since.
+        """
+        if not self.is_done:
+            raise UserError(
+                "is not finished (no done.json)",
+                where=str(self.path),
+                way_out="Finish it: srlm-lite iterate goes on where it stopped",
+            )
+        noted, found = read_json(self.done)["sha256"], {}
+        for file in files:
+            name = str(file.relative_to(self.path))
+            if not file.is_file():
+                raise UserError("is missing", where=str(file))
+            found[name] = sha256_file(file)
+            if found[name] != noted.get(name):
+                raise UserError(
+                    "is not the file that the run has written: its hash differs from done.json",
+                    where=str(file),
+                    way_out="Restore it, or make the run again",
+                )
+        return found
+
 
 @dataclass(frozen=True, slots=True)
 class AnchorDir(StageDir):
@@ -235,6 +263,11 @@ class AnchorDir(StageDir):
     @property
     def adapter(self) -> Path:
         return self.path
+
+    @property
+    def adapter_files(self) -> tuple[Path, ...]:
+        """What the adapter is, on disk."""
+        return _adapter_files(self.adapter)
 
     @property
     def ift_only(self) -> Path:
@@ -254,6 +287,15 @@ class AnchorDir(StageDir):
     def training(self) -> Path:
         """Facts of the training, written after the adapter."""
         return self.path / "training.json"
+
+
+@dataclass(frozen=True, slots=True)
+class DeltaPlace:
+    """Where a delta goes, and the facts of its training, written after it."""
+
+    name: str
+    adapter: Path
+    training: Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,13 +325,70 @@ class IterationDir(StageDir):
         return self.path / "drops.json"
 
     @property
+    def likelihoods(self) -> Path:
+        """Folder of log-likelihoods, a file for each model that read the candidates."""
+        return self.path / "likelihoods"
+
+    @property
+    def teacher_candidates(self) -> Path:
+        """Of a stronger model, from its server."""
+        return self.path / "teacher_candidates.jsonl"
+
+    @property
+    def replies(self) -> Path:
+        """What a model said to a method's own questions."""
+        return self.path / "replies.jsonl"
+
+    @property
+    def past_candidates(self) -> Path:
+        """Of the first model, where a method wants them beside the policy's."""
+        return self.path / "past_candidates.jsonl"
+
+    @property
+    def judged_candidates(self) -> list[Path]:
+        """The files that exist of candidates in `judgements`: the policy's, and others beside."""
+        files = (self.candidates, self.past_candidates, self.teacher_candidates)
+        return [path for path in files if path.is_file()]
+
+    @property
+    def future_candidates(self) -> Path:
+        """Of a provisional next model."""
+        return self.path / "future_candidates.jsonl"
+
+    @property
+    def future_judgements(self) -> Path:
+        return self.path / "future_judgements.jsonl"
+
+    @property
+    def earlier_judgements(self) -> Path:
+        """Of the model before the policy, on the policy's candidates."""
+        return self.path / "earlier_judgements.jsonl"
+
+    @property
     def delta(self) -> Path:
         return self.path / "delta"
 
     @property
-    def training(self) -> Path:
-        """Facts of the training, written after the delta."""
-        return self.path / "training.json"
+    def adapter_files(self) -> tuple[Path, ...]:
+        """What the delta is, on disk."""
+        return _adapter_files(self.delta)
+
+    @property
+    def delta_place(self) -> DeltaPlace:
+        """Of the delta that the iteration learns."""
+        return DeltaPlace("delta", self.delta, self.path / "training.json")
+
+    @property
+    def judge_place(self) -> DeltaPlace:
+        """Of the judge's delta, where it has one of its own."""
+        folder = self.path / "judge_delta"
+        return DeltaPlace("judge delta", folder, folder / "training.json")
+
+    @property
+    def provisional_place(self) -> DeltaPlace:
+        """Of a delta that only helps to make pairs."""
+        folder = self.path / "provisional"
+        return DeltaPlace("provisional", folder, folder / "training.json")
 
 
 class RunDir:
@@ -303,8 +402,18 @@ class RunDir:
         return self.path / "run.json"
 
     @property
+    def base_json(self) -> Path:
+        """Which weights the run is on, by hash or revision."""
+        return self.path / "base.json"
+
+    @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def vllm_log(self) -> Path:
+        """What the engine vllm says, of all starts."""
+        return self.path / "vllm.log"
 
     @property
     def scratch(self) -> Path:
@@ -438,11 +547,10 @@ class RunDir:
         Raises:
             UserError: The run was begun on other weights.
         """
-        path = self.path / "base.json"
-        if not path.is_file():
-            write_json(path, source)
+        if not self.base_json.is_file():
+            write_json(self.base_json, source)
             return
-        begun = read_json(path)
+        begun = read_json(self.base_json)
         for key in ("sha256", "revision"):
             if begun.get(key) != source.get(key):
                 raise UserError(
@@ -479,6 +587,10 @@ class RunDir:
             return ""
         content = self.metrics.read_bytes()
         return content[: content.rfind(b"\n") + 1].decode("utf-8")
+
+
+def _adapter_files(folder: Path) -> tuple[Path, ...]:
+    return folder / "adapter_model.safetensors", folder / "adapter_config.json"
 
 
 def _differences(before: Any, now: Any, prefix: str = "") -> list[str]:

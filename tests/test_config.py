@@ -139,7 +139,8 @@ def test_an_unknown_key_suggests_the_right_one(
 
 def test_an_unknown_key_like_no_other_lists_what_is_known_there() -> None:
     assert refusal(pairing={"xyzzy": 1}) == (
-        "unknown key `pairing.xyzzy`. Known here: source, min_gap, drop_truncated, min_pairs"
+        "unknown key `pairing.xyzzy`. Known here: source, min_gap, rho, alpha, replay, "
+        "drop_truncated, min_pairs"
     )
 
 
@@ -211,6 +212,35 @@ def test_a_file_that_is_no_recipe_is_one_line(tmp_path: Path, content: bytes, me
         load_recipe(str(path))
     assert str(caught.value).startswith(f"{path}: {message}")
     assert "\n" not in str(caught.value)
+
+
+# --- extending --------------------------------------------------------------------------------
+
+
+def test_a_recipe_extends_another(written: Path) -> None:
+    child = written.with_name("child.yaml")
+    child.write_text("extends: recipe.yaml\nname: child\ndpo: {beta: 0.3}\n")
+    grandchild = written.parent.parent / "grandchild.yaml"
+    grandchild.write_text(f"extends: {child}\ndpo: {{epochs: 2}}\n")
+    loaded = load_recipe(str(grandchild), ["seed=4"])
+    assert (loaded.name, loaded.seed, loaded.dpo.beta, loaded.dpo.epochs) == ("child", 4, 0.3, 2)
+    # Paths are the extended recipe's own.
+    assert loaded.data.dir == str(written.parent / "data")
+    plain = load_recipe(str(written), ["seed=4", "dpo.beta=0.3", "dpo.epochs=2"])
+    assert loaded.digest() == plain.digest()
+    child.write_text("extends: toy\nmethod: spin\n")
+    assert load_recipe(str(child)).judge.rubric == "toy"
+
+
+@pytest.mark.parametrize(
+    ("extended", "message"),
+    [("child.yaml", "extends itself"), ("toyy", "no such recipe"), ("[a]", "names one recipe")],
+)
+def test_what_cannot_be_extended_is_one_line(written: Path, extended: str, message: str) -> None:
+    child = written.with_name("child.yaml")
+    child.write_text(f"extends: {extended}\n")
+    with pytest.raises(UserError, match=message):
+        load_recipe(str(child))
 
 
 # --- overrides --------------------------------------------------------------------------------

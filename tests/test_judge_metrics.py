@@ -225,6 +225,24 @@ def test_a_score_is_the_mean_of_the_readable_votes() -> None:
     assert found["mean_score"] == 3.8
 
 
+def test_expected_scores_are_taken_by_order_rounded_for_the_histogram_and_never_perfect() -> None:
+    """The best reply's votes say 5 and are expected to be 4.6 and 4.8; the other's 4, 4.4."""
+    group = [RankedReply("p", "q", "a", "", 0), RankedReply("p", "q", "b", "", 1)]
+    votes = [
+        Judgement("a", 0, "", 4.6, sampled_score=5.0),
+        Judgement("a", 1, "", 4.8, sampled_score=5.0),
+        Judgement("b", 0, "", 4.4, sampled_score=4.0),
+        Judgement("b", 1, "", None),
+    ]
+    found = judge_metrics([group], votes, best_score=5.0)
+    assert found["score_histogram"] == {"4": 1, "5": 2, "unreadable": 1}
+    assert found["five_best"] == 1.0
+    assert found["exact_match"] == found["pairwise_accuracy"] == 1.0
+    assert found["mean_score"] == 4.6  # (4.6 + 4.8 + 4.4) / 3
+    votes[0] = Judgement("a", 0, "", 4.6, sampled_score=4.0)  # the mean is 4.5: not perfect
+    assert judge_metrics([group], votes, best_score=5.0)["five_best"] is None
+
+
 def test_the_histogram_counts_single_votes() -> None:
     votes = [4.0, 0.0, None, 4.0, 3.5, 10.0, None]
     assert list(histogram(votes).items()) == [

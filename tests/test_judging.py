@@ -7,9 +7,13 @@ the judge did not end its reply with, and nothing a candidate writes can become 
 # ruff: noqa: RUF001  (characters that look like others are what these tests are about)
 from __future__ import annotations
 
+import math
+import pickle
 import re
 import time
 import unicodedata
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +26,17 @@ from srlm_lite.errors import UserError
 from srlm_lite.judging import (
     PLACEHOLDER,
     Rubric,
+    expected_score,
     load_rubric,
     mean_scores,
+    names_a_score,
     parse_score,
+    score_line_complete,
     votes_by_candidate,
+    whole_scores,
 )
-from srlm_lite.pairing import make_pairs
-from srlm_lite.records import Candidate, Judgement, Prompt
+from srlm_lite.pairing import Drops, pairs_of, usable_candidates
+from srlm_lite.records import Candidate, Judgement, PreferencePair, Prompt
 
 TEMPLATE = "Grade it.\nPrompt: {{prompt}}\n<reply>\n{{response}}\n</reply>"
 FIVE = Rubric("five", TEMPLATE, min=0, max=5, delimiter="reply")
@@ -327,6 +335,155 @@ def test_a_degenerate_reply_is_read_in_no_time(reply: str) -> None:
     assert time.perf_counter() - begin < 2  # it takes milliseconds; a greedy pattern takes hours
 
 
+# --- stopping at the score line ---------------------------------------------------------------
+
+
+def written(text: str, rubric: Rubric) -> str:
+    """What stands when a reply is stopped as soon as its score line is complete."""
+    ends = (i + 1 for i, character in enumerate(text) if character == "\n")
+    return next((text[:i] for i in ends if score_line_complete(rubric, text[:i])), text)
+
+
+@pytest.mark.parametrize(
+    ("reply", "stands"),
+    [
+        ("Good.\nScore: 4\nThe reply is", "Good.\nScore: 4\n"),
+        ("Good.\n\n**Score: 4/5**\n\nI hope", "Good.\n\n**Score: 4/5**\n"),
+        ("Score: 4\n```\n", "Score: 4\n"),
+        # a line that is not finished may go on: 4, or 4.5
+        ("Good.\nScore: 4", "Good.\nScore: 4"),
+        # numbers in a rationale, and lines that are no score of this rubric
+        ("4\n4/5\nIt earns 3 points.\nScore: 3\n.", "4\n4/5\nIt earns 3 points.\nScore: 3\n"),
+        ("Score: 7\nScore: <n>\nScore: 4/10\nScore: 2\n.",) * 1
+        + ("Score: 7\nScore: <n>\nScore: 4/10\nScore: 2\n",),
+        ("It has a score: 4\nScore: 1\n.", "It has a score: 4\nScore: 1\n"),
+    ],
+)
+def test_a_vote_ends_with_its_score_line(reply: str, stands: str) -> None:
+    assert written(reply, FIVE) == stands
+
+
+@settings(deadline=None)
+@given(near_replies, st.sampled_from([FIVE, TEN, HALVES, TENTHS, SIGNED]))
+@example("Score: 4\nand more", FIVE)
+def test_what_is_stopped_is_read_as_the_line_it_stopped_at(reply: str, rubric: Rubric) -> None:
+    for text in (f"{reply}\n", f"{reply}\nScore: {reply}\n", f"Score: {reply}\n{reply}"):
+        cut = written(text, rubric)
+        if score_line_complete(rubric, cut):
+            lines = [line for line in cut.splitlines() if any(map(str.isalnum, line))]
+            assert parse_score(cut, rubric) == parse_score(lines[-1], rubric) is not None
+        else:
+            assert cut == text
+
+
+def test_the_rule_can_cross_a_process_border() -> None:
+    rule = pickle.loads(pickle.dumps(partial(score_line_complete, FIVE)))
+    assert rule("Score: 4\n") and not rule("Score: 4")
+
+
+@pytest.mark.parametrize("text", ["Score: 5", "x\nSCORE = 5\n", "Ｓｃｏｒｅ：５", "underscored"])
+def test_a_text_that_could_be_quoted_as_a_score_is_known(text: str) -> None:
+    assert names_a_score(text)
+    assert not names_a_score("What is the core of the sun made of?")
+
+
+# --- expected scores --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Drawn:
+    text: str
+    alternatives: tuple[tuple[str, float], ...] = ()
+
+
+def drawn(*texts: str, at: int, **probabilities: float) -> list[Drawn]:
+    """Tokens, of which the one at a place has alternatives: keys _4 or score, or `space_4`."""
+    alternatives = tuple(
+        (name.replace("space_", " ").replace("_", ""), math.log(p))
+        for name, p in probabilities.items()
+    )
+    place = at % len(texts)
+    return [Drawn(text, alternatives if i == place else ()) for i, text in enumerate(texts)]
+
+
+def test_an_expected_score_is_the_mean_by_probability() -> None:
+    """(3 x 0.2 + 4 x 0.6 + 5 x 0.1) / (0.2 + 0.6 + 0.1) = 3.5 / 0.9; the word has no say."""
+    tokens = drawn("Good", ".\n", "Score", ":", " 4", at=-1, _4=0.6, _3=0.2, _5=0.1, four=0.1)
+    assert expected_score(tokens, FIVE, sampled=4.0) == pytest.approx(3.5 / 0.9)
+
+
+def test_only_scores_of_the_rubric_count() -> None:
+    """7 is off the scale; 3 and 3 after a space are the same: (3 x 0.4 + 5 x 0.4) / 0.8 = 4."""
+    tokens = drawn("Score:", "5", "\n", at=1, _5=0.4, _7=0.2, _3=0.3, space_3=0.1)
+    assert expected_score(tokens, FIVE, sampled=5.0) == pytest.approx(4.0)
+    assert expected_score(tokens, Rubric("even", TEMPLATE, 1, 5, step=4), sampled=5.0) == 5.0
+
+
+@pytest.mark.parametrize(
+    ("texts", "at"),
+    [
+        (["4", " is too much", ".\n", "Score: ", "4", "/", "5", ".", "\n"], 4),
+        (["Score: ", "4", "\n", "Final score = **", "4", "** out of ", "5", "\n```\n"], 4),
+        (["Score", ": <", "4", ">\n"], 2),
+        (["½ \r\n", "SCORE:", " 4\n"], 2),
+    ],
+)
+def test_the_score_s_token_is_that_of_the_last_line(texts: list[str], at: int) -> None:
+    assert expected_score(drawn(*texts, at=at, _4=0.5, _2=0.5), FIVE, sampled=4.0) == 3.0
+
+
+@pytest.mark.parametrize(
+    ("rubric", "texts", "sampled"),
+    [
+        (HALVES, ["Score: ", "3", ".", "5"], 3.5),
+        (HALVES, ["Score: ", "3", "½"], 3.5),
+        (FIVE, ["Score: ", "3", ".", "0"], 3.0),
+        (TEN, ["Score: ", "1", "0"], 10.0),
+        (SIGNED, ["Score: -", "3"], -3.0),
+        (FIVE, ["Score: 3"], 3.0),
+        (FIVE, ["Ｓｃｏｒｅ", "：", "３"], 3.0),
+        (FIVE, ["Score: ", "3"], 4.0),  # the text has been read otherwise
+        (FIVE, [], 3.0),
+    ],
+)
+def test_a_score_that_is_not_one_token_has_no_expectation(
+    rubric: Rubric, texts: list[str], sampled: float
+) -> None:
+    tokens = [Drawn(text, (("3", -0.1), ("1", -3.0))) for text in texts]
+    assert expected_score(tokens, rubric, sampled=sampled) is None
+
+
+def test_no_alternative_that_is_a_score() -> None:
+    assert expected_score(drawn("Score: ", "4", at=1, four=0.9), FIVE, sampled=4.0) is None
+
+
+@settings(deadline=None)
+@given(st.dictionaries(st.integers(0, 9), st.floats(-50, 0), min_size=1))
+def test_an_expected_score_lies_among_the_scores(alternatives: dict[int, float]) -> None:
+    given_ = tuple((str(score), log_p) for score, log_p in alternatives.items())
+    found = expected_score([Drawn("Score:"), Drawn(" 4", given_)], FIVE, sampled=4.0)
+    allowed = [score for score in alternatives if score <= 5]
+    if not allowed:
+        assert found is None
+    else:
+        assert found is not None
+        assert min(allowed) - 1e-9 <= found <= max(allowed) + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("rubric", "scores"),
+    [
+        (FIVE, [0, 1, 2, 3, 4, 5]),
+        (HALVES, [0, 1, 2, 3, 4, 5]),
+        (TENTHS, [0, 1]),
+        (Rubric("odd", TEMPLATE, 0.5, 6.5, step=2), []),
+        (Rubric("huge", TEMPLATE, 0, 10**9), list(range(10**9 - 999, 10**9 + 1))),
+    ],
+)
+def test_whole_scores(rubric: Rubric, scores: list[int]) -> None:
+    assert whole_scores(rubric) == scores
+
+
 # --- rendering --------------------------------------------------------------------------------
 
 TAGS = re.compile(r"<\s*/?\s*reply\s*>", re.IGNORECASE)
@@ -406,6 +563,22 @@ class HonestJudge:
         return f"The reply reads:\n{quoted}\nThat is not much.\nScore: 1"
 
 
+def paired(
+    candidates: list[Candidate], judgements: list[Judgement]
+) -> tuple[list[PreferencePair], Drops]:
+    """Judgements of one prompt's candidates, as pairs."""
+    prompts = [Prompt("p", "q")]
+    votes = votes_by_candidate(judgements)
+    usable, drops = usable_candidates(
+        prompts,
+        candidates,
+        mean_scores(judgements, min_votes=1),
+        votes=votes,
+        drop_truncated=True,
+    )
+    return pairs_of(prompts, usable, drops, pairing=Pairing())
+
+
 def judged(candidate: Candidate, judge: Any) -> Judgement:
     reply = judge(FIVE.render(prompt="q", response=candidate.text))
     return Judgement(candidate.candidate_id, 0, reply, parse_score(reply, FIVE))
@@ -430,9 +603,7 @@ def test_an_attacker_loses_to_a_better_answer(attack: str) -> None:
         judged(attacker, HonestJudge()),
         Judgement("p#1", 0, "Fine.\nScore: 3", parse_score("Fine.\nScore: 3", FIVE)),
     ]
-    [pair], _ = make_pairs(
-        [Prompt("p", "q")], [attacker, honest], judgements, pairing=Pairing(), min_votes=1, seed=0
-    )
+    [pair], _ = paired([attacker, honest], judgements)
     assert (pair.chosen_id, pair.rejected_id) == ("p#1", "p#0")
     assert pair.rejected == attack  # learned from as it was written
 
@@ -444,9 +615,7 @@ def test_an_attacker_whose_judge_falls_silent_is_dropped_and_not_rewarded() -> N
         judged(attacker, lambda rendered: f"It says:\n{attacker.text}\nHm."),
         Judgement("p#1", 0, "Score: 3", 3.0),
     ]
-    found, drops = make_pairs(
-        [Prompt("p", "q")], [attacker, honest], judgements, pairing=Pairing(), min_votes=1, seed=0
-    )
+    found, drops = paired([attacker, honest], judgements)
     assert found == []
     assert drops.prompts == {"unreadable": 1}
 

@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from srlm_lite import methods
-from srlm_lite.config import Pairing, recipe_from
-from srlm_lite.pairing import CANDIDATE_REASONS, PROMPT_REASONS, Drops, make_pairs
+from srlm_lite.config import Pairing, Recipe, recipe_from
+from srlm_lite.errors import UserError
+from srlm_lite.judging import mean_scores, votes_by_candidate
+from srlm_lite.methods import method_of
+from srlm_lite.pairing import (
+    CANDIDATE_REASONS,
+    PROMPT_REASONS,
+    Drops,
+    at_iteration,
+    length_penalty,
+    mean_length_gap,
+    pairs_of,
+    replayed,
+    usable_candidates,
+)
 from srlm_lite.records import Candidate, FinishReason, Judgement, PreferencePair, Prompt
+from srlm_lite.run_dir import RunDir
+from srlm_lite.session import Session
 
 DEFAULT = Pairing()
 
@@ -31,11 +47,32 @@ def case(
     return Prompt(prompt_id, f"question {prompt_id}"), candidates, judgements
 
 
-def pairs_of(
+def make_pairs(
+    prompts: Sequence[Prompt],
+    candidates: Sequence[Candidate],
+    judgements: Sequence[Judgement],
+    *,
+    pairing: Pairing,
+    min_votes: int,
+    seed: int,
+    iteration: int = 1,
+) -> tuple[list[PreferencePair], Drops]:
+    usable, drops = usable_candidates(
+        prompts,
+        candidates,
+        mean_scores(judgements, min_votes=min_votes),
+        votes=votes_by_candidate(judgements),
+        drop_truncated=pairing.drop_truncated,
+    )
+    return pairs_of(prompts, usable, drops, pairing=pairing, seed=seed, iteration=iteration)
+
+
+def made(
     *cases: tuple[Prompt, list[Candidate], list[Judgement]],
     pairing: Pairing = DEFAULT,
     min_votes: int = 2,
     seed: int = 0,
+    iteration: int = 1,
 ) -> tuple[list[PreferencePair], Drops]:
     return make_pairs(
         [prompt for prompt, _, _ in cases],
@@ -44,6 +81,7 @@ def pairs_of(
         pairing=pairing,
         min_votes=min_votes,
         seed=seed,
+        iteration=iteration,
     )
 
 
@@ -60,7 +98,7 @@ def candidate_reasons(drops: Drops) -> dict[str, int]:
 
 def test_the_highest_mean_is_chosen_and_the_lowest_rejected() -> None:
     # Means: (3+3+3)/3 = 3, (5+4+3)/3 = 4, (1+2+0)/3 = 1, (2+2+5)/3 = 3.
-    found, drops = pairs_of(
+    found, drops = made(
         case(("a", (3, 3, 3)), ("b", (5, 4, 3)), ("c", (1, 2, 0)), ("d", (2, 2, 5)))
     )
     assert found == [
@@ -80,35 +118,35 @@ def test_the_highest_mean_is_chosen_and_the_lowest_rejected() -> None:
 
 def test_the_mean_decides_and_not_a_single_vote() -> None:
     # (5+0+0)/3 = 1.67 has the highest vote and loses against (2+2+2)/3 = 2.
-    [pair], _ = pairs_of(case(("spiky", (5, 0, 0)), ("steady", (2, 2, 2))))
+    [pair], _ = made(case(("spiky", (5, 0, 0)), ("steady", (2, 2, 2))))
     assert (pair.chosen, pair.rejected) == ("steady", "spiky")
 
 
 def test_unreadable_votes_do_not_pull_a_mean() -> None:
     # (4+4)/2 = 4 with one vote unreadable beats (4+4+3)/3 = 3.67; as a zero it would be 2.67.
-    [pair], _ = pairs_of(case(("a", (4, None, 4)), ("b", (4, 4, 3))))
+    [pair], _ = made(case(("a", (4, None, 4)), ("b", (4, 4, 3))))
     assert (pair.chosen, pair.chosen_score) == ("a", 4.0)
 
 
 def test_a_score_of_zero_is_a_score() -> None:
-    [pair], drops = pairs_of(case(("a", (0, 0)), ("b", (1, 1))))
+    [pair], drops = made(case(("a", (0, 0)), ("b", (1, 1))))
     assert (pair.chosen, pair.rejected, pair.rejected_score) == ("b", "a", 0.0)
     assert reasons(drops) == {}
 
 
 def test_negative_scores_keep_their_order() -> None:
-    [pair], _ = pairs_of(case(("a", (-2, -2)), ("b", (-1, -1))))
+    [pair], _ = made(case(("a", (-2, -2)), ("b", (-1, -1))))
     assert (pair.chosen, pair.rejected) == ("b", "a")
 
 
 def test_among_equal_scores_the_earlier_candidate_counts() -> None:
-    [pair], _ = pairs_of(case(("a", (1, 1)), ("b", (4, 4)), ("c", (4, 4)), ("d", (1, 1))))
+    [pair], _ = made(case(("a", (1, 1)), ("b", (4, 4)), ("c", (4, 4)), ("d", (1, 1))))
     assert (pair.chosen_id, pair.rejected_id) == ("p#1", "p#0")
 
 
 def test_the_order_of_votes_does_not_matter() -> None:
     # The same three tenths in another order must not differ by a rounding error and make a pair.
-    found, drops = pairs_of(case(("a", (0.1, 0.2, 0.3)), ("b", (0.3, 0.2, 0.1))))
+    found, drops = made(case(("a", (0.1, 0.2, 0.3)), ("b", (0.3, 0.2, 0.1))))
     assert found == []
     assert reasons(drops) == {"tied": 1}
 
@@ -124,7 +162,7 @@ def test_judgements_belong_to_candidates_by_id_not_by_place() -> None:
 def test_prompts_keep_to_their_own_candidates_and_order() -> None:
     first = case(("a", (1, 1)), ("b", (2, 2)), prompt_id="p")
     second = case(("c", (5, 5)), ("d", (4, 4)), prompt_id="q")
-    found, _ = pairs_of(second, first)
+    found, _ = made(second, first)
     assert [(pair.prompt_id, pair.chosen, pair.rejected) for pair in found] == [
         ("q", "c", "d"),
         ("p", "b", "a"),
@@ -135,7 +173,7 @@ def test_prompts_keep_to_their_own_candidates_and_order() -> None:
 
 
 def test_equal_scores_give_no_pair() -> None:
-    found, drops = pairs_of(case(("a", (3, 3)), ("b", (2, 4)), ("c", (4, 2))))
+    found, drops = made(case(("a", (3, 3)), ("b", (2, 4)), ("c", (4, 2))))
     assert found == []
     assert reasons(drops) == {"tied": 1}
 
@@ -143,7 +181,7 @@ def test_equal_scores_give_no_pair() -> None:
 @pytest.mark.parametrize(("gap", "expected"), [(0.0, 1), (0.4, 1), (0.5, 0), (0.6, 0)])
 def test_scores_must_differ_by_more_than_the_gap(gap: float, expected: int) -> None:
     # Means 3.5 and 3.0: they differ by 0.5, which is not more than 0.5.
-    found, drops = pairs_of(case(("a", (3, 4)), ("b", (3, 3))), pairing=Pairing(min_gap=gap))
+    found, drops = made(case(("a", (3, 4)), ("b", (3, 3))), pairing=Pairing(min_gap=gap))
     assert len(found) == expected
     assert reasons(drops) == ({} if expected else {"tied": 1})
 
@@ -152,13 +190,13 @@ def test_scores_must_differ_by_more_than_the_gap(gap: float, expected: int) -> N
 
 
 def test_truncated_candidates_are_left_out() -> None:
-    found, drops = pairs_of(case(("a", (5, 5), "length"), ("b", (4, 4)), ("c", (1, 1))))
+    found, drops = made(case(("a", (5, 5), "length"), ("b", (4, 4)), ("c", (1, 1))))
     assert [pair.chosen for pair in found] == ["b"]
     assert candidate_reasons(drops) == {"truncated": 1}
 
 
 def test_truncated_candidates_stay_where_the_recipe_keeps_them() -> None:
-    found, drops = pairs_of(
+    found, drops = made(
         case(("a", (5, 5), "length"), ("b", (4, 4)), ("c", (1, 1))),
         pairing=Pairing(drop_truncated=False),
     )
@@ -168,33 +206,33 @@ def test_truncated_candidates_stay_where_the_recipe_keeps_them() -> None:
 
 @pytest.mark.parametrize("text", ["", " ", "\n\t ", "\u3000"])
 def test_empty_answers_are_never_in_a_pair(text: str) -> None:
-    found, drops = pairs_of(case((text, (5, 5)), ("b", (1, 1))))
+    found, drops = made(case((text, (5, 5)), ("b", (1, 1))))
     assert found == []
     assert reasons(drops) == candidate_reasons(drops) == {"empty": 1}
 
 
 def test_the_same_text_counts_once_with_its_first_scores() -> None:
     # The twins are scored 4 and 0: without this, one text would be chosen and rejected at once.
-    found, drops = pairs_of(case(("twin", (4, 4)), ("twin", (0, 0)), ("b", (2, 2))))
+    found, drops = made(case(("twin", (4, 4)), ("twin", (0, 0)), ("b", (2, 2))))
     assert [(pair.chosen_id, pair.rejected_id) for pair in found] == [("p#0", "p#2")]
     assert candidate_reasons(drops) == {"duplicate": 1}
 
 
 def test_only_copies_of_one_text_give_no_pair() -> None:
-    found, drops = pairs_of(case(*[("same", (k, k)) for k in range(4)]))
+    found, drops = made(case(*[("same", (k, k)) for k in range(4)]))
     assert found == []
     assert reasons(drops) == {"duplicate": 1}
     assert candidate_reasons(drops) == {"duplicate": 3}
 
 
 def test_a_copy_of_an_unreadable_candidate_stands_in_for_it() -> None:
-    found, drops = pairs_of(case(("twin", (None, None)), ("twin", (4, 4)), ("b", (2, 2))))
+    found, drops = made(case(("twin", (None, None)), ("twin", (4, 4)), ("b", (2, 2))))
     assert [(pair.chosen_id, pair.rejected_id) for pair in found] == [("p#1", "p#2")]
     assert candidate_reasons(drops) == {"unreadable": 1}
 
 
 def test_the_same_text_under_two_prompts_is_no_duplicate() -> None:
-    found, _ = pairs_of(
+    found, _ = made(
         case(("yes", (4, 4)), ("no", (1, 1)), prompt_id="p"),
         case(("yes", (1, 1)), ("no", (4, 4)), prompt_id="q"),
     )
@@ -202,7 +240,7 @@ def test_the_same_text_under_two_prompts_is_no_duplicate() -> None:
 
 
 def test_no_readable_vote_and_too_few_of_them_are_told_apart() -> None:
-    found, drops = pairs_of(
+    found, drops = made(
         case(("a", (None, None, None)), ("b", (3, None, None)), ("c", (3, None, 3)))
     )
     assert found == []
@@ -211,12 +249,12 @@ def test_no_readable_vote_and_too_few_of_them_are_told_apart() -> None:
 
 @pytest.mark.parametrize(("min_votes", "expected"), [(1, 1), (2, 0), (3, 0)])
 def test_the_recipe_says_how_many_votes_are_enough(min_votes: int, expected: int) -> None:
-    found, _ = pairs_of(case(("a", (5, None, None)), ("b", (1, 1, 1))), min_votes=min_votes)
+    found, _ = made(case(("a", (5, None, None)), ("b", (1, 1, 1))), min_votes=min_votes)
     assert len(found) == expected
 
 
 def test_a_candidate_that_was_never_judged_is_unreadable() -> None:
-    found, drops = pairs_of(case(("a", ()), ("b", (1, 1))))
+    found, drops = made(case(("a", ()), ("b", (1, 1))))
     assert found == []
     assert reasons(drops) == {"unreadable": 1}
 
@@ -238,7 +276,7 @@ def test_a_candidate_that_was_never_judged_is_unreadable() -> None:
 def test_a_prompt_is_counted_under_its_main_reason(
     answers: list[tuple[str, Votes]], main: str
 ) -> None:
-    found, drops = pairs_of(case(*answers))
+    found, drops = made(case(*answers))
     assert found == []
     assert reasons(drops) == {main: 1}
 
@@ -247,7 +285,7 @@ def test_a_prompt_is_counted_under_its_main_reason(
 
 
 def test_drops_json_carries_every_reason() -> None:
-    _, drops = pairs_of(case(("a", (3, 3)), ("b", (3, 3))), case(("a", (1, 1)), prompt_id="q"))
+    _, drops = made(case(("a", (3, 3)), ("b", (3, 3))), case(("a", (1, 1)), prompt_id="q"))
     told = json.loads(json.dumps(drops.to_json()))
     for reason in ("tied", "unreadable", "too_few_votes", "duplicate", "truncated", "too_long"):
         assert isinstance(told[reason], int)
@@ -274,23 +312,23 @@ def crowd(prompt_id: str) -> tuple[Prompt, list[Candidate], list[Judgement]]:
 
 def test_random_pairs_are_fixed_by_the_seed() -> None:
     cases = [crowd(f"p{i}") for i in range(30)]
-    first, _ = pairs_of(*cases, pairing=RANDOM, seed=1)
-    assert pairs_of(*cases, pairing=RANDOM, seed=1)[0] == first
-    assert pairs_of(*cases, pairing=RANDOM, seed=2)[0] != first
+    first, _ = made(*cases, pairing=RANDOM, seed=1)
+    assert made(*cases, pairing=RANDOM, seed=1)[0] == first
+    assert made(*cases, pairing=RANDOM, seed=2)[0] != first
 
 
 def test_random_pairs_do_not_depend_on_the_prompts_beside_them() -> None:
     cases = [crowd(f"p{i}") for i in range(10)]
-    every = {pair.prompt_id: pair for pair in pairs_of(*cases, pairing=RANDOM)[0]}
-    backwards = pairs_of(*cases[::-1], pairing=RANDOM)[0]
+    every = {pair.prompt_id: pair for pair in made(*cases, pairing=RANDOM)[0]}
+    backwards = made(*cases[::-1], pairing=RANDOM)[0]
     assert {pair.prompt_id: pair for pair in backwards} == every
-    [alone], _ = pairs_of(cases[7], pairing=RANDOM)
+    [alone], _ = made(cases[7], pairing=RANDOM)
     assert alone == every["p7"]
 
 
 def test_random_pairs_are_blind_to_the_score() -> None:
     # 400 prompts: the better one is chosen in half of them, give or take 4 sigma (40).
-    found, _ = pairs_of(*[crowd(f"p{i}") for i in range(400)], pairing=RANDOM)
+    found, _ = made(*[crowd(f"p{i}") for i in range(400)], pairing=RANDOM)
     better = sum(pair.chosen_score > pair.rejected_score for pair in found)
     assert 160 < better < 240
     assert all(pair.chosen_id != pair.rejected_id for pair in found)
@@ -309,14 +347,14 @@ def test_random_pairs_take_usable_candidates_only() -> None:
         )
         for i in range(20)
     ]
-    found, drops = pairs_of(*cases, pairing=RANDOM)
+    found, drops = made(*cases, pairing=RANDOM)
     assert len(found) == 20  # equal scores are no tie to the control
     assert {frozenset((pair.chosen, pair.rejected)) for pair in found} == {frozenset("ab")}
     assert reasons(drops) == {}
 
 
 def test_random_pairs_are_dropped_for_the_same_reasons() -> None:
-    found, drops = pairs_of(case(("a", (1, 1)), ("b", (1, None))), pairing=RANDOM)
+    found, drops = made(case(("a", (1, 1)), ("b", (1, None))), pairing=RANDOM)
     assert found == []
     assert reasons(drops) == {"too_few_votes": 1}
 
@@ -349,7 +387,7 @@ def test_every_prompt_gives_a_pair_or_exactly_one_reason(
     prompts: list[list[tuple[str, Votes, FinishReason]]], pairing: Pairing, min_votes: int
 ) -> None:
     cases = [case(*rows, prompt_id=f"p{i}") for i, rows in enumerate(prompts)]
-    found, drops = pairs_of(*cases, pairing=pairing, min_votes=min_votes)
+    found, drops = made(*cases, pairing=pairing, min_votes=min_votes)
     assert len(found) + sum(drops.prompts.values()) == len(prompts)
     assert set(drops.prompts) <= set(PROMPT_REASONS)
     assert len({pair.prompt_id for pair in found}) == len(found)
@@ -377,21 +415,138 @@ def test_every_prompt_gives_a_pair_or_exactly_one_reason(
 # --- the method -------------------------------------------------------------------------------
 
 
+def method_pairs(
+    recipe: Recipe, t: int, case: tuple[Prompt, list[Candidate], list[Judgement]]
+) -> Sequence[PreferencePair]:
+    """What the recipe's method makes of a case; neither files nor a base are needed for it."""
+    prompt, candidates, judgements = case
+    run = RunDir(Path("nowhere"))
+    session, place = Session(recipe, run), run.iteration(t)
+    pairs, _, _ = method_of(recipe).make_pairs(session, place, [prompt], candidates, judgements)
+    return pairs
+
+
 def test_the_self_rewarding_method_follows_the_recipe() -> None:
     raw = {"name": "t", "base": {"name": "b"}, "data": {"dir": "d"}}
-    prompt, candidates, judgements = case(("a", (1, None)), ("b", (3, 3)), ("c", (2, 2)))
+    rows = case(("a", (1, None)), ("b", (3, 3)), ("c", (2, 2)))
     for min_votes, rejected in ((1, "a"), (2, "c")):
         recipe = recipe_from({**raw, "judge": {"min_votes": min_votes}}, where="t")
-        [pair], _ = methods.pairs(recipe, [prompt], candidates, judgements, seed_path=(0, 1))
+        [pair] = method_pairs(recipe, 1, rows)
         assert (pair.chosen, pair.rejected) == ("b", rejected)
 
 
 def test_the_control_draws_anew_in_every_iteration() -> None:
     raw = {"name": "t", "base": {"name": "b"}, "data": {"dir": "d"}}
     recipe = recipe_from({**raw, "pairing": {"source": "random"}}, where="t")
-    prompt, candidates, judgements = crowd("p")
-    drawn = {
-        methods.pairs(recipe, [prompt], candidates, judgements, seed_path=(0, t))[0][0].chosen_id
-        for t in range(20)
-    }
+    drawn = {method_pairs(recipe, t, crowd("p"))[0].chosen_id for t in range(20)}
     assert len(drawn) > 1
+
+
+def test_gold_pairs_take_the_scorer_in_the_judge_s_place() -> None:
+    raw = {"name": "t", "base": {"name": "b"}, "data": {"dir": "d"}}
+    rows = case(("a", (5, 5)), ("b\nb", (0, 0)), ("c c c", (3, 3)))
+    recipe = recipe_from(
+        {**raw, "pairing": {"source": "gold"}, "evaluate": {"gold": f"{__name__}:words_in"}},
+        where="t",
+    )
+    [pair] = method_pairs(recipe, 1, rows)
+    assert (pair.chosen, pair.rejected, pair.chosen_score) == ("c c c", "a", 3.0)
+    with pytest.raises(UserError, match=r"evaluate.gold: names no gold scorer"):
+        method_pairs(recipe_from({**raw, "pairing": {"source": "gold"}}, where="t"), 1, rows)
+
+
+def words_in(prompt: str, response: str) -> float:
+    return float(len(response.split()))
+
+
+# --- length control ---------------------------------------------------------------------------
+
+
+def test_rho_takes_the_shortest_good_and_the_longest_bad() -> None:
+    # Scores 0 to 5, rho 0.2: chosen from 4 on, rejected up to 1.
+    rows = case(
+        ("long best " * 9, (5, 5)),
+        ("good", (4, 4)),
+        ("short", (3, 3)),
+        ("bad and rather long", (1, 1)),
+        ("worst", (0, 0)),
+    )
+    [plain], _ = made(rows)
+    assert (plain.chosen_score, plain.rejected_score) == (5, 0)
+    [pair], _ = made(rows, pairing=Pairing(rho=0.2))
+    assert (pair.chosen, pair.rejected) == ("good", "bad and rather long")
+    assert (pair.chosen_score, pair.rejected_score) == (4, 1)
+    # 0.19: chosen from 4.05 on, rejected up to 0.95.
+    [pair], _ = made(rows, pairing=Pairing(rho=0.19))
+    assert (pair.chosen_score, pair.rejected_score) == (5, 0)
+
+
+def test_rho_may_differ_between_iterations() -> None:
+    rows = case(("long best " * 9, (5, 5)), ("good", (4, 4)), ("worst", (0, 0)))
+    pairing = Pairing(rho=(0, 0.2))
+    chosen = [made(rows, pairing=pairing, iteration=t)[0][0].chosen for t in (1, 2, 3)]
+    assert chosen == [("long best " * 9), "good", "good"]
+
+
+def test_alpha_lowers_scores_by_length_for_the_choice_only() -> None:
+    # 5 - 0.1 * 20 = 3 < 4 - 0.1 * 4 = 3.6; the worst: 1 - 0.1 * 3 = 0.7, 2 - 0.1 * 15 = 0.5.
+    rows = case(("b" * 20, (5, 5)), ("good", (4, 4)), ("bad", (1, 1)), ("d" * 15, (2, 2)))
+    [pair], _ = made(rows, pairing=Pairing(alpha=0.1))
+    assert (pair.chosen_score, pair.rejected_score) == (4, 2)
+
+
+def test_alpha_is_found_where_the_mean_length_gap_vanishes() -> None:
+    # Each prompt: a 5 of 30 characters, a 4 of 10, a 1 of 10, a 0 of 5. Chosen minus rejected is
+    # 25 without a penalty. From 5 - 30 a < 4 - 10 a on, a > 0.05, the 4 is chosen: gap 5. The 0
+    # stays the worst until -5 a > 1 - 10 a, a > 0.2; from there on the gap is 0. But also
+    # 1 - 10 a > 5 - 30 a from 0.2 on: the long 5 is the worst then, and the gap is 10 - 30 = -20.
+    rows = [
+        case(
+            ("a" * 30, (5, 5)), ("b" * 10, (4, 4)), ("c" * 10, (1, 1)), ("d" * 5, (0, 0)),
+            prompt_id=name,
+        )
+        for name in "pq"
+    ]  # fmt: skip
+    found, _ = made(*rows, pairing=Pairing(alpha="auto"))
+    assert [(len(pair.chosen), len(pair.rejected)) for pair in found] == [(10, 5), (10, 5)]
+    groups = [
+        [(Candidate("p", str(i), "x" * n, n, "stop"), s) for i, (n, s) in enumerate(shape)]
+        for shape in (((30, 5.0), (10, 4.0), (5, 0.0)), ((5, 5.0), (10, 1.0)))
+    ]
+    # 25 - 5 = 20, mean 10, without; with alpha > 0.05 it is 5 - 5 = 0.
+    alpha = length_penalty(groups, Pairing(alpha="auto"))
+    assert alpha == pytest.approx(0.05, abs=1e-6)
+    assert mean_length_gap(groups, 0.0) == 10
+    assert mean_length_gap(groups, alpha) == 0
+    assert length_penalty(groups[1:], Pairing(alpha="auto")) == 0.0  # chosen is shorter anyway
+
+
+# --- replay -----------------------------------------------------------------------------------
+
+
+def numbered(prefix: str, n: int, origin: str = "") -> list[PreferencePair]:
+    return [
+        PreferencePair(f"{prefix}{i}", "p", "a", "b", "x", "y", 1, 0, origin=origin)
+        for i in range(n)
+    ]
+
+
+def test_replay_takes_shares_of_the_new_pairs_from_each_iteration_back() -> None:
+    # 20 new pairs: 0.3 of them is 6 of the last iteration, 0.15 is 3 of the one before.
+    older = [numbered("last", 20) + numbered("r", 5, "replay, 1 back"), numbered("before", 20)]
+    found = replayed(older, new=20, shares=(0.3, 0.15), seed=1)
+    assert Counter(pair.origin for pair in found) == {"replay, 1 back": 6, "replay, 2 back": 3}
+    assert {pair.prompt_id.rstrip("0123456789") for pair in found} == {"last", "before"}
+    assert len({pair.prompt_id for pair in found}) == 9
+    assert found == replayed(older, new=20, shares=(0.3, 0.15), seed=1)
+    assert found != replayed(older, new=20, shares=(0.3, 0.15), seed=2)
+
+
+def test_replay_takes_no_more_than_there_is() -> None:
+    assert len(replayed([numbered("a", 4)], new=20, shares=(1.0, 1.0), seed=0)) == 4
+    assert replayed([], new=20, shares=(1.0,), seed=0) == []
+
+
+def test_schedules() -> None:
+    assert [at_iteration((0, 0.32, 0.4), t) for t in (1, 2, 3, 4)] == [0, 0.32, 0.4, 0.4]
+    assert (at_iteration(0.3, 7), at_iteration((), 1)) == (0.3, 0.0)

@@ -10,13 +10,18 @@ told apart in the human order, so a tie or an unreadable reply among them fails 
 replies that humans ranked equal may have any scores. Correlations are computed for each prompt
 over its readable replies and averaged over prompts; a prompt where they are undefined, with all
 scores equal or too few of them readable, counts as 0.
+
+Expected scores (`judge.score: expected`) are hardly ever whole or equal. All that goes by order
+takes them as they are. `score_histogram` rounds them to whole numbers, so that a judge that gives
+nearly all replies the same still shows; `five_best` goes by the sampled scores beside them, for an
+expected one never reaches the maximum.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from statistics import fmean
 from typing import Any
@@ -55,6 +60,7 @@ def judge_metrics(
     """
     groups = [group for group in groups if len({row.rank for row in group}) > 1]
     scores = mean_scores(judgements, min_votes=1)
+    sampled = mean_scores(map(as_sampled, judgements), min_votes=1)
     pairs = [pair for group in groups for pair in _pairs(group, scores) if pair.human]
     decided = [pair for pair in pairs if pair.judge]
     votes = [judgement.score for judgement in judgements]
@@ -62,17 +68,30 @@ def judge_metrics(
     return {
         "pairwise_accuracy": _rate([_credit(pair) for pair in pairs]),
         "pairwise_accuracy_decided": _rate([float(p.judge == p.human) for p in decided]),
-        "five_best": five_best(groups, scores, best_score=best_score),
+        "five_best": five_best(groups, sampled, best_score=best_score),
         "exact_match": exact_match(groups, scores),
         "spearman": _mean_correlation(groups, scores, spearmanr),
         "kendall": _mean_correlation(groups, scores, kendalltau),
         "parse_rate": _rate([float(vote is not None) for vote in votes]),
         "tie_rate": _rate([float(pair.judge == 0) for pair in pairs]),
-        "score_histogram": histogram(votes),
+        "score_histogram": histogram([_binned(judgement) for judgement in judgements]),
         "mean_score": round(fmean(readable), 4) if readable else None,
         "prompts": len(groups),
         "pairs": len(pairs),
     }
+
+
+def as_sampled(judgement: Judgement) -> Judgement:
+    """The judgement with the score that it says, where its score is an expected one."""
+    if judgement.sampled_score is None:
+        return judgement
+    return replace(judgement, score=judgement.sampled_score)
+
+
+def _binned(judgement: Judgement) -> float | None:
+    if judgement.score is None or judgement.sampled_score is None:
+        return judgement.score
+    return float(round(judgement.score))
 
 
 def _pairs(group: Sequence[RankedReply], scores: Scores) -> list[_Pair]:
