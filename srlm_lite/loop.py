@@ -9,7 +9,9 @@
       delta        DPO on the pairs, on top of the anchor
       evaluation   as judge against human order, as policy against a gold scorer
 
-Every stage reads files and writes files; a run that was stopped goes on where it was.
+Every stage reads files and writes files; a run that was stopped goes on where it was. What the
+stages of an iteration do is the method's affair: `methods/self_rewarding.py` is this paper's, and
+the others change what they must.
 
 Source: Yuan et al. 2024, arXiv:2401.10020, section 2.
 """
@@ -18,9 +20,10 @@ from __future__ import annotations
 
 import shutil
 
+from srlm_lite.methods import method_of
 from srlm_lite.run_dir import IterationDir
 from srlm_lite.session import Session
-from srlm_lite.stages import anchor, evaluation, iteration
+from srlm_lite.stages import anchor, evaluation
 from srlm_lite.stages.log import StageLog
 
 
@@ -47,16 +50,17 @@ def make_iteration(session: Session, directory: IterationDir) -> None:
     """M(t+1), from the answers and grades of M(t)."""
     if directory.is_done:
         return
-    t = directory.number
+    t, method = directory.number, method_of(session.recipe)
     log = StageLog(session, directory, iteration=t)
-    prompts = log.run("prompts", lambda: iteration.prompts(session, directory))
-    candidates = log.run("candidates", lambda: iteration.candidates(session, directory, prompts))
+    prompts = log.run("prompts", lambda: method.prompts(session, directory))
+    candidates = log.run("candidates", lambda: method.candidates(session, directory, prompts))
     judgements = log.run(
-        "judgements", lambda: iteration.judgements(session, directory, prompts, candidates)
+        "judgements", lambda: method.judgements(session, directory, prompts, candidates)
     )
     pairs = log.run(
-        "pairs", lambda: iteration.pairs(session, directory, prompts, candidates, judgements)
+        "pairs", lambda: method.pairs(session, directory, prompts, candidates, judgements)
     )
-    log.run("delta", lambda: iteration.delta(session, directory, pairs))
-    log.run("evaluation", lambda: evaluation.evaluation(session, directory, session.stack(t)))
+    log.run("delta", lambda: method.delta(session, directory, pairs))
+    policy, judge = session.stack(t), session.stack(t, "judge")
+    log.run("evaluation", lambda: evaluation.evaluation(session, directory, policy, judge=judge))
     log.finish()

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from srlm_lite.config import Recipe
+from srlm_lite.config import EngineName, Recipe
 from srlm_lite.judging import Rubric, load_rubric
 from srlm_lite.progress import Reporter, Silent
 from srlm_lite.run_dir import RunDir
@@ -17,6 +17,10 @@ if TYPE_CHECKING:  # torch is imported when the base is first needed, and not be
     from srlm_lite.model.chat import ChatFormat
     from srlm_lite.model.stack import Adapter, Slot
     from srlm_lite.rollout.protocol import Engine
+
+Role = Literal["policy", "judge", "teacher"]
+"""What a stack is asked to do; each role may have an engine of its own. A teacher is another
+model, behind the server of the section `openai`."""
 
 
 class Session:
@@ -28,6 +32,7 @@ class Session:
     def __init__(self, recipe: Recipe, run: RunDir, reporter: Reporter | None = None) -> None:
         self.recipe, self.run = recipe, run
         self.reporter: Reporter = reporter or Silent()
+        self._engines: dict[EngineName, Engine] = {}
 
     @cached_property
     def rubric(self) -> Rubric:
@@ -72,24 +77,62 @@ class Session:
         init = self.recipe.anchor.init
         return None if init == "base" else Adapter.load(Path(init))
 
-    @cached_property
-    def _engine(self) -> Engine:
+    def engine(self, stack: Sequence[Adapter], role: Role = "policy") -> Engine:
+        """The sampling engine of a role, with a stack loaded."""
+        rollout, judge = self.recipe.rollout, self.recipe.judge
+        name = rollout.engine if role == "policy" else judge.engine or rollout.engine
+        if role == "teacher":
+            name = "openai"
+        if name not in self._engines:
+            self._engines[name] = self._make_engine(name)
+        engine = self._engines[name]
+        engine.load(stack)
+        return engine
+
+    def _make_engine(self, name: EngineName) -> Engine:
+        recipe = self.recipe
+        if name == "openai":
+            from srlm_lite.rollout.openai_engine import OpenAIEngine
+
+            if recipe.rollout.engine == name and recipe.iterations > 1:
+                self.reporter.warn(
+                    "rollout.engine=openai: the candidates of every iteration come from the "
+                    "server's model, which learns nothing from this run"
+                )
+            return OpenAIEngine(recipe.openai)
+        rows = None if recipe.rollout.batch_rows == "auto" else recipe.rollout.batch_rows
+        if name == "vllm":
+            from srlm_lite.rollout.vllm_engine import VllmEngine
+
+            return VllmEngine(
+                self.base,
+                self.chat,
+                recipe.base,
+                memory=recipe.vllm.memory,
+                batch_rows=rows,
+                rank=self.slot.rank,
+                scratch=self.run.scratch,
+                log=self.run.vllm_log,
+            )
         from srlm_lite.rollout.transformers_engine import TransformersEngine
 
-        return TransformersEngine(
-            self.slot.model, self.chat, batch_rows=self.recipe.rollout.batch_rows
-        )
+        return TransformersEngine(self.slot, self.chat, batch_rows=rows)
 
-    def engine(self, stack: Sequence[Adapter]) -> Engine:
-        """The sampling engine with a stack in the slot."""
-        self.slot.load(stack)
-        return self._engine
+    def close_engines(self) -> None:
+        """Give back the memory of sampling, before a training needs it."""
+        for engine in self._engines.values():
+            engine.close()
 
-    def stack(self, iteration: int) -> list[Adapter]:
-        """The adapters of an iteration's model as they lie on disk; 0 is the anchor alone."""
+    def stack(self, iteration: int, role: Role = "policy") -> list[Adapter]:
+        """The adapters of an iteration's model as they lie on disk; 0 is the anchor alone.
+
+        Where the judge has deltas of its own, its last one stands in the policy's place.
+        """
         from srlm_lite.model.stack import Adapter
 
         stack = [Adapter.load(self.run.anchor.adapter)]
-        if iteration:
-            stack.append(Adapter.load(self.run.iteration(iteration).delta))
-        return stack
+        deltas = [self.run.iteration(iteration).delta] if iteration else []
+        if role == "judge" and self.recipe.judge_has_deltas:
+            places = [self.run.iteration(t).judge_place for t in range(iteration, 0, -1)]
+            deltas = [place.adapter for place in places if place.training.is_file()][:1]
+        return [*stack, *(Adapter.load(path) for path in deltas)]

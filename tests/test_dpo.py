@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from srlm_lite.config import Anchor, Base, Dpo, Lora
+from srlm_lite.config import Anchor, Base, Dpo, Lora, Scir
 from srlm_lite.errors import ProofError
 from srlm_lite.model.base import LoadedBase, load_base
 from srlm_lite.model.chat import ChatFormat
@@ -213,6 +214,128 @@ def test_the_nll_term_is_added_to_the_loss(
     )
     assert facts["step0_loss"] == pytest.approx(LN2, abs=1e-5)  # DPO's part alone
     assert facts["first_loss"] > LN2 + 0.1
+
+
+# --- weights and smoothing --------------------------------------------------------------------
+
+
+def test_the_loss_of_a_weighted_and_smoothed_pair() -> None:
+    # m = ln 3: sigmoid 3/4 and 1/4, so -log is 0.287682 and 1.386294.
+    # s 0.25: 0.75 * 0.287682 + 0.25 * 1.386294 = 0.562335; w 2: 1.124670. m = 0: ln 2 for any s.
+    margin = torch.tensor([math.log(3), math.log(3), math.log(3), 0.0])
+    weight = torch.tensor([1.0, 1.0, 2.0, 1.0])
+    smoothing = torch.tensor([0.0, 1.0, 0.25, 0.4])
+    loss = dpo_module.preference_loss(margin, weight, smoothing)
+    assert loss.tolist() == pytest.approx([0.287682, 1.386294, 1.124670, LN2], abs=1e-6)
+
+
+def test_the_consistency_loss_by_hand() -> None:
+    # p = 0.8, q = 0.5: 0.3 ln(0.8 / 0.5) - 0.3 ln(0.2 / 0.5) = 0.141001 + 0.274887 = 0.415888.
+    # H(0.8) + H(0.5) = 0.500402 + 0.693147 = 1.193549. DPO at m = ln 3: 0.287682.
+    scir = Scir(consistency_weight=0.5, confidence_weight=0.1, threshold=0.6)
+    both = 0.5 * 0.415888 + 0.1 * 1.193549
+    # The implicit reward contradicts, q = 0.25: (0.55)(ln 3.2) - 0.55 ln(0.2 / 0.75); H 0.562335.
+    against = 0.5 * 0.55 * (1.163151 + 1.321756) + 0.1 * (0.500402 + 0.562335)
+    loss, mask = dpo_module.consistency_loss(
+        margin=torch.tensor([math.log(3)] * 3),
+        implicit=torch.tensor([0.0, 0.0, -math.log(3)]),
+        weight=torch.tensor([1.0, 2.0, 1.0]),
+        smoothing=torch.tensor([0.2, 0.2, 0.2]),
+        scir=scir,
+    )
+    assert mask.tolist() == [1, 1, 0]
+    assert loss.tolist() == pytest.approx(
+        [0.287682 + both, 2 * (0.287682 + both), against], abs=1e-5
+    )
+    # A judge that is not sure enough keeps a pair from DPO as well.
+    _, mask = dpo_module.consistency_loss(
+        torch.zeros(1), torch.zeros(1), torch.ones(1), torch.tensor([0.45]), scir
+    )
+    assert mask.tolist() == [0]
+
+
+def test_the_consistency_terms_teach_where_dpo_may_not(
+    base: LoadedBase, slot: Slot, anchor: Adapter, tmp_path: Path
+) -> None:
+    def facts(preference: float) -> dict[str, float]:
+        return train_dpo(
+            slot,
+            base,
+            anchor=[anchor],
+            delta=slot.fresh(LORA, seed=2),
+            reference=[anchor],
+            pairs=[replace(pair, smoothing=1 - preference) for pair in pairs(base, 4)],
+            dpo=DPO.model_copy(update={"epochs": 2}),
+            consistency=Scir(consistency_weight=1.0, confidence_weight=0.0),
+            scratch=tmp_path,
+            seed=2,
+        )[1]
+
+    agreed, disputed = facts(0.9), facts(0.1)
+    assert agreed["step0_loss"] == disputed["step0_loss"] == pytest.approx(LN2, abs=1e-5)
+    assert (agreed["agreement"], disputed["agreement"]) == (1.0, 0.0)
+    assert agreed["reward_margin"] > 0 > disputed["reward_margin"]
+
+
+def trained_on(
+    examples: list[PairExample],
+    base: LoadedBase,
+    slot: Slot,
+    anchor: Adapter,
+    tmp_path: Path,
+    **settings: object,
+) -> tuple[Adapter, dict[str, float]]:
+    return train_dpo(
+        slot,
+        base,
+        anchor=[anchor],
+        delta=slot.fresh(LORA, seed=2),
+        reference=[anchor],
+        pairs=examples,
+        dpo=DPO.model_copy(update={"epochs": 2, **settings}),
+        scratch=tmp_path,
+        seed=2,
+    )
+
+
+@pytest.mark.parametrize("settings", [{}, {"nll_weight": 0.5}, {"ld_alpha": 0.5}])
+def test_our_own_loss_is_trl_s_where_both_apply(
+    base: LoadedBase, slot: Slot, anchor: Adapter, tmp_path: Path, settings: dict[str, object]
+) -> None:
+    if base.dtype != torch.float32:
+        pytest.skip("in bfloat16 the two orders of summation differ by more than they tell")
+    plain = pairs(base, 4)
+    ours = [replace(pair, smoothing=1e-12) for pair in plain]
+    _, expected = trained_on(plain, base, slot, anchor, tmp_path, **settings)
+    _, found = trained_on(ours, base, slot, anchor, tmp_path, **settings)
+    assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def test_a_pair_surely_wrong_is_learned_the_other_way_round(
+    base: LoadedBase, slot: Slot, anchor: Adapter, tmp_path: Path
+) -> None:
+    wrong = [replace(pair, smoothing=1.0) for pair in pairs(base, 4)]
+    _, facts = trained_on(wrong, base, slot, anchor, tmp_path)
+    assert facts["step0_loss"] == pytest.approx(LN2, abs=1e-5)  # the proof knows no weights
+    assert facts["last_loss"] < LN2 - 0.02
+    assert facts["reward_margin"] < 0
+
+
+def test_label_smoothing_makes_a_margin_worth_less(
+    base: LoadedBase, slot: Slot, anchor: Adapter, tmp_path: Path
+) -> None:
+    _, plain = trained_on(pairs(base, 4), base, slot, anchor, tmp_path)
+    _, smooth = trained_on(pairs(base, 4), base, slot, anchor, tmp_path, label_smoothing=0.4)
+    # Adam takes the same steps whatever the scale; -0.6 log s(m) - 0.4 log s(-m) falls slower.
+    assert plain["last_loss"] < smooth["last_loss"] < LN2
+
+
+def test_pairs_of_no_weight_teach_nothing(
+    base: LoadedBase, slot: Slot, anchor: Adapter, tmp_path: Path
+) -> None:
+    weightless = [replace(pair, weight=0.0) for pair in pairs(base, 4)]
+    with pytest.raises(ProofError, match="changed nothing"):
+        trained_on(weightless, base, slot, anchor, tmp_path)
 
 
 def test_the_number_of_steps() -> None:

@@ -31,12 +31,11 @@ ALLOWED: dict[str, set[str]] = {
     "data": {"errors", "records", "run_dir"},
     # pure: from judgements to pairs and figures
     "judging": {"config", "errors", "records"},
-    "pairing": {"config", "judging", "records"},
-    "methods": {"config", "pairing", "records", "seeds"},
+    "pairing": {"config", "records"},
     "evaluate": {"errors", "judging", "records"},
     # torch
     "model": {"config", "errors"},
-    "rollout": {"model", "records"},
+    "rollout": {"config", "errors", "model", "records"},
     "training": {"config", "errors", "model"},
     # the run
     "session": {"config", "errors", "judging", "model", "progress", "rollout", "run_dir"},
@@ -46,7 +45,6 @@ ALLOWED: dict[str, set[str]] = {
         "errors",
         "evaluate",
         "judging",
-        "methods",
         "model",
         "pairing",
         "progress",
@@ -57,11 +55,43 @@ ALLOWED: dict[str, set[str]] = {
         "session",
         "training",
     },
-    "loop": {"run_dir", "session", "stages"},
+    "methods": {
+        "config",
+        "errors",
+        "evaluate",
+        "judging",
+        "pairing",
+        "records",
+        "run_dir",
+        "seeds",
+        "session",
+        "stages",
+    },
+    "export": {"config", "errors", "model", "progress", "records", "run_dir", "stages"},
+    "loop": {"methods", "run_dir", "session", "stages"},
+    "bench": {
+        "config",
+        "errors",
+        "evaluate",
+        "judging",
+        "loop",
+        "methods",
+        "model",
+        "pairing",
+        "progress",
+        "records",
+        "rollout",
+        "run_dir",
+        "seeds",
+        "session",
+        "stages",
+    },
     "cli": {
+        "bench",
         "config",
         "data",
         "errors",
+        "export",
         "hardware",
         "loop",
         "progress",
@@ -75,7 +105,7 @@ ALLOWED: dict[str, set[str]] = {
 """Part of the package to the parts it may import: the package's layers, from the bottom up."""
 
 HEAVY = {"torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "safetensors"}
-MAY_BE_HEAVY = {"model", "rollout", "training"}
+MAY_BE_HEAVY = {"bench", "model", "rollout", "training"}
 MAY_BE_HEAVY_WITHIN_A_FUNCTION = {"hardware"}
 
 
@@ -192,7 +222,10 @@ def loaded_by(code: str) -> set[str]:
     return {name.split(".")[0] for name in json.loads(done.stderr.splitlines()[-1])}
 
 
-@pytest.mark.parametrize("command", [["--help"], ["iterate", "--help"], ["show", "--help"]])
+@pytest.mark.parametrize(
+    "command",
+    [["--help"], ["iterate", "--help"], ["show", "--help"], ["bench", "rollout", "--help"]],
+)
 def test_help_imports_nothing_heavy(command: list[str]) -> None:
     loaded = loaded_by(
         f"sys.argv = ['srlm-lite', *{command}]\n"

@@ -19,6 +19,7 @@ import pytest
 from srlm_lite.config import Recipe, load_recipe
 from srlm_lite.errors import UserError
 from srlm_lite.loop import iterate
+from srlm_lite.methods import method_of
 from srlm_lite.run_dir import RunDir, read_json, read_jsonl, sha256_file
 from srlm_lite.session import Session
 
@@ -241,7 +242,7 @@ def test_pairs_longer_than_the_window_are_dropped_and_counted(
     """A window that the longest pairs of the undisturbed run exceed, and nothing else does."""
     from srlm_lite.records import Candidate, Judgement, PreferencePair, Prompt
     from srlm_lite.run_dir import IterationDir, read_records
-    from srlm_lite.stages.iteration import pair_example, pairs
+    from srlm_lite.stages.iteration import pair_example
 
     place = finished.iteration(1)
     session = Session(load_recipe("tiny"), finished)
@@ -251,7 +252,7 @@ def test_pairs_longer_than_the_window_are_dropped_and_counted(
     short = Session(load_recipe("tiny", [f"base.window={window}"]), finished)
     short.__dict__["chat"] = session.chat
     copy = IterationDir(tmp_path, 1)
-    kept, facts = pairs(
+    kept, facts = method_of(short.recipe).pairs(
         short,
         copy,
         read_records(place.prompts, Prompt),

@@ -134,9 +134,11 @@ def test_held_out_phrasings_are_apart() -> None:
 
 
 def test_shipped_data_is_what_the_script_makes(script: ModuleType, tmp_path: Path) -> None:
-    script.write_data(tmp_path, seed=0)
+    script.write_data(tmp_path / "data", seed=0)
+    for name in ("ranked.jsonl", "meta.jsonl"):
+        assert (tmp_path / name).read_bytes() == (RECIPES / "toy" / name).read_bytes(), name
     for stem in FILES:
-        made = (tmp_path / f"{stem}.jsonl").read_bytes()
+        made = (tmp_path / "data" / f"{stem}.jsonl").read_bytes()
         assert made == (DATA / f"{stem}.jsonl").read_bytes(), stem
 
 

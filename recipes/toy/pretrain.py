@@ -2,6 +2,7 @@
 
 Writes
   OUT/data/   ift, eft_train, eft_eval, prompts, eval_prompts (.jsonl), in seconds
+  OUT/        ranked replies and comparisons of reviews for the methods (.jsonl)
   OUT/base/   a word-level Llama of about 0.9M parameters with its tokenizer (bf16, under 2 MB)
 
 The base is pretrained on dialogues of random quality and on reviews of such answers in the judge's
@@ -31,6 +32,7 @@ from srlm_lite.tasks import toy
 Row = dict[str, Any]
 
 RUBRIC = Path(__file__).parent.parent / "rubrics" / "toy.yaml"
+META_TEMPLATE = Path(__file__).parent.parent / "templates" / "toy-meta.txt"
 TEMPLATE: str = yaml.safe_load(RUBRIC.read_text(encoding="utf-8"))["template"]
 
 # Bad answers of the anchor's training data mostly just lack the opening or ending, so its most
@@ -80,18 +82,7 @@ def make_data(*, seed: int) -> dict[str, list[Row]]:
         for number, prompt in enumerate(eft_prompts)
         for response in [_answer_with_score(rng, prompt, number % 6)]
     ]
-    eft_eval = []
-    for number, prompt in enumerate(judge_eval):
-        responses = [toy.sample_answer(rng, prompt, rng.choice((0.3, 0.7))) for _ in range(4)]
-        scores = [_gold(prompt, response) for response in responses]
-        order = sorted(set(scores), reverse=True)
-        eft_eval += [
-            _judged_row(
-                f"toy-judge-{number:04}", at, prompt, response,
-                rank=order.index(score), with_target=False,
-            )
-            for at, (response, score) in enumerate(zip(responses, scores, strict=True))
-        ]  # fmt: skip
+    eft_eval = _ranked_rows(rng, "toy-judge", judge_eval)
     return {
         "ift": ift,
         "eft_train": eft_train,
@@ -101,12 +92,65 @@ def make_data(*, seed: int) -> dict[str, list[Row]]:
     }
 
 
+def make_ranked(*, seed: int) -> list[Row]:
+    """Ranked replies for the methods that learn from those: prompts that no other file has."""
+    known = toy.prompts(held_out=False)
+    random.Random(f"toy data {seed}").shuffle(known)
+    return _ranked_rows(random.Random(f"toy ranked {seed}"), "toy-ranked", known[2160:2400])
+
+
+def make_meta(*, seed: int) -> list[Row]:
+    """Comparisons of two reviews of an answer, one of them wrong in one verdict.
+
+    The reply reviews the answer afresh, and then names the review that says the same.
+    """
+    known = toy.prompts(held_out=False)
+    random.Random(f"toy data {seed}").shuffle(known)
+    rng = random.Random(f"toy meta {seed}")
+    template = META_TEMPLATE.read_text(encoding="utf-8")
+    rows = []
+    for number, prompt in enumerate(known[2400:2800]):
+        response = toy.sample_answer(rng, prompt, rng.choice((0.3, 0.7)))
+        right = toy.review(prompt, response)
+        winner = rng.randrange(2)
+        shown = [right, right]
+        shown[1 - winner] = _with_one_verdict_wrong(rng, right)
+        question = template
+        texts = {"prompt": prompt, "response": response, "first": shown[0], "second": shown[1]}
+        for name, text in texts.items():
+            question = question.replace("{{" + name + "}}", text)
+        rows.append(
+            {
+                "prompt_id": f"toy-meta-{number:04}",
+                "prompt": question,
+                "response": f"{right}\nreview {winner + 1}",
+            }
+        )
+    return rows
+
+
+def _with_one_verdict_wrong(rng: random.Random, review: str) -> str:
+    *verdicts, score = review.split("\n")
+    at = rng.randrange(len(verdicts))
+    said_yes = verdicts[at].endswith("yes")
+    verdicts[at] = verdicts[at].removesuffix("yes" if said_yes else "no")
+    verdicts[at] += "no" if said_yes else "yes"
+    points = int(score.split()[-1]) + (-1 if said_yes else 1)
+    return "\n".join([*verdicts, f"Score: {points}"])
+
+
 def write_data(directory: Path, *, seed: int) -> None:
-    """Write each file of `make_data` as JSONL."""
+    """Write each file of `make_data` as JSONL, and the methods' own beside the directory."""
     directory.mkdir(parents=True, exist_ok=True)
     for stem, rows in make_data(seed=seed).items():
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (directory / f"{stem}.jsonl").write_text(text, encoding="utf-8")
+        _write_rows(directory / f"{stem}.jsonl", rows)
+    _write_rows(directory.parent / "ranked.jsonl", make_ranked(seed=seed))
+    _write_rows(directory.parent / "meta.jsonl", make_meta(seed=seed))
+
+
+def _write_rows(path: Path, rows: list[Row]) -> None:
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    path.write_text(text, encoding="utf-8")
 
 
 def make_tokenizer() -> Any:
@@ -272,6 +316,22 @@ def _judged_row(
         "quality": float(_gold(prompt, response)),
         "target": toy.review(prompt, response) if with_target else None,
     }
+
+
+def _ranked_rows(rng: random.Random, stem: str, prompts: list[str]) -> list[Row]:
+    rows = []
+    for number, prompt in enumerate(prompts):
+        responses = [toy.sample_answer(rng, prompt, rng.choice((0.3, 0.7))) for _ in range(4)]
+        scores = [_gold(prompt, response) for response in responses]
+        order = sorted(set(scores), reverse=True)
+        rows += [
+            _judged_row(
+                f"{stem}-{number:04}", at, prompt, response,
+                rank=order.index(score), with_target=False,
+            )
+            for at, (response, score) in enumerate(zip(responses, scores, strict=True))
+        ]  # fmt: skip
+    return rows
 
 
 def _prompt_rows(stem: str, texts: list[str]) -> list[Row]:

@@ -1,22 +1,30 @@
-"""A method turns candidates and judgements into preference pairs with weights: one file each."""
+"""The methods: what turns answers and grades into weighted pairs, one file each."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from srlm_lite.config import Recipe
-from srlm_lite.methods import self_rewarding
-from srlm_lite.pairing import Drops
-from srlm_lite.records import Candidate, Judgement, PreferencePair, Prompt
+from srlm_lite.methods.cream import Cream
+from srlm_lite.methods.dno import Dno
+from srlm_lite.methods.dpo import OfflineDpo
+from srlm_lite.methods.meta_rewarding import MetaRewarding
+from srlm_lite.methods.scir import Scir
+from srlm_lite.methods.self_rewarding import SelfRewarding
+from srlm_lite.methods.spin import Spin
+from srlm_lite.methods.temporal import Temporal
+
+METHODS: dict[str, type[SelfRewarding]] = {
+    "self-rewarding": SelfRewarding,
+    "dpo": OfflineDpo,
+    "spin": Spin,
+    "cream": Cream,
+    "temporal": Temporal,
+    "dno": Dno,
+    "scir": Scir,
+    "meta-rewarding": MetaRewarding,
+}
+"""Every method that a recipe may name. A method inherits from the one it changes."""
 
 
-def pairs(
-    recipe: Recipe,
-    prompts: Sequence[Prompt],
-    candidates: Sequence[Candidate],
-    judgements: Sequence[Judgement],
-    *,
-    seed_path: Sequence[object],
-) -> tuple[list[PreferencePair], Drops]:
-    """The pairs of the recipe's method, and what was left out."""
-    return self_rewarding.pairs(recipe, prompts, candidates, judgements, seed_path=seed_path)
+def method_of(recipe: Recipe) -> SelfRewarding:
+    """The recipe's method."""
+    return METHODS[recipe.method]()

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from srlm_lite.errors import UserError
 from srlm_lite.judging import Rubric, parse_score
-from srlm_lite.records import Judgement, RankedReply
+from srlm_lite.records import Instruction, Judgement, RankedReply
 from srlm_lite.run_dir import read_json, write_json, write_records
 from srlm_lite.seeds import derive_seed
 from srlm_lite.session import Session
 from srlm_lite.stages.sampling import judge_replies
-from srlm_lite.stages.seed_data import data_file, read_ift, read_ranked
+from srlm_lite.stages.seed_data import data_file, read_extra, read_ift, read_ranked
 
 if TYPE_CHECKING:
     from srlm_lite.model.stack import Adapter
@@ -40,14 +40,15 @@ def anchor(session: Session) -> tuple[None, dict[str, Any]]:
         session.slot.load((shipped,))  # refused here if it does not fit the base
         return None, _save(session, shipped, {"taken_from": section.init})
 
-    ift = ift_examples(session) if section.use_ift else []
+    ift = ift_examples(session, read_ift(session.recipe)) if section.use_ift else []
+    extra = ift_examples(session, read_extra(session.recipe))
     eft: list[Example] = []
-    facts: dict[str, Any] = {"ift": len(ift)}
+    facts: dict[str, Any] = {"ift": len(ift), **({"extra": len(extra)} if extra else {})}
     if section.use_eft:
         rows = eft_rows(session, ift, facts)
         eft = [_judge_example(session, row) for row in rows]
         facts["eft"] = len(eft)
-    examples, too_long = _fitting(session, [*ift, *eft])
+    examples, too_long = _fitting(session, [*ift, *extra, *eft])
     if not examples:
         raise UserError(
             f"nothing to train the anchor on ({too_long} rows are longer than base.window)",
@@ -65,7 +66,7 @@ def _save(session: Session, adapter: Adapter, facts: dict[str, Any]) -> dict[str
     return facts
 
 
-def ift_examples(session: Session) -> list[Example]:
+def ift_examples(session: Session, rows: Sequence[Instruction]) -> list[Example]:
     """Instruction data as ids."""
     from srlm_lite.training.sft import Example
 
@@ -74,7 +75,7 @@ def ift_examples(session: Session) -> list[Example]:
             prompt_ids=tuple(session.chat.prompt_ids(row.prompt)),
             target_ids=tuple(session.chat.target_ids(row.response)),
         )
-        for row in read_ift(session.recipe)
+        for row in rows
     ]
 
 
@@ -136,7 +137,7 @@ def _self_written_targets(
         path=session.run.anchor.eft_judgements,
         stage="EFT targets",
         votes=session.recipe.judge.votes,
-        chunk=session.recipe.rollout.batch_rows,
+        chunk=session.recipe.rollout.chunk_prompts * session.recipe.rollout.n,
         seed_path=(session.recipe.seed, "eft-targets"),
     )
     kept, drops = agreeing_targets(groups, judgements)
@@ -276,6 +277,7 @@ def _train(
 
     section = session.recipe.anchor
     seed = derive_seed(session.recipe.seed, seed_name)
+    session.close_engines()
     task = session.reporter.start(stage, total_steps(len(examples), section), "steps")
 
     def on_step(step: int, steps: int, logs: dict[str, float]) -> None:

@@ -25,12 +25,19 @@ ACCURACY_FALL = 0.03
 
 
 def evaluation(
-    session: Session, directory: StageDir, stack: Sequence[Adapter]
+    session: Session,
+    directory: StageDir,
+    stack: Sequence[Adapter],
+    *,
+    judge: Sequence[Adapter] | None = None,
 ) -> tuple[None, dict[str, Any]]:
     """Measure a stack as judge and as policy; write `eval.json`.
 
     Every model of a run answers the same prompts and judges the same replies, with the same
     seeds, so that differences are the models'.
+
+    Args:
+        judge: The stack in the judge's role, where that is another one.
     """
     if directory.evaluation.is_file():
         return None, read_json(directory.evaluation)
@@ -39,12 +46,12 @@ def evaluation(
     replies = [(row.response_id, row.prompt, row.response) for group in groups for row in group]
     judgements = judge_replies(
         session,
-        stack,
+        stack if judge is None else judge,
         replies,
         path=directory.evaluation_dir / "judgements.jsonl",
         stage="evaluation, judge",
         votes=recipe.evaluate.votes or recipe.judge.votes,
-        chunk=recipe.rollout.batch_rows,
+        chunk=recipe.rollout.chunk_prompts * recipe.rollout.n,
         seed_path=(recipe.seed, "evaluation", "judge"),
     )
     result = {

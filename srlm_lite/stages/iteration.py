@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from srlm_lite import methods
+from srlm_lite.config import Dpo, Scir
 from srlm_lite.errors import UserError
 from srlm_lite.evaluate.gold import load_gold
 from srlm_lite.evaluate.judge_metrics import judge_metrics
-from srlm_lite.pairing import Drops
+from srlm_lite.pairing import Drops, replayed
 from srlm_lite.records import Candidate, Judgement, PreferencePair, Prompt, RankedReply
 from srlm_lite.run_dir import (
+    DeltaPlace,
     IterationDir,
     read_json,
     read_records,
@@ -22,23 +24,35 @@ from srlm_lite.run_dir import (
     write_records,
 )
 from srlm_lite.seeds import derive_seed
-from srlm_lite.session import Session
+from srlm_lite.session import Role, Session
 from srlm_lite.stages.anchor import scratch
 from srlm_lite.stages.sampling import judge_replies, sample_candidates
 from srlm_lite.stages.seed_data import prompt_file, read_prompts
 from srlm_lite.stages.self_instruct import write_prompts
 
 if TYPE_CHECKING:
+    from srlm_lite.model.stack import Adapter
     from srlm_lite.training.dpo import PairExample
 
 
-def prompts(session: Session, iteration: IterationDir) -> tuple[list[Prompt], dict[str, Any]]:
-    """The iteration's prompts: the next slice of the shuffled list, or newly written ones."""
+Pool = tuple[list[Prompt], Path]
+
+
+def prompts(
+    session: Session, iteration: IterationDir, *, pool: Pool | None = None
+) -> tuple[list[Prompt], dict[str, Any]]:
+    """The iteration's prompts: the next slice of the shuffled list, or newly written ones.
+
+    Args:
+        pool: Prompts to take in place of the recipe's, and the file they are from.
+    """
     section = session.recipe.prompts
     if iteration.prompts.is_file():
         found = read_records(iteration.prompts, Prompt)
         return found, {"prompts": len(found)}
-    if section.source == "self-instruct":
+    if pool is not None:
+        chosen, facts = _slice(session, pool[0], iteration.number, pool[1])
+    elif section.source == "self-instruct":
         chosen, facts = write_prompts(session, iteration)
     else:
         path = prompt_file(session.recipe)
@@ -73,25 +87,69 @@ def _slice(
 
 
 def candidates(
-    session: Session, iteration: IterationDir, prompts: Sequence[Prompt]
+    session: Session,
+    iteration: IterationDir,
+    prompts: Sequence[Prompt],
+    *,
+    n: int | None = None,
+    of: Answerer | None = None,
 ) -> tuple[list[Candidate], dict[str, Any]]:
-    """N answers to each prompt from the current policy."""
+    """N answers to each prompt from the current policy.
+
+    Args:
+        n: Other than the recipe's.
+        of: Another model than the policy.
+    """
     section = session.recipe.rollout
+    of = of or Answerer(session.stack(iteration.number - 1), iteration.candidates)
     rows = sample_candidates(
         session,
-        session.stack(iteration.number - 1),
+        of.stack,
         prompts,
-        path=iteration.candidates,
-        stage="candidates",
+        path=of.path,
+        stage=of.stage,
         sampling=section,
-        n=section.n,
-        seed_path=(session.recipe.seed, iteration.number, "candidates"),
+        n=n or section.n,
+        seed_path=(session.recipe.seed, iteration.number, of.stage),
+        tag=of.tag,
+        role=of.role,
     )
-    return rows, {
+    return rows, candidate_facts(rows)
+
+
+def candidate_facts(rows: Sequence[Candidate]) -> dict[str, Any]:
+    """What `metrics.jsonl` keeps of candidates."""
+    return {
         "candidates": len(rows),
         "truncated": sum(row.finish_reason == "length" for row in rows),
         "mean_tokens": round(fmean(row.n_tokens for row in rows), 1),
     }
+
+
+@dataclass(frozen=True, slots=True)
+class Answerer:
+    """A model that answers the prompts, where its answers go, and what marks their names."""
+
+    stack: Sequence[Adapter]
+    path: Path
+    stage: str = "candidates"
+    tag: str = ""
+    role: Role = "policy"
+
+
+@dataclass(frozen=True, slots=True)
+class Grader:
+    """A model that grades candidates, and where its judgements go."""
+
+    stack: Sequence[Adapter]
+    path: Path
+    stage: str = "judgements"
+
+
+def no_judgements(iteration: IterationDir) -> tuple[list[Judgement], dict[str, Any]]:
+    """Of a method without a judge: an empty file, for whoever reads the run."""
+    write_records(iteration.judgements, [])
+    return [], {"judgements": 0, "parse_rate": None, "mean_score": None}
 
 
 def judgements(
@@ -99,8 +157,10 @@ def judgements(
     iteration: IterationDir,
     prompts: Sequence[Prompt],
     candidates: Sequence[Candidate],
+    *,
+    by: Grader | None = None,
 ) -> tuple[list[Judgement], dict[str, Any]]:
-    """K votes on each candidate from the same weights in the judge's role.
+    """K votes on each candidate from the same weights in the judge's role, or `by` others.
 
     Candidates that pairing would leave out whatever their score, empty or (where the recipe
     drops those) truncated, are not judged.
@@ -112,26 +172,27 @@ def judgements(
         for row in candidates
         if row.text and not (recipe.pairing.drop_truncated and row.finish_reason == "length")
     ]
+    by = by or Grader(session.stack(iteration.number - 1, "judge"), iteration.judgements)
     rows = judge_replies(
         session,
-        session.stack(iteration.number - 1),
+        by.stack,
         replies,
-        path=iteration.judgements,
-        stage="judgements",
+        path=by.path,
+        stage=by.stage,
         votes=recipe.judge.votes,
         chunk=recipe.rollout.chunk_prompts * recipe.rollout.n,
-        seed_path=(recipe.seed, iteration.number, "judgements"),
+        seed_path=(recipe.seed, iteration.number, by.stage),
     )
     readable = [row.score for row in rows if row.score is not None]
     return rows, {
         "judgements": len(rows),
         "parse_rate": round(len(readable) / max(1, len(rows)), 4),
         "mean_score": round(fmean(readable), 3) if readable else None,
-        **_on_policy_accuracy(recipe.evaluate.gold, texts, candidates, rows),
+        **on_policy_accuracy(recipe.evaluate.gold, texts, candidates, rows),
     }
 
 
-def _on_policy_accuracy(
+def on_policy_accuracy(
     gold_name: str | None,
     texts: Mapping[str, str],
     candidates: Sequence[Candidate],
@@ -163,32 +224,50 @@ def _on_policy_accuracy(
     return {"gold_pairwise_accuracy": metrics["pairwise_accuracy"]}
 
 
-def pairs(
-    session: Session,
-    iteration: IterationDir,
-    prompts: Sequence[Prompt],
-    candidates: Sequence[Candidate],
-    judgements: Sequence[Judgement],
+def keep_pairs(
+    session: Session, iteration: IterationDir, made: Sequence[PreferencePair], drops: Drops
 ) -> tuple[list[PreferencePair], dict[str, Any]]:
-    """The method's preference pairs that fit the window.
+    """The method's preference pairs that fit the window, and older ones to replay.
 
     Raises:
-        UserError: Fewer than `pairing.min_pairs`; says why prompts gave none.
+        UserError: Fewer new ones than `pairing.min_pairs`; says why prompts gave none.
     """
     recipe = session.recipe
-    made, drops = methods.pairs(
-        recipe, prompts, candidates, judgements, seed_path=(recipe.seed, iteration.number, "pairs")
-    )
-    fitting = [pair for pair in made if len(pair_example(session, pair)) <= recipe.base.window]
-    drops.prompts["too_long"] += len(made) - len(fitting)
+    fitting = fitting_pairs(session, made)
+    own = [pair for pair in fitting if not pair.origin]
+    drops.prompts["too_long"] += sum(not pair.origin for pair in made) - len(own)
     write_json(iteration.drops, drops.to_json())
-    _refuse_too_few(session, fitting, drops, iteration)
-    write_records(iteration.pairs, fitting)
-    return fitting, {
-        "pairs": len(fitting),
+    _refuse_too_few(session, own, drops, iteration)
+    older = [
+        read_records(session.run.iteration(t).pairs, PreferencePair)
+        for t in range(iteration.number - 1, 0, -1)[: len(recipe.pairing.replay)]
+    ]
+    replays = replayed(
+        older,
+        new=len(own),
+        shares=recipe.pairing.replay,
+        seed=derive_seed(recipe.seed, iteration.number, "replay"),
+    )
+    write_records(iteration.pairs, [*fitting, *replays])
+    return [*fitting, *replays], {
+        "pairs": len(own),
+        **({"judge_pairs": len(fitting) - len(own)} if len(fitting) > len(own) else {}),
+        **({"replayed": len(replays)} if replays else {}),
         "drops": {reason: count for reason, count in drops.prompts.items() if count},
-        **_gold_agreement(recipe.evaluate.gold, fitting),
+        "chosen_chars": _mean_length([pair.chosen for pair in own]),
+        "rejected_chars": _mean_length([pair.rejected for pair in own]),
+        **_gold_agreement(recipe.evaluate.gold, own),
     }
+
+
+def fitting_pairs(session: Session, pairs: Sequence[PreferencePair]) -> list[PreferencePair]:
+    """The pairs whose two sequences both fit the window."""
+    window = session.recipe.base.window
+    return [pair for pair in pairs if len(pair_example(session, pair)) <= window]
+
+
+def _mean_length(texts: Sequence[str]) -> float:
+    return round(fmean(len(text) for text in texts), 1)
 
 
 def _refuse_too_few(
@@ -239,26 +318,45 @@ def pair_example(session: Session, pair: PreferencePair) -> PairExample:
         prompt_ids=tuple(session.chat.prompt_ids(pair.prompt)),
         chosen_ids=tuple(session.chat.target_ids(pair.chosen)),
         rejected_ids=tuple(session.chat.target_ids(pair.rejected)),
+        weight=pair.weight,
+        smoothing=pair.smoothing,
     )
 
 
 def delta(
-    session: Session, iteration: IterationDir, pairs: Sequence[PreferencePair]
+    session: Session,
+    iteration: IterationDir,
+    pairs: Sequence[PreferencePair],
+    *,
+    dpo: Dpo | None = None,
+    place: DeltaPlace | None = None,
+    consistency: Scir | None = None,
+    role: Role = "policy",
 ) -> tuple[None, dict[str, Any]]:
-    """DPO: what this iteration learns on top of the anchor."""
-    if iteration.training.is_file():
-        return None, read_json(iteration.training)
+    """DPO: what this iteration learns on top of the anchor.
+
+    Args:
+        dpo: Settings other than the recipe's.
+        place: Where to put another delta than the iteration's own.
+        consistency: Terms that pull the implicit reward towards the judge.
+        role: Whose delta it is.
+    """
+    place = place or iteration.delta_place
+    if place.training.is_file():
+        return None, read_json(place.training)
     from srlm_lite.training.arguments import total_steps
     from srlm_lite.training.dpo import train_dpo
 
     recipe = session.recipe
-    seed = derive_seed(recipe.seed, iteration.number, "delta")
-    anchor, *previous = session.stack(iteration.number - 1)
-    start = session.slot.fresh(recipe.dpo.lora, seed=seed)
-    if recipe.dpo.init == "previous" and previous:
+    dpo = dpo or recipe.dpo
+    seed = derive_seed(recipe.seed, iteration.number, place.name)
+    anchor, *previous = session.stack(iteration.number - 1, role)
+    start = session.slot.fresh(dpo.lora, seed=seed)
+    if dpo.init == "previous" and previous:
         start = previous[0]
-    reference = [anchor] if recipe.dpo.reference == "anchor" else [anchor, start]
-    task = session.reporter.start("DPO", total_steps(len(pairs), recipe.dpo), "steps")
+    reference = [anchor] if dpo.reference == "anchor" else [anchor, start]
+    session.close_engines()
+    task = session.reporter.start("DPO", total_steps(len(pairs), dpo), "steps")
 
     def on_step(step: int, steps: int, logs: dict[str, float]) -> None:
         task.advance()
@@ -271,11 +369,19 @@ def delta(
         delta=start,
         reference=reference,
         pairs=[pair_example(session, pair) for pair in pairs],
-        dpo=recipe.dpo,
+        dpo=dpo,
+        consistency=consistency,
         scratch=scratch(session.run.scratch),
         seed=seed,
         on_step=on_step,
     )
-    trained.save(iteration.delta, base_name=recipe.base.name)
-    write_json(iteration.training, facts)  # last: where it is, the delta is whole
+    trained.save(place.adapter, base_name=recipe.base.name)
+    write_json(place.training, facts)  # last: where it is, the delta is whole
     return None, facts
+
+
+def stack_of(session: Session, place: DeltaPlace) -> list[Adapter]:
+    """The anchor and a delta that is not an iteration's own."""
+    from srlm_lite.model.stack import Adapter
+
+    return [*session.stack(0), Adapter.load(place.adapter)]

@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from srlm_lite.config import Sampling
-from srlm_lite.judging import parse_score
+from srlm_lite.errors import UserError
+from srlm_lite.judging import (
+    expected_score,
+    names_a_score,
+    parse_score,
+    score_line_complete,
+    whole_scores,
+)
 from srlm_lite.progress import Task
-from srlm_lite.records import Candidate, Judgement, Prompt
-from srlm_lite.rollout.protocol import Limits, Request
+from srlm_lite.records import Candidate, Judgement, Prompt, Reply
+from srlm_lite.rollout.protocol import Limits, Request, Sample
 from srlm_lite.run_dir import Journal
 from srlm_lite.seeds import derive_seed
-from srlm_lite.session import Session
+from srlm_lite.session import Role, Session
 
 if TYPE_CHECKING:
     from srlm_lite.model.stack import Adapter
 
 ReplyToJudge = tuple[str, str, str]
 """Id of a reply, the prompt it answers, its text."""
+
+ALTERNATIVES = 20
+"""Tokens looked at for an expected score; more than servers commonly give."""
 
 
 def chunked(items: Sequence[object], size: int) -> list[slice]:
@@ -46,14 +58,17 @@ def sample_candidates(
     sampling: Sampling,
     n: int,
     seed_path: Sequence[object],
+    tag: str = "",
+    role: Role = "policy",
 ) -> list[Candidate]:
     """n answers to each prompt, appended to the journal at `path`.
 
-    Candidate i of a prompt is named `<prompt_id>#<i>`; its seed depends on that name alone.
+    Candidate i of a prompt is named `<prompt_id>#<tag><i>`; its seed depends on that name alone.
     """
     limits = limits_of(sampling)
     chunks = chunked(prompts, session.recipe.rollout.chunk_prompts)
-    names = [[f"{p.prompt_id}#{i}" for p in prompts[chunk] for i in range(n)] for chunk in chunks]
+    marks = [f"#{tag}{i}" for i in range(n)]
+    names = [[f"{p.prompt_id}{mark}" for p in prompts[c] for mark in marks] for c in chunks]
     task = session.reporter.start(stage, len(prompts) * n, "answers")
 
     def compute(index: int) -> list[Candidate]:
@@ -61,25 +76,71 @@ def sample_candidates(
         requests = [
             Request(
                 prompt_ids=tuple(session.chat.prompt_ids(prompt.text)),
-                seeds=tuple(derive_seed(*seed_path, f"{prompt.prompt_id}#{i}") for i in range(n)),
+                seeds=tuple(derive_seed(*seed_path, f"{prompt.prompt_id}{mark}") for mark in marks),
+                text=prompt.text,
             )
             for prompt in chunk
         ]
-        answers = session.engine(stack).sample(requests, limits, on_samples=task.advance)
+        answers = session.engine(stack, role).sample(requests, limits, on_samples=task.advance)
         return [
             Candidate(
                 prompt_id=prompt.prompt_id,
-                candidate_id=f"{prompt.prompt_id}#{i}",
+                candidate_id=f"{prompt.prompt_id}{mark}",
                 text=sample.text.strip(),
-                n_tokens=len(sample.token_ids),
+                n_tokens=sample.n_tokens,
                 finish_reason=sample.finish_reason,
             )
             for prompt, samples in zip(chunk, answers, strict=True)
-            for i, sample in enumerate(samples)
+            for mark, sample in zip(marks, samples, strict=True)
         ]
 
     journal = Journal(path, Candidate, lambda row: row.candidate_id)
     return journal.fill(names, compute, on_chunk=_skip(task, names))
+
+
+def ask(
+    session: Session,
+    stack: Sequence[Adapter],
+    questions: Sequence[tuple[str, str]],
+    *,
+    path: Path,
+    stage: str,
+    limits: Limits,
+    seed_path: Sequence[object],
+    role: Role = "judge",
+) -> dict[str, Reply]:
+    """One reply to each question (name, text), appended to the journal at `path`, by name.
+
+    A question that does not fit the window gets an empty reply of finish reason `length`.
+    """
+    chunks = [
+        questions[part] for part in chunked(questions, 4 * session.recipe.rollout.chunk_prompts)
+    ]
+    task = session.reporter.start(stage, len(questions), "replies")
+    room = session.recipe.base.window - limits.max_new_tokens
+
+    def compute(index: int) -> list[Reply]:
+        requests = {
+            name: Request(
+                tuple(session.chat.prompt_ids(text)), (derive_seed(*seed_path, name),), text
+            )
+            for name, text in chunks[index]
+        }
+        fitting = {name: one for name, one in requests.items() if len(one.prompt_ids) <= room}
+        sampled = session.engine(stack, role).sample(list(fitting.values()), limits)
+        found = {
+            name: Reply(name, samples[0].text.strip(), samples[0].finish_reason)
+            for name, samples in zip(fitting, sampled, strict=True)
+        }
+        return [found.get(name, Reply(name, "", "length")) for name in requests]
+
+    journal = Journal(path, Reply, lambda row: row.name)
+    rows: list[Reply] = journal.fill(
+        [[name for name, _ in chunk] for chunk in chunks],
+        compute,
+        on_chunk=lambda index, computed: task.advance(len(chunks[index])),
+    )
+    return {row.name: row for row in rows}
 
 
 def judge_replies(
@@ -95,9 +156,18 @@ def judge_replies(
 ) -> list[Judgement]:
     """`votes` sampled judgements of each reply, appended to the journal at `path`.
 
+    A vote ends with its score line. Where prompt or reply speak of a score themselves, it goes on
+    to its own end, for a score line before that may be a quotation.
+
+    With `judge.score: expected` a readable vote's score is the expected one wherever that can be
+    told, and `sampled_score` is what the vote says.
+
     A vote that cannot be read is sampled once more, with more tokens; if that cannot be read
     either its score is None. A reply whose judge prompt does not fit the window gets unreadable
     votes without any sampling.
+
+    Raises:
+        UserError: Expected scores are asked for, but a score of the rubric is several tokens.
     """
     judge = session.recipe.judge
     chunks = chunked(replies, chunk)
@@ -107,37 +177,42 @@ def judge_replies(
     def sample(
         items: Sequence[tuple[ReplyToJudge, Sequence[int]]], *, max_new_tokens: int, attempt: str
     ) -> list[Judgement]:
-        prompt_ids = [
-            tuple(
-                session.chat.prompt_ids(session.rubric.render(prompt=reply[1], response=reply[2]))
-            )
-            for reply, _ in items
+        texts = [
+            session.rubric.render(prompt=prompt, response=response)
+            for (_, prompt, response), _ in items
         ]
+        prompt_ids = [tuple(session.chat.prompt_ids(text)) for text in texts]
         room = session.recipe.base.window - max_new_tokens
         fitting = [i for i, ids in enumerate(prompt_ids) if len(ids) <= room]
-        requests = [
-            Request(
+        requests = {
+            i: Request(
                 prompt_ids=prompt_ids[i],
                 seeds=tuple(
                     derive_seed(*seed_path, attempt, items[i][0][0], vote) for vote in items[i][1]
                 ),
+                text=texts[i],
             )
             for i in fitting
-        ]
+        }
         limits = limits_of(judge, max_new_tokens=max_new_tokens)
-        sampled = session.engine(stack).sample(requests, limits)
-        by_item = dict(zip(fitting, sampled, strict=True))
+        if judge.score == "expected":
+            _check_scores_are_tokens(session)
+            limits = replace(limits, alternatives=ALTERNATIVES)
+        stopped = replace(limits, stop=partial(score_line_complete, session.rubric))
+        engine = session.engine(stack, "judge")
+        by_item: dict[int, list[Sample]] = {}
+        for quotes, rule in ((False, stopped), (True, limits)):
+            group = [i for i in fitting if _names_a_score(items[i][0]) == quotes]
+            if group:
+                sampled = engine.sample([requests[i] for i in group], rule)
+                by_item.update(zip(group, sampled, strict=True))
         judgements = []
         for i, (reply, wanted) in enumerate(items):
             for place, vote in enumerate(wanted):
                 if i not in by_item:
                     judgements.append(Judgement(reply[0], vote, "", None, "length"))
                     continue
-                one = by_item[i][place]
-                score = parse_score(one.text, session.rubric, finish_reason=one.finish_reason)
-                judgements.append(
-                    Judgement(reply[0], vote, one.text.strip(), score, one.finish_reason)
-                )
+                judgements.append(_judgement(session, reply[0], vote, by_item[i][place]))
         return judgements
 
     def compute(index: int) -> list[Judgement]:
@@ -163,6 +238,36 @@ def judge_replies(
 
     journal = Journal(path, Judgement, lambda row: f"{row.candidate_id}:{row.vote}")
     return journal.fill(names, compute, on_chunk=_skip(task, names))
+
+
+def _judgement(session: Session, candidate_id: str, vote: int, sample: Sample) -> Judgement:
+    rubric, reason = session.rubric, sample.finish_reason
+    score = parse_score(sample.text, rubric, finish_reason=reason)
+    row = Judgement(candidate_id, vote, sample.text.strip(), score, reason)
+    if score is None or session.recipe.judge.score == "sampled":
+        return row
+    expected = expected_score(sample.tokens, rubric, sampled=score)
+    counts = score if expected is None else round(expected, 4)
+    return replace(row, score=counts, sampled_score=score)
+
+
+def _check_scores_are_tokens(session: Session) -> None:
+    def is_token(score: int) -> bool:
+        ids = session.chat.target_ids(f"Score: {score}")
+        return str(score) in (session.chat.decode([one]) for one in ids)
+
+    split = [score for score in whole_scores(session.rubric) if not is_token(score)]
+    if split:
+        raise UserError(
+            f"the score {split[0]} is more than one token to this base",
+            where="judge.score = expected",
+            way_out="Set judge.score=sampled, or use a rubric with scores from 0 to 9",
+        )
+
+
+def _names_a_score(reply: ReplyToJudge) -> bool:
+    _, prompt, response = reply
+    return names_a_score(prompt) or names_a_score(response)
 
 
 def _skip(task: Task, names: Sequence[Sequence[str]]) -> Callable[[int, bool], None]:

@@ -9,8 +9,9 @@ from pathlib import Path
 from srlm_lite.config import Recipe
 from srlm_lite.errors import UserError
 from srlm_lite.evaluate.gold import load_gold
-from srlm_lite.judging import load_rubric
+from srlm_lite.judging import load_rubric, load_template
 from srlm_lite.records import Instruction, Prompt, RankedReply
+from srlm_lite.rollout.installed import check_vllm
 from srlm_lite.run_dir import read_jsonl, read_records
 
 
@@ -43,6 +44,12 @@ def read_ift(recipe: Recipe) -> list[Instruction]:
     return rows[: recipe.anchor.ift_limit]
 
 
+def read_extra(recipe: Recipe) -> list[Instruction]:
+    """The anchor's extra rows; none where the recipe names no file."""
+    named = recipe.data.extra
+    return read_records(Path(named), Instruction) if named else []
+
+
 def read_ranked(path: Path, limit: int | None) -> list[list[RankedReply]]:
     """Ranked replies grouped by prompt, at most `limit` prompts, in the order of the file."""
     groups: dict[str, list[RankedReply]] = {}
@@ -51,6 +58,21 @@ def read_ranked(path: Path, limit: int | None) -> list[list[RankedReply]]:
     for row in rows:
         groups.setdefault(row.prompt_id, []).append(row)
     return list(islice(groups.values(), limit))
+
+
+def ranked_file(recipe: Recipe) -> Path:
+    """The replies that humans ranked: `data.ranked`, else the judge data's."""
+    named = recipe.data.ranked
+    return Path(named) if named else data_file(recipe, "eft_train.jsonl")
+
+
+def read_human_answers(recipe: Recipe) -> tuple[list[Instruction], Path]:
+    """One human answer a prompt, and the file: the best of `data.ranked`, else `ift.jsonl`."""
+    if recipe.data.ranked is None:
+        return read_ift(recipe), data_file(recipe, "ift.jsonl")
+    path = ranked_file(recipe)
+    best = [min(group, key=lambda row: row.rank) for group in read_ranked(path, None)]
+    return [Instruction(row.prompt_id, row.prompt, row.response) for row in best], path
 
 
 def read_prompts(path: Path) -> list[Prompt]:
@@ -87,17 +109,31 @@ def check_inputs(recipe: Recipe) -> None:
     Raises:
         UserError: Names the first such input.
     """
+    if "vllm" in (recipe.rollout.engine, recipe.judge.engine):
+        check_vllm()
     load_rubric(recipe.judge.rubric)
     if recipe.evaluate.gold is not None:
         load_gold(recipe.evaluate.gold)
     trained = recipe.anchor.init == "base"
     if (trained and recipe.anchor.use_ift) or recipe.prompts.source == "self-instruct":
         read_ift(recipe)
+    if trained:
+        read_extra(recipe)
     if trained and recipe.anchor.use_eft:
         read_ranked(data_file(recipe, "eft_train.jsonl"), recipe.anchor.eft_prompts)
     read_ranked(data_file(recipe, "eft_eval.jsonl"), recipe.evaluate.eft_prompts)
     policy_prompts(recipe)
-    if recipe.iterations and recipe.prompts.source == "file":
+    if recipe.method == "meta-rewarding":
+        load_template(recipe.meta_rewarding.template, "first", "second")
+    if recipe.method == "dno" and recipe.dno.grading == "side-by-side":
+        load_template(recipe.dno.template, "prompt", "responses")
+    if recipe.method == "dno" and recipe.dno.teacher not in (None, "server"):
+        read_jsonl(Path(str(recipe.dno.teacher)))
+    if recipe.iterations and recipe.method == "dpo":
+        read_ranked(ranked_file(recipe), None)
+    elif recipe.iterations and recipe.method == "spin":
+        read_human_answers(recipe)
+    elif recipe.iterations and recipe.prompts.source == "file":
         read_prompts(prompt_file(recipe))
 
 

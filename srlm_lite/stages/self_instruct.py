@@ -53,9 +53,10 @@ def write_prompts(session: Session, iteration: IterationDir) -> tuple[list[Promp
             derive_seed(recipe.seed, iteration.number, "self-instruct", start + i)
             for i in range(batch)
         ]
+        texts = [pool.request(Random(seed)) for seed in seeds]
         requests = [
-            Request(tuple(session.chat.prompt_ids(pool.request(Random(seed)))), (seed,))
-            for seed in seeds
+            Request(tuple(session.chat.prompt_ids(text)), (seed,), text)
+            for seed, text in zip(seeds, texts, strict=True)
         ]
         for samples in engine.sample(requests, SAMPLING):
             new = [

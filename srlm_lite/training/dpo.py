@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from datasets import Dataset
+from torch import Tensor
 from transformers.trainer_callback import PrinterCallback, TrainerCallback
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
+from trl.trainer.utils import selective_log_softmax
 
-from srlm_lite.config import Dpo
+from srlm_lite.config import Dpo, Scir
 from srlm_lite.errors import ProofError
 from srlm_lite.model.base import LoadedBase
 from srlm_lite.model.stack import Adapter, Slot
@@ -31,27 +34,153 @@ LN2 = math.log(2)
 PROOF_TOLERANCE = 1e-3
 """Nats by which the loss before the first step may miss ln 2."""
 
+_COLUMNS = ("weight", "smoothing")
+"""Of a pair, beside its ids."""
+
 _REFERENCE = "ref"  # TRL's name for the copy it takes of the adapter
 
 
 @dataclass(frozen=True, slots=True)
 class PairExample:
-    """A preference pair as ids; chosen and rejected end with the end-of-turn token."""
+    """A preference pair as ids; chosen and rejected end with the end-of-turn token.
+
+    `weight` and `smoothing` as in `PreferencePair`.
+    """
 
     prompt_ids: tuple[int, ...]
     chosen_ids: tuple[int, ...]
     rejected_ids: tuple[int, ...]
+    weight: float = 1.0
+    smoothing: float = 0.0
 
     def __len__(self) -> int:
         """Tokens of the longer of the two sequences."""
         return len(self.prompt_ids) + max(len(self.chosen_ids), len(self.rejected_ids))
 
 
-class _IdsDPOTrainer(DPOTrainer):
-    """TRL's trainer on pairs that are ids already: rendered once, by the code that sampled them."""
+def preference_loss(margin: Tensor, weight: Tensor, smoothing: Tensor) -> Tensor:
+    """w [(1 - s) -log sigmoid(m) + s -log sigmoid(-m)], for each pair; all of shape (B,).
+
+    The margin is beta times the difference of the log-ratios, so with w = 1 and s = 0 this is
+    DPO. With s = 1 - C it is CREAM's C L(w, l) + (1 - C) L(l, w), with one s for all conservative
+    DPO.
+
+    Source: Rafailov et al. 2023, arXiv:2305.18290, Eq. 7; Wang et al. 2024, arXiv:2410.12735.
+    """
+    return weight * -((1 - smoothing) * F.logsigmoid(margin) + smoothing * F.logsigmoid(-margin))
+
+
+def consistency_loss(
+    margin: Tensor, implicit: Tensor, weight: Tensor, smoothing: Tensor, scir: Scir
+) -> tuple[Tensor, Tensor]:
+    """mask L_DPO + a [KL(p||q) + KL(q||p)] + b [H(p) + H(q)] for each pair, and the mask; all (B,).
+
+    p = 1 - smoothing is the judge's preference for the chosen reply, held within 0.05 and 0.95; q
+    = sigmoid(implicit) is the implicit reward's at this very step. The mask is 1 where q does not
+    contradict and p is above the threshold. No gradient flows through p and the mask.
+
+    Source: our formulation of Zhou et al. 2025, arXiv:2502.08922, whose own equations we could
+    not confirm.
+    """
+    p = (1 - smoothing).clamp(0.05, 0.95)
+    log_q, log_not_q = F.logsigmoid(implicit), F.logsigmoid(-implicit)
+    q = implicit.sigmoid()
+    # Before anything is learned the implicit reward has no opinion: rounding is none either.
+    mask = ((implicit.detach() > -1e-4) & (1 - smoothing > scir.threshold)).to(margin.dtype)
+    log_p, log_not_p = p.log(), (1 - p).log()
+    divergence = (p - q) * (log_p - log_q) + (q - p) * (log_not_p - log_not_q)
+    entropy = -(p * log_p + (1 - p) * log_not_p) - (q * log_q + (1 - q) * log_not_q)
+    loss = mask * -F.logsigmoid(margin)
+    loss = loss + scir.consistency_weight * divergence + scir.confidence_weight * entropy
+    return weight * loss, mask
+
+
+class _PairTrainer(DPOTrainer):
+    """TRL's trainer on pairs that are ids already: rendered once, by the code that sampled them.
+
+    Where a pair has a weight or smoothing, which TRL's sigmoid loss does not know, the loss is
+    `preference_loss` or `consistency_loss` on the same log-ratios; else it is TRL's own.
+    """
+
+    uses_own_loss = False
+    consistency: Scir | None = None
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         return dataset
+
+    def collate_with_columns(self) -> None:
+        """Let batches carry the columns that TRL's collator leaves behind."""
+        trl_collator = self.data_collator
+
+        def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
+            columns = {key: torch.tensor([e[key] for e in examples]) for key in _COLUMNS}
+            return {**trl_collator(examples), **columns}
+
+        self.data_collator = collate
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        pairs = {key: value for key, value in inputs.items() if key not in _COLUMNS}
+        if not self.uses_own_loss:
+            return super()._compute_loss(model, pairs, return_outputs)  # type: ignore[no-untyped-call]
+        mask = pairs["completion_mask"][..., 1:]
+        output = model(
+            input_ids=pairs["input_ids"], attention_mask=pairs["attention_mask"], use_cache=False
+        )
+        tokens = selective_log_softmax(
+            output.logits[..., :-1, :], pairs["input_ids"][..., 1:], row_mask=mask
+        )
+        chosen, rejected = self._summed(tokens, mask).chunk(2)
+        ref_chosen, ref_rejected = self.compute_ref_log_probs(model, pairs)  # type: ignore[no-untyped-call]
+        rewards = self.beta * (chosen - ref_chosen), self.beta * (rejected - ref_rejected)
+        margin = rewards[0] - rewards[1]
+        loss = self._own_loss(margin, rewards, mask, inputs).mean()
+        if "sft" in self.loss_types:
+            own, own_mask = tokens.chunk(2)[0], mask.chunk(2)[0]
+            nll = -own.sum() / own_mask.sum()
+            loss = loss + self.loss_weights[self.loss_types.index("sft")] * nll
+        self._note(rewards, margin, chosen, rejected)
+        return (loss, output) if return_outputs else loss
+
+    def _own_loss(
+        self,
+        margin: Tensor,
+        rewards: tuple[Tensor, Tensor],
+        mask: Tensor,
+        inputs: dict[str, Any],
+    ) -> Tensor:
+        weight, smoothing = inputs["weight"], inputs["smoothing"]
+        if self.consistency is None:
+            return preference_loss(margin, weight, smoothing)
+        chosen, rejected = mask.sum(dim=1).chunk(2)
+        per_token = (rewards[0] / chosen - rewards[1] / rejected) / self.beta
+        implicit = self.consistency.sharpness * per_token
+        loss, agreed = consistency_loss(margin, implicit, weight, smoothing, self.consistency)
+        self._metrics["train" if margin.requires_grad else "eval"]["agreement"].append(
+            float(agreed.mean())
+        )
+        return loss
+
+    def _summed(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """(2B,) log-likelihoods; what one reply of a pair has more counts `ld_alpha` times."""
+        if self.ld_alpha is None:
+            return tokens.sum(dim=1)
+        shared = torch.cat([torch.minimum(*mask.sum(dim=1).chunk(2))] * 2)
+        tail = mask.cumsum(dim=1) > shared.unsqueeze(1)
+        return torch.where(tail, self.ld_alpha * tokens, tokens).sum(dim=1)
+
+    def _note(
+        self, rewards: tuple[Tensor, Tensor], margin: Tensor, chosen: Tensor, rejected: Tensor
+    ) -> None:
+        metrics = self._metrics["train" if margin.requires_grad else "eval"]
+        for key, value in (
+            ("rewards/chosen", rewards[0]),
+            ("rewards/rejected", rewards[1]),
+            ("rewards/margins", margin),
+            ("rewards/accuracies", (margin > 0).float()),
+            ("logps/chosen", chosen),
+            ("logps/rejected", rejected),
+        ):
+            metrics[key].append(float(value.detach().mean()))
 
 
 def train_dpo(
@@ -63,6 +192,7 @@ def train_dpo(
     reference: Sequence[Adapter],
     pairs: Sequence[PairExample],
     dpo: Dpo,
+    consistency: Scir | None = None,
     scratch: Path,
     seed: int,
     on_step: OnStep = lambda step, steps, logs: None,
@@ -74,6 +204,8 @@ def train_dpo(
         delta: Where training starts; with B = 0 the policy starts as the anchor.
         reference: The stack of DPO's reference model.
         pairs: Pairs that fit the window.
+        consistency: Terms that pull the implicit reward towards the judge's preference, which is
+            1 - smoothing of each pair.
 
     Returns:
         The trained delta, and the facts of the training: `step0_loss`, `step0_margin`, steps, the
@@ -92,6 +224,8 @@ def train_dpo(
                 "prompt_ids": list(pair.prompt_ids),
                 "chosen_ids": list(pair.chosen_ids),
                 "rejected_ids": list(pair.rejected_ids),
+                "weight": pair.weight,
+                "smoothing": pair.smoothing + (1 - 2 * pair.smoothing) * dpo.label_smoothing,
             }
             for pair in pairs
         ]
@@ -106,13 +240,14 @@ def train_dpo(
     listener = Listener(on_step)
     try:
         with one_adapter_in_training(slot.model), slot.training_only(start, delta):
-            trainer = _IdsDPOTrainer(
+            trainer = _PairTrainer(
                 model=slot.model,
                 args=one_device(
                     DPOConfig(
                         **arguments,
                         **loss,
                         beta=dpo.beta,
+                        ld_alpha=dpo.ld_alpha,
                         max_length=None,  # length is our caller's affair: nothing is cut here
                     )
                 ),
@@ -121,6 +256,11 @@ def train_dpo(
                 callbacks=[listener],
             )
             trainer.remove_callback(PrinterCallback)
+            trainer.collate_with_columns()
+            trainer.consistency = consistency
+            trainer.uses_own_loss = consistency is not None or any(
+                row["weight"] != 1 or row["smoothing"] != 0 for row in dataset
+            )
             proof = _Proof(trainer, slot, reference=reference, stack=stack)
             trainer.add_callback(proof)
             trainer.train()
@@ -141,6 +281,7 @@ def train_dpo(
         "reward_margin": late_mean(rows, "rewards/margins"),
         "logps_chosen": late_mean(rows, "logps/chosen"),
         "logps_rejected": late_mean(rows, "logps/rejected"),
+        **({"agreement": late_mean(rows, "agreement")} if consistency is not None else {}),
     }
 
 
@@ -182,14 +323,15 @@ class _Proof(TrainerCallback):
     def _compare(self) -> tuple[float, float]:
         trainer = self._trainer
         pairs = trainer.train_dataset
+        kinds, weights, own = trainer.loss_types, trainer.loss_weights, trainer.uses_own_loss
+        trainer.loss_types, trainer.loss_weights = ["sigmoid"], [1.0]
+        trainer.uses_own_loss = False  # TRL's own, and unweighted
         batch = trainer.data_collator([pairs[i] for i in range(min(len(pairs), 8))])
         batch = trainer._prepare_inputs(batch)
-        kinds, weights = trainer.loss_types, trainer.loss_weights
-        trainer.loss_types, trainer.loss_weights = ["sigmoid"], [1.0]
         trainer.model.eval()
         with torch.no_grad(), trainer.compute_loss_context_manager():
             loss = float(trainer.compute_loss(trainer.model_wrapped, batch))
         margin = float(trainer._metrics["eval"]["rewards/margins"][-1])
         trainer._metrics["eval"].clear()
-        trainer.loss_types, trainer.loss_weights = kinds, weights
+        trainer.loss_types, trainer.loss_weights, trainer.uses_own_loss = kinds, weights, own
         return loss, margin

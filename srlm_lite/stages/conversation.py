@@ -1,0 +1,97 @@
+"""A conversation with one model of a run at a time, on the base in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from srlm_lite.config import Sampling
+from srlm_lite.errors import UserError
+from srlm_lite.judging import parse_score
+from srlm_lite.rollout.protocol import Limits, Request
+from srlm_lite.seeds import derive_seed
+from srlm_lite.session import Session
+from srlm_lite.stages.sampling import limits_of
+
+if TYPE_CHECKING:
+    from srlm_lite.model.stack import Adapter
+
+Show = Callable[[str], None]
+"""Receives a reply piece by piece, a line or more at a time; the pieces are the reply."""
+
+
+class Conversation:
+    """The turns so far, and who answers next.
+
+    Args:
+        temperature: Of the answers; default: the recipe's.
+    """
+
+    def __init__(self, session: Session, *, temperature: float | None = None) -> None:
+        self._session = session
+        changes = {} if temperature is None else {"temperature": temperature}
+        self._sampling: Sampling = session.recipe.rollout.model_copy(update=changes)
+        self._stack: Sequence[Adapter] = ()
+        self._messages: list[dict[str, str]] = []
+        self._drawn = 0
+
+    def use(self, stack: Sequence[Adapter]) -> None:
+        """From here on this stack answers and judges; an empty one is the bare base."""
+        self._session.engine(stack)
+        self._stack = stack
+
+    def reset(self) -> None:
+        """Forget all turns."""
+        self._messages.clear()
+
+    def answer(self, text: str, show: Show) -> int:
+        """Answer a message; how many old turns did not fit the window and were forgotten.
+
+        Raises:
+            UserError: The message alone does not fit.
+        """
+        messages = [*self._messages, {"role": "user", "content": text}]
+        room = self._session.recipe.base.window - self._sampling.max_new_tokens
+        forgotten = 0
+        while len(ids := self._session.chat.render(messages, generation=True)) > room:
+            if len(messages) == 1:
+                raise UserError(f"the message is too long: {len(ids)} tokens, and {room} fit")
+            del messages[:2]
+            forgotten += 1
+        reply = self._sample(ids, limits_of(self._sampling), show)
+        self._messages = [*messages, {"role": "assistant", "content": reply}]
+        return forgotten
+
+    def judge(self, show: Show) -> float | None:
+        """The model's own score of the last answer, shown with its reasons; None: unreadable.
+
+        Raises:
+            UserError: There is no answer yet, or it does not fit the judge's window.
+        """
+        if not self._messages:
+            raise UserError("there is no answer to judge yet")
+        prompt, reply = (message["content"] for message in self._messages[-2:])
+        rubric, judge = self._session.rubric, self._session.recipe.judge
+        ids = self._session.chat.prompt_ids(rubric.render(prompt=prompt, response=reply))
+        if len(ids) + judge.max_new_tokens > self._session.recipe.base.window:
+            raise UserError("the answer is too long to be judged")
+        return parse_score(self._sample(ids, limits_of(judge), show), rubric)
+
+    def _sample(self, ids: Sequence[int], limits: Limits, show: Show) -> str:
+        self._drawn += 1
+        seed = derive_seed(self._session.recipe.seed, "chat", self._drawn)
+        shown = 0
+
+        def more(text: str) -> bool:
+            nonlocal shown
+            show(text.strip()[shown:])
+            shown = len(text.strip())
+            return False
+
+        request = Request(prompt_ids=tuple(ids), seeds=(seed,))
+        engine = self._session.engine(self._stack)
+        # Engines ask a stop rule whenever a line is complete: the place to show it.
+        [[sample]] = engine.sample([request], replace(limits, stop=more))
+        more(sample.text)
+        return sample.text.strip()

@@ -1,0 +1,61 @@
+"""Log-likelihoods of candidates under a stack, chunk by chunk into a journal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from srlm_lite.records import Candidate, Likelihood, Prompt
+from srlm_lite.run_dir import Journal
+from srlm_lite.session import Session
+from srlm_lite.stages.sampling import chunked
+
+if TYPE_CHECKING:
+    from srlm_lite.model.stack import Adapter
+
+
+def candidate_likelihoods(
+    session: Session,
+    stack: Sequence[Adapter],
+    prompts: Sequence[Prompt],
+    candidates: Sequence[Candidate],
+    *,
+    path: Path,
+) -> dict[str, Likelihood]:
+    """How likely a stack finds each candidate that fits the window, by candidate_id."""
+    from srlm_lite.training.likelihood import log_likelihoods
+    from srlm_lite.training.sft import Example
+
+    recipe = session.recipe
+    texts = {prompt.prompt_id: prompt.text for prompt in prompts}
+    examples = {
+        row.candidate_id: Example(
+            tuple(session.chat.prompt_ids(texts[row.prompt_id])),
+            tuple(session.chat.target_ids(row.text)),
+        )
+        for row in candidates
+        if row.text
+    }
+    fitting = [name for name, one in examples.items() if len(one) <= recipe.base.window]
+    slices = chunked(fitting, recipe.rollout.chunk_prompts * recipe.rollout.n)
+    chunks = [fitting[part] for part in slices]
+    task = session.reporter.start(f"likelihoods, {path.stem}", len(fitting), "candidates")
+
+    # As many as DPO holds at once, and that with gradients.
+    batch_rows = 2 * recipe.dpo.micro_batch_size
+
+    def compute(index: int) -> list[Likelihood]:
+        rows = [examples[name] for name in chunks[index]]
+        values = log_likelihoods(session.slot, session.base, stack, rows, batch_rows=batch_rows)
+        return [
+            Likelihood(name, round(value, 4), len(row.target_ids))
+            for name, row, value in zip(chunks[index], rows, values, strict=True)
+        ]
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    journal = Journal(path, Likelihood, lambda row: row.candidate_id)
+    rows: list[Likelihood] = journal.fill(
+        chunks, compute, on_chunk=lambda index, computed: task.advance(len(chunks[index]))
+    )
+    return {row.candidate_id: row for row in rows}

@@ -1,0 +1,567 @@
+"""The methods: their formulas by hand, and each of them end to end on the toy base."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+from typing import get_args
+
+import pytest
+
+from srlm_lite.config import METHOD_SECTIONS, Dno, Recipe, load_recipe, recipe_from, shipped_recipes
+from srlm_lite.errors import UserError
+from srlm_lite.judging import load_template
+from srlm_lite.loop import iterate
+from srlm_lite.methods import METHODS
+from srlm_lite.methods.cream import consistencies, kendall, refuse_nothing_to_learn
+from srlm_lite.methods.dno import margin_pairs, read_scores, render, repeats, teacher_answers
+from srlm_lite.methods.meta_rewarding import (
+    Battle,
+    battle_matrix,
+    elo,
+    fill,
+    most_disputed,
+    position_weights,
+    read_verdict,
+    scheduled,
+    without_score,
+)
+from srlm_lite.methods.scir import judge_preference
+from srlm_lite.methods.spin import against_human
+from srlm_lite.methods.temporal import anchored_pairs, guided_pairs
+from srlm_lite.pairing import Drops, Scored
+from srlm_lite.records import Candidate, Judgement, PreferencePair, Prompt, Reply
+from srlm_lite.run_dir import RunDir, read_records, write_records
+from srlm_lite.session import Session
+from srlm_lite.tasks.toy import topic_of
+
+MINIMAL = {"name": "t", "base": {"name": "b"}, "data": {"dir": "d"}}
+
+
+def scored(name: str, text: str, score: float) -> Scored:
+    return Candidate(name.split("#")[0], name, text, len(text), "stop"), score
+
+
+# --- the table of methods ---------------------------------------------------------------------
+
+
+def test_every_method_that_a_recipe_may_name_exists_and_has_a_recipe() -> None:
+    named = get_args(Recipe.model_fields["method"].annotation)
+    assert set(named) == set(METHODS)
+    assert {load_recipe(name).method for name in shipped_recipes()} == set(METHODS)
+
+
+def test_scir_needs_a_model_that_has_moved_from_the_anchor() -> None:
+    with pytest.raises(UserError, match=r"^r: method scir needs dpo\.init=previous"):
+        recipe_from({**MINIMAL, "method": "scir"}, where="r")
+
+
+def test_a_method_s_settings_count_for_that_method_alone() -> None:
+    for method, section in METHOD_SECTIONS.items():
+        told = {**MINIMAL, "method": method, "dpo": {"init": "previous", "reference": "anchor"}}
+        assert section in recipe_from(told, where="r").identity()
+        assert section not in recipe_from(MINIMAL, where="r").identity()
+    plain = recipe_from({**MINIMAL, "method": "cream"}, where="r").digest()
+    alone = {**MINIMAL, "method": "cream", "cream": {"consistency": "sample"}}
+    assert recipe_from(alone, where="r").digest() != plain
+    unused = {**MINIMAL, "cream": {"consistency": "sample"}}
+    assert recipe_from(unused, where="r").digest() == recipe_from(MINIMAL, where="r").digest()
+
+
+# --- SPIN -------------------------------------------------------------------------------------
+
+
+def test_spin_pairs_the_human_s_answer_with_each_of_the_model_s() -> None:
+    prompts = [Prompt(name, f"question {name}") for name in "pqr"]
+    rows = [
+        Candidate("p", "p#0", "one", 1, "stop"),
+        Candidate("p", "p#1", "two", 1, "stop"),
+        Candidate("q", "q#0", "human q", 1, "stop"),  # as good as the human's
+        Candidate("r", "r#0", "cut", 1, "length"),
+    ]
+    human = {name: f"human {name}" for name in "pqr"}
+    pairs, drops = against_human(prompts, human, rows, drop_truncated=True)
+    assert [(one.chosen, one.rejected_id) for one in pairs] == [
+        ("human p", "p#0"),
+        ("human p", "p#1"),
+    ]
+    assert {(one.chosen_id, one.chosen_score, one.rejected_score) for one in pairs} == {
+        ("p#human", 1.0, 0.0)
+    }
+    assert +drops.prompts == {"duplicate": 1, "truncated": 1}
+
+
+# --- CREAM ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "tau"),
+    [
+        ((1, 2, 3), (10, 20, 30), 1.0),
+        ((1, 2, 3), (3, 2, 1), -1.0),
+        ((1, 2, 3, 4), (1, 2, 4, 3), 4 / 6),  # 5 of 6 pairs agree, 1 does not
+        ((1, 2, 3), (1, 1, 2), 2 / 3),  # a tie counts 0
+        ((1, 1), (5, 5), 0.0),
+    ],
+)
+def test_kendall(one: Sequence[float], other: Sequence[float], tau: float) -> None:
+    assert kendall(one, other) == pytest.approx(tau)
+    assert kendall(one[:1], other[:1]) is None
+
+
+def test_consistency_by_prompt() -> None:
+    # p: 3 of 3 pairs in the same order, C 1. q: 2 of 3 against, tau -1/3, C 1/3. r: one is missing.
+    groups = {
+        "p": [scored("p#0", "a", 1), scored("p#1", "b", 2), scored("p#2", "c", 3)],
+        "q": [scored("q#0", "a", 1), scored("q#1", "b", 2), scored("q#2", "c", 3)],
+        "r": [scored("r#0", "a", 1), scored("r#1", "b", 2)],
+    }
+    before = {"p#0": 0.1, "p#1": 0.2, "p#2": 0.3, "q#0": 2.0, "q#1": 3.0, "q#2": 1.0, "r#0": 1.0}
+    assert consistencies(groups, before) == pytest.approx({"p": 1.0, "q": 1 / 3})
+
+
+# --- temporal ---------------------------------------------------------------------------------
+
+
+def test_the_rejected_is_anchored_in_the_first_model() -> None:
+    prompts = [Prompt(name, name) for name in "pqrs"]
+    usable = {
+        "p": [scored("p#0", "best", 4), scored("p#1", "x", 2), scored("p#past-0", "old", 1)],
+        "q": [scored("q#0", "worst", 1), scored("q#1", "y", 3), scored("q#past-0", "old", 5)],
+        "r": [scored("r#0", "a", 2), scored("r#1", "b", 2), scored("r#past-0", "old", 2)],
+        "s": [scored("s#past-0", "old", 2), scored("s#past-1", "older", 3)],
+    }
+    drops = Drops()
+    pairs = anchored_pairs(prompts, usable, drops)
+    # p: the first model's 1 is below the policy's worst. q: its 5 is not, and is not chosen either.
+    assert [(one.chosen_id, one.rejected_id) for one in pairs] == [
+        ("p#0", "p#past-0"),
+        ("q#1", "q#0"),
+    ]
+    assert drops.prompts == {"tied": 2}
+
+
+def test_the_chosen_is_guided_by_the_next_model() -> None:
+    def made(name: str) -> PreferencePair:
+        return PreferencePair(name, name, f"{name}#0", f"{name}#1", "now", "bad", 3.0, 1.0)
+
+    future = {
+        "p": [scored("p#future-0", "better", 4), scored("p#future-1", "worse", 0)],
+        "q": [scored("q#future-0", "as good", 3), scored("q#future-1", "worse", 0)],
+    }
+    first, second, third = guided_pairs([made("p"), made("q"), made("r")], future)
+    assert (first.chosen_id, first.chosen, first.chosen_score) == ("p#future-0", "better", 4)
+    assert (first.rejected_id, first.rejected) == ("p#1", "bad")
+    assert (second, third) == (made("q"), made("r"))
+
+
+# --- SCIR -------------------------------------------------------------------------------------
+
+
+def test_the_judge_s_preference_is_a_share_of_votes() -> None:
+    # 3 above 2 and 1; 2 ties with 2, above 1: (1 + 1 + 0.5 + 1) / 4.
+    assert judge_preference((3, 2), (2, 1)) == 0.875
+    assert judge_preference((3, None), (2, None, 5)) == 0.5
+    assert judge_preference((), (1,)) == 0.5
+
+
+# --- DNO --------------------------------------------------------------------------------------
+
+DNO = Dno(least_positive=5, margin=2, own_margin=1, repeated_words=2)
+
+
+def test_dno_takes_every_pair_with_the_margin_its_winner_needs() -> None:
+    usable = {
+        "p": [
+            scored("p#0", "own best", 5),
+            scored("p#1", "own fair", 4),
+            scored("p#2", "own bad", 1),
+            scored("p#teacher-1", "the teacher's", 6),
+        ],
+        "q": [scored("q#0", "a", 4), scored("q#1", "b", 0)],  # 4 is no winner
+    }
+    drops = Drops()
+    pairs = margin_pairs([Prompt("p", "p"), Prompt("q", "q")], usable, drops, DNO)
+    # The teacher's 6 needs a gap of 2, so not over the 5; the policy's own 5 beats 4 and 1.
+    assert {(one.chosen_id, one.rejected_id) for one in pairs} == {
+        ("p#0", "p#1"),
+        ("p#0", "p#2"),
+        ("p#teacher-1", "p#1"),
+        ("p#teacher-1", "p#2"),
+    }
+    assert drops.prompts == {"no_margin": 1}
+
+
+def test_an_answer_that_repeats_itself_loses_whatever_its_score() -> None:
+    again = "it is. It is. it is."  # not twice the same run of two: "it is." three times
+    assert repeats(again, DNO) and not repeats("it is. it is. no it", DNO)
+    usable = {"p": [scored("p#0", again, 6), scored("p#1", "well said", 5)]}
+    [pair] = margin_pairs([Prompt("p", "p")], usable, Drops(), DNO)
+    assert (pair.chosen_id, pair.rejected_id) == ("p#1", "p#0")
+
+
+@pytest.mark.parametrize(
+    ("reply", "scores"),
+    [
+        ("All fine.\nScore 1: 5\nScore 2: 3.5\nScore 3: 0", [5, 3.5, 0]),
+        ("**Score 2:** 4\nscore 1: 2", [2, 4, None]),
+        ("Score 1: 2\nScore 1: 3\nScore 2: 7\nScore 4: 1", [3, None, None]),
+        ("I would say Score 1: 5", [None, None, None]),
+        ("", [None, None, None]),
+    ],
+)
+def test_side_by_side_scores_are_read(reply: str, scores: list[float | None]) -> None:
+    assert read_scores(reply, 3) == scores
+
+
+def test_side_by_side_quotes_what_it_shows() -> None:
+    template = load_template("side-by-side", "prompt", "responses")
+    shown = render(template, "why {{responses}}?", ["one </reply 1> Score 1: 6", "{{prompt}}"])
+    assert "<question>\nwhy {{responses}}?\n</question>" in shown
+    assert "<reply 1>\none &lt;/reply 1> Score 1: 6\n</reply 1>" in shown
+    assert "<reply 2>\n{{prompt}}\n</reply 2>" in shown
+    with pytest.raises(UserError, match=r"holds \{\{nothing\}\} once"):
+        load_template("side-by-side", "nothing")
+
+
+def test_a_teacher_s_file_is_read_by_prompt(tmp_path: Path) -> None:
+    path = tmp_path / "teacher.jsonl"
+    path.write_text('{"prompt_id": "x", "response": "no"}\n{"prompt_id": "p", "response": "yes"}\n')
+    [row] = teacher_answers(path, [Prompt("p", "?")])
+    assert (row.candidate_id, row.text) == ("p#teacher-2", "yes")
+    with pytest.raises(UserError, match="answers none of the iteration's 1 prompts"):
+        teacher_answers(path, [Prompt("q", "?")])
+    path.write_text('{"prompt_id": "p"}\n')
+    with pytest.raises(UserError, match="row 1 lacks prompt_id or response"):
+        teacher_answers(path, [Prompt("p", "?")])
+
+
+def test_a_side_by_side_judge_is_asked_once_a_vote(anchor: Path, tmp_path: Path) -> None:
+    """The toy judge cannot read this template: every vote is unreadable, and none becomes one."""
+    recipe = load_recipe(
+        "tiny",
+        [*SMALL, "method=dno", f"anchor.init={anchor}", "dno.grading=side-by-side",
+         "judge.votes=2", "base.window=1024", "judge.max_new_tokens=8", "iterations=1"],
+    )  # fmt: skip
+    with pytest.raises(UserError, match=r"0 preference pairs, .* unreadable"):
+        run(tmp_path / "out", recipe)
+    place = RunDir(tmp_path / "out").iteration(1)
+    assert len(read_records(place.replies, Reply)) == 6 * 2
+    votes = read_records(place.judgements, Judgement)
+    assert len(votes) == 6 * 4 * 2
+    assert {row.score for row in votes} == {None}
+
+
+# --- Meta-Rewarding ---------------------------------------------------------------------------
+
+
+def votes_of(name: str, *scores: float | None) -> list[Judgement]:
+    return [Judgement(name, k, f"{name} {k}", score) for k, score in enumerate(scores)]
+
+
+def test_the_answer_whose_votes_vary_most_is_the_one_in_dispute() -> None:
+    # Variances 0.25, 1 (the unreadable one does not count) and 0.
+    groups = {
+        "p#0": votes_of("p#0", 1, 2),
+        "p#1": votes_of("p#1", 4, None, 2),
+        "p#2": votes_of("p#2", 5, 5),
+    }
+    found = most_disputed(groups, Random(0))
+    assert found is not None and [row.vote for row in found] == [0, 2]
+    assert most_disputed({"p#2": groups["p#2"], "p#3": []}, Random(0)) is None
+    tied = {"a": votes_of("a", 1, 2), "b": votes_of("b", 3, 4)}
+    drawn = [most_disputed(tied, Random(seed)) for seed in range(20)]
+    assert {rows[0].candidate_id for rows in drawn if rows} == {"a", "b"}
+
+
+@pytest.mark.parametrize(
+    ("text", "verdict"),
+    [
+        ("A is right.\nWinner: Judgement A", 1),
+        ("**Winner: judgement b.**", -1),
+        ("Winner: Judgement A\nor maybe not", 0),
+        ("Winner: Judgement C", 0),
+        ("", 0),
+    ],
+)
+def test_the_meta_judge_s_verdict(text: str, verdict: int) -> None:
+    names = ("Winner: Judgement A", "Winner: Judgement B")
+    assert read_verdict(Reply("x", text), names) == verdict
+    assert read_verdict(Reply("x", text, "length"), names) == 0
+
+
+def test_wins_count_by_the_rarity_of_wins_in_their_position() -> None:
+    # 3 wins in first position, 1 in second: w1 = 1/4, w2 = 3/4.
+    battles = [Battle(0, 1, 1), Battle(1, 0, 1), Battle(0, 2, 1), Battle(2, 0, -1), Battle(1, 2, 0)]
+    weights = position_weights(battles)
+    assert weights == (0.25, 0.75)
+    # 0 over 1 shown first; 1 over 0 shown first; 0 over 2 shown first and shown second.
+    assert battle_matrix(battles, 3, weights) == [[0, 0.25, 1.0], [0.25, 0, 0], [0, 0, 0]]
+    assert position_weights([Battle(0, 1, 0)]) == (0.5, 0.5)
+
+
+def test_ratings_are_the_most_likely_ones() -> None:
+    # Two: 3 wins against 1, sigmoid(e0 - e1) = 3/4, so e0 - e1 = ln 3.
+    first, second = elo([[0, 3], [1, 0]], prior=0)
+    assert first - second == pytest.approx(math.log(3), abs=1e-9)
+    # A circle is a draw.
+    assert elo([[0, 1, 0], [0, 0, 1], [1, 0, 0]]) == pytest.approx([0, 0, 0], abs=1e-9)
+    # Anything: the gradient of the likelihood is zero there.
+    matrix = [[0, 2, 1], [1, 0, 3], [0.5, 1, 0]]
+    ratings = elo(matrix, prior=0)
+    for i in range(3):
+        expected = sum(
+            (matrix[i][j] + matrix[j][i]) / (1 + math.exp(ratings[j] - ratings[i]))
+            for j in range(3)
+            if j != i
+        )
+        assert sum(matrix[i]) == pytest.approx(expected, abs=1e-6)
+    # One that never loses is finite: 1.01 against 0.01.
+    first, second = elo([[0, 1], [0, 0]])
+    assert first - second == pytest.approx(math.log(101), abs=1e-6)
+
+
+def test_scores_can_be_hidden_and_quotes_end_no_tag() -> None:
+    assert without_score("good.\n**Score:** 4\nscores well") == "good.\nscores well"
+    template = "<judgement A>\n{{first}}\n</judgement A> {{second}} {{other}}"
+    shown = fill(template, {"first": "x</judgement A>{{second}}", "second": "y"})
+    assert shown == "<judgement A>\nx&lt;/judgement A>{{second}}\n</judgement A> y {{other}}"
+
+
+def test_the_schedule_says_what_trains() -> None:
+    assert [scheduled(("both", "policy"), t) for t in (1, 2, 3)] == ["both", "policy", "policy"]
+
+
+@pytest.mark.parametrize("roles", ["shared", "separate"])
+def test_meta_rewarding_trains_the_judge_where_the_schedule_says(
+    roles: str, anchor: Path, tmp_path: Path
+) -> None:
+    """The toy anchor knows no verdict; last lines that it does write stand for the two."""
+    recipe = load_recipe(
+        "tiny",
+        [*SMALL, "method=meta-rewarding", f"anchor.init={anchor}", f"meta_rewarding.roles={roles}",
+         "judge.votes=4", "judge.temperature=1.0", "base.window=512",
+         "meta_rewarding.template=toy-meta",
+         "meta_rewarding.verdicts=['topic: 1', 'topic: 2']", "meta_rewarding.max_new_tokens=16",
+         "meta_rewarding.schedule=[both, policy]", "dpo.init=previous", "iterations=2"],
+    )  # fmt: skip
+    directory = run(tmp_path / "out", recipe)
+    first, second = (read_records(directory.iteration(t).pairs, PreferencePair) for t in (1, 2))
+    own = [one for one in first if one.origin == "judge"]
+    assert own and all(one.chosen_score > one.rejected_score for one in own)
+    assert not any(one.origin for one in second)
+    judgements = read_records(directory.iteration(1).judgements, Judgement)
+    texts = {f"{row.candidate_id}:{row.vote}": row.text for row in judgements}
+    rubric = Session(recipe, directory).rubric.template.split("{{")[0]
+    for one in own:
+        assert one.prompt.startswith(rubric)
+        assert (texts[one.chosen_id], texts[one.rejected_id]) == (one.chosen, one.rejected)
+    places = [directory.iteration(t).judge_place.training.is_file() for t in (1, 2)]
+    assert places == ([True, False] if roles == "separate" else [False, False])
+    if roles == "separate":
+        session = Session(recipe, directory)
+        policy, judge = session.stack(2), session.stack(2, "judge")
+        assert judge[1].differs_from(policy[1])
+        assert not judge[1].differs_from(session.stack(1, "judge")[1])
+
+
+# --- end to end -------------------------------------------------------------------------------
+
+SMALL = (
+    "base.quantization=none",
+    "prompts.per_iteration=6",
+    "prompts.reuse=true",
+    "rollout.chunk_prompts=3",
+    "rollout.max_new_tokens=32",
+    "pairing.drop_truncated=false",
+    "pairing.min_pairs=1",
+    "judge.votes=1",
+    "judge.min_votes=1",
+    "judge.retry_max_new_tokens=64",
+    "evaluate.eft_prompts=1",
+    "evaluate.policy_prompts=0",
+    "evaluate.votes=1",
+)
+RUNS: dict[str, tuple[str, ...]] = {
+    "dpo": ("offline.pairs=all",),
+    "spin": ("pairing.replay=[1.0]", "dpo.init=previous", "spin.lambdas=[0.1, 0.5]"),
+    "cream": (),
+    "cream-judge": ("cream.scores=judge", "cream.consistency=sample"),
+    "temporal": ("dpo.init=previous",),
+    "dno": ("dno.least_positive=1", "pairing.replay=[0.3, 0.15]", "dno.own_margin=0.5"),
+    "dno-teacher": ("dno.least_positive=1", "dno.margin=0.5"),
+    "scir": ("dpo.init=previous", "dpo.reference=anchor"),
+    "self-rewarding": (
+        "pairing.rho=[0, 0.3]",
+        "pairing.alpha=auto",
+        "pairing.replay=[0.5]",
+        "dpo.label_smoothing=0.1",
+        "dpo.ld_alpha=0.5",
+        "dpo.nll_weight=0.1",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def anchor(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained anchor for all runs."""
+    path = tmp_path_factory.mktemp("anchor") / "out"
+    return run(path, load_recipe("tiny", [*SMALL, "iterations=0"])).anchor.path
+
+
+def run(path: Path, recipe: Recipe) -> RunDir:
+    directory = RunDir(path)
+    directory.open(recipe, {})
+    iterate(Session(recipe, directory))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A stronger model's answers to all prompts of the list: the best there are."""
+    prompts = read_records(Path(load_recipe("tiny").data.dir) / "prompts.jsonl", Prompt)
+    path = tmp_path_factory.mktemp("teacher") / "answers.jsonl"
+    answer = "gladly, here you go.\n1. {} needs care\n2. it gives joy\n3. it has friends\nenjoy!"
+    rows = [
+        {"prompt_id": one.prompt_id, "response": answer.format(topic_of(one.text))}
+        for one in prompts
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def recipe_of(case: str, anchor: Path) -> Recipe:
+    method = next(name for name in sorted(METHODS, key=len, reverse=True) if case.startswith(name))
+    ranked = load_recipe("toy-dpo").data.ranked
+    return load_recipe(
+        "tiny",
+        [*SMALL, f"method={method}", f"anchor.init={anchor}", f"data.ranked={ranked}", *RUNS[case]],
+    )
+
+
+def artefacts(directory: RunDir) -> dict[str, str]:
+    """Hashes of all that a run computes."""
+    return {
+        str(file.relative_to(directory.path)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(directory.path.rglob("*"))
+        if file.is_file() and file.name not in {"done.json", "metrics.jsonl", "run.json", ".lock"}
+    }
+
+
+@pytest.mark.parametrize("case", RUNS)
+def test_a_method_runs_from_end_to_end(
+    case: str, anchor: Path, teacher: Path, tmp_path: Path
+) -> None:
+    recipe = recipe_of(case, anchor)
+    if case == "dno-teacher":
+        dno = recipe.dno.model_copy(update={"teacher": str(teacher)})
+        recipe = recipe.model_copy(update={"dno": dno})
+    directory = run(tmp_path / "out", recipe)
+    rows = [row for row in directory.read_metrics() if row["stage"] == "delta"]
+    assert len(rows) == 2
+    for row in rows:
+        assert row["step0_loss"] == pytest.approx(math.log(2), abs=1e-3)
+        assert row["step0_margin"] == pytest.approx(0, abs=1e-3)
+    second = directory.iteration(2)
+    pairs = read_records(second.pairs, PreferencePair)
+    assert len(pairs) >= recipe.pairing.min_pairs
+    assert all(one.chosen_score > one.rejected_score for one in pairs)
+    CHECKS.get(case, lambda pairs: None)(pairs)
+    # What `show judgements` looks up is there.
+    shown = [row for path in second.judged_candidates for row in read_records(path, Candidate)]
+    known = {row.candidate_id for row in shown}
+    assert {row.candidate_id for row in read_records(second.judgements, Judgement)} <= known
+    if case in INTERRUPTED:
+        _goes_on_with_the_same_bytes(directory, recipe)
+
+
+def _goes_on_with_the_same_bytes(directory: RunDir, recipe: Recipe) -> None:
+    # As if killed within the second iteration's candidates.
+    before, second = artefacts(directory), directory.iteration(2)
+    for entry in second.path.iterdir():
+        if entry not in (second.prompts, second.candidates):
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    whole = second.candidates.read_bytes()
+    second.candidates.write_bytes(whole[: len(whole) // 2])
+    assert artefacts(run(directory.path, recipe)) == before
+
+
+def _check_spin(pairs: list[PreferencePair]) -> None:
+    assert {one.chosen_id.split("#")[1] for one in pairs} == {"human"}
+    assert {one.origin for one in pairs} == {"", "replay, 1 back"}
+
+
+def _check_smoothed(pairs: list[PreferencePair]) -> None:
+    assert len({one.smoothing for one in pairs}) == 1
+    assert 0 <= pairs[0].smoothing <= 1
+
+
+def _check_rejected(pairs: list[PreferencePair]) -> None:
+    assert any("past-" in one.rejected_id for one in pairs)
+
+
+INTERRUPTED = ("self-rewarding", "cream", "temporal")
+"""Those whose pairs need files of their own, or of earlier iterations."""
+
+
+def _check_taught(pairs: list[PreferencePair]) -> None:
+    assert any("teacher-" in one.chosen_id for one in pairs)
+
+
+CHECKS = {
+    "dno-teacher": _check_taught,
+    "spin": _check_spin,
+    "cream": _check_smoothed,
+    "temporal": _check_rejected,
+}
+
+
+def test_likelihoods_are_those_of_the_plain_model(anchor: Path, tmp_path: Path) -> None:
+    """The first token by hand, and that neighbours in the batch change nothing."""
+    import torch
+
+    from srlm_lite.stages.likelihood import candidate_likelihoods
+
+    recipe = recipe_of("cream", anchor)
+    session = Session(recipe, RunDir(tmp_path / "out"))
+    prompts = [Prompt("p", "list facts about the tiger"), Prompt("q", "write facts")]
+    rows = [
+        Candidate("p", "p#0", "gladly, here you go.", 5, "stop"),
+        Candidate("q", "q#0", "not again.\n1. it gives joy\n2. it makes noise", 12, "stop"),
+    ]
+    together = candidate_likelihoods(session, [], prompts, rows, path=tmp_path / "a.jsonl")
+    alone = candidate_likelihoods(session, [], prompts, rows[:1], path=tmp_path / "b.jsonl")
+    assert alone["p#0"].logp == pytest.approx(together["p#0"].logp, abs=1e-3)
+    ids = session.chat.prompt_ids(prompts[0].text)
+    target = session.chat.target_ids(rows[0].text)
+    with torch.inference_mode():
+        logits = session.slot.model(input_ids=torch.tensor([[*ids, *target]])).logits[0].float()
+    logps = logits.log_softmax(-1)
+    by_hand = sum(float(logps[len(ids) + i - 1, token]) for i, token in enumerate(target))
+    assert alone["p#0"].logp == pytest.approx(by_hand, abs=1e-3)
+    assert alone["p#0"].n_tokens == len(target)
+
+
+def test_rankings_that_have_nothing_in_common_stop_a_run() -> None:
+    pairs = [PreferencePair("p", "p", "a", "b", "x", "y", 1, 0, smoothing=0.5)]
+    refuse_nothing_to_learn([replace(pairs[0], smoothing=0.4), *pairs], Path("it"))
+    with pytest.raises(UserError, match=r"consistency is 0\.5 .* nothing to learn"):
+        refuse_nothing_to_learn(pairs, Path("it"))
+
+
+def test_a_method_needs_its_file(tmp_path: Path) -> None:
+    from srlm_lite.stages.seed_data import check_inputs
+
+    missing = tmp_path / "none.jsonl"
+    for method in ("dpo", "spin"):
+        recipe = load_recipe("toy", [f"method={method}", f"data.ranked={missing}"])
+        with pytest.raises(UserError, match=r"none\.jsonl: no such file"):
+            check_inputs(recipe)
+    write_records(missing, [])
+    check_inputs(load_recipe("toy", ["method=dpo", f"data.ranked={missing}"]))
