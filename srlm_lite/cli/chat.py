@@ -1,0 +1,97 @@
+"""`srlm-lite chat`: talk to any model of a run."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import typer
+
+from srlm_lite.config import Recipe, recipe_from
+from srlm_lite.errors import UserError
+from srlm_lite.export.source import find_source
+from srlm_lite.run_dir import RunDir
+from srlm_lite.session import Session
+from srlm_lite.stages.conversation import Conversation
+
+HELP = """\
+/judge          the model's own grading of its last answer
+/iter T         go on with another model of the run: a number, anchor, or base
+/reset          forget the conversation
+/quit           leave (so does the end of the input)
+/help           this list
+Anything else is said to the model."""
+
+
+def run_chat(*, directory: Path, which: str, temperature: float | None) -> None:
+    """Read lines from stdin until it ends; the model speaks on stdout, all else is on stderr."""
+    run = RunDir(directory)
+    recipe = _in_process(recipe_from(run.facts()["recipe"], where=str(run.run_json)))
+    conversation = Conversation(Session(recipe, run), temperature=temperature)
+    _switch(conversation, run, which)
+    _say("/help lists the commands")
+    while (line := _read()) is not None and line != "/quit":
+        try:
+            _take(conversation, run, line)
+        except UserError as error:  # a slip is no reason to lose the conversation
+            _say(str(error))
+
+
+def _take(conversation: Conversation, run: RunDir, line: str) -> None:
+    command, _, rest = line.partition(" ")
+    if not line:
+        return
+    if not command.startswith("/"):
+        forgotten = conversation.answer(line, _show)
+        typer.echo()
+        if forgotten:
+            _say(f"forgotten, for want of room: the oldest {forgotten} turns")
+    elif command == "/judge":
+        score = conversation.judge(_show)
+        typer.echo()
+        _say("no score can be read from this" if score is None else f"score {score:g}")
+    elif command == "/iter":
+        _switch(conversation, run, rest.strip())
+    elif command == "/reset":
+        conversation.reset()
+        _say("the conversation is forgotten")
+    elif command == "/help":
+        _say(HELP)
+    else:
+        raise UserError(f"no command {command}", way_out="/help lists them")
+
+
+def _switch(conversation: Conversation, run: RunDir, which: str) -> None:
+    if which == "base":
+        conversation.use([])
+        _say(f"the base of {run.path}")
+        return
+    source = find_source(run.path, which)
+    conversation.use(source.stack())
+    _say(f"M{source.iteration + 1} of {run.path}")
+
+
+def _in_process(recipe: Recipe) -> Recipe:
+    """The recipe with the engine that switches stacks in the memory of this process."""
+    return recipe.model_copy(
+        update={
+            "rollout": recipe.rollout.model_copy(update={"engine": "transformers"}),
+            "judge": recipe.judge.model_copy(update={"engine": None}),
+        }
+    )
+
+
+def _read() -> str | None:
+    if sys.stdin.isatty():
+        typer.echo("> ", nl=False, err=True)
+    line = sys.stdin.readline()
+    return line.strip() if line else None
+
+
+def _show(piece: str) -> None:
+    typer.echo(piece, nl=False)
+    sys.stdout.flush()
+
+
+def _say(text: str) -> None:
+    typer.echo(text, err=True)

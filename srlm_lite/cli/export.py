@@ -1,0 +1,129 @@
+"""`srlm-lite export`."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from srlm_lite.cli.progress import Console
+from srlm_lite.export.export import Export, Wish
+from srlm_lite.export.hub import check_repo, files_of, push
+from srlm_lite.export.source import find_source
+
+
+def run_export(
+    *,
+    directory: Path,
+    which: str,
+    wish: Wish,
+    push_to: str | None,
+    public: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Export one model of a run, and upload it if asked to."""
+    if push_to is not None and not dry_run:
+        check_repo(push_to)
+    console = Console()
+    source = find_source(directory, which)
+    with console:
+        export = Export(source, wish, console)
+        if dry_run:
+            _show_plan(export, push_to, public=public, as_json=as_json)
+            return
+        console.say(f"exporting {source.name} as {wish.form} to {wish.out}")
+        _say_onto(console, export)
+        begin = time.monotonic()
+        row = export.make()
+        console.say(f"  {time.monotonic() - begin:.1f} s")
+    typer.echo(json.dumps(row, indent=2) if as_json else _parity_text(row))
+    for text in _warnings(row):
+        console.warn(text)
+    if push_to is not None:
+        console.say(f"uploading to {push_to}, {'public' if public else 'private'}")
+        message = f"{source.name}, exported by srlm-lite"
+        console.say(f"  {push(wish.out, push_to, public=public, message=message)}")
+        return
+    if wish.form == "merged":
+        model = f"AutoModelForCausalLM.from_pretrained({str(wish.out)!r})"
+        console.say(f"next: in Python, {model}, or vllm serve {shlex.quote(str(wish.out))}")
+
+
+def _say_onto(console: Console, export: Export) -> None:
+    recipe = export.source.recipe.base
+    if export.wish.form == "adapter":
+        return
+    if export.files.kind == "gguf":
+        console.say(
+            f"  onto dequantized: {Path(recipe.name).name} is a GGUF file, so there is no 16-bit "
+            "original; merged is onto the weights that it expands to"
+        )
+    if recipe.quantization == "nf4":
+        console.say(
+            "  onto original: the base's own weights; the adapters were trained against their NF4 "
+            "rounding (--onto dequantized)"
+            if export.onto == "original"
+            else "  onto dequantized: the weights that the adapters were trained against"
+        )
+
+
+def _parity_text(row: dict[str, Any]) -> str:
+    lines = [
+        f"parity of stack and export, {row['positions']} positions, {row['dtype']}:",
+        f"  largest logit difference  {row['max_abs_logit_diff']:.3g}  "
+        f"(tolerance {row['tolerance']:.3g})",
+        f"  mean logit difference     {row['mean_abs_logit_diff']:.3g}  "
+        f"(the last adapter's effect: {row['last_adapter_mean_abs_logit_diff']:.3g})",
+        f"  mean KL                   {row['mean_kl']:.3g} nats",
+        f"  same most probable token  {row['top1_agreement']:.1%}",
+    ]
+    if "tensors" in row:
+        tensors = row["tensors"]
+        lines.append(
+            f"  tensors                   all right; {tensors['most_different']} differs most, by "
+            f"{tensors['relative_error']:.1g} of its norm (tolerance {tensors['tolerance']:.1g})"
+        )
+    if "against_nf4" in row:
+        other = row["against_nf4"]
+        lines.append(
+            "against the stack on NF4, as it was trained and evaluated: mean logit difference "
+            f"{other['mean_abs_logit_diff']:.3g}, mean KL {other['mean_kl']:.3g} nats, same most "
+            f"probable token {other['top1_agreement']:.1%}"
+        )
+    return "\n".join(lines)
+
+
+def _warnings(row: dict[str, Any]) -> list[str]:
+    if row["mean_abs_logit_diff"] <= row["last_adapter_mean_abs_logit_diff"]:
+        return []
+    return [
+        f"rounding to {row['dtype']} moves the logits more than the last adapter does: "
+        "--dtype float32, or --as adapter, keeps small updates exactly"
+    ]
+
+
+def _show_plan(export: Export, push_to: str | None, *, public: bool, as_json: bool) -> None:
+    """What would be written, and uploaded; weights are listed from the plan, not made."""
+    if export.finished is not None:
+        files = files_of(export.wish.out)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            export.write_companions(Path(folder))
+            files = sorted([*files_of(Path(folder)), *export.weight_files()])
+    if as_json:
+        visible = "public" if public else "private"
+        rows = [{"file": name, "bytes": size} for name, size in files]
+        typer.echo(json.dumps({"repo": push_to, "visibility": visible, "files": rows}, indent=2))
+        return
+    if push_to is not None:
+        typer.echo(f"{push_to}, {'public' if public else 'private'}:")
+    width = max(len(name) for name, _ in files)
+    for name, size in files:
+        typer.echo(f"  {name:<{width}}  {size / 1e6:>12,.3f} MB")
+    typer.echo(f"  {'total':<{width}}  {sum(size for _, size in files) / 1e6:>12,.3f} MB")

@@ -1,0 +1,409 @@
+"""Export a model of a run: check, merge, compare, and only then give it its name.
+
+Everything is written to a hidden directory beside the target, which gets the target's name when
+the export has been found to answer as the stack does. A killed export leaves the hidden directory;
+the same command goes on with the files that are whole in it.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from srlm_lite.errors import ProofError, UserError
+from srlm_lite.export.card import write_card
+from srlm_lite.export.source import Source
+from srlm_lite.progress import Reporter, Task
+from srlm_lite.run_dir import read_json, write_json
+
+if TYPE_CHECKING:
+    from srlm_lite.model.base import BaseFiles
+    from srlm_lite.model.chat import ChatFormat
+    from srlm_lite.model.merge import Onto, Plan, Weights
+    from srlm_lite.model.parity import Read
+    from srlm_lite.model.stack import Adapter
+
+Form = Literal["merged", "adapter"]
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+
+PARITY = "parity.json"
+_STATE = ".export.json"
+_TOKENS = 48
+"""Of each text that stack and export are compared on."""
+_SLACK = 64 << 20
+"""Disk space for what comes beside the weights."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What the user asked for. `onto` None: the original where there is one."""
+
+    out: Path
+    form: Form = "merged"
+    onto: Onto | None = None
+    dtype: Dtype = "auto"
+
+
+class Export:
+    """One export at work.
+
+    Raises:
+        UserError: On construction: the base or the stack is not what the run had, or what is wished
+            for does not exist.
+    """
+
+    def __init__(self, source: Source, wish: Wish, reporter: Reporter) -> None:
+        self.source, self.wish, self._reporter = source, wish, reporter
+        self.files: BaseFiles = source.base_files()
+        self.stack: list[Adapter] = source.stack()
+        self.onto = self._onto()
+        self._progress = _Megabytes(reporter.start("check", 0, "MB"))
+
+    def _onto(self) -> Onto:
+        if self.files.kind != "gguf":
+            return self.wish.onto or "original"
+        if self.wish.onto == "original":
+            raise UserError(
+                f"{self.source.recipe.base.name} is a GGUF file: it holds quantized weights only, "
+                "there is no 16-bit original to merge onto",
+                where="--onto",
+                way_out="Leave it out, or say --onto dequantized: the weights as the adapters "
+                "were trained against",
+            )
+        return "dequantized"
+
+    @cached_property
+    def _skeleton(self) -> Any:
+        from srlm_lite.model.base import skeleton
+
+        return skeleton(self.files.folder)
+
+    @cached_property
+    def chat(self) -> ChatFormat:
+        from srlm_lite.model.chat import ChatFormat
+
+        model, tokenizer = self._skeleton
+        ends = model.generation_config.eos_token_id or ()
+        template = self.source.recipe.base.chat_template
+        return ChatFormat(tokenizer, template=template, stop_ids=ends)
+
+    @cached_property
+    def weights(self) -> Weights:
+        """The base's tensors, as they are merged onto."""
+        return self._weights(nf4=self.onto == "dequantized" and self.wish.form == "merged")
+
+    @cached_property
+    def plan(self) -> Plan:
+        """What the merged checkpoint will hold."""
+        from srlm_lite.model.merge import plan
+
+        tied = self._skeleton[0].all_tied_weights_keys
+        return plan(
+            self.weights.checkpoint,
+            self.stack,
+            tied=tied if self._skeleton[0].config.tie_word_embeddings else {},
+            dtype=self._asked_dtype,
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the weights to be written."""
+        if self.wish.form == "merged":
+            return self.plan.nbytes
+        return sum(4 * f.numel() for a in self.stack for pair in a.factors.values() for f in pair)
+
+    def weight_files(self) -> list[tuple[str, int]]:
+        """Name and bytes of the weights' files and what comes with them, before they are made."""
+        if self.wish.form == "adapter":
+            from srlm_lite.model.stack import WEIGHTS
+
+            return [(WEIGHTS, self.nbytes)]
+        return [
+            (file, sum(merge.info.nbytes for merge in merges))
+            for file, merges in self.plan.shards.items()
+        ]
+
+    @property
+    def digest(self) -> str:
+        """What makes two exports the same export."""
+        return hashlib.sha256(
+            json.dumps(
+                {
+                    "base": [self.files.source.get(key) for key in ("sha256", "revision")],
+                    "stack": self.source.hashes,
+                    "form": self.wish.form,
+                    "onto": self.onto,
+                    "dtype": self.wish.dtype,
+                    "template": self.chat.portable_template,
+                }
+            ).encode()
+        ).hexdigest()
+
+    @property
+    def finished(self) -> dict[str, Any] | None:
+        """The parity of this very export, if it lies at the target already."""
+        path = self.wish.out / PARITY
+        if not path.is_file():
+            return None
+        row = read_json(path)
+        return row if row.get("export") == self.digest else None
+
+    def make(self) -> dict[str, Any]:
+        """Write the export, compare it with the stack, and give it its name; the parity.
+
+        Raises:
+            UserError: The target is taken, or the disk too small.
+            ProofError: The export does not answer as the stack does; nothing is left of it.
+        """
+        if (done := self.finished) is not None:
+            return done
+        out = self.wish.out
+        if (out.is_dir() and any(out.iterdir())) or out.is_file():
+            raise UserError(
+                "exists already, and is not this export",
+                where=str(out),
+                way_out="Choose another --out, or delete it",
+            )
+        needed = self.nbytes  # planned before anything is written: the plan may refuse
+        with self._draft() as draft, _disk_errors(out):
+            self._check_space(draft, needed)
+            self._write(draft)
+            self.write_companions(draft)
+            try:
+                row = self._compare(draft)
+            except ProofError:
+                shutil.rmtree(draft)
+                raise
+            (draft / _STATE).unlink()
+            write_json(draft / PARITY, row)
+            draft.rename(out)
+        return row
+
+    def write_companions(self, folder: Path) -> None:
+        """All files but the weights and their parity."""
+        from srlm_lite.model.companions import (
+            write_config,
+            write_generation_config,
+            write_tokenizer,
+        )
+
+        if self.wish.form == "merged":
+            base = self.files.folder
+            write_config(base, folder, dtype=self._dtype, unties=self.plan.unties)
+            write_generation_config(base, folder, self._skeleton[0], self.chat)
+        write_tokenizer(folder, self._skeleton[1], self.chat)
+        write_card(
+            folder,
+            self.source,
+            base=self.files.source,
+            form=self.wish.form,
+            onto=self.onto,
+            dtype=str(self._dtype).removeprefix("torch."),
+            rank=sum(adapter.rank for adapter in self.stack),
+        )
+
+    def _weights(self, *, nf4: bool) -> Weights:
+        from srlm_lite.model.merge import base_weights
+
+        section = self.source.recipe.base
+        return base_weights(self.files.folder, section, self._skeleton[0], nf4=nf4)
+
+    @property
+    def _asked_dtype(self) -> Any:
+        """As torch knows it; None: each tensor's own."""
+        from srlm_lite.model.checkpoint import NAMED
+
+        return NAMED.get(self.wish.dtype)
+
+    @property
+    def _dtype(self) -> Any:
+        """The dtype of the result: as asked, else the base's own; an adapter's is float32."""
+        from srlm_lite.model.checkpoint import NAMED
+
+        if self.wish.form == "adapter":
+            return self._asked_dtype or NAMED["float32"]
+        return self._asked_dtype or self.weights.checkpoint.main_dtype
+
+    @contextmanager
+    def _draft(self) -> Iterator[Path]:
+        """The hidden directory, with what an earlier start of this export has left in it."""
+        out = self.wish.out
+        draft = out.with_name(f".{out.name}.partial")
+        try:
+            draft.mkdir(parents=True, exist_ok=True)
+        except (NotADirectoryError, FileExistsError, PermissionError) as error:
+            raise UserError(
+                f"cannot be written ({error.strerror})", where=str(out), way_out="Choose another"
+            ) from error
+        lock = os.open(draft, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            state = draft / _STATE
+            if not state.is_file() or read_json(state).get("export") != self.digest:
+                for file in draft.iterdir():
+                    file.unlink()
+                write_json(state, {"export": self.digest})
+            yield draft
+        except BlockingIOError as error:
+            raise UserError("another export is being written here", where=str(out)) from error
+        finally:
+            os.close(lock)
+
+    def _check_space(self, draft: Path, nbytes: int) -> None:
+        there = sum(file.stat().st_size for file in draft.glob("*.safetensors"))
+        needed, free = nbytes - there + _SLACK, shutil.disk_usage(draft).free
+        if needed > free:
+            shutil.rmtree(draft)
+            raise UserError(
+                f"the export needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free",
+                where=str(self.wish.out),
+                way_out="Make room, or choose another disk for --out",
+            )
+
+    def _write(self, draft: Path) -> None:
+        if self.wish.form == "merged":
+            from srlm_lite.model.merge import write
+
+            task = _Megabytes(self._reporter.start("merge", self.plan.nbytes // 10**6, "MB"))
+            write(self.plan, self.weights, draft, on_bytes=task.add)
+            return
+        from srlm_lite.model.stack import fuse
+
+        source = self.files.source
+        fuse(self.stack).save(
+            draft,
+            base_name=source["location"],
+            revision=source.get("revision"),
+            dtype=self._dtype,
+        )
+
+    def _compare(self, draft: Path) -> dict[str, Any]:
+        """Stack and export on the same texts.
+
+        Raises:
+            ProofError: They differ by more than rounding.
+        """
+        from srlm_lite.model import parity
+
+        texts = self._texts()
+        if self.wish.form == "merged":
+            return self._compare_merged(draft, texts)
+        from srlm_lite.model.stack import Adapter
+
+        read = self._counting(self._weights(nf4=False).read, passes=1)
+        stacks = [self.stack, self.stack[:-1], [Adapter.load(draft)]]
+        ours, without, theirs = parity.logits(self._skeleton[0], read, texts, stacks=stacks)
+        row = self._row(ours, without, theirs)
+        if not row["max_abs_logit_diff"] <= row["tolerance"]:
+            worst, share = parity.most_different_module(stacks[2][0], self.stack)
+            raise _broken(row, worst, share)
+        return row
+
+    def _compare_merged(self, draft: Path, texts: Sequence[Sequence[int]]) -> dict[str, Any]:
+        from srlm_lite.model import parity
+        from srlm_lite.model.base import skeleton
+        from srlm_lite.model.checkpoint import Checkpoint
+
+        nf4 = self.source.recipe.base.quantization == "nf4"
+        model, export = self._skeleton[0], Checkpoint(draft)
+        passes = 3 if nf4 and self.onto == "original" else 2
+        check = parity.TensorCheck(self.plan, self.stack, export)
+        read = self._counting(self.weights.read, passes=passes)
+        stacks = [self.stack, self.stack[:-1]]
+        ours, without = parity.logits(model, check.reading(read), texts, stacks=stacks)
+        check.rest(self.weights.read)
+        exported, _ = skeleton(draft)
+        (theirs,) = parity.logits(exported, self._counting(export.read), texts)
+        row = self._row(ours, without, theirs)
+        row["tensors"] = {
+            "most_different": check.worst,
+            "relative_error": check.error,
+            "tolerance": parity.tensor_tolerance(self._dtype),
+        }
+        row["onto"] = self.onto
+        if not (
+            row["max_abs_logit_diff"] <= row["tolerance"]
+            and check.error <= row["tensors"]["tolerance"]
+        ):
+            raise _broken(row, check.worst, check.error)
+        if passes == 3:
+            read = self._counting(self._weights(nf4=True).read)
+            (evaluated,) = parity.logits(model, read, texts, stacks=[self.stack])
+            row["against_nf4"] = parity.compare(evaluated, theirs).to_row()
+        return row
+
+    def _row(self, ours: Any, without: Any, theirs: Any) -> dict[str, Any]:
+        from srlm_lite.model import parity
+
+        return {
+            **parity.compare(ours, theirs).to_row(),
+            "tolerance": parity.tolerance(self._dtype, ours),
+            "last_adapter_mean_abs_logit_diff": parity.compare(ours, without).mean_abs_logit_diff,
+            "form": self.wish.form,
+            "dtype": str(self._dtype).removeprefix("torch."),
+            "export": self.digest,
+        }
+
+    def _texts(self) -> list[list[int]]:
+        texts = []
+        for prompt, answer in self.source.texts():
+            ids = self.chat.prompt_ids(prompt)[:_TOKENS]
+            reply = self.chat.target_ids(answer) if answer else []
+            texts.append([*ids, *reply][:_TOKENS])
+        return texts
+
+    def _counting(self, read: Read, *, passes: int = 0) -> Read:
+        """A reader that moves the bar; with `passes`, a bar for so many readings begins."""
+        if passes:
+            total = passes * self.nbytes // 10**6
+            self._progress = _Megabytes(self._reporter.start("parity", total, "MB"))
+        progress = self._progress
+
+        def counted(name: str) -> Any:
+            tensor = read(name)
+            progress.add(tensor.nbytes)
+            return tensor
+
+        return counted
+
+
+class _Megabytes:
+    """A bar in megabytes, told in bytes."""
+
+    def __init__(self, task: Task) -> None:
+        self._task, self._bytes = task, 0
+
+    def add(self, count: int) -> None:
+        before = self._bytes // 10**6
+        self._bytes += count
+        self._task.advance(self._bytes // 10**6 - before)
+
+
+def _broken(row: dict[str, Any], worst: str, share: float) -> ProofError:
+    return ProofError(
+        "the export does not answer as the stack does: logits differ by up to "
+        f"{row['max_abs_logit_diff']:.3g} (tolerance {row['tolerance']:.3g}); {worst} differs "
+        f"most, by {share:.3g} of its norm. Nothing was kept"
+    )
+
+
+@contextmanager
+def _disk_errors(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            "the disk is full", where=str(out), way_out="Make room; the same command goes on"
+        ) from error

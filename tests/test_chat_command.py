@@ -1,0 +1,132 @@
+"""`srlm-lite chat` in a pipe."""
+
+from __future__ import annotations
+
+import io
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from exporting import make_run, random_adapter
+
+from srlm_lite.cli import main
+from srlm_lite.model import base as base_module
+from srlm_lite.model.chat import ChatFormat
+from srlm_lite.rollout.protocol import Limits, Request
+from srlm_lite.run_dir import RunDir
+from srlm_lite.session import Session
+
+QUESTION = "How do I look after a bicycle?"
+
+
+@pytest.fixture
+def run(tiny_base_dir: Path, tmp_path: Path) -> RunDir:
+    adapters = [random_adapter(tiny_base_dir, seed=seed, size=0.1) for seed in (0, 1, 2)]
+    return make_run(tmp_path / "run", tiny_base_dir, adapters=adapters, dtype="float32")
+
+
+@pytest.fixture
+def talk(run: RunDir, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Any:
+    """The command with these lines on stdin: its stdout and stderr, and its exit code."""
+
+    def command(*lines: str, iteration: str = "last") -> tuple[str, str, int]:
+        argv = ["srlm-lite", "chat", "--adapters", str(run.path), "--iteration", iteration]
+        monkeypatch.setattr(sys, "argv", argv)
+        monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+        capfd.readouterr()
+        try:
+            main.run()
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+        out, err = capfd.readouterr()
+        return out, err, code
+
+    return command
+
+
+def greedy(run: RunDir, number: int | None, messages: list[dict[str, str]]) -> str:
+    """What the stack of an iteration (None: the base) answers."""
+    from srlm_lite.config import recipe_from
+
+    session = Session(recipe_from(run.facts()["recipe"], where="test"), run)
+    ids = session.chat.render(messages, generation=True)
+    engine = session.engine([] if number is None else session.stack(number))
+    limits = Limits(temperature=0, top_p=1, max_new_tokens=16)
+    [[sample]] = engine.sample([Request(prompt_ids=tuple(ids), seeds=(0,))], limits)
+    return sample.text.strip()
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def test_it_answers_as_the_model_of_that_iteration(run: RunDir, talk: Any) -> None:
+    answers = {name: talk(QUESTION, iteration=name)[0] for name in ("base", "anchor", "1", "2")}
+    for name, number in (("base", None), ("anchor", 0), ("1", 1), ("2", 2)):
+        assert answers[name] == greedy(run, number, [user(QUESTION)]) + "\n", name
+    assert len(set(answers.values())) == 4
+
+
+def test_it_switches_without_loading_anything_again(
+    run: RunDir, talk: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads = []
+    right = base_module.load_base
+
+    def counted(section: Any) -> Any:
+        loads.append(section)
+        return right(section)
+
+    monkeypatch.setattr(base_module, "load_base", counted)
+    out, err, code = talk(
+        QUESTION, "/reset", "/iter anchor", QUESTION, "/reset", "/iter 2", QUESTION
+    )
+    assert code == 0 and len(loads) == 1
+    monkeypatch.undo()
+    one, two = (greedy(run, number, [user(QUESTION)]) for number in (2, 0))
+    assert out == f"{one}\n{two}\n{one}\n"
+    assert "M3 of" in err and "M1 of" in err
+
+
+def test_it_remembers_the_conversation(run: RunDir, talk: Any) -> None:
+    out, _, _ = talk(QUESTION, "And a car?")
+    first = greedy(run, 2, [user(QUESTION)])
+    turns = [user(QUESTION), {"role": "assistant", "content": first}, user("And a car?")]
+    assert out == f"{first}\n{greedy(run, 2, turns)}\n"
+
+
+def test_the_model_grades_its_last_answer(
+    run: RunDir, talk: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The random judge writes noise; what it is asked is the rubric around the last answer."""
+    asked: list[str] = []
+    right = ChatFormat.prompt_ids
+
+    def noted(self: ChatFormat, text: str) -> list[int]:
+        asked.append(text)
+        return right(self, text)
+
+    monkeypatch.setattr(ChatFormat, "prompt_ids", noted)
+    monkeypatch.setattr("srlm_lite.stages.conversation.parse_score", lambda text, rubric: 4.0)
+    run_json = run.run_json.read_text().replace('"window": 512', '"window": 2048')
+    run.run_json.write_text(run_json)
+    out, err, code = talk("/judge", QUESTION, "/judge")
+    assert code == 0
+    assert "there is no answer to judge yet" in err and "score 4" in err
+    assert QUESTION in asked[-1] and out.splitlines()[0] in asked[-1]
+
+
+def test_slips_do_not_end_it(talk: Any) -> None:
+    out, err, code = talk("/iter 7", "/nonsense", "x " * 2000, "/help", "/quit", QUESTION)
+    assert code == 0 and out == ""
+    assert "has no iteration 7. It has: anchor, 1, 2" in err
+    assert "no command /nonsense" in err
+    assert "the message is too long" in err
+
+
+def test_no_such_model_is_one_line(talk: Any) -> None:
+    out, err, code = talk(QUESTION, iteration="9")
+    assert (out, code) == ("", 2)
+    assert err.startswith("srlm-lite: ") and len(err.splitlines()) == 1

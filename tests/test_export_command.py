@@ -1,0 +1,306 @@
+"""`srlm-lite export` as a user runs it: what it prints, how it is killed, where it is uploaded."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import exporting
+import pytest
+import torch
+from exporting import make_run, random_adapter
+from hub_server import Hub, serving
+from huggingface_hub import constants
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from srlm_lite.cli import main
+from srlm_lite.export.export import Export, Wish
+from srlm_lite.export.source import find_source
+from srlm_lite.progress import Silent
+from srlm_lite.run_dir import RunDir, sha256_file
+
+COMMAND = (sys.executable, "-m", "srlm_lite", "export")
+TOKEN = "hf_thistokenisnobodysbusiness"
+
+
+@dataclass(frozen=True)
+class Done:
+    """How a command ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+Command = Callable[..., Done]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
+    """`srlm-lite export ARGS` in this process."""
+
+    def run_it(*args: str | Path) -> Done:
+        monkeypatch.setattr(sys, "argv", ["srlm-lite", "export", *map(str, args)])
+        capfd.readouterr()
+        try:
+            main.run()
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return Done(code, *capfd.readouterr())
+
+    return run_it
+
+
+@pytest.fixture(scope="module")
+def run(tiny_base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    adapters = [random_adapter(tiny_base_dir, seed=seed) for seed in (0, 1)]
+    path = tmp_path_factory.mktemp("export") / "run"
+    return make_run(path, tiny_base_dir, adapters=adapters, dtype="float32")
+
+
+def test_it_prints_parity_and_leaves_a_model(run: RunDir, command: Command, tmp_path: Path) -> None:
+    done = command("--adapters", run.path, "--out", tmp_path / "out", "--dtype", "bfloat16")
+    assert done.returncode == 0, done.stderr
+    assert "same most probable token" in done.stdout and "tolerance" in done.stdout
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {
+        "README.md",
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "parity.json",
+        "recipe.yaml",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    assert exporting.parity(tmp_path / "out")["dtype"] == "bfloat16"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["out"]
+
+    again = command("--adapters", run.path, "--out", tmp_path / "out", "--iteration", "7")
+    assert (again.returncode, again.stdout) == (2, "")
+    assert len(again.stderr.splitlines()) == 1
+    assert "has no iteration 7. It has: anchor, 1" in again.stderr
+
+
+def wide_run(folder: Path, tokenizer: Path, *, layers: int) -> RunDir:
+    """On a base of 25 MB a layer, in files of up to 10 MB."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=768,
+        intermediate_size=2048,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder / "base", max_shard_size="10MB")
+    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder / "base")
+    adapters = [random_adapter(folder / "base", seed=seed, size=0.01) for seed in (0, 1)]
+    return make_run(folder / "run", folder / "base", adapters=adapters, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def larger_run(tiny_base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    return wide_run(tmp_path_factory.mktemp("larger"), tiny_base_dir, layers=12)
+
+
+def test_a_killed_export_never_looks_finished(larger_run: RunDir, tmp_path: Path) -> None:
+    """SIGKILL as soon as the second file is whole; the same command then goes on."""
+    out, draft = tmp_path / "out", tmp_path / ".out.partial"
+    process = subprocess.Popen(
+        [*COMMAND, "--adapters", str(larger_run.path), "--out", str(out)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    end = time.monotonic() + 60
+    while len(list(draft.glob("*.safetensors"))) < 2 and time.monotonic() < end:
+        time.sleep(0.0005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not out.exists()
+    whole = {file.name: file.stat().st_mtime_ns for file in draft.glob("*.safetensors")}
+    assert len(whole) >= 2
+
+    again = Export(find_source(larger_run.path, "last"), Wish(out), Silent())
+    again.make()
+    assert not draft.exists()
+    assert {name: (out / name).stat().st_mtime_ns for name in whole} == whole
+    fresh = tmp_path / "fresh"
+    Export(find_source(larger_run.path, "last"), Wish(fresh), Silent()).make()
+    files = {file.name: sha256_file(file) for file in out.iterdir()}
+    assert files == {file.name: sha256_file(file) for file in fresh.iterdir()}
+    assert len([name for name in files if name.endswith(".safetensors")]) > 10
+
+
+def test_memory_stays_small_whatever_the_size(
+    larger_run: RunDir, tiny_base_dir: Path, tmp_path: Path
+) -> None:
+    """Ten layers more are 250 MB in files; in memory they cost next to nothing."""
+    smaller_run = wide_run(tmp_path / "smaller", tiny_base_dir, layers=2)
+    code = (
+        "import json, sys\n"
+        "from pathlib import Path\n"
+        "from srlm_lite.export.export import Export, Wish\n"
+        "from srlm_lite.export.source import find_source\n"
+        "from srlm_lite.progress import Silent\n"
+        "def peak_after(run, out):\n"
+        "    export = Export(find_source(Path(run), 'last'), Wish(Path(out)), Silent())\n"
+        "    export.make()\n"
+        "    rows = Path('/proc/self/status').read_text().splitlines()\n"
+        "    peak = next(int(row.split()[1]) for row in rows if row.startswith('VmHWM'))\n"
+        "    return peak * 1024, export.nbytes\n"
+        "first, second, out = sys.argv[1:]\n"
+        "print(json.dumps([peak_after(first, out + '1'), peak_after(second, out + '2')]))\n"
+    )
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            code,
+            str(smaller_run.path),
+            str(larger_run.path),
+            str(tmp_path / "out"),
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    (before, small), (after, large) = json.loads(done.stdout.splitlines()[-1])
+    print(after - before, large - small)
+    assert after - before < (large - small) / 3
+
+
+# --- the Hub -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with serving(TOKEN) as state:
+        yield state
+
+
+@pytest.fixture
+def pushing(hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The real client of this process, pointed at the server."""
+    monkeypatch.setattr(constants, "ENDPOINT", hub.address)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # the server speaks LFS, not Xet
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "home" / "token"))
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+
+
+@pytest.mark.usefixtures("pushing")
+def test_an_upload_is_private_resumes_and_is_the_export(
+    run: RunDir, hub: Hub, command: Command, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    arguments = ["--adapters", run.path, "--out", out, "--push-to-hub", "me/model"]
+    hub.puts_allowed = 0
+    broken = command(*arguments)
+    assert broken.returncode == 2
+    assert "The same command goes on where it stopped" in broken.stderr
+    assert hub.commits == 0 and hub.files == {}  # nobody sees half of it
+
+    hub.puts_allowed = 10
+    stamp = (out / "model.safetensors").stat().st_mtime_ns
+    done = command(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert hub.private == {"me/model": True}
+    assert hub.commits == 1
+    assert hub.files == {file.name: file.read_bytes() for file in out.iterdir()}
+    assert (out / "model.safetensors").stat().st_mtime_ns == stamp
+
+    hub.requests.clear()
+    assert command(*arguments).returncode == 0
+    assert not [request for request in hub.requests if request.startswith("PUT")]
+    everything = broken.stdout + broken.stderr + done.stdout + done.stderr
+    everything += "".join(file.read_text(errors="replace") for file in out.iterdir())
+    assert TOKEN not in everything
+
+
+@pytest.mark.usefixtures("pushing")
+def test_public_is_asked_for_and_never_slipped_into(
+    run: RunDir, hub: Hub, command: Command, tmp_path: Path
+) -> None:
+    arguments = ["--adapters", run.path, "--out", tmp_path / "out", "--push-to-hub", "me/open"]
+    done = command(*arguments, "--public")
+    assert done.returncode == 0, done.stderr
+    assert hub.private == {"me/open": False}
+    again = command(*arguments)
+    assert again.returncode == 2 and "exists and is public" in again.stderr
+    assert hub.commits == 1
+
+
+@pytest.mark.usefixtures("pushing")
+def test_a_dry_run_lists_and_touches_nothing(
+    run: RunDir, hub: Hub, command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    arguments = ["--adapters", run.path, "--out", tmp_path / "out", "--push-to-hub", "me/model"]
+    monkeypatch.delenv("HF_TOKEN")  # a list needs none
+    done = command(*arguments, "--dry-run", "--json")
+    assert done.returncode == 0, done.stderr
+    listed = json.loads(done.stdout)
+    assert (listed["repo"], listed["visibility"]) == ("me/model", "private")
+    assert hub.requests == []
+    assert list(tmp_path.iterdir()) == []
+
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    done = command(*arguments)
+    assert done.returncode == 0, done.stderr
+    names = {row["file"] for row in listed["files"]}
+    assert names | {"parity.json"} == set(hub.files)
+
+
+@pytest.mark.parametrize(
+    ("repo", "token", "said"),
+    [
+        ("me/model", "", "there is no token for the Hub"),
+        ("me/model", "hf_wrong", "the Hub does not accept the token"),
+        ("model", TOKEN, "expected ORG/NAME"),
+    ],
+)
+@pytest.mark.usefixtures("pushing")
+def test_what_the_hub_would_refuse_is_one_line(
+    run: RunDir,
+    command: Command,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    repo: str,
+    token: str,
+    said: str,
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", token)
+    done = command("--adapters", run.path, "--out", tmp_path / "out", "--push-to-hub", repo)
+    assert done.returncode == 2
+    assert said in done.stderr.splitlines()[-1]
+    assert not token or token not in done.stderr
+
+
+def test_the_hub_is_found_by_the_environment(run: RunDir, hub: Hub, tmp_path: Path) -> None:
+    """In a process of its own: endpoint and token from the usual variables."""
+    wishes = ("--as", "adapter", "--push-to-hub", "me/model")
+    done = subprocess.run(
+        [*COMMAND, "--adapters", str(run.path), "--out", str(tmp_path / "out"), *wishes],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={
+            **os.environ,
+            "HF_ENDPOINT": hub.address,
+            "HF_TOKEN": TOKEN,
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+        },
+    )
+    assert done.returncode == 0, done.stderr
+    assert hub.private == {"me/model": True}
+    assert hub.files == {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    assert TOKEN not in done.stdout + done.stderr
