@@ -30,8 +30,9 @@ def run_evaluate(*, directory: Path, which: str, data_dir: Path | None, as_json:
     if not place.evaluation.is_file():
         session = Session(recipe, run, console)
         with run.locked(), console:
-            stack = [] if number is None else session.stack(number)
-            evaluation(session, place, stack)
+            policy = [] if number is None else session.stack(number)
+            judge = [] if number is None else session.stack(number, "judge")
+            evaluation(session, place, policy, judge=judge)
     result = read_json(place.evaluation)
     if as_json:
         typer.echo(json.dumps(result, indent=2, ensure_ascii=False))
@@ -50,8 +51,10 @@ def _place(run: RunDir, which: str) -> tuple[StageDir, int | None]:
         if not run.anchor.training.is_file():
             raise UserError("has no anchor yet", where=str(run.path))
         return run.anchor, 0
-    if not which.isdecimal() or not run.iteration(int(which)).training.is_file():
-        done = ", ".join(str(it.number) for it in run.iterations() if it.training.is_file())
+    if not which.isdecimal() or not run.iteration(int(which)).delta_place.training.is_file():
+        done = ", ".join(
+            str(it.number) for it in run.iterations() if it.delta_place.training.is_file()
+        )
         raise UserError(
             f"has no iteration {which}",
             where=str(run.path),

@@ -6,11 +6,11 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from srlm_lite.cli import data, recipes, show
+from srlm_lite.cli import bench, data, recipes, show
 
 app = typer.Typer(
     name="srlm-lite",
@@ -19,9 +19,11 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(bench.app, name="bench")
 app.add_typer(data.app, name="data")
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(show.app, name="show")
+
 
 Adapters = Annotated[Path, typer.Option("--adapters", help="The run directory.", metavar="DIR")]
 
@@ -75,6 +77,77 @@ def evaluate(
     from srlm_lite.cli.evaluate import run_evaluate
 
     run_evaluate(directory=adapters, which=iteration, data_dir=data_dir, as_json=json_)
+
+
+@app.command()
+def export(
+    adapters: Adapters,
+    out: Annotated[Path, typer.Option(help="Directory to write.", metavar="DIR")],
+    iteration: Annotated[str, typer.Option(help="Number, `anchor`, or `last`.")] = "last",
+    as_: Annotated[
+        Literal["merged", "adapter"],
+        typer.Option("--as", help="Full weights, or the stack as one LoRA."),
+    ] = "merged",
+    onto: Annotated[
+        Literal["original", "dequantized"] | None,
+        typer.Option(
+            help="Base to merge onto: its original weights (default), or what NF4 or a GGUF file "
+            "makes of them, against which the adapters were trained."
+        ),
+    ] = None,
+    dtype: Annotated[
+        Literal["auto", "bfloat16", "float16", "float32"],
+        typer.Option(help="Of the weights; `auto`: the base's own, an adapter's float32."),
+    ] = "auto",
+    push_to_hub: Annotated[
+        str | None, typer.Option(help="Upload it, to a private repository.", metavar="ORG/NAME")
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="Make the repository public.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List what would be written and uploaded.")
+    ] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print parity.json.")] = False,
+) -> None:
+    """Write a model of a run as weights of its own, checked against the stack.
+
+    It gets its name only when it answers as the stack does. A stopped export goes on.
+    """
+    from srlm_lite.cli.export import run_export
+    from srlm_lite.export.export import Wish
+
+    run_export(
+        directory=adapters,
+        which=iteration,
+        wish=Wish(
+            out=out.absolute(),
+            form=as_,
+            onto=onto,
+            dtype=dtype,
+        ),
+        push_to=push_to_hub,
+        public=public,
+        dry_run=dry_run,
+        as_json=json_,
+    )
+
+
+@app.command()
+def chat(
+    adapters: Adapters,
+    iteration: Annotated[
+        str, typer.Option(help="Number of an iteration, `anchor`, `base`, or `last`.")
+    ] = "last",
+    temperature: Annotated[
+        float | None, typer.Option(help="Default: the recipe's; 0 is greedy.", min=0)
+    ] = None,
+) -> None:
+    """Talk to any model of a run, on the base in memory; /help lists the commands.
+
+    Reads lines from stdin, so it works in a pipe; answers go to stdout.
+    """
+    from srlm_lite.cli.chat import run_chat
+
+    run_chat(directory=adapters, which=iteration, temperature=temperature)
 
 
 @app.callback(invoke_without_command=True)

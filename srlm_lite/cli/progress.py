@@ -119,6 +119,8 @@ def _candidates(facts: dict[str, Any]) -> str:
 
 
 def _judgements(facts: dict[str, Any]) -> str:
+    if not facts["judgements"]:
+        return "none"
     mean = "none readable" if facts["mean_score"] is None else f"mean score {facts['mean_score']}"
     text = f"{facts['judgements']} votes, {facts['parse_rate']:.1%} readable, {mean}"
     if facts.get("gold_pairwise_accuracy") is not None:
@@ -128,10 +130,16 @@ def _judgements(facts: dict[str, Any]) -> str:
 
 def _pairs(facts: dict[str, Any]) -> str:
     drops = ", ".join(f"{count} {reason}" for reason, count in facts["drops"].items())
-    text = f"{facts['pairs']} preference pairs" + (f"; no pair: {drops}" if drops else "")
+    replayed = f" and {facts['replayed']} older ones" if facts.get("replayed") else ""
+    judge = f", {facts['judge_pairs']} of judgements" if facts.get("judge_pairs") else ""
+    text = f"{facts['pairs']} preference pairs{judge}{replayed}" + (
+        f"; no pair: {drops}" if drops else ""
+    )
     if "gold_agreement" in facts:
         gold = facts["gold_agreement"]
         text += f"; gold says {gold['right']} right, {gold['reversed']} reversed"
+    if "consistency" in facts:
+        text += f"; consistency {facts['consistency']:.2f}"
     return text
 
 

@@ -86,9 +86,14 @@ def judgements(
     if json_:
         _json(rows, limit)
         return
-    texts = {row.candidate_id: row.text for row in read_records(place.candidates, Candidate)}
+    texts = {
+        row.candidate_id: row.text
+        for path in place.judged_candidates
+        for row in read_records(path, Candidate)
+    }
     for row in _first(rows, limit):
-        _heading(f"{row.candidate_id} vote {row.vote}   score {_score(row.score)}")
+        wrote = "" if row.sampled_score is None else f" (it wrote {_score(row.sampled_score)})"
+        _heading(f"{row.candidate_id} vote {row.vote}   score {_score(row.score)}{wrote}")
         typer.echo(_indented(texts[row.candidate_id]))
         typer.secho("  the judge:", dim=True)
         typer.echo(_indented(row.text, by="    ") + "\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich import box
@@ -16,21 +17,13 @@ from srlm_lite.run_dir import RunDir, StageDir, read_json
 def closing_table(run: RunDir, recipe: Recipe) -> str:
     """One row for each model of the run, and below it what the columns mean."""
     gold = recipe.evaluate.gold is not None
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("model", no_wrap=True)
-    columns = ["pairs"]
+    columns = ["model", "pairs"]
     if gold:
         columns += ["gold", "greedy"]
     columns += ["judge acc.", "ties", "readable", "chars", "min"]
-    for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
     places: list[tuple[str, StageDir]] = [("M1, anchor", run.anchor)]
     places += [(f"M{it.number + 1}, iteration {it.number}", it) for it in run.iterations()]
-    for name, place in places:
-        if place.is_done:
-            table.add_row(name, *_cells(place, gold=gold))
-    out = io.StringIO()
-    Console(file=out, width=200, highlight=False, color_system=None).print(table)
+    rows = [[name, *_cells(place, gold=gold)] for name, place in places if place.is_done]
     lines = [
         "judge acc.: share of reply pairs that the model, as judge, puts in the right order",
         "ties, readable: pairs it scores equal; votes that could be read.  chars: mean length",
@@ -41,7 +34,19 @@ def closing_table(run: RunDir, recipe: Recipe) -> str:
             f"gold: {recipe.evaluate.gold} on sampled answers to held-out prompts, ± standard "
             "error; greedy: on greedy ones",
         )
-    return out.getvalue().rstrip() + "\n\n" + "\n".join(lines)
+    return plain_table(columns, rows) + "\n\n" + "\n".join(lines)
+
+
+def plain_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Rows below a head; the first column to the left, the others to the right."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    out = io.StringIO()
+    Console(file=out, width=200, highlight=False, color_system=None).print(table)
+    return out.getvalue().rstrip()
 
 
 def _cells(place: StageDir, *, gold: bool) -> list[str]:

@@ -1,0 +1,135 @@
+"""The least time that sampling can take on a machine: the roofline, by arithmetic.
+
+A phase moves numbers and multiplies them. Neither can be avoided, and at best both happen at once,
+so a phase takes at least
+
+    max(FLOPs / matmul rate, bytes / memory bandwidth)
+
+and the floor is the sum over the phases: prefill and decoding of the candidates, then of the
+judgements. Counted is what any way has to do that gives these samples, all rows at once:
+
+- Prefill: every prompt's tokens once, whatever the number of its samples, and a prefix that all
+  prompts share once for all of them. A token costs 2 FLOPs for each weight of the decoder's linear
+  layers, and 4·L·W_q for each token it attends to (L layers, W_q query heads times their width:
+  one product with the keys, one with the values). The vocabulary's scores are needed at the last
+  token of each prompt. Bytes: the weights once, the keys and values written.
+- Decoding: T tokens a sample are T - 1 steps, for the first comes from the prefill. In each step a
+  sample costs the same FLOPs as a token above, and 2·V·H for its vocabulary's scores. Bytes: the
+  weights once a step, and all keys and values there are, each once: those of a prompt once for all
+  its samples.
+
+Drawing from the vocabulary, the norms, the softmax and all traffic of activations count for
+nothing; so the floor cannot be reached, and a share of one half is a good engine.
+
+Source: Williams et al. 2009, "Roofline", Communications of the ACM 52(4), for the bound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+
+from srlm_lite.bench.workload import Workload
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What of a decoder-only model counts."""
+
+    linear: int
+    """Weights of all linear layers but the last, which scores the vocabulary."""
+    head: int
+    """Weights of that one, V·H."""
+    layers: int
+    query_width: int
+    """Query heads times the width of a head."""
+    cache_width: int
+    """Key-value heads times the width of a head."""
+    number_bytes: int
+    """Bytes of one weight, and of one number in the cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """FLOPs and bytes of one phase."""
+
+    flops: float
+    bytes: float
+
+    def seconds(self, *, flops_rate: float, bandwidth: float) -> float:
+        """The least time, at a rate in FLOP/s and a bandwidth in bytes/s."""
+        return max(self.flops / flops_rate, self.bytes / bandwidth)
+
+
+def prefill(shape: Shape, lengths: Sequence[int], *, shared: int = 0) -> Work:
+    """Compute every prompt once.
+
+    Args:
+        lengths: Tokens of each prompt.
+        shared: Tokens at their start that are the same in all of them.
+    """
+    tokens = shared + sum(length - shared for length in lengths)
+    attended = _triangle(shared) + sum(_triangle(n) - _triangle(shared) for n in lengths)
+    return Work(
+        flops=2 * shape.linear * tokens
+        + 4 * shape.layers * shape.query_width * attended
+        + 2 * shape.head * len(lengths),
+        bytes=shape.number_bytes * (shape.linear + shape.head + _cached(shape, tokens)),
+    )
+
+
+def decode(
+    shape: Shape, lengths: Sequence[int], *, samples: int, new_tokens: int, shared: int = 0
+) -> Work:
+    """Continue every prompt `samples` times by `new_tokens` tokens."""
+    rows = len(lengths) * samples
+    prompts = shared + sum(length - shared for length in lengths)
+    steps = range(1, new_tokens)
+    # In step s a row attends to its prompt and to the s tokens it has drawn, the newest included.
+    attended = sum(samples * (sum(lengths) + len(lengths) * step) for step in steps)
+    cached = sum(prompts + rows * step for step in steps)
+    return Work(
+        flops=len(steps) * rows * 2 * (shape.linear + shape.head)
+        + 4 * shape.layers * shape.query_width * attended,
+        bytes=shape.number_bytes
+        * (len(steps) * (shape.linear + shape.head) + _cached(shape, cached)),
+    )
+
+
+def _triangle(n: int) -> int:
+    """Tokens attended to by n tokens in a row: 1 + 2 + ... + n."""
+    return n * (n + 1) // 2
+
+
+def _cached(shape: Shape, tokens: int) -> int:
+    """Numbers in the keys and values of so many tokens."""
+    return 2 * shape.layers * shape.cache_width * tokens
+
+
+def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
+    """Tokens at the start that are the same in all prompts; 0 for a single one."""
+    if len(prompts) < 2:
+        return 0
+    columns = zip(*prompts, strict=False)
+    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
+
+
+def phases(
+    shape: Shape,
+    workload: Workload,
+    questions: Sequence[Sequence[int]],
+    grading: Sequence[Sequence[int]],
+) -> dict[str, Work]:
+    """The four phases of the workload, by name, for its prompts and judge prompts as ids."""
+    work = {}
+    for name, prompts, samples, new_tokens in (
+        ("candidates", questions, workload.n, workload.answer_tokens),
+        ("judge", grading, workload.votes, workload.vote_tokens),
+    ):
+        lengths, shared = [len(prompt) for prompt in prompts], shared_prefix(prompts)
+        work[f"{name}_prefill"] = prefill(shape, lengths, shared=shared)
+        work[f"{name}_decode"] = decode(
+            shape, lengths, samples=samples, new_tokens=new_tokens, shared=shared
+        )
+    return work

@@ -1,0 +1,82 @@
+"""A machine while it is measured: waiting for it, and its memory in use."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+INTERVAL = 0.05
+"""Seconds between two looks at the memory in use."""
+
+
+@dataclass(slots=True)
+class Peak:
+    """The most memory in use, in bytes; None where it cannot be found out."""
+
+    bytes: int | None = None
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for what has been given to a GPU; a clock read before that shows too little."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[Peak]:
+    """The peak within this context: allocated on a GPU, else resident on the machine.
+
+    Resident is what this process and all that it has started hold together, looked at twenty times
+    a second. It includes what was there before, such as the base.
+    """
+    peak = Peak()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        yield peak
+        peak.bytes = torch.cuda.max_memory_allocated(device)
+        return
+    over = threading.Event()
+
+    def watch() -> None:
+        while True:
+            now = resident()
+            if now is not None:
+                peak.bytes = max(peak.bytes or 0, now)
+            if over.wait(INTERVAL):
+                return
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield peak
+    finally:
+        over.set()
+        watcher.join()
+
+
+def resident() -> int | None:
+    """Bytes of memory held by this process and its descendants; None without /proc."""
+    parents, pages = {}, {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            stat = (folder / "stat").read_text()
+            statm = (folder / "statm").read_text()
+        except OSError:  # it has just ended
+            continue
+        pid = int(folder.name)
+        parents[pid] = int(stat.rpartition(")")[2].split()[1])  # a name may hold spaces
+        pages[pid] = int(statm.split()[1])
+    own = os.getpid()
+    if own not in pages:
+        return None
+    family, newest = {own}, {own}
+    while newest:
+        newest = {pid for pid, parent in parents.items() if parent in newest} - family
+        family |= newest
+    return sum(pages[pid] for pid in family) * os.sysconf("SC_PAGE_SIZE")

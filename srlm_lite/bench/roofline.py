@@ -1,0 +1,120 @@
+"""What this machine can do, measured, and the floor that follows from it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch.nn.functional import linear
+
+from srlm_lite.bench.floor import Shape, Work
+from srlm_lite.bench.machine import synchronise
+
+LARGE = (2048, 2048, 2048)
+"""Rows, inputs and outputs of a product that keeps any machine busy."""
+COPIED = 1 << 28
+"""Bytes; far more than any cache holds."""
+
+
+def shape_of(model: Any) -> Shape:
+    """The sizes of a decoder-only model that the floor depends on.
+
+    A bfloat16 base keeps its weights and its cache in 2 bytes a number; quantized weights are not
+    known here.
+    """
+    config = model.config
+    head = model.get_output_embeddings().weight.numel()
+    layers = model.get_decoder().layers.named_parameters()
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return Shape(
+        linear=sum(weight.numel() for name, weight in layers if weight.dim() == 2),
+        head=head,
+        layers=config.num_hidden_layers,
+        query_width=config.num_attention_heads * width,
+        cache_width=config.num_key_value_heads * width,
+        number_bytes=model.dtype.itemsize,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """What the machine was seen to do: FLOP/s by shape of the product, and bytes/s."""
+
+    matmul: dict[str, float]
+    copy: float
+
+    def or_better(self, other: Rates) -> Rates:
+        """The higher of two measurements, each: a machine with other work seems slower."""
+        matmul = {name: max(rate, other.matmul[name]) for name, rate in self.matmul.items()}
+        return Rates(matmul, max(self.copy, other.copy))
+
+
+def measure_rates(model: Any, *, rows: int) -> Rates:
+    """Products as the model has them with so many samples under way, a large one, and a copy."""
+    width, inner = model.config.hidden_size, model.config.intermediate_size
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    shapes = [(rows, width, inner), (rows, width, vocabulary), LARGE]
+    return Rates(
+        matmul_rates(shapes, dtype=model.dtype, device=model.device), copy_bandwidth(model.device)
+    )
+
+
+def roofline(rates: Rates, phases: Mapping[str, Work]) -> dict[str, Any]:
+    """The least seconds of each phase at the best of the rates.
+
+    Returns:
+        `floor_s`, `floor` by phase, `machine_rates`.
+    """
+    best = max(rates.matmul.values())
+    seconds = {
+        name: work.seconds(flops_rate=best, bandwidth=rates.copy) for name, work in phases.items()
+    }
+    return {
+        "floor_s": round(sum(seconds.values()), 6),
+        "floor": {
+            name: {"seconds": round(seconds[name], 6), **asdict(work)}
+            for name, work in phases.items()
+        },
+        "machine_rates": {
+            "matmul_flops_per_s": {name: round(rate) for name, rate in rates.matmul.items()},
+            "copy_bytes_per_s": round(rates.copy),
+        },
+    }
+
+
+def matmul_rates(
+    shapes: Sequence[tuple[int, int, int]], *, dtype: torch.dtype, device: torch.device
+) -> dict[str, float]:
+    """FLOP/s of (rows, inputs) times (inputs, outputs), by "rows x inputs x outputs"."""
+    rates = {}
+    for rows, inputs, outputs in shapes:
+        x = torch.randn(rows, inputs, device=device).to(dtype)
+        weight = torch.randn(outputs, inputs, device=device).to(dtype)
+        seconds = _best(partial(linear, x, weight), device)
+        rates[f"{rows}x{inputs}x{outputs}"] = 2 * rows * inputs * outputs / seconds
+    return rates
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes/s that a plain copy moves, read and written counted both."""
+    source = torch.ones(COPIED, dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    return 2 * COPIED / _best(lambda: target.copy_(source), device)
+
+
+def _best(work: Callable[[], object], device: torch.device, *, seconds: float = 0.3) -> float:
+    """The shortest of the runs that fit into so many seconds, after one that does not count."""
+    best, end = float("inf"), 0.0
+    work()
+    synchronise(device)
+    while not end or time.perf_counter() < end:
+        start = time.perf_counter()
+        end = end or start + seconds
+        work()
+        synchronise(device)
+        best = min(best, time.perf_counter() - start)
+    return best

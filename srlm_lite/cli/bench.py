@@ -1,0 +1,305 @@
+"""`srlm-lite bench`: what parts of the program cost on this machine, beside other ways."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(help="Measure on this machine.", no_args_is_help=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print everything that was measured as JSON.")]
+
+NAMES = {
+    "ours": "ours",
+    "vllm": "vLLM",
+    "batched": "generate, batched",
+    "one-by-one": "generate, one by one",
+}
+
+
+@app.command()
+def rollout(
+    base: Annotated[
+        str, typer.Option(help="Hub id, directory, .gguf file, or smollm2-135m-instruct.")
+    ] = "smollm2-135m-instruct",
+    prompts: Annotated[int, typer.Option(help="Of the 16 prompts, the first P.", metavar="P")] = 16,
+    votes: Annotated[int, typer.Option(help="Judgements a candidate.", metavar="K", min=1)] = 3,
+    engines: Annotated[
+        str, typer.Option(help="Which ways, separated by commas.", metavar="WAYS")
+    ] = "one-by-one,batched,ours,vllm",
+    one_by_one_prompts: Annotated[
+        int, typer.Option(help="Measure one by one on M prompts and extrapolate.", min=1)
+    ] = 1,
+    batch_rows: Annotated[
+        int | None, typer.Option(help="Ours: samples in one batch; default: what fits.", min=1)
+    ] = None,
+    naive_batch_prompts: Annotated[
+        int, typer.Option(help="Batched generate: prompts in one batch.", min=1)
+    ] = 16,
+    json_: Json = False,
+) -> None:
+    """Sampling: 4 candidates a prompt and K votes on each, by our engines and by plain generate.
+
+    Every sample has its full length, so the work is equal: 96 tokens a candidate, 64 a vote.
+    """
+    from srlm_lite.bench.rollout import Settings, bench_rollout, ways_of
+    from srlm_lite.bench.workload import Workload
+    from srlm_lite.cli.progress import Console
+
+    settings = Settings(
+        base=base,
+        ways=ways_of(engines),
+        workload=Workload(prompts=prompts, votes=votes),
+        batch_rows=batch_rows,
+        naive_batch_prompts=naive_batch_prompts,
+        one_by_one_prompts=one_by_one_prompts,
+    )
+    console = Console()
+    with console:
+        result = bench_rollout(settings, console)
+    show("rollout", result, _rollout_text, as_json=json_)
+
+
+@app.command()
+def judge(
+    adapters: Annotated[Path, typer.Option("--adapters", help="The run directory.", metavar="DIR")],
+    iteration: Annotated[
+        int | None, typer.Option(help="Default: the last one.", metavar="T", show_default=False)
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Sampled against expected scores, on the judgements of a run; samples nothing.
+
+    The run has to be one with judge.score=expected: its judgements carry both.
+    """
+    from srlm_lite.bench.judge import bench_judge
+
+    show("judge", bench_judge(adapters, iteration), _judge_text, as_json=json_)
+
+
+@app.command()
+def methods(
+    out: Annotated[Path, typer.Option(help="Where the runs go; a stopped bench goes on there.")],
+    cases: Annotated[
+        str | None, typer.Option(help="Which, separated by semicolons.", metavar="NAMES")
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="So many, each with its own anchor.", min=1)] = 1,
+    iterations: Annotated[int, typer.Option(help="Of every run.", min=1)] = 3,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Change a setting of all runs.", metavar="KEY=VALUE"),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Write the plot there, as SVG.", metavar="FILE")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """The methods on the toy world, from the same anchor, beside their controls."""
+    from srlm_lite.bench.methods import Settings, bench_methods, cases_of
+    from srlm_lite.bench.methods import plot as drawn
+    from srlm_lite.cli.progress import Console
+    from srlm_lite.run_dir import write_atomically
+
+    settings = Settings(
+        out=out.resolve(),
+        cases=cases_of(cases),
+        seeds=seeds,
+        iterations=iterations,
+        overrides=tuple(set_ or ()),
+    )
+    console = Console()
+    with console:
+        result = bench_methods(settings, console)
+    if plot is not None:
+        write_atomically(plot, drawn(result))
+    show("methods", result, _methods_text, as_json=json_)
+
+
+@app.command()
+def export(
+    base: Annotated[
+        str,
+        typer.Option(
+            help="As in a recipe, or `random`: a Llama of 1.1 billion random parameters (2.2 GB)."
+        ),
+    ] = "smollm2-135m-instruct",
+    update: Annotated[
+        float, typer.Option(help="Norm of the update, as a share of the weight's.", min=0)
+    ] = 0.01,
+    four_bit: Annotated[
+        bool, typer.Option("--four-bit/--no-four-bit", help="Merge on an NF4 base too.")
+    ] = True,
+    json_: Json = False,
+) -> None:
+    """Merging two adapters into the base's files, beside PEFT's merge and save and a plain copy.
+
+    What is left of the update: W_exported - W_base against the true one.
+    """
+    from srlm_lite.bench.export import bench_export
+    from srlm_lite.cli.progress import Console
+
+    console = Console()
+    with console:
+        result = bench_export(base, update=update, four_bit=four_bit, reporter=console)
+    show("export", result, _export_text, as_json=json_)
+
+
+def _export_text(result: dict[str, Any]) -> str:
+    from srlm_lite.cli.tables import plain_table
+
+    rows = []
+    for name, way in result["ways"].items():
+        memory = "-" if way["peak_bytes"] is None else f"{way['peak_bytes'] / 1e9:.2f}"
+        left = [f"{way[key]:.3f}" if key in way else "-" for key in ("cosine", "norm_ratio")]
+        parity = f"{way['with_parity_s']:.1f}" if "with_parity_s" in way else "-"
+        rows.append([name, f"{way['seconds']:.1f}", parity, memory, *left])
+    columns = ["way", "s", "s with parity", "peak GB", "cosine", "norm ratio"]
+    return "\n".join(
+        [
+            f"{result['base']}: {result['parameters'] / 1e6:.0f}M parameters, "
+            f"{result['bytes'] / 1e9:.2f} GB, largest file "
+            f"{result['largest_shard_bytes'] / 1e9:.2f} GB; update {result['update']:g} of the "
+            f"weights' norm, two adapters of rank {result['rank']}; {result['threads']} threads",
+            plain_table(columns, rows),
+        ]
+    )
+
+
+def show(
+    name: str, result: dict[str, Any], text: Callable[[dict[str, Any]], str], *, as_json: bool
+) -> None:
+    """Print what a benchmark found, with the date, the machine and the versions."""
+    import json
+    from datetime import date
+
+    from srlm_lite.cli.facts import hardware, versions
+
+    machine, software = hardware(), versions()
+    if as_json:
+        head = {"bench": name, "date": date.today().isoformat()}
+        whole = {**head, **result, "machine": machine, "versions": software}
+        typer.echo(json.dumps(whole, indent=2, ensure_ascii=False))
+        return
+    typer.echo(text(result))
+    graphics = "".join(f", {gpu['name']}" for gpu in machine["gpus"])
+    typer.echo(f"{machine['processor']}, {machine['cores']} cores{graphics}")
+    packages = ("srlm-lite", "torch", "transformers")
+    typer.echo(", ".join(f"{each} {software[each]}" for each in packages) + f"; {date.today()}")
+
+
+def _rollout_text(result: dict[str, Any]) -> str:
+    from srlm_lite.cli.tables import plain_table
+
+    work, rates, shown = result["workload"], result["machine_rates"], result["phases"]
+    rows = []
+    for way, phases in shown.items():
+        total = phases["candidates_s"] + phases["judge_s"]
+        peak = result["peak_memory_bytes"][way]
+        rows.append(
+            [
+                NAMES[way],
+                f"{phases['candidates_s']:.1f}",
+                f"{phases['judge_s']:.1f}",
+                f"{total:.1f}",
+                f"{result['tokens_per_s'][way]:.0f}",
+                f"{total / result['ours_s']:.2f}" if result["ours_s"] else "-",
+                f"{result['floor_share'][way]:.1%}",
+                "-" if peak is None else f"{peak / 1e9:.1f}",
+            ]
+        )
+    columns = ["way", "candidates s", "judge s", "total s", "tokens/s", "to ours", "roofline"]
+    lines = [
+        f"prompts: {work['prompts']}, on each {work['n']} candidates of {work['answer_tokens']} "
+        f"tokens, on each of those {work['votes']} votes of {work['vote_tokens']} tokens; "
+        f"{result['base']['name']} in {result['dtype']} on {result['device']}, "
+        f"{result['threads']} threads",
+        plain_table([*columns, "peak GB"], rows),
+        "",
+        f"roofline: {result['floor_s']:.1f} s at "
+        f"{max(rates['matmul_flops_per_s'].values()) / 1e12:.2f} TFLOP/s and "
+        f"{rates['copy_bytes_per_s'] / 1e9:.0f} GB/s, both measured here",
+    ]
+    if result["vllm"]:
+        lines.append(f"vLLM: {result['vllm']}, its start not counted")
+    if "batched" in shown:
+        lines.append(
+            f"batched: {result['naive_batch_prompts']} prompts at a time, each with all its samples"
+        )
+    measured = result["one_by_one_measured_prompts"]
+    if "one-by-one" in shown and measured < work["prompts"]:
+        lines.append(f"one by one: measured on {measured} of the prompts, extrapolated to all")
+    return "\n".join(lines)
+
+
+def _judge_text(result: dict[str, Any]) -> str:
+    from srlm_lite.cli.tables import plain_table
+
+    rows = []
+    for kind in ("sampled", "expected"):
+        found = result[kind]
+        shares = [
+            "-" if share is None else f"{share:.3f}"
+            for share in (found["tie_rate"], found["gold_pairwise_accuracy"])
+        ]
+        rows.append([kind, shares[0], str(found["pairs"]), str(found["tied"]), shares[1]])
+    pairs = result["expected"]["candidate_pairs"]
+    return "\n".join(
+        [
+            f"{result['run']}, iteration {result['iteration']}: {result['votes']} votes, "
+            f"{result['unreadable']} unreadable; {pairs} pairs of a prompt's candidates",
+            plain_table(
+                ["scores", "tie rate", "preference pairs", "prompts tied", "gold accuracy"], rows
+            ),
+            "",
+        ]
+    )
+
+
+def _methods_text(result: dict[str, Any]) -> str:
+    from srlm_lite.cli.tables import plain_table
+
+    def cell(value: float | None, digits: int = 2) -> str:
+        return "-" if value is None else f"{value:.{digits}f}"
+
+    rows = []
+    for name, case in result["cases"].items():
+        found = case["summary"]
+        spread = found["rise_spread"]
+        rise = cell(found["rise"]) + (f" ±{spread:.2f}" if spread is not None else "")
+        judged = [value for value in found["judge_accuracy_on_policy"] if value is not None]
+        pairs = sum(value for value in found["pairs"] if value is not None)
+        rows.append(
+            [
+                name,
+                *(cell(value) for value in found["gold"]),
+                rise,
+                cell(found["greedy"][-1]),
+                cell(found["unique"][-1]),
+                cell(judged[-1] if judged else None),
+                cell(found["judge_accuracy"][-1]),
+                cell(found["consistency"][-1]),
+                cell(found["chars"][-1], 0),
+                f"{pairs:.0f}",
+                str(found["warned"]),
+                cell(found["seconds"], 0),
+            ]
+        )
+    models = [f"M{t + 1}" for t in range(result["iterations"] + 1)]
+    columns = ["case", *models, "rise", "greedy", "unique", "own acc.", "judge acc.", "cons."]
+    cold = [value for value in result["cold_anchor"]["gold"] if value is not None]
+    lines = [
+        plain_table([*columns, "chars", "pairs", "warned", "s"], rows),
+        "",
+        f"M1 ...: gold of sampled answers, mean over {result['seeds']} seeds; rise: last less "
+        "first, ± spread over seeds",
+        "greedy to the right: the last model. unique: gold's share for items that do not repeat",
+        "own acc.: judge on the policy's own candidates, by gold; judge acc.: on held-out replies",
+        "cons.: CREAM's C of the last two judges; warned: iterations with a warning, gold unseen",
+    ]
+    if cold:
+        temperature = result["cold_anchor"]["temperature"]
+        lines.append(f"M1 at temperature {temperature}: gold {sum(cold) / len(cold):.2f}")
+    return "\n".join(lines)

@@ -1,0 +1,95 @@
+"""The bench of the methods: what it reads out of runs, and two small runs through the command."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from srlm_lite.bench.methods import (
+    CASES,
+    SMALLER,
+    Settings,
+    bench_methods,
+    cases_of,
+    plot,
+    summary,
+)
+from srlm_lite.config import load_recipe
+from srlm_lite.errors import UserError
+from srlm_lite.methods import METHODS
+
+
+def model(gold: float, **more: Any) -> dict[str, Any]:
+    return {"gold": gold, "by_criterion": {"unique": gold / 5}, **more}
+
+
+def test_every_case_is_a_recipe_and_every_method_has_a_case() -> None:
+    loaded = {n: load_recipe(c.recipe, [*SMALLER, *c.overrides]) for n, c in CASES.items()}
+    assert {recipe.method for recipe in loaded.values()} == set(METHODS)
+    assert all(recipe.evaluate.gold for recipe in loaded.values())
+
+
+def test_cases_by_name() -> None:
+    assert cases_of(None) == tuple(CASES)
+    assert cases_of("gold pairs; cream, judge") == ("gold pairs", "cream, judge")
+    with pytest.raises(UserError, match=r"--cases: no such case: xyz\. There are: self-rewarding;"):
+        cases_of("cream;xyz")
+
+
+def test_mean_and_spread_over_seeds() -> None:
+    # Rises 1.0 and 0.6: mean 0.8, standard deviation 0.2828.
+    runs = [
+        {"models": [model(2.0), model(3.0, pairs=10, warnings=["w"], chars=80)], "seconds": 4},
+        {"models": [model(2.4), model(3.0, pairs=20, warnings=[], chars=90)], "seconds": 6},
+    ]
+    found = summary(runs)
+    assert found["gold"] == [2.2, 3.0]
+    assert found["gold_spread"] == [pytest.approx(0.2828, abs=1e-4), 0.0]
+    assert (found["rise"], found["rise_spread"]) == (0.8, pytest.approx(0.2828, abs=1e-4))
+    assert (found["pairs"], found["chars"]) == ([None, 15], [None, 85])
+    assert (found["warned"], found["seconds"]) == (1, 5)
+    assert found["unique"] == [0.44, 0.6]
+    assert summary(runs[:1])["rise_spread"] is None
+
+
+def test_the_plot_has_a_line_for_each_case() -> None:
+    cases = {name: {"summary": {"gold": [2.0, 2.5]}} for name in ("one", "two")}
+    root = ElementTree.fromstring(plot({"cases": cases}))
+    names = [element.tag.rpartition("}")[2] for element in root]
+    assert names.count("polyline") == 2
+    assert {"one", "two", "M1", "M2"} <= {element.text for element in root}
+
+
+def test_the_bench_runs_and_goes_on(tmp_path: Path) -> None:
+    small = ["anchor.ift_limit=48", "anchor.eft_prompts=48", "anchor.epochs=1",
+             "anchor.lora.rank=4", "anchor.lora.alpha=8", "prompts.per_iteration=6",
+             "pairing.min_pairs=1", "judge.votes=2", "judge.min_votes=1",
+             "rollout.max_new_tokens=32", "pairing.drop_truncated=false",
+             "evaluate.policy_prompts=3", "evaluate.eft_prompts=2"]  # fmt: skip
+    command = [sys.executable, "-m", "srlm_lite", "bench", "methods", "--json", "--iterations", "1",
+               "--out", str(tmp_path / "out"), "--cases", "self-rewarding; dpo",
+               "--plot", str(tmp_path / "plot.svg")]  # fmt: skip
+    for setting in small:
+        command += ["--set", setting]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    first = json.loads(done.stdout)
+    # Goes on, in this process: the runs are done, and only read.
+    names = ("self-rewarding", "dpo")
+    second = bench_methods(
+        Settings(tmp_path / "out", cases=names, iterations=1, overrides=tuple(small))
+    )
+    assert first["cases"] == json.loads(json.dumps(second))["cases"]
+    assert set(first["cases"]) == {"self-rewarding", "dpo"}
+    one, other = (first["cases"][name]["runs"][0]["models"] for name in first["cases"])
+    assert one[0]["gold"] == other[0]["gold"]  # the same anchor
+    assert one[1]["pairs"] >= 1 and one[0]["judge_accuracy_on_policy"] is not None
+    assert other[0]["judge_accuracy_on_policy"] is None
+    assert 0 <= one[1]["consistency"] <= 1
+    assert first["cold_anchor"]["gold"][0] is not None
+    assert (tmp_path / "plot.svg").read_text().startswith("<svg")

@@ -1,0 +1,227 @@
+"""`srlm-lite bench rollout`: equal work by every way, a floor that is arithmetic, all its keys."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from srlm_lite.bench.floor import Shape, Work, decode, phases, prefill, shared_prefix
+from srlm_lite.bench.machine import peak_memory, resident
+from srlm_lite.bench.plain import PlainGenerate
+from srlm_lite.bench.rollout import Settings, bench_rollout, ways_of
+from srlm_lite.bench.roofline import copy_bandwidth, matmul_rates, shape_of
+from srlm_lite.bench.workload import PROMPTS, Workload
+from srlm_lite.cli import main
+from srlm_lite.config import Base
+from srlm_lite.errors import UserError
+from srlm_lite.model.base import LoadedBase, load_base
+from srlm_lite.progress import Silent
+
+SMALL = Shape(linear=100, head=50, layers=2, query_width=4, cache_width=2, number_bytes=2)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def base(tiny_base_dir: Path) -> LoadedBase:
+    return load_base(Base(name=str(tiny_base_dir), dtype="float32"))
+
+
+# --- the floor --------------------------------------------------------------------------------
+
+
+def test_prefill_computes_a_shared_prefix_once() -> None:
+    """Prompts of 3 and 4 tokens, 2 of them shared: 2 + 1 + 2 = 5 tokens.
+
+    They attend to (1 + 2) + 3 + (3 + 4) = 13 tokens.
+    """
+    work = prefill(SMALL, [3, 4], shared=2)
+    # 2 per weight and token; 4 x 2 layers x width 4 per token attended to; 2 scores of a vocabulary
+    assert work.flops == 2 * 100 * 5 + 4 * 2 * 4 * 13 + 2 * 50 * 2
+    # all weights once, and keys and values of 2 layers x width 2 for 5 tokens, 2 bytes each
+    assert work.bytes == 2 * (150 + 2 * 2 * 2 * 5)
+
+
+def test_decoding_reads_a_prompt_once_for_all_its_samples() -> None:
+    """The same prompts, 2 samples of 3 tokens each: 4 rows, 2 steps after the prefill.
+
+    Attended to: 2 x (3 + 4) + 4 in the first step, 2 x 7 + 8 in the second: 40. Read: the 5 tokens
+    of the prompts and 4, then the 5 and 8: 22.
+    """
+    work = decode(SMALL, [3, 4], samples=2, new_tokens=3, shared=2)
+    assert work.flops == 2 * 4 * 2 * 150 + 4 * 2 * 4 * 40
+    assert work.bytes == 2 * (2 * 150 + 2 * 2 * 2 * 22)
+
+
+def test_one_token_a_sample_needs_no_step() -> None:
+    assert decode(SMALL, [3], samples=5, new_tokens=1) == Work(flops=0, bytes=0)
+
+
+def test_a_phase_takes_what_it_has_too_little_of() -> None:
+    work = Work(flops=600, bytes=100)
+    assert work.seconds(flops_rate=100, bandwidth=100) == 6
+    assert work.seconds(flops_rate=1000, bandwidth=100) == 1
+
+
+@pytest.mark.parametrize(
+    ("prompts", "length"),
+    [
+        ([(1, 2, 3), (1, 2, 4), (1, 2)], 2),
+        ([(1, 2), (1, 2)], 2),
+        ([(1, 2)], 0),
+        ([(1,), (2,)], 0),
+    ],
+)
+def test_the_shared_prefix(prompts: list[tuple[int, ...]], length: int) -> None:
+    assert shared_prefix(prompts) == length
+
+
+def test_the_phases_of_a_workload() -> None:
+    work = phases(
+        SMALL, Workload(n=2, answer_tokens=3, votes=4, vote_tokens=5), [(1, 2), (3,)], [(9, 8, 7)]
+    )
+    assert work == {
+        "candidates_prefill": prefill(SMALL, [2, 1]),
+        "candidates_decode": decode(SMALL, [2, 1], samples=2, new_tokens=3),
+        "judge_prefill": prefill(SMALL, [3]),
+        "judge_decode": decode(SMALL, [3], samples=4, new_tokens=5),
+    }
+
+
+def test_the_shape_of_a_model(base: LoadedBase) -> None:
+    """2 layers of width 64, 4 query heads and 2 key-value heads of 16, 128 inside, float32."""
+    layer = 64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 128
+    vocabulary = base.model.config.vocab_size
+    assert shape_of(base.model) == Shape(2 * layer, vocabulary * 64, 2, 64, 32, 4)
+
+
+def test_the_machine_does_something() -> None:
+    rates = matmul_rates([(8, 64, 32)], dtype=torch.float32, device=CPU)
+    assert list(rates) == ["8x64x32"]
+    assert min(rates.values()) > 1e6
+    assert copy_bandwidth(CPU) > 1e6
+
+
+# --- the workload -----------------------------------------------------------------------------
+
+
+def test_the_workload() -> None:
+    """16 x 4 x 96 tokens of answers and 64 x 3 x 64 of votes."""
+    assert len(set(PROMPTS)) == 16
+    assert Workload().new_tokens == 16 * 4 * 96 + 64 * 3 * 64 == 18_432
+    assert Workload(prompts=2, votes=5).new_tokens == 2 * 4 * 96 + 8 * 5 * 64
+
+
+@pytest.mark.parametrize("prompts", [0, 17])
+def test_more_prompts_than_there_are(prompts: int) -> None:
+    with pytest.raises(UserError, match="--prompts: is"):
+        Workload(prompts=prompts)
+
+
+def test_ways() -> None:
+    assert ways_of("one-by-one, ours") == ("ours", "one-by-one")
+    with pytest.raises(UserError, match=r"--engines: no such way: trl\. There are ours, vllm"):
+        ways_of("ours,trl")
+
+
+@pytest.mark.parametrize(
+    ("batch_prompts", "calls"),
+    [(0, [1, 1, 1, 1, 1, 1]), (2, [4, 2]), (16, [6])],
+    ids=["one by one", "batches of two prompts", "all at once"],
+)
+def test_plain_generate_draws_every_token(
+    base: LoadedBase, monkeypatch: pytest.MonkeyPatch, batch_prompts: int, calls: list[int]
+) -> None:
+    """Three ragged prompts, two samples each, 40 tokens, though any token ends these texts."""
+    model: Any = base.model
+    monkeypatch.setattr(model.generation_config, "eos_token_id", list(range(400)))
+    generate, outputs, done = model.generate, [], []
+
+    def spy(**kwargs: Any) -> Any:
+        outputs.append((kwargs["input_ids"].shape[1], generate(**kwargs)))
+        return outputs[-1][1]
+
+    monkeypatch.setattr(model, "generate", spy)
+    plain = PlainGenerate(model, pad_id=0, batch_prompts=batch_prompts, workload=Workload())
+    plain.sample([(5, 6, 7), (8,), (9, 10)], n=2, new_tokens=40, on_samples=done.append)
+    assert [len(output) for _, output in outputs] == calls
+    assert all(output.shape[1] == width + 40 for width, output in outputs)
+    assert done == calls
+
+
+# --- memory -----------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(resident() is None, reason="no /proc")
+def test_the_peak_of_memory_is_seen_after_it_has_been_given_back() -> None:
+    before = resident() or 0
+    with peak_memory(CPU) as peak:
+        held = torch.ones(200_000_000, dtype=torch.uint8)
+        del held
+        torch.ones(50_000_000, dtype=torch.uint8)
+    assert peak.bytes is not None
+    assert peak.bytes >= before
+
+
+# --- the command ------------------------------------------------------------------------------
+
+
+def test_the_command(
+    tiny_base_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--base", str(tiny_base_dir), "--prompts", "1", "--votes", "2"]
+    monkeypatch.setattr(sys, "argv", ["srlm-lite", "bench", "rollout", *arguments, "--json"])
+    with pytest.raises(SystemExit) as end:
+        main.run()
+    assert not end.value.code
+    found = json.loads(capsys.readouterr().out)
+    for key in ("one_by_one_s", "batched_generate_s", "ours_s", "floor_s"):
+        assert found[key] > 0, key
+    assert found["ratio_vs_batched_generate"] == pytest.approx(
+        found["batched_generate_s"] / found["ours_s"], rel=0.01
+    )
+    if "vllm" not in found["phases"]:
+        assert found["vllm_s"] is None and found["ratio_vs_vllm"] is None
+    for way, parts in found["phases"].items():
+        assert min(parts.values()) > 0, way
+    assert found["workload"]["new_tokens"] == 4 * 96 + 4 * 2 * 64
+    assert found["one_by_one_measured_prompts"] == 1
+    assert found["floor_s"] == pytest.approx(
+        sum(phase["seconds"] for phase in found["floor"].values()), abs=1e-5
+    )
+    assert found["floor_share"]["ours"] < 1
+    assert {"date", "machine", "versions", "dtype", "threads", "base"} <= found.keys()
+    assert found["machine"]["cores"] >= 1 and found["versions"]["torch"]
+
+
+def test_ways_that_are_not_asked_for_are_null(tiny_base_dir: Path) -> None:
+    small = Workload(prompts=1, n=2, answer_tokens=8, votes=2, vote_tokens=8)
+    settings = Settings(base=str(tiny_base_dir), ways=("batched",), workload=small)
+    found = bench_rollout(settings, Silent())
+    assert found["batched_generate_s"] > 0
+    absent = ("one_by_one_s", "ours_s", "vllm_s", "ratio_vs_batched_generate", "ratio_vs_vllm")
+    assert [found[key] for key in absent] == [None] * 5
+    assert list(found["phases"]) == ["batched"]
+
+
+def test_one_by_one_is_extrapolated(tiny_base_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of two prompts is measured, 2 answers and 2 votes on each: 6 samples."""
+    small = Workload(prompts=2, n=2, answer_tokens=8, votes=2, vote_tokens=8)
+    drawn: list[tuple[int, int, int]] = []
+    sample = PlainGenerate.sample
+
+    def spy(self: Any, prompts: Any, **kwargs: Any) -> None:
+        drawn.append((len(prompts), kwargs["n"], kwargs["new_tokens"]))
+        sample(self, prompts, **kwargs)
+
+    monkeypatch.setattr(PlainGenerate, "sample", spy)
+    settings = Settings(base=str(tiny_base_dir), ways=("one-by-one",), workload=small)
+    found = bench_rollout(settings, Silent())
+    assert drawn[-2:] == [(1, 2, 8), (2, 2, 8)]
+    assert found["one_by_one_measured_prompts"] == 1
+    clocked = found["phases"]["one-by-one"]
+    assert found["one_by_one_s"] == pytest.approx(sum(clocked.values()), abs=0.002)
