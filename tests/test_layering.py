@@ -26,6 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "hardware": set(),
     "tasks": set(),
     "config": {"errors"},
+    "planning": {"config", "errors", "hardware"},
     # files
     "run_dir": {"config", "errors", "records"},
     "data": {"errors", "records", "run_dir"},
@@ -35,7 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "evaluate": {"errors", "judging", "records"},
     # torch
     "model": {"config", "errors"},
-    "rollout": {"config", "errors", "model", "records"},
+    "rollout": {"config", "errors", "model", "planning", "records"},
     "training": {"config", "errors", "model"},
     # the run
     "session": {"config", "errors", "judging", "model", "progress", "rollout", "run_dir"},
@@ -78,6 +79,7 @@ ALLOWED: dict[str, set[str]] = {
         "methods",
         "model",
         "pairing",
+        "planning",
         "progress",
         "records",
         "rollout",
@@ -94,6 +96,7 @@ ALLOWED: dict[str, set[str]] = {
         "export",
         "hardware",
         "loop",
+        "planning",
         "progress",
         "records",
         "run_dir",
@@ -106,7 +109,7 @@ ALLOWED: dict[str, set[str]] = {
 
 HEAVY = {"torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "safetensors"}
 MAY_BE_HEAVY = {"bench", "model", "rollout", "training"}
-MAY_BE_HEAVY_WITHIN_A_FUNCTION = {"hardware"}
+MAY_BE_HEAVY_WITHIN_A_FUNCTION = {"hardware", "planning"}
 
 
 def module_name(path: Path) -> str:

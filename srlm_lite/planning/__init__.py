@@ -1,0 +1,1 @@
+"""What a recipe will take of a machine, from shapes alone."""
