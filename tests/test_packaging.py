@@ -110,6 +110,12 @@ def test_the_wheel_carries_nothing_else(names: set[str]) -> None:
     assert "srlm_lite/py.typed" in names
 
 
+def test_the_wheel_carries_the_tested_versions(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        carried = archive.read("srlm_lite/constraints.txt")
+    assert carried == (REPOSITORY / "constraints.txt").read_bytes()
+
+
 def test_the_wheel_describes_itself(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         info = f"{'-'.join(wheel.name.split('-')[:2])}.dist-info"

@@ -150,6 +150,19 @@ def chat(
     run_chat(directory=adapters, which=iteration, temperature=temperature)
 
 
+@app.command()
+def doctor(
+    json_: Annotated[bool, typer.Option("--json", help="Print all findings as JSON.")] = False,
+) -> None:
+    """Whether this machine is ready, and for which recipes: versions, GPU, memory, disk, a proof.
+
+    Exit code 1 where srlm-lite is of no use like this.
+    """
+    from srlm_lite.cli.doctor import run_doctor
+
+    run_doctor(as_json=json_)
+
+
 @app.callback(invoke_without_command=True)
 def main(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import importlib.util
 import io
+import json
 import logging
 import os
 import re
@@ -25,7 +26,7 @@ import httpx
 import torch
 import transformers
 from accelerate import init_empty_weights
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -56,6 +57,8 @@ _WHERE = "base.name"
 _PAD_TOKENS = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>")
 _ENDINGS = (".json", ".safetensors", ".model", ".jinja", ".txt")
 """What makes a base: configuration, weights, tokenizer and chat template."""
+_HUB_TIMEOUT_S = 5
+"""For a question to the Hub that nothing waits for."""
 _CONVERSION = 1
 """Part of the cache key: raise it when the conversion of a GGUF file changes."""
 
@@ -119,6 +122,39 @@ def base_files(section: config.Base, *, revision: str | None = None) -> BaseFile
     commit = Path(folder).name  # the cache names a snapshot by its commit
     source = {"name": section.name, "kind": kind, "location": location, "revision": commit}
     return BaseFiles(folder=Path(folder), kind=kind, source=source)
+
+
+def base_is_here(section: config.Base) -> bool:
+    """Whether the base's files are on this machine; if not, the Hub has them and gives them out.
+
+    Raises:
+        UserError: As `load_base` would, as far as that shows without fetching the weights.
+    """
+    kind, location = _locate(section.name)
+    if kind != "hub":
+        if kind == "directory":
+            _check_directory(Path(location))
+        return True
+    with contextlib.suppress(LocalEntryNotFoundError):
+        patterns = [f"*{ending}" for ending in _ENDINGS]
+        folder = snapshot_download(
+            location, revision=section.revision, allow_patterns=patterns, local_files_only=True
+        )
+        return _is_complete(Path(folder))
+    with _explained(section, kind, location):
+        api = HfApi()
+        if api.model_info(location, revision=section.revision, timeout=_HUB_TIMEOUT_S).gated:
+            api.auth_check(location)
+    return False
+
+
+def _is_complete(folder: Path) -> bool:
+    """Whether a folder of the Hub's cache has every file of weights that its index names."""
+    index = folder / "model.safetensors.index.json"
+    names = {"model.safetensors"}
+    if index.is_file():
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    return all((folder / name).is_file() for name in names)
 
 
 def skeleton(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -1,0 +1,143 @@
+"""`srlm-lite doctor`: one screen that says whether this machine is ready, and for what."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from srlm_lite import __version__
+from srlm_lite.doctor import machine, packages, proof, recipes
+from srlm_lite.doctor.finding import Finding, State
+
+WORDS: dict[State, tuple[str, str]] = {
+    "ok": ("ok", "green"),
+    "warning": ("warning", "yellow"),
+    "bad": ("fails", "red"),
+    "absent": ("-", "dim"),
+}
+"""What each state is called, and its colour."""
+
+SECTIONS_THAT_COUNT = ("machine", "packages", "proof of the stack")
+"""A finding `bad` in one of these, and srlm-lite is of no use here."""
+
+Sections = dict[str, list[Finding]]
+
+
+def run_doctor(*, as_json: bool, folder: Path | None = None) -> None:
+    """Look at everything; exit code 1 where srlm-lite is of no use."""
+    console = Console(highlight=False, soft_wrap=False)
+    sections: Sections = {}
+    # The libraries warn of what the findings say in words of ours.
+    warnings.simplefilter("ignore")
+    _note("versions")
+    sections["packages"] = [packages.python_finding(), *packages.package_findings()]
+    sections["extras"] = packages.extra_findings()
+    torch_starts = all(each.name != "torch" for each in sections["packages"] if each.state == "bad")
+    if torch_starts:
+        _note("machine")
+        sections["machine"] = machine.machine_findings(folder or Path.cwd())
+        _note("proof of the stack")
+        sections["proof of the stack"] = list(proof.proof_findings())
+        _note("recipes")
+        sections["recipes"] = recipes.recipe_findings()
+    _note("")
+    usable = is_usable(sections)
+    if as_json:
+        typer.echo(json.dumps(_as_json(sections, usable), indent=2, ensure_ascii=False))
+    else:
+        show(console, sections, usable=usable)
+    raise typer.Exit(0 if usable else 1)
+
+
+def is_usable(sections: Sections) -> bool:
+    """Whether runs can start here: nothing that counts is bad."""
+    looked = "proof of the stack" in sections
+    bad = [
+        finding
+        for name in SECTIONS_THAT_COUNT
+        for finding in sections.get(name, ())
+        if finding.state == "bad"
+    ]
+    return looked and not bad
+
+
+def _as_json(sections: Sections, usable: bool) -> dict[str, object]:
+    listed = {
+        name: [
+            {
+                "state": finding.state,
+                "name": finding.name,
+                "text": finding.text,
+                "way_out": finding.way_out,
+                **({"facts": finding.facts} if finding.facts else {}),
+            }
+            for finding in findings
+        ]
+        for name, findings in sections.items()
+    }
+    return {"usable": usable, "version": __version__, **listed}
+
+
+def show(console: Console, sections: Sections, *, usable: bool) -> None:
+    """Print the report."""
+    console.print(Text(f"srlm-lite {__version__}", style="bold"))
+    for name, findings in sections.items():
+        console.print(Text(f"\n{name}", style="bold"))
+        lines = _together(findings) if name == "recipes" else findings
+        width = min(24, max(len(finding.name) for finding in lines))
+        for finding in lines:
+            _line(console, finding, width)
+    verdict = ("ready", "green") if usable else ("not usable like this", "red")
+    worst = {finding.state for findings in sections.values() for finding in findings}
+    text = Text("\n").append(verdict[0], style=f"bold {verdict[1]}")
+    if usable and worst & {"warning", "bad"}:
+        text.append(" for what is marked ok; the rest says what it lacks")
+    console.print(text)
+
+
+def _together(findings: Sequence[Finding]) -> list[Finding]:
+    """Recipes that lack the same, in one line."""
+    groups: dict[tuple[State, str, str | None], list[str]] = {}
+    for finding in findings:
+        key = (finding.state, finding.text, finding.way_out)
+        groups.setdefault(key, []).append(finding.name)
+    merged = []
+    for (state, text, way_out), names in groups.items():
+        if len(names) == 1:
+            merged.append(Finding(state, names[0], text, way_out))
+        else:
+            merged.append(Finding(state, text, ", ".join(names), way_out))
+    order = list(WORDS)
+    return sorted(merged, key=lambda finding: order.index(finding.state))
+
+
+def _line(console: Console, finding: Finding, width: int) -> None:
+    word, style = WORDS[finding.state]
+    head = Text("  ").append(f"{word:<8}", style=style)
+    head.append(f"{finding.name:<{width}}  ")
+    indent = len(head)
+    body = finding.text if finding.way_out is None else f"{finding.text}. {finding.way_out}"
+    room = max(30, (console.width if console.is_terminal else 100) - indent)
+    for number, part in enumerate(_wrapped(body, room)):
+        line = head if number == 0 else Text(" " * indent)
+        console.print(line + Text(part), no_wrap=True, overflow="ignore", crop=False)
+
+
+def _wrapped(text: str, room: int) -> Iterable[str]:
+    import textwrap
+
+    return textwrap.wrap(text, room, break_long_words=False, break_on_hyphens=False) or [""]
+
+
+def _note(text: str) -> None:
+    """What is being looked at, on a terminal: libraries take seconds to import."""
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\r\x1b[K{f'looking at: {text} ...' if text else ''}")
+        sys.stderr.flush()

@@ -1,0 +1,1 @@
+"""What `srlm-lite doctor` looks at: the machine, the packages, the recipes, and a proof."""
