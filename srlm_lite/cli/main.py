@@ -80,6 +80,30 @@ def evaluate(
 
 
 @app.command()
+def compare(
+    annotations: Annotated[
+        Path,
+        typer.Option(
+            help="Comparisons in AlpacaEval's format, JSON or JSON lines.", metavar="FILE"
+        ),
+    ],
+    difficulty: Annotated[
+        Path | None,
+        typer.Option(
+            help="AlpacaEval's instruction_difficulty.csv or df_gamed.csv, for its full "
+            "length-controlled win rate.",
+            metavar="FILE",
+        ),
+    ] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Two models head to head: wins, ties, losses, and the length-controlled win rate."""
+    from srlm_lite.cli.compare import run_annotations
+
+    run_annotations(path=annotations, difficulty=difficulty, as_json=json_)
+
+
+@app.command()
 def export(
     adapters: Adapters,
     out: Annotated[Path, typer.Option(help="Directory to write.", metavar="DIR")],

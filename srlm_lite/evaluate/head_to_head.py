@@ -1,0 +1,145 @@
+"""Two models head to head: who wins a prompt, and what that comes to over all of them.
+
+A pairwise judge sees both replies twice, each first once; where its two verdicts name different
+replies the prompt is a tie, for then it has judged the position. A pointwise judge grades each
+reply alone, and the higher score wins. What cannot be read is counted and left out.
+
+Source: Yuan et al. 2024, arXiv:2401.10020, section 3.1.2, for both orders; Zheng et al. 2023,
+arXiv:2306.05685, section 3.4, for disagreement as a tie.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from statistics import fmean
+from typing import Any, Literal
+
+from scipy.stats import binomtest
+
+from srlm_lite.evaluate.length_control import GamedRow, Rate, length_controlled, win_rate
+from srlm_lite.judging import plain_lines
+from srlm_lite.records import FinishReason
+
+Verdict = Literal["A", "B", "tie"]
+"""Which of the two replies shown is better: the first, the second, or neither."""
+
+_VERDICT = re.compile(r"winner\s*[:=]\s*(?:reply\s+)?\(?(a|b|tie)\)?\s*\.?", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One prompt: how far the model is preferred to the baseline, and both replies' lengths.
+
+    `preference` is 1 where the model wins, 0 where it loses, 0.5 for a tie, or a probability in
+    between; None where the judge could not be read. Lengths are in characters. `difficulty` is
+    the prompt's own, where it is known.
+    """
+
+    preference: float | None
+    model_chars: int
+    baseline_chars: int
+    difficulty: float | None = None
+
+
+def read_verdict(reply: str, *, finish_reason: FinishReason = "stop") -> Verdict | None:
+    """The verdict that a judge's reply ends in, or None when it cannot be read.
+
+    A verdict is the last line of the reply, `Winner: A`, `Winner: B` or `Winner: tie`, markdown
+    aside. Anything else, and a reply that ran into its token limit, is None.
+    """
+    lines = plain_lines(reply) if finish_reason == "stop" else []
+    found = _VERDICT.fullmatch(lines[-1].strip()) if lines else None
+    if found is None:
+        return None
+    word = found[1].lower()
+    return "tie" if word == "tie" else "A" if word == "a" else "B"
+
+
+def of_verdicts(model_first: Verdict | None, baseline_first: Verdict | None) -> float | None:
+    """The model's preference from the verdicts of both orders; None where one is missing."""
+    if model_first is None or baseline_first is None:
+        return None
+    first = {"A": 1.0, "B": 0.0, "tie": 0.5}[model_first]
+    second = {"A": 0.0, "B": 1.0, "tie": 0.5}[baseline_first]
+    return first if first == second else 0.5
+
+
+def of_scores(model: float | None, baseline: float | None) -> float | None:
+    """The model's preference from the scores of both replies; None where one is missing."""
+    if model is None or baseline is None:
+        return None
+    return 0.5 if model == baseline else float(model > baseline)
+
+
+def head_to_head(outcomes: Sequence[Outcome], gamed: Sequence[GamedRow] = ()) -> dict[str, Any]:
+    """Wins, ties, losses and win rates of the model, with 95% intervals.
+
+    The length-controlled win rate is the minimal variant where prompts have no difficulty.
+
+    Args:
+        gamed: Rows for the length-controlled win rate, as published with difficulties.
+
+    Returns:
+        `wins`, `ties`, `losses`: each `count`, and `share`, `low`, `high` of the readable prompts
+        (Wilson's interval). `win_rate`: `value`, `low`, `high` in percent, a tie half a win.
+        `length_controlled`: the same with the weights behind it, or None where nothing can be
+        fitted. `prompts`, `unreadable`, and `mean_chars` of both.
+    """
+    read = [(one, one.preference) for one in outcomes if one.preference is not None]
+    preferences = [preference for _, preference in read]
+    return {
+        "prompts": len(outcomes),
+        "unreadable": len(outcomes) - len(read),
+        "wins": _share(sum(value > 0.5 for value in preferences), len(read)),
+        "ties": _share(sum(value == 0.5 for value in preferences), len(read)),
+        "losses": _share(sum(value < 0.5 for value in preferences), len(read)),
+        "win_rate": _rounded(win_rate(preferences)) if read else None,
+        "length_controlled": _length_controlled([one for one, _ in read], preferences, gamed),
+        "mean_chars": {
+            "model": round(fmean(one.model_chars for one in outcomes), 1),
+            "baseline": round(fmean(one.baseline_chars for one in outcomes), 1),
+        },
+    }
+
+
+def _share(count: int, of: int) -> dict[str, Any]:
+    if not of:
+        return {"count": 0, "share": None, "low": None, "high": None}
+    interval = binomtest(count, of).proportion_ci(method="wilson")
+    return {
+        "count": count,
+        "share": round(count / of, 4),
+        "low": round(float(interval.low), 4),
+        "high": round(float(interval.high), 4),
+    }
+
+
+def _rounded(rate: Rate) -> dict[str, float]:
+    # Ten digits: the last ones of a float may differ from machine to machine.
+    return {name: round(value, 8) for name, value in asdict(rate).items()}
+
+
+def _length_controlled(
+    outcomes: Sequence[Outcome], preferences: Sequence[float], gamed: Sequence[GamedRow]
+) -> dict[str, Any] | None:
+    found = [one.difficulty for one in outcomes if one.difficulty is not None]
+    difficulties = found if found and len(found) == len(outcomes) else None
+    fitted = length_controlled(
+        preferences,
+        [one.baseline_chars - one.model_chars for one in outcomes],
+        difficulties=difficulties,
+        gamed=gamed,
+    )
+    if fitted is None:
+        return None
+    full = "full" if gamed else "with difficulty, without gamed baselines"
+    return {
+        **_rounded(fitted.rate),
+        "variant": "minimal" if difficulties is None else full,
+        "quality_weight": round(fitted.quality, 8),
+        "length_weight": round(fitted.length, 8),
+        "difficulty_weight": None if fitted.difficulty is None else round(fitted.difficulty, 8),
+        "strength": round(fitted.strength, 8),
+    }
