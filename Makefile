@@ -2,6 +2,8 @@
 
 PYTHON ?= python3
 ARGS    =
+# Test processes at a time; each needs up to 4 GB, and computes on one core.
+WORKERS ?= 2
 
 VENV      := .venv
 BIN       := $(VENV)/bin
@@ -20,7 +22,8 @@ demo: $(INSTALLED)  ## Two iterations on SmolLM2-135M, in out/demo; goes on wher
 	$(BIN)/srlm-lite iterate --recipe smollm2-135m-demo --adapters $(DEMO) $(ARGS)
 
 test: $(INSTALLED)  ## All tests that need neither a GPU nor an extra. One file: ARGS=tests/test_pairing.py
-	$(BIN)/python -m pytest -m "not gpu and not vllm and not unsloth and not browser" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal \
+		-m "not gpu and not vllm and not unsloth and not browser" $(ARGS)
 
 lint: $(INSTALLED)  ## ruff and mypy.
 	$(BIN)/ruff check .
