@@ -156,6 +156,25 @@ def test_the_rubric_is_kept_from_call_to_call_until_the_stack_changes(
     assert engine.sample(others, GREEDY) == kept
 
 
+def test_what_one_stack_has_kept_is_no_other_stacks_whoever_loads_the_slot(
+    engine: TransformersEngine,
+) -> None:
+    """A stage that scores candidates loads the slot itself, past the engine."""
+    prompts = rubric_requests(engine, TEXTS)
+    one, other = ([noisy_adapter(engine._slot, seed=seed)] for seed in (0, 1))
+    engine.load(other)
+    expected = engine.sample(prompts, GREEDY)
+    engine.load(one)
+    assert engine.sample(prompts, GREEDY) != expected
+    assert engine._trunk
+    engine._slot.load(other)
+    engine.load(other)
+    found: list[list[Sample]] = []
+    shapes = passes(engine, lambda: found.extend(engine.sample(prompts, GREEDY)))
+    assert shapes[0][0] == 1  # the trunk is computed anew
+    assert found == expected
+
+
 @pytest.mark.parametrize(
     ("rows", "length"),
     [

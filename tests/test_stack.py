@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from srlm_lite.config import Base, Lora
 from srlm_lite.errors import ProofError, UserError
+from srlm_lite.model import stack as stack_module
 from srlm_lite.model.base import LoadedBase, load_base
 from srlm_lite.model.stack import CONFIG, WEIGHTS, Adapter, Slot, fuse, split
 
@@ -154,6 +155,29 @@ def test_switching_roles_back_and_forth_leaves_no_trace(slot: Slot) -> None:
     assert not torch.equal(logits(slot.model), before)
     slot.load([anchor])
     assert torch.equal(logits(slot.model), before)
+
+
+def test_a_stack_is_copied_again_only_when_something_else_was_in_the_slot(
+    slot: Slot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fused: list[list[Adapter]] = []
+    fuse_ = stack_module.fuse
+    monkeypatch.setattr(stack_module, "fuse", lambda stack: fused.append(stack) or fuse_(stack))
+    one, other = [noisy(slot, LORA, 1)], [noisy(slot, LORA, 2)]
+    slot.load(one)
+    expected = logits(slot.model)
+    slot.load(one)
+    assert fused == [one]
+    slot.load(other)
+    slot.load(one)
+    assert torch.equal(logits(slot.model), expected)
+    slot.load(one, train=True)
+    for parameter in slot.model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 1
+    slot.load(one)
+    assert fused == [one, other, one, one, one]
+    assert torch.equal(logits(slot.model), expected)
 
 
 def test_folding_computes_the_same_and_leaves_no_trace(tiny_base_dir: Path) -> None:

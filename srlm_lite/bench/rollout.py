@@ -1,9 +1,9 @@
 """`srlm-lite bench rollout`: the same samples by our engines and by plain `generate`.
 
-Order: ours first, for its candidates are what every way has to judge; then vLLM, then plain
-`generate` in batches, then one by one. Each has a short warm-up before its clock starts. Loading
-the base and starting an engine are not counted. The machine's rates are measured before and after
-them, and the higher ones count.
+Order: ours first, for its candidates are what every way has to judge; then vLLM, then transformers'
+continuous batching, then plain `generate` in batches, then one by one. Each has a short warm-up
+before its clock starts. Loading the base and starting an engine are not counted. The machine's
+rates are measured before and after them, and the higher ones count.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any, Literal, Protocol
 import torch
 
 from srlm_lite.bench import floor
+from srlm_lite.bench.continuous import ContinuousBatching
 from srlm_lite.bench.machine import peak_memory, synchronise
 from srlm_lite.bench.plain import PlainGenerate
 from srlm_lite.bench.roofline import Rates, measure_rates, roofline, shape_of
@@ -33,13 +34,14 @@ from srlm_lite.run_dir import RunDir
 from srlm_lite.seeds import derive_seed
 from srlm_lite.session import Session
 
-Way = Literal["ours", "vllm", "batched", "one-by-one"]
-WAYS: tuple[Way, ...] = ("ours", "vllm", "batched", "one-by-one")
+Way = Literal["ours", "vllm", "continuous", "batched", "one-by-one"]
+WAYS: tuple[Way, ...] = ("ours", "vllm", "continuous", "batched", "one-by-one")
 """In the order in which they run."""
 
 KEYS: dict[Way, str] = {
     "ours": "ours_s",
     "vllm": "vllm_s",
+    "continuous": "continuous_batching_s",
     "batched": "batched_generate_s",
     "one-by-one": "one_by_one_s",
 }
@@ -68,7 +70,7 @@ class Settings:
     """What a user may choose."""
 
     base: str = "smollm2-135m-instruct"
-    ways: tuple[Way, ...] = WAYS
+    ways: tuple[Way, ...] = ("ours", "vllm", "batched", "one-by-one")
     workload: Workload = field(default_factory=Workload)
     batch_rows: int | None = None
     """Ours: samples in one batch; None goes by the device's memory, as in a run."""
@@ -243,6 +245,13 @@ class _Bench:
             return self._ours
         if way == "vllm":
             return EngineSampler(self._session.engine((), "judge"), self._work)
+        if way == "continuous":
+            return ContinuousBatching(
+                self._session.slot.model.get_base_model(),
+                pad_id=self._session.chat.pad_id,
+                temperature=self._work.temperature,
+                top_p=self._work.top_p,
+            )
         return PlainGenerate(
             self._bare_model,
             pad_id=self._session.chat.pad_id,

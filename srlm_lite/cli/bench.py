@@ -15,6 +15,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print everything that was me
 NAMES = {
     "ours": "ours",
     "vllm": "vLLM",
+    "continuous": "generate_batch, continuous",
     "batched": "generate, batched",
     "one-by-one": "generate, one by one",
 }
@@ -28,7 +29,12 @@ def rollout(
     prompts: Annotated[int, typer.Option(help="Of the 16 prompts, the first P.", metavar="P")] = 16,
     votes: Annotated[int, typer.Option(help="Judgements a candidate.", metavar="K", min=1)] = 3,
     engines: Annotated[
-        str, typer.Option(help="Which ways, separated by commas.", metavar="WAYS")
+        str,
+        typer.Option(
+            help="Which ways, separated by commas; there is `continuous`, transformers' "
+            "continuous batching, as well.",
+            metavar="WAYS",
+        ),
     ] = "one-by-one,batched,ours,vllm",
     one_by_one_prompts: Annotated[
         int, typer.Option(help="Measure one by one on M prompts and extrapolate.", min=1)

@@ -226,10 +226,6 @@ class Slot:
         """Names of the layers that carry the adapter, in the model's order."""
         return list(self._layers)
 
-    def holds(self, stack: Sequence[Adapter]) -> bool:
-        """Whether the slot is as `load` of these very adapters leaves it, for running a role."""
-        return _same(self._held, stack)
-
     def fresh(self, lora: Lora, *, seed: int) -> Adapter:
         """An adapter that changes nothing yet: A drawn as LoRA draws it, B zero.
 
@@ -269,7 +265,8 @@ class Slot:
         Raises:
             UserError: The stack does not fit the slot: its rank, or its modules.
         """
-        if adapter == _SLOT and not train and dtype is None and _same(self._held, stack):
+        runs_a_role = adapter == _SLOT and not train and dtype is None
+        if runs_a_role and _same(self._held, stack):
             return
         fused = fuse(stack) if stack else Adapter(rank=0, alpha=0.0, factors={})
         if fused.rank > self.rank:
@@ -302,7 +299,7 @@ class Slot:
             if self._fold and not train and dtype == self.compute_dtype:
                 self._fold_in(fused)
             self._last_scaling = scaling
-            self._held = None if train or dtype is not None else tuple(stack)
+            self._held = tuple(stack) if runs_a_role else None
             self.model.eval()
 
     def _fold_in(self, fused: Adapter) -> None:

@@ -104,9 +104,12 @@ class TransformersEngine:
         return device
 
     def load(self, stack: Sequence[Adapter]) -> None:
-        """See `Engine.load`. Copies tensors into the slot; nothing is reloaded."""
-        if not self._slot.holds(stack):
-            self._tree, self._trunk = Tree(), ()
+        """See `Engine.load`. Copies tensors into the slot; nothing is reloaded.
+
+        Keys and values of earlier calls go, even if the slot holds this stack already: others load
+        the slot too, and a run that is resumed has to start its chunks with the same tree.
+        """
+        self._tree, self._trunk = Tree(), ()
         self._slot.load(stack)
 
     def close(self) -> None:
