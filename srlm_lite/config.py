@@ -288,6 +288,14 @@ class Evaluate(Section):
     """Of the sampled answers; default: `rollout.temperature`."""
     gold: str | None = None
     """`module:function`: an external score of an answer that the model never sees."""
+    ifeval: str | None = None
+    """IFEval's prompts, a file of the form of its `input_data.jsonl`: how many of the instructions
+    that code can check are followed, in greedy answers. Needs the extra `eval`."""
+    ifeval_prompts: Positive | None = None
+    """At most this many of them."""
+    ifeval_max_new_tokens: Positive | None = None
+    """Longest answer to them. Default: 1280 as in lm-evaluation-harness, or what the window leaves
+    the longest of the prompts."""
 
 
 MethodName = Literal[
@@ -479,6 +487,7 @@ PATH_KEYS = (
     ("dno", "template"),
     ("meta_rewarding", "template"),
     ("data", "extra"),
+    ("evaluate", "ifeval"),
 )
 """Settings that may be paths: relative ones start at the recipe's own directory, or else at the
 working directory; what is in neither stays as it is."""
@@ -535,13 +544,20 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
         UserError: Not found, not YAML, an unknown key, or a value out of range.
     """
     path = find_recipe(name_or_path)
-    raw = _read_recipe(path)
+    return overridden(_read_recipe(path), overrides, where=str(path))
+
+
+def overridden(raw: Mapping[str, Any], overrides: Sequence[str], *, where: str) -> Recipe:
+    """A recipe as a mapping with `section.key=value` overrides on top.
+
+    Raises:
+        UserError: As `load_recipe`.
+    """
     given: dict[str, Any] = {}
     for override in overrides:
         _apply(given, override)
     _resolve_paths(given, Path.cwd())
-    where = f"{path} with --set" if given else str(path)
-    return recipe_from(_merged(raw, given), where=where)
+    return recipe_from(_merged(raw, given), where=f"{where} with --set" if given else where)
 
 
 def _read_recipe(path: Path, *below: Path) -> dict[str, Any]:

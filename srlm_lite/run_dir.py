@@ -216,6 +216,10 @@ class StageDir:
         """Journals of an evaluation."""
         return self.path / "eval"
 
+    def evaluation_on(self, name: str) -> StageDir:
+        """Where the same model's evaluation on other data, or with other settings, goes."""
+        return StageDir(self.path / "eval_on" / name)
+
     @property
     def is_done(self) -> bool:
         return self.done.is_file()

@@ -12,7 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import kendalltau, spearmanr
 
-from srlm_lite.evaluate.judge_metrics import collapsed_score, histogram, judge_metrics
+from srlm_lite.evaluate.intervals import interval, ratio
+from srlm_lite.evaluate.judge_metrics import (
+    calibration,
+    collapsed_score,
+    histogram,
+    judge_metrics,
+)
 from srlm_lite.records import Judgement, RankedReply
 
 Score = float | None | Sequence[float | None]
@@ -335,3 +341,88 @@ def test_rates_are_rates_and_a_mirrored_judge_has_the_mirrored_accuracy(
         total = found["pairwise_accuracy"] + mirror["pairwise_accuracy"]
         assert total == pytest.approx(1, abs=2e-4)  # both are rounded
         assert found["kendall"] == pytest.approx(-mirror["kendall"], abs=2e-4)
+
+
+# --- intervals ----------------------------------------------------------------------------------
+
+
+def test_an_interval_is_that_of_a_share() -> None:
+    # 100 prompts, half of them right: standard error sqrt(.25 / 100) = .05, times 1.96 is .098.
+    terms = [(float(i % 2), 1.0) for i in range(100)]
+    low, high = interval(terms) or (0.0, 0.0)
+    assert low == pytest.approx(0.402, abs=0.015)
+    assert high == pytest.approx(0.598, abs=0.015)
+    assert interval(terms) == [low, high]  # drawn with a fixed seed
+
+
+def test_prompts_are_drawn_with_all_their_pairs() -> None:
+    # Of 2 and 6 pairs: (2 + 0) / (2 + 6) = .25. Drawn twice, the first gives 4 / 4, the other 0.
+    assert ratio([(2, 2), (0, 6)]) == 0.25
+    assert interval([(2, 2), (0, 6)]) == [0.0, 1.0]
+
+
+def test_what_does_not_count_is_not_drawn_and_one_prompt_has_no_interval() -> None:
+    assert interval([(1, 1), (0, 0)]) is None
+    assert interval([(1, 1), (0, 0), (1, 1)]) == [1.0, 1.0]
+
+
+def test_judge_metrics_have_intervals_on_request() -> None:
+    groups = [
+        [RankedReply(f"p{i}", "q", f"{i}/{r}", "text", r) for r in range(2)] for i in range(10)
+    ]
+    # Right on even prompts, wrong on odd ones.
+    votes = [
+        Judgement(f"{i}/{r}", 0, "", float(1 + (r + i + 1) % 2)) for i in range(10) for r in (0, 1)
+    ]
+    found = judge_metrics(groups, votes, best_score=2.0, with_intervals=True)
+    assert found["pairwise_accuracy"] == 0.5
+    assert found["intervals"]["pairwise_accuracy"] == [0.2, 0.8]  # 2 and 8 of 10 right
+    assert found["intervals"]["parse_rate"] == [1.0, 1.0]
+    assert found["intervals"]["order_consistency"] is None
+    assert "intervals" not in judge_metrics(groups, votes, best_score=2.0)
+
+
+# --- order consistency, length, calibration -----------------------------------------------------
+
+
+def test_order_consistency_is_between_votes() -> None:
+    # Votes on a: 4, 4, 1; on b: 2, 3, 3. Verdicts a, a, b: of the three pairs of votes one agrees.
+    assert metrics({"a": (0, [4, 4, 1]), "b": (1, [2, 3, 3])})["order_consistency"] == 0.3333
+    # A tie or an unreadable vote is no verdict.
+    assert metrics({"a": (0, [4, 3, 4]), "b": (1, [2, 3, 3])})["order_consistency"] == 1.0
+    assert metrics({"a": (0, [4, None, 4]), "b": (1, [2, 3, 5])})["order_consistency"] == 0.0
+    assert metrics({"a": (0, [4]), "b": (1, [2])})["order_consistency"] is None
+
+
+def test_length_correlation_of_judge_and_people() -> None:
+    # The judge scores by length (names are the texts), people the other way round.
+    found = metrics({"a": (0, 1.0), "bb": (1, 2.0), "ccc": (2, 5.0)})
+    assert found["length_correlation"] == {"judge": 1.0, "people": -1.0}
+
+
+def quality(*replies: tuple[float | None, float | None]) -> dict[str, Any] | None:
+    """Calibration of replies given as (human quality, judge's score), on a scale of 0 to 5."""
+    group = [RankedReply("p", "q", f"r{i}", "x", 0, human) for i, (human, _) in enumerate(replies)]
+    votes = [Judgement(f"r{i}", 0, "", score) for i, (_, score) in enumerate(replies)]
+    return calibration([group], votes, scale=(0.0, 5.0))
+
+
+def test_calibration_is_by_score_in_points() -> None:
+    # The human scale from .2 to .8 becomes 0 to 5: .2 -> 0, .5 -> 2.5, .8 -> 5.
+    found = quality((0.2, 1.0), (0.5, 1.0), (0.8, 4.0), (0.5, None))
+    assert found is not None
+    assert found["bins"] == {
+        "1": {"replies": 2, "score": 1.0, "human": 1.25},
+        "4": {"replies": 1, "score": 4.0, "human": 5.0},
+    }
+    assert found["error"] == 0.5  # (2 * .25 + 1 * 1) / 3
+    assert found["replies"] == 3
+    # Scores 1, 1, 4 and points 0, 2.5, 5: deviations -1, -1, 2 and -2.5, 0, 2.5;
+    # 7.5 / sqrt(6 * 12.5) = .866.
+    assert found["pearson"] == 0.866
+
+
+def test_without_a_quality_there_is_no_calibration() -> None:
+    assert quality((None, 3.0), (None, 4.0)) is None
+    assert quality((0.5, 3.0), (0.5, 4.0)) is None
+    assert quality((0.1, None), (0.5, None)) is None

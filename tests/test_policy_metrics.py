@@ -30,12 +30,27 @@ def test_length_and_endings() -> None:
     found = policy_metrics(
         PROMPTS, [answer("p", "ab"), answer("p", "abcd", "length"), answer("q", "")], None
     )
+    del found["intervals"]
     assert found == {
         "mean_length_chars": 2.0,
+        "median_length_chars": 2,
         "mean_length_tokens": 4.0,
         "truncated_rate": 0.3333,
         "answers": 3,
     }
+
+
+def test_intervals_are_over_prompts() -> None:
+    # Twenty prompts with ten equal answers each: were answers drawn, the interval would be
+    # sqrt(10) times narrower. Gold 0 or 1, half of each: the standard error of a share of 20
+    # is sqrt(.25 / 20) = .112, so the interval is about .5 - .22 to .5 + .22.
+    answers = [answer(f"p{i}", "ab"[i % 2]) for i in range(20) for _ in range(10)]
+    prompts = {f"p{i}": "question" for i in range(20)}
+    found = policy_metrics(prompts, answers, gold(lambda prompt, response: response == "b"))
+    low, high = found["intervals"]["gold_mean"]
+    assert low == pytest.approx(0.28, abs=0.05)
+    assert high == pytest.approx(0.72, abs=0.05)
+    assert found["intervals"]["mean_length_chars"] == [1.0, 1.0]
 
 
 def test_gold_is_averaged_over_prompts() -> None:

@@ -3,29 +3,39 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import typer
 
 from srlm_lite.cli.progress import Console, summary
-from srlm_lite.config import recipe_from
+from srlm_lite.config import Recipe, overridden, recipe_from
 from srlm_lite.errors import UserError
 from srlm_lite.run_dir import RunDir, StageDir, read_json
 from srlm_lite.session import Session
 from srlm_lite.stages.evaluation import evaluation
 
+MEASURES = ("data", "evaluate", "judge", "openai", "rollout", "vllm")
+"""The sections of a recipe that say how to measure; the others say what the model is."""
 
-def run_evaluate(*, directory: Path, which: str, data_dir: Path | None, as_json: bool) -> None:
-    """Measure one model of a run, unless it has been measured on this data before."""
+
+def run_evaluate(
+    *,
+    directory: Path,
+    which: str,
+    data_dir: Path | None,
+    overrides: Sequence[str],
+    as_json: bool,
+) -> None:
+    """Measure one model of a run, unless it has been measured in this way before."""
     run = RunDir(directory)
-    raw = run.facts()["recipe"]
-    if data_dir is not None:
-        raw = {**raw, "data": {"dir": str(data_dir.resolve())}}
-    recipe = recipe_from(raw, where=str(run.run_json))
+    recipe = _recipe(run, data_dir, overrides)
     place, number = _place(run, which)
-    if data_dir is not None:
-        place = StageDir(place.path / "eval_on" / data_dir.resolve().name)
+    if recipe != _recipe(run, None, []):
+        # By content: another data directory of the same name is another evaluation.
+        label = "set" if data_dir is None else data_dir.resolve().name
+        place = place.evaluation_on(f"{label}-{recipe.digest()[:8]}")
     console = Console()
     if not place.evaluation.is_file():
         session = Session(recipe, run, console)
@@ -37,8 +47,24 @@ def run_evaluate(*, directory: Path, which: str, data_dir: Path | None, as_json:
     if as_json:
         typer.echo(json.dumps(result, indent=2, ensure_ascii=False))
         return
-    typer.echo(_lines(result))
+    typer.echo(_table(result))
     console.say(f"{which}: {summary('evaluation', result)}; all of it in {place.evaluation}")
+
+
+def _recipe(run: RunDir, data_dir: Path | None, overrides: Sequence[str]) -> Recipe:
+    """The run's recipe, with another way to measure."""
+    raw, where = run.facts()["recipe"], str(run.run_json)
+    for override in overrides:
+        section = override.partition("=")[0].partition(".")[0].strip()
+        if section not in MEASURES:
+            raise UserError(
+                "would make it another model, not another measurement",
+                where=f"--set {override}",
+                way_out=f"Set something of {', '.join(MEASURES)}",
+            )
+    if data_dir is not None:
+        raw = {**raw, "data": {"dir": str(data_dir.resolve())}}
+    return overridden(raw, overrides, where=where) if overrides else recipe_from(raw, where=where)
 
 
 def _place(run: RunDir, which: str) -> tuple[StageDir, int | None]:
@@ -63,14 +89,41 @@ def _place(run: RunDir, which: str) -> tuple[StageDir, int | None]:
     return run.iteration(int(which)), int(which)
 
 
-def _lines(result: dict[str, Any]) -> str:
+def _table(result: Mapping[str, Any]) -> str:
+    """A line for each figure, with its 95% interval where it has one."""
     rows = [
-        (f"{part} {name}", value)
-        for part in ("judge", "policy")
-        for name, value in result[part].items()
-        if not isinstance(value, dict)
+        row
+        for part in ("judge", "policy", "ifeval", "capabilities")
+        for row in _rows(part, result.get(part, {}))
     ]
-    histogram = result["judge"]["score_histogram"]
-    rows.append(("judge scores", "  ".join(f"{score}: {n}" for score, n in histogram.items())))
     width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {'-' if value is None else value}" for name, value in rows)
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
+
+
+def _rows(part: str, figures: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    intervals = figures.get("intervals", {})
+    for name, value in figures.items():
+        ends = intervals.get(name)
+        if name == "intervals" or (name == "calibration" and not value):
+            continue
+        if name == "score_histogram":
+            yield f"{part} scores", "  ".join(f"{score}: {n}" for score, n in value.items())
+        elif name == "calibration":
+            yield from _calibration(value)
+        elif isinstance(value, Mapping):
+            yield from _rows(f"{part} {name}", value)
+        else:
+            shown = "-" if value is None else f"{value}"
+            yield f"{part} {name}", f"{shown:<8} {_ends(ends)}".rstrip()
+
+
+def _ends(ends: Sequence[float] | None) -> str:
+    return "" if ends is None else f"[{ends[0]:g}, {ends[1]:g}]"
+
+
+def _calibration(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for name in ("pearson", "spearman", "error"):
+        yield f"judge and human quality: {name}", f"{found[name]}"
+    for score, one in found["bins"].items():
+        text = f"{one['human']:.2f} by people ({one['replies']} replies)"
+        yield f"judge and human quality: score {score}", text

@@ -71,12 +71,28 @@ def evaluate(
         Path | None,
         typer.Option("--data", help="Another data directory with eft_eval.jsonl.", metavar="DIR"),
     ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="Measure otherwise: evaluate.eft_prompts=200", metavar="KEY=VALUE"
+        ),
+    ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print eval.json.")] = False,
 ) -> None:
-    """Measure one model of a run as judge and as policy."""
+    """Measure one model of a run as judge and as policy.
+
+    What the run has measured is shown at once. With --data or --set the result goes to a folder
+    of its own below `eval_on/`.
+    """
     from srlm_lite.cli.evaluate import run_evaluate
 
-    run_evaluate(directory=adapters, which=iteration, data_dir=data_dir, as_json=json_)
+    run_evaluate(
+        directory=adapters,
+        which=iteration,
+        data_dir=data_dir,
+        overrides=set_ or [],
+        as_json=json_,
+    )
 
 
 @app.command()

@@ -26,8 +26,9 @@ from itertools import combinations
 from statistics import fmean
 from typing import Any
 
-from scipy.stats import kendalltau, spearmanr
+from scipy.stats import kendalltau, pearsonr, spearmanr
 
+from srlm_lite.evaluate.intervals import Terms, intervals, ratio
 from srlm_lite.judging import mean_scores
 from srlm_lite.records import Judgement, RankedReply
 
@@ -44,7 +45,11 @@ class _Pair:
 
 
 def judge_metrics(
-    groups: Sequence[Sequence[RankedReply]], judgements: Sequence[Judgement], *, best_score: float
+    groups: Sequence[Sequence[RankedReply]],
+    judgements: Sequence[Judgement],
+    *,
+    best_score: float,
+    with_intervals: bool = False,
 ) -> dict[str, Any]:
     """All metrics of one judge.
 
@@ -52,33 +57,113 @@ def judge_metrics(
         groups: The replies of each prompt, with their human rank (0 is best).
         judgements: All votes on them.
         best_score: The rubric's maximum: the "perfect 5" of `five_best`.
+        with_intervals: Adds `intervals`: of each rate and mean, the ends of its 95% interval.
 
     Returns:
         `pairwise_accuracy`, `five_best`, `exact_match`, `spearman`, `kendall`, `parse_rate`,
         `tie_rate`, `score_histogram` (single votes), `pairwise_accuracy_decided` (ties and
-        unreadable pairs left out), and the counts behind them. A rate over nothing is None.
+        unreadable pairs left out), `order_consistency`, `length_correlation`, and the counts
+        behind them. A rate over nothing is None.
     """
+    every = groups
     groups = [group for group in groups if len({row.rank for row in group}) > 1]
     scores = mean_scores(judgements, min_votes=1)
-    sampled = mean_scores(map(as_sampled, judgements), min_votes=1)
-    pairs = [pair for group in groups for pair in _pairs(group, scores) if pair.human]
-    decided = [pair for pair in pairs if pair.judge]
-    votes = [judgement.score for judgement in judgements]
-    readable = [vote for vote in votes if vote is not None]
-    return {
-        "pairwise_accuracy": _rate([_credit(pair) for pair in pairs]),
-        "pairwise_accuracy_decided": _rate([float(p.judge == p.human) for p in decided]),
-        "five_best": five_best(groups, sampled, best_score=best_score),
-        "exact_match": exact_match(groups, scores),
-        "spearman": _mean_correlation(groups, scores, spearmanr),
-        "kendall": _mean_correlation(groups, scores, kendalltau),
-        "parse_rate": _rate([float(vote is not None) for vote in votes]),
-        "tie_rate": _rate([float(pair.judge == 0) for pair in pairs]),
-        "score_histogram": histogram([_binned(judgement) for judgement in judgements]),
-        "mean_score": round(fmean(readable), 4) if readable else None,
-        "prompts": len(groups),
-        "pairs": len(pairs),
+    votes = _votes_by_reply(judgements)
+    terms = {
+        **_order_terms(groups, scores),
+        "five_best": _five_best_terms(
+            groups, mean_scores(map(as_sampled, judgements), min_votes=1), best_score=best_score
+        ),
+        "parse_rate": [_parse_term(group, votes) for group in every],
+        "order_consistency": [_consistency_term(group, votes) for group in groups],
+        "mean_score": [_mean_term(group, votes) for group in every],
     }
+    return {
+        **{name: ratio(values) for name, values in terms.items()},
+        "length_correlation": _length_correlation(groups, scores),
+        "score_histogram": histogram([_binned(judgement) for judgement in judgements]),
+        "prompts": len(groups),
+        "pairs": sum(bool(pair.human) for group in groups for pair in _pairs(group, scores)),
+        **({"intervals": intervals(terms)} if with_intervals else {}),
+    }
+
+
+def _votes_by_reply(judgements: Sequence[Judgement]) -> dict[str, list[Judgement]]:
+    votes: dict[str, list[Judgement]] = {}
+    for judgement in judgements:
+        votes.setdefault(judgement.candidate_id, []).append(judgement)
+    return votes
+
+
+def _order_terms(groups: Sequence[Sequence[RankedReply]], scores: Scores) -> dict[str, Terms]:
+    pairs = [[pair for pair in _pairs(group, scores) if pair.human] for group in groups]
+    decided = [[pair for pair in some if pair.judge] for some in pairs]
+    return {
+        "pairwise_accuracy": [(sum(map(_credit, some)), len(some)) for some in pairs],
+        "pairwise_accuracy_decided": [
+            (sum(pair.judge == pair.human for pair in some), len(some)) for some in decided
+        ],
+        "exact_match": [
+            (float(all(pair.judge == pair.human for pair in some)), 1) for some in pairs
+        ],
+        "spearman": [(_correlation(group, scores, spearmanr), 1) for group in groups],
+        "kendall": [(_correlation(group, scores, kendalltau), 1) for group in groups],
+        "tie_rate": [(sum(pair.judge == 0 for pair in some), len(some)) for some in pairs],
+    }
+
+
+def _five_best_terms(
+    groups: Sequence[Sequence[RankedReply]], scores: Scores, *, best_score: float
+) -> Terms:
+    perfect = [
+        [row for row in group if scores.get(row.response_id) == best_score] for group in groups
+    ]
+    return [(sum(row.rank == 0 for row in some), len(some)) for some in perfect]
+
+
+def _parse_term(
+    group: Sequence[RankedReply], votes: Mapping[str, Sequence[Judgement]]
+) -> tuple[float, float]:
+    found = [vote.score for row in group for vote in votes.get(row.response_id, ())]
+    return sum(score is not None for score in found), len(found)
+
+
+def _mean_term(
+    group: Sequence[RankedReply], votes: Mapping[str, Sequence[Judgement]]
+) -> tuple[float, float]:
+    found = [vote.score for row in group for vote in votes.get(row.response_id, ())]
+    readable = [score for score in found if score is not None]
+    return sum(readable), len(readable)
+
+
+def _consistency_term(
+    group: Sequence[RankedReply], votes: Mapping[str, Sequence[Judgement]]
+) -> tuple[float, float]:
+    """How many of two votes' verdicts on two replies are the same verdict, ties left out."""
+    same = both = 0
+    for a, b in combinations(group, 2):
+        of_a, of_b = votes.get(a.response_id, ()), votes.get(b.response_id, ())
+        verdicts = [_order(x.score, y.score) for x, y in zip(of_a, of_b, strict=False)]
+        for one, other in combinations([verdict for verdict in verdicts if verdict], 2):
+            both += 1
+            same += one == other
+    return same, both
+
+
+def _length_correlation(
+    groups: Sequence[Sequence[RankedReply]], scores: Scores
+) -> dict[str, float | None]:
+    """Spearman correlation with the length in characters, of the judge and of the people.
+
+    Within a prompt, over the replies that the judge could be read on; averaged over prompts.
+    """
+    by_judge, by_people = [], []
+    for group in groups:
+        readable = [row for row in group if scores.get(row.response_id) is not None]
+        lengths = [len(row.response) for row in readable]
+        by_judge.append(_defined(spearmanr, [scores[row.response_id] for row in readable], lengths))
+        by_people.append(_defined(spearmanr, [-row.rank for row in readable], lengths))
+    return {"judge": _rate(by_judge), "people": _rate(by_people)}
 
 
 def as_sampled(judgement: Judgement) -> Judgement:
@@ -116,37 +201,67 @@ def _credit(pair: _Pair) -> float:
     return 0.5 if not pair.judge else float(pair.judge == pair.human)
 
 
-def five_best(
-    groups: Sequence[Sequence[RankedReply]], scores: Scores, *, best_score: float
-) -> float | None:
-    """Share of the replies with a perfect mean score that no human ranked below another."""
-    perfect = [
-        row for group in groups for row in group if scores.get(row.response_id) == best_score
+def _correlation(group: Sequence[RankedReply], scores: Scores, correlation: Any) -> float:
+    readable = [row for row in group if scores.get(row.response_id) is not None]
+    judge = [scores[row.response_id] for row in readable]
+    return _defined(correlation, [-row.rank for row in readable], judge)
+
+
+def _defined(correlation: Any, one: Sequence[Any], other: Sequence[Any]) -> float:
+    """The correlation, or 0 where one side has a single value."""
+    defined = len(set(one)) > 1 and len(set(other)) > 1
+    return float(correlation(one, other).statistic) if defined else 0.0
+
+
+def calibration(
+    groups: Sequence[Sequence[RankedReply]],
+    judgements: Sequence[Judgement],
+    *,
+    scale: tuple[float, float],
+) -> dict[str, Any] | None:
+    """The judge's score against the human quality of single replies, over all prompts.
+
+    The human quality, from the lowest to the highest of these replies, becomes the rubric's
+    scale, as in the anchor's targets (`anchor.eft_targets: human`).
+
+    Args:
+        scale: The rubric's lowest and highest score.
+
+    Returns:
+        `bins`: for each rounded score the number of `replies`, their mean `score`, and the mean
+        `human` quality in points; `error`: mean distance of score and human over the bins, by
+        their replies, in points; `pearson`, `spearman` and `replies`. None where the data has no
+        quality or it is the same for all.
+    """
+    scores = mean_scores(judgements, min_votes=1)
+    known = [
+        (score, row.quality)
+        for group in groups
+        for row in group
+        if row.quality is not None and (score := scores.get(row.response_id)) is not None
     ]
-    return _rate([float(row.rank == 0) for row in perfect])
-
-
-def exact_match(groups: Sequence[Sequence[RankedReply]], scores: Scores) -> float | None:
-    """Share of the prompts (each with a human order) whose whole order is the human one."""
-    return _rate(
-        [
-            float(all(pair.judge == pair.human for pair in _pairs(group, scores) if pair.human))
-            for group in groups
-        ]
-    )
-
-
-def _mean_correlation(
-    groups: Sequence[Sequence[RankedReply]], scores: Scores, correlation: Any
-) -> float | None:
-    values = []
-    for group in groups:
-        readable = [(row.rank, scores.get(row.response_id)) for row in group]
-        both = [(-rank, score) for rank, score in readable if score is not None]
-        human, judge = [h for h, _ in both], [j for _, j in both]
-        defined = len(set(human)) > 1 and len(set(judge)) > 1
-        values.append(float(correlation(human, judge).statistic) if defined else 0.0)
-    return _rate(values)
+    qualities = [row.quality for group in groups for row in group if row.quality is not None]
+    if not known or min(qualities) == max(qualities):
+        return None
+    low, high = min(qualities), max(qualities)
+    points = [scale[0] + (q - low) / (high - low) * (scale[1] - scale[0]) for _, q in known]
+    bins: dict[int, list[tuple[float, float]]] = {}
+    for (score, _), human in sorted(zip(known, points, strict=True)):
+        bins.setdefault(round(score), []).append((score, human))
+    means = {
+        name: (len(some), fmean(s for s, _ in some), fmean(h for _, h in some))
+        for name, some in bins.items()
+    }
+    return {
+        "replies": len(known),
+        "pearson": round(_defined(pearsonr, [s for s, _ in known], points), 4),
+        "spearman": round(_defined(spearmanr, [s for s, _ in known], points), 4),
+        "error": round(sum(n * abs(s - h) for n, s, h in means.values()) / len(known), 4),
+        "bins": {
+            f"{name:g}": {"replies": n, "score": round(s, 4), "human": round(h, 4)}
+            for name, (n, s, h) in means.items()
+        },
+    }
 
 
 def histogram(votes: Sequence[float | None]) -> dict[str, int]:

@@ -6,19 +6,25 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from srlm_lite.config import Sampling
+from srlm_lite.errors import UserError
+from srlm_lite.evaluate import ifeval
 from srlm_lite.evaluate.gold import load_gold
-from srlm_lite.evaluate.judge_metrics import collapsed_score, judge_metrics
+from srlm_lite.evaluate.judge_metrics import calibration, collapsed_score, judge_metrics
 from srlm_lite.evaluate.policy_metrics import policy_metrics
-from srlm_lite.run_dir import StageDir, read_json, write_json
+from srlm_lite.records import Prompt
+from srlm_lite.run_dir import StageDir, read_json, write_json, write_records
 from srlm_lite.session import Session
 from srlm_lite.stages.sampling import judge_replies, sample_candidates
-from srlm_lite.stages.seed_data import data_file, policy_prompts, read_ranked
+from srlm_lite.stages.seed_data import data_file, ifeval_tasks, policy_prompts, read_ranked
 
 if TYPE_CHECKING:
     from srlm_lite.model.stack import Adapter
 
 LEAST_READABLE = 0.5
 """With a smaller share of readable votes than this, the judge is told to be no judge."""
+
+IFEVAL_TOKENS = 1280
+"""Longest answer to an IFEval prompt in lm-evaluation-harness."""
 
 ACCURACY_FALL = 0.03
 """A fall of the judge's pairwise accuracy by more than this, and more than chance, is told."""
@@ -55,9 +61,16 @@ def evaluation(
         seed_path=(recipe.seed, "evaluation", "judge"),
     )
     result = {
-        "judge": judge_metrics(groups, judgements, best_score=session.rubric.max),
+        "judge": {
+            **judge_metrics(groups, judgements, best_score=session.rubric.max, with_intervals=True),
+            "calibration": calibration(
+                groups, judgements, scale=(session.rubric.min, session.rubric.max)
+            ),
+        },
         "policy": _policy(session, directory, stack),
     }
+    if recipe.evaluate.ifeval:
+        result["ifeval"] = _ifeval(session, directory, stack)
     write_json(directory.evaluation, result)
     return None, result
 
@@ -92,6 +105,35 @@ def _policy(session: Session, directory: StageDir, stack: Sequence[Adapter]) -> 
     sampled = answers("sampled", temperature=temperature, n=recipe.evaluate.samples)
     greedy = answers("greedy", temperature=0.0, n=1)
     return {**sampled, "temperature": temperature, "greedy": greedy}
+
+
+def _ifeval(session: Session, directory: StageDir, stack: Sequence[Adapter]) -> dict[str, Any]:
+    recipe = session.recipe
+    tasks = ifeval_tasks(recipe)
+    lengths = [len(session.chat.prompt_ids(task.prompt)) for task in tasks]
+    limit = recipe.evaluate.ifeval_max_new_tokens
+    if limit is None:
+        limit = min(IFEVAL_TOKENS, recipe.base.window - max(lengths))
+    if max(lengths) + limit > recipe.base.window or limit < 1:
+        raise UserError(
+            f"an IFEval prompt of {max(lengths)} tokens and an answer of {limit} do not fit the "
+            f"window of {recipe.base.window}",
+            where="evaluate.ifeval_max_new_tokens",
+            way_out="Lower it, or raise base.window",
+        )
+    answers = sample_candidates(
+        session,
+        stack,
+        [Prompt(task.prompt_id, task.prompt, "ifeval") for task in tasks],
+        path=directory.evaluation_dir / "answers_ifeval.jsonl",
+        stage="evaluation, IFEval",
+        sampling=Sampling(temperature=0.0, max_new_tokens=limit),
+        n=1,
+        seed_path=(recipe.seed, "evaluation", "ifeval"),
+    )
+    checked = [ifeval.check(task, answer.text) for task, answer in zip(tasks, answers, strict=True)]
+    write_records(directory.evaluation_dir / "ifeval.jsonl", checked)
+    return {**ifeval.ifeval_metrics(checked), "max_new_tokens": limit}
 
 
 def warnings(before: dict[str, Any] | None, now: dict[str, Any]) -> list[str]:

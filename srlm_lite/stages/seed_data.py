@@ -8,6 +8,7 @@ from pathlib import Path
 
 from srlm_lite.config import Recipe
 from srlm_lite.errors import UserError
+from srlm_lite.evaluate import ifeval
 from srlm_lite.evaluate.gold import load_gold
 from srlm_lite.judging import load_rubric, load_template
 from srlm_lite.records import Instruction, Prompt, RankedReply
@@ -103,6 +104,19 @@ def policy_prompts(recipe: Recipe) -> list[Prompt]:
     return list(prompts[: recipe.evaluate.policy_prompts])
 
 
+def ifeval_tasks(recipe: Recipe) -> list[ifeval.Task]:
+    """IFEval's prompts, cut to `evaluate.ifeval_prompts`.
+
+    Raises:
+        UserError: Not such a file, an empty one, or the extra `eval` is not installed.
+    """
+    path = Path(str(recipe.evaluate.ifeval))
+    tasks = ifeval.tasks_of(read_jsonl(path), where=str(path))[: recipe.evaluate.ifeval_prompts]
+    if not tasks:
+        raise UserError("is empty", where=str(path))
+    return tasks
+
+
 def check_inputs(recipe: Recipe) -> None:
     """Find out before a run begins what of its inputs is missing or cannot be read.
 
@@ -114,6 +128,8 @@ def check_inputs(recipe: Recipe) -> None:
     load_rubric(recipe.judge.rubric)
     if recipe.evaluate.gold is not None:
         load_gold(recipe.evaluate.gold)
+    if recipe.evaluate.ifeval is not None:
+        ifeval_tasks(recipe)
     trained = recipe.anchor.init == "base"
     if (trained and recipe.anchor.use_ift) or recipe.prompts.source == "self-instruct":
         read_ift(recipe)
