@@ -87,6 +87,7 @@ ALLOWED: dict[str, set[str]] = {
         "seeds",
         "session",
         "stages",
+        "training",
     },
     "cli": {
         "bench",

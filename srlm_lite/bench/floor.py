@@ -48,6 +48,14 @@ class Shape:
     """Key-value heads times the width of a head."""
     number_bytes: int
     """Bytes of one weight, and of one number in the cache."""
+    linear_bytes: float | None = None
+    """Bytes of one weight of those linear layers, where they are quantized."""
+
+    @property
+    def weights(self) -> float:
+        """Bytes of all weights that count."""
+        each = self.number_bytes if self.linear_bytes is None else self.linear_bytes
+        return each * self.linear + self.number_bytes * self.head
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +83,7 @@ def prefill(shape: Shape, lengths: Sequence[int], *, shared: int = 0) -> Work:
         flops=2 * shape.linear * tokens
         + 4 * shape.layers * shape.query_width * attended
         + 2 * shape.head * len(lengths),
-        bytes=shape.number_bytes * (shape.linear + shape.head + _cached(shape, tokens)),
+        bytes=shape.weights + shape.number_bytes * _cached(shape, tokens),
     )
 
 
@@ -92,9 +100,32 @@ def decode(
     return Work(
         flops=len(steps) * rows * 2 * (shape.linear + shape.head)
         + 4 * shape.layers * shape.query_width * attended,
-        bytes=shape.number_bytes
-        * (len(steps) * (shape.linear + shape.head) + _cached(shape, cached)),
+        bytes=len(steps) * shape.weights + shape.number_bytes * _cached(shape, cached),
     )
+
+
+def dpo_step(
+    shape: Shape, sequences: Sequence[tuple[int, int]], *, batches: int, checkpointing: bool
+) -> Work:
+    """One optimiser step of DPO on frozen weights.
+
+    A sequence runs forward in the policy and in the reference, and backward in the policy, which
+    for frozen weights costs the linear layers a forward pass again (the gradient of their input
+    alone) and attention two; checkpointing computes the layers forward once more. The adapters
+    themselves count for nothing.
+
+    Args:
+        sequences: Tokens of each, chosen and rejected ones both, and how many of them are scored.
+        batches: Forward passes that they are spread over.
+    """
+    again = 1 if checkpointing else 0
+    layers, scores = 0, 0
+    for tokens, scored in sequences:
+        linear = 2 * shape.linear * tokens
+        attended = 4 * shape.layers * shape.query_width * _triangle(tokens)
+        layers += (3 + again) * linear + (4 + again) * attended
+        scores += 3 * 2 * shape.head * scored
+    return Work(flops=layers + scores, bytes=batches * (3 + again) * shape.weights)
 
 
 def _triangle(n: int) -> int:

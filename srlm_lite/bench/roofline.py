@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -23,21 +24,40 @@ COPIED = 1 << 28
 def shape_of(model: Any) -> Shape:
     """The sizes of a decoder-only model that the floor depends on.
 
-    A bfloat16 base keeps its weights and its cache in 2 bytes a number; quantized weights are not
-    known here.
+    A bfloat16 base keeps its weights and its cache in 2 bytes a number, an NF4 base its linear
+    layers in half a byte and what the scales take. Adapters do not count.
     """
     config = model.config
     head = model.get_output_embeddings().weight.numel()
-    layers = model.get_decoder().layers.named_parameters()
+    layers = [
+        weight
+        for name, weight in model.get_decoder().layers.named_parameters()
+        if "lora_" not in name and (weight.dim() == 2)
+    ]
+    numbers = [_numbers_and_bytes(weight) for weight in layers]
+    linear = sum(count for count, _ in numbers)
+    quantized = any(hasattr(weight, "quant_state") for weight in layers)
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return Shape(
-        linear=sum(weight.numel() for name, weight in layers if weight.dim() == 2),
+        linear=linear,
         head=head,
         layers=config.num_hidden_layers,
         query_width=config.num_attention_heads * width,
         cache_width=config.num_key_value_heads * width,
         number_bytes=model.dtype.itemsize,
+        linear_bytes=sum(size for _, size in numbers) / linear if quantized else None,
     )
+
+
+def _numbers_and_bytes(weight: Any) -> tuple[int, int]:
+    """Of a weight matrix: how many numbers it stands for, and the bytes they take."""
+    stored = weight.numel() * weight.element_size()
+    state = getattr(weight, "quant_state", None)
+    if state is None:
+        return weight.numel(), stored
+    # The scales, and where those are quantized as well, their own.
+    parts = [state.absmax] + ([state.state2.absmax] if state.nested else [])
+    return math.prod(state.shape), stored + sum(p.numel() * p.element_size() for p in parts)
 
 
 @dataclass(frozen=True, slots=True)

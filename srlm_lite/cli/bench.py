@@ -125,6 +125,46 @@ def methods(
 
 
 @app.command()
+def gpu(
+    shape: Annotated[
+        str, typer.Option(help="llama2-70b, llama2-7b, llama3.1-8b, smollm2-135m, or tiny.")
+    ] = "tiny",
+    device: Annotated[str, typer.Option(help="auto, cpu, or cuda.")] = "auto",
+    ways: Annotated[str, typer.Option(help="ours, plain, or both.")] = "ours,plain",
+    prompts: Annotated[int | None, typer.Option(help="To sample answers to.", min=1)] = None,
+    answer_tokens: Annotated[int | None, typer.Option(help="Of each answer.", min=2)] = None,
+    reply_tokens: Annotated[
+        int | None, typer.Option(help="Of each reply of a pair.", min=2)
+    ] = None,
+    micro_batch: Annotated[int | None, typer.Option(help="Pairs in memory at once.", min=1)] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Of DPO; the first is not counted.", min=2)
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """A random NF4 base of a shape, built on the device: memory, tokens/s, seconds a DPO step.
+
+    Beside transformers and TRL alone, and the least time that the device's measured rates allow.
+    Downloads nothing.
+    """
+    from srlm_lite.bench.gpu import bench_gpu, device_of, job_of, ways_of
+    from srlm_lite.cli.progress import Console
+
+    job = job_of(
+        shape,
+        prompts=prompts,
+        answer_tokens=answer_tokens,
+        reply_tokens=reply_tokens,
+        micro_batch=micro_batch,
+        steps=steps,
+    )
+    console = Console()
+    with console:
+        result = bench_gpu(shape, job, console, ways=ways_of(ways), device=device_of(device))
+    show("gpu", result, gpu_text, as_json=json_)
+
+
+@app.command()
 def export(
     base: Annotated[
         str,
@@ -151,6 +191,47 @@ def export(
     with console:
         result = bench_export(base, update=update, four_bit=four_bit, reporter=console)
     show("export", result, _export_text, as_json=json_)
+
+
+def gpu_text(result: dict[str, Any]) -> str:
+    """What `bench gpu` found, for a terminal."""
+    from srlm_lite.cli.tables import plain_table
+
+    def gigabytes(value: int | None) -> str:
+        return "-" if value is None else f"{value / 1e9:.2f}"
+
+    job, base = result["job"], result["base"]
+    rows = []
+    for way, phases in result["ways"].items():
+        for name, phase in phases.items():
+            step = name == "dpo"
+            rows.append(
+                [
+                    f"{way}: {'a DPO step' if step else name}",
+                    f"{phase['seconds_per_step' if step else 'seconds']:.3g}",
+                    f"{phase['tokens_per_s']:.0f}",
+                    f"{phase['floor_s']:.3g}",
+                    f"{phase['floor_share']:.1%}",
+                    gigabytes(phase["peak_bytes"]),
+                ]
+            )
+    rates = result["machine_rates"]
+    best = max(rates["matmul_flops_per_s"].values())
+    return "\n".join(
+        [
+            f"{result['shape']}, random weights in NF4, computing in {result['dtype']} on "
+            f"{result['device']}: {result['parameters'] / 1e9:.2f} billion weights, built in "
+            f"{base['seconds']:.1f} s, {gigabytes(base['in_use_bytes'])} GB in use, peak "
+            f"{gigabytes(base['peak_bytes'])} GB",
+            f"{job['prompts']} prompts of {job['prompt_tokens']} tokens, {job['n']} candidates of "
+            f"{job['answer_tokens']} each, {job['votes']} votes of {job['vote_tokens']}; DPO on "
+            f"{job['batch']} pairs a step, {job['micro_batch']} at once, replies of "
+            f"{job['reply_tokens']} tokens; adapters of rank {job['rank']} in all",
+            plain_table(["phase", "s", "tokens/s", "floor s", "share", "peak GB"], rows),
+            f"floor: at {best / 1e12:.2f} TFLOP/s and {rates['copy_bytes_per_s'] / 1e9:.0f} GB/s, "
+            "as measured in this run",
+        ]
+    )
 
 
 def _export_text(result: dict[str, Any]) -> str:

@@ -211,7 +211,7 @@ def load_base(section: config.Base) -> LoadedBase:
         model, tokenizer = _load(section, folder, kind, device, dtype)
     if kind == "hub":
         source["revision"] = getattr(model.config, "_commit_hash", None) or section.revision
-    _keep_differentiable(model)
+    keep_differentiable(model)
     _check_vocabulary(model, tokenizer)
     _settle_special_tokens(model, tokenizer)
     model.requires_grad_(False)
@@ -334,12 +334,7 @@ def _load(
     )
     options: dict[str, Any] = {}
     if section.quantization == "nf4":
-        options["quantization_config"] = hf.BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        )
+        options["quantization_config"] = nf4_settings(dtype)
     if section.quantization == "nf4" or device.type == "cuda":
         options["device_map"] = {"": device}
     model, report = hf.AutoModelForCausalLM.from_pretrained(
@@ -359,6 +354,16 @@ def _load(
             way_out="Get the files again",
         )
     return model, tokenizer
+
+
+def nf4_settings(dtype: torch.dtype) -> Any:
+    """The `BitsAndBytesConfig` of an NF4 base: 4 bits and double quantization."""
+    return hf.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
 
 
 def _converted(file: Path, digest: str) -> Path:
@@ -473,7 +478,7 @@ def _sha256(files: list[Path]) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def _keep_differentiable(model: PreTrainedModel) -> None:
+def keep_differentiable(model: PreTrainedModel) -> None:
     """Forbid bitsandbytes to repack 4-bit weights for CPU inference.
 
     On a CPU with AVX512-BF16 the first forward pass in eval mode would repack them for good, for a

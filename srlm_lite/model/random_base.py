@@ -1,0 +1,103 @@
+"""A base of random weights and a given shape, built where it is going to lie.
+
+For measurements: what a base of 70 billion weights costs does not depend on what it has learned.
+One tensor at a time is drawn in 16 bits and quantized at once, so the peak of memory is the
+finished base and one tensor; no weights are read or written.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+from transformers import PreTrainedModel
+
+from srlm_lite.config import recipes_dir
+from srlm_lite.model.base import LoadedBase, keep_differentiable, nf4_settings
+
+hf: Any = transformers  # only partly typed
+
+_SPREAD = 0.02
+_NF4_SETTINGS = ("blocksize", "compress_statistics", "quant_type", "quant_storage")
+_ROLES = ("bos", "eos", "pad")
+
+
+def random_base(
+    shape: Any,
+    *,
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantization: Literal["none", "nf4"],
+    seed: int = 0,
+) -> LoadedBase:
+    """Build it.
+
+    Its tokenizer is the toy base's, whose ids any vocabulary of this size has: what it decodes to
+    means nothing.
+
+    Args:
+        shape: A `LlamaConfig`, or another decoder-only configuration.
+    """
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = hf.AutoModelForCausalLM.from_config(shape, dtype=dtype)
+    if quantization == "nf4":
+        _expect_nf4(model, dtype)
+    model.tie_weights()
+    generator = torch.Generator(device).manual_seed(seed)
+    for path, parameter in list(model.named_parameters()):
+        owner, _, attribute = path.rpartition(".")
+        module: Any = model.get_submodule(owner)
+        drawn = _drawn(parameter, device, dtype, generator)
+        if hasattr(parameter, "quant_type"):
+            settings = {key: getattr(parameter, key) for key in _NF4_SETTINGS}
+            kind: Any = type(parameter)  # bitsandbytes quantizes on the way to the device
+            quantized = kind(drawn, requires_grad=False, module=module, **settings)
+            setattr(module, attribute, quantized.to(device))
+        else:
+            setattr(module, attribute, torch.nn.Parameter(drawn, requires_grad=False))
+        del drawn
+    model.tie_weights()
+    for buffer_owner in model.modules():
+        for key, buffer in buffer_owner.named_buffers(recurse=False):
+            setattr(buffer_owner, key, buffer.to(device))
+    keep_differentiable(model)
+    model.requires_grad_(False)
+    model.train(False)
+    tokenizer: Any = hf.AutoTokenizer.from_pretrained(str(recipes_dir() / "toy" / "base"))
+    ends = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in _ROLES}
+    model.generation_config = hf.GenerationConfig(**ends)
+    for key, token_id in ends.items():
+        setattr(model.config, key, token_id)
+    return LoadedBase(
+        model=model,
+        tokenizer=tokenizer,
+        device=device,
+        dtype=dtype,
+        folder=name,
+        source={"name": name, "kind": "random", "seed": seed},
+    )
+
+
+def _expect_nf4(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Replace the linear layers by their 4-bit kind, as `from_pretrained` does before it loads."""
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    quantizer: Any = AutoHfQuantizer.from_config(nf4_settings(dtype), pre_quantized=False)
+    quantizer.preprocess_model(model=model, device_map=None)
+    quantizer.postprocess_model(model)
+    model.hf_quantizer = quantizer
+
+
+def _drawn(
+    parameter: torch.nn.Parameter,
+    device: torch.device,
+    dtype: torch.dtype,
+    generator: torch.Generator,
+) -> torch.Tensor:
+    shape = parameter.shape
+    if len(shape) == 1:  # of a norm
+        return torch.ones(shape, dtype=dtype, device=device)
+    return torch.empty(shape, dtype=dtype, device=device).normal_(std=_SPREAD, generator=generator)

@@ -1,0 +1,72 @@
+"""DPO as one runs it with TRL alone: for comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers.trainer_callback import PrinterCallback
+from trl.trainer.dpo_config import DPOConfig
+from trl.trainer.dpo_trainer import DPOTrainer
+
+from srlm_lite.config import Dpo
+from srlm_lite.model.base import LoadedBase
+from srlm_lite.model.stack import Adapter, Slot
+from srlm_lite.training.arguments import (
+    Listener,
+    OnStep,
+    common_arguments,
+    one_adapter_in_training,
+    one_device,
+)
+from srlm_lite.training.dpo import PairExample
+
+
+class _IdsTrainer(DPOTrainer):
+    """TRL's trainer, told that its pairs are ids already."""
+
+    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        return dataset
+
+
+def train_plain_dpo(
+    slot: Slot,
+    base: LoadedBase,
+    *,
+    stack: Sequence[Adapter],
+    pairs: Sequence[PairExample],
+    dpo: Dpo,
+    scratch: Path,
+    seed: int,
+    on_step: OnStep = lambda step, steps, logs: None,
+) -> None:
+    """Train the whole slot as one LoRA; no proof, no frozen rows, in the dtypes that TRL chooses.
+
+    The reference is the copy of the adapter that TRL takes.
+    """
+    slot.load(stack, train=True)
+    rows = [
+        {
+            "prompt_ids": list(pair.prompt_ids),
+            "chosen_ids": list(pair.chosen_ids),
+            "rejected_ids": list(pair.rejected_ids),
+        }
+        for pair in pairs
+    ]
+    arguments = common_arguments(dpo, base, n_examples=len(pairs), scratch=scratch, seed=seed)
+    try:
+        with one_adapter_in_training(slot.model):
+            trainer = _IdsTrainer(
+                model=slot.model,
+                args=one_device(DPOConfig(**arguments, beta=dpo.beta, max_length=None)),
+                train_dataset=Dataset.from_list(rows),
+                processing_class=base.tokenizer,
+                callbacks=[Listener(on_step)],
+            )
+            trainer.remove_callback(PrinterCallback)
+            trainer.train()
+    finally:
+        if "ref" in slot.model.peft_config:
+            slot.model.delete_adapter("ref")

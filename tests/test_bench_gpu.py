@@ -1,0 +1,159 @@
+"""`srlm-lite bench gpu`: a random base like a loaded one, equal work, and a floor by arithmetic."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from srlm_lite.bench.floor import Shape, decode, dpo_step, prefill
+from srlm_lite.bench.gpu import SMALL, TINY, Job, bench_gpu, job_of, shape_config, ways_of
+from srlm_lite.bench.roofline import shape_of
+from srlm_lite.cli import main
+from srlm_lite.config import Base
+from srlm_lite.errors import UserError
+from srlm_lite.model.base import load_base
+from srlm_lite.model.random_base import random_base
+from srlm_lite.planning.shapes import SHAPES
+from srlm_lite.progress import Silent
+
+CPU = torch.device("cpu")
+F32 = torch.float32
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_a_random_base_is_built_as_a_real_one_is_loaded(
+    tiny_base_dir: Path, quantization: str
+) -> None:
+    section = {"name": str(tiny_base_dir), "dtype": "float32", "quantization": quantization}
+    loaded = load_base(Base(**section)).model
+    config = LlamaConfig.from_pretrained(tiny_base_dir)
+    built = random_base(config, name="x", device=CPU, dtype=F32, quantization=quantization).model
+    expected, found = dict(loaded.named_parameters()), dict(built.named_parameters())
+    assert list(found) == list(expected)
+    for name, weight in expected.items():
+        other = found[name]
+        assert type(other) is type(weight), name
+        assert (other.shape, other.dtype, other.device) == (
+            weight.shape,
+            weight.dtype,
+            weight.device,
+        )
+        assert not other.requires_grad
+        if quantization == "nf4" and hasattr(weight, "quant_state"):
+            one, two = weight.quant_state, other.quant_state
+            assert (one.shape, one.quant_type, one.nested, one.blocksize) == (
+                two.shape,
+                two.quant_type,
+                two.nested,
+                two.blocksize,
+            )
+    ids = torch.arange(4, 12).unsqueeze(0)
+    logits = built(input_ids=ids).logits
+    assert logits.isfinite().all() and logits.std() > 0
+    flags = ("is_loaded_in_4bit", "is_quantized")
+    assert [getattr(built, f, False) for f in flags] == [getattr(loaded, f, False) for f in flags]
+
+
+def test_a_tied_base_stays_tied() -> None:
+    config = LlamaConfig(
+        **{"vocab_size": 512, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1},
+        num_attention_heads=2,
+        tie_word_embeddings=True,
+    )
+    model = random_base(config, name="x", device=CPU, dtype=F32, quantization="nf4").model
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+
+
+def test_the_shape_of_an_nf4_base_counts_its_scales() -> None:
+    """64 numbers have a scale of one byte, 256 scales one of four: 0.5 + 1/64 + 4/16384."""
+    config = LlamaConfig(
+        **{"vocab_size": 512, "hidden_size": 256, "intermediate_size": 256},
+        num_hidden_layers=1,
+        num_attention_heads=4,
+    )
+    base = random_base(config, name="x", device=CPU, dtype=torch.bfloat16, quantization="nf4")
+    shape = shape_of(base.model)
+    assert shape.linear == 7 * 256 * 256
+    assert shape.linear_bytes == pytest.approx(0.5 + 1 / 64 + 4 / 16384)
+    assert shape.number_bytes == 2
+    assert shape.weights == pytest.approx(7 * 65536 * 0.515869140625 + 2 * 512 * 256)
+
+
+def test_quantized_weights_are_read_at_their_own_size() -> None:
+    """Linear layers of 100 weights at half a byte, 50 of the head at 2: 150 bytes a pass."""
+    shape = Shape(100, 50, 2, 4, 2, number_bytes=2, linear_bytes=0.5)
+    plain = Shape(100, 50, 2, 4, 2, number_bytes=2)
+    assert prefill(plain, [3]).bytes - prefill(shape, [3]).bytes == 150
+    one = decode(plain, [3], samples=1, new_tokens=3).bytes
+    assert one - decode(shape, [3], samples=1, new_tokens=3).bytes == 2 * 150
+
+
+def test_a_step_of_dpo() -> None:
+    """One pair of 3 and 2 tokens, 2 and 1 scored: forward twice, backward once.
+
+    Layers: 3 x 2 x 100 for each of 5 tokens; attention to 6 + 3 = 9 tokens, 4 x 2 x 4 each, 4
+    times; scores: 3 x 2 x 50 for each of 3.
+    """
+    shape = Shape(100, 50, 2, 4, 2, number_bytes=2)
+    work = dpo_step(shape, [(3, 2), (2, 1)], batches=1, checkpointing=False)
+    assert work.flops == 3 * 200 * 5 + 4 * 32 * 9 + 3 * 100 * 3
+    assert work.bytes == 3 * 2 * 150
+    again = dpo_step(shape, [(3, 2), (2, 1)], batches=1, checkpointing=True)
+    assert again.flops - work.flops == 200 * 5 + 32 * 9
+    assert again.bytes == 4 * 2 * 150
+
+
+@pytest.mark.parametrize(("shape", "billions"), [("llama2-7b", 6.6), ("llama2-70b", 68.7)])
+def test_the_shapes_are_the_models(shape: str, billions: float) -> None:
+    """On the meta device: weights of the linear layers and the head, in billions."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(shape_config(shape))
+    found = shape_of(model)
+    assert (found.linear + found.head) / 1e9 == pytest.approx(billions, rel=0.01)
+
+
+def test_what_does_not_exist_is_refused() -> None:
+    with pytest.raises(UserError, match=r"--shape: no such shape: gpt-5\. There are tiny, llama2"):
+        shape_config("gpt-5")
+    with pytest.raises(UserError, match=r"--ways: no such way: trl"):
+        ways_of("ours,trl")
+    with pytest.raises(UserError, match="does not divide the batch"):
+        job_of("llama2-7b", micro_batch=3)
+    assert job_of(TINY, prompts=None) == SMALL
+    assert job_of("llama3.1-8b", prompts=3) == Job(prompts=3)
+    assert set(SHAPES) >= {"llama2-70b", "llama3.1-8b", "llama2-7b"}
+
+
+def test_a_device_that_is_not_there_is_refused() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    with pytest.raises(UserError, match="--device: no CUDA device was found"):
+        bench_gpu(TINY, SMALL, Silent(), device="cuda")
+
+
+def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["srlm-lite", "bench", "gpu", "--device", "cpu", "--json"])
+    with pytest.raises(SystemExit) as end:
+        main.run()
+    assert not end.value.code
+    found = json.loads(capsys.readouterr().out)
+    assert found["bench"] == "gpu" and found["shape"] == "tiny"
+    assert found["base"]["bytes_per_linear_weight"] < 0.53
+    assert set(found["ways"]) == {"ours", "plain"}
+    for phases in found["ways"].values():
+        assert list(phases) == ["candidates", "judge", "dpo"]
+        assert phases["candidates"]["tokens"] == 2 * 2 * 8
+        assert phases["judge"]["tokens"] == 2 * 2 * 2 * 8
+        for phase in phases.values():
+            assert phase["tokens_per_s"] > 0 and 0 < phase["floor_share"] < 1
+            assert phase["peak_bytes"] is None or phase["peak_bytes"] > 0
+    assert found["ways"]["ours"]["dpo"]["step0_loss"] == pytest.approx(0.693147, abs=1e-4)
+    assert {"date", "machine", "versions", "machine_rates", "floor", "job"} <= found.keys()
