@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from srlm_lite.export.source import find_source
 from srlm_lite.model import merge, parity
 from srlm_lite.model.base import load_base, skeleton
 from srlm_lite.model.chat import ChatFormat
-from srlm_lite.model.checkpoint import Checkpoint
+from srlm_lite.model.checkpoint import Checkpoint, ShardWriter, TensorInfo, write_shard
 from srlm_lite.model.stack import Adapter, Slot
 from srlm_lite.progress import Silent
 from srlm_lite.run_dir import RunDir
@@ -333,8 +335,9 @@ def lose(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
     """Let the merge hand one tensor's update to `change` first."""
     right = merge.merged
 
-    def wrong(weight: torch.Tensor, update: Any, dtype: torch.dtype) -> torch.Tensor:
-        return right(weight, change(update), dtype)
+    def wrong(each: merge.Merge, *args: Any) -> Iterator[torch.Tensor]:
+        update = each.update and change(each.update)
+        return right(replace(each, update=update), *args)
 
     monkeypatch.setattr(merge, "merged", wrong)
 
@@ -358,13 +361,13 @@ def test_an_export_without_the_delta_fails(
 def test_the_tensor_that_differs_most_is_named(
     run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = merge.result
+    right = merge.merged
 
-    def wrong(each: merge.Merge, weights: merge.Weights) -> torch.Tensor:
-        tensor = right(each, weights)
-        return tensor * 1.5 if each.info.name == "model.layers.1.mlp.up_proj.weight" else tensor
+    def wrong(each: merge.Merge, *args: Any) -> Iterator[torch.Tensor]:
+        for block in right(each, *args):
+            yield block * 1.5 if each.info.name == "model.layers.1.mlp.up_proj.weight" else block
 
-    monkeypatch.setattr(merge, "result", wrong)
+    monkeypatch.setattr(merge, "merged", wrong)
     with pytest.raises(ProofError, match=r"model\.layers\.1\.mlp\.up_proj\.weight differs most"):
         export(run, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -460,8 +463,6 @@ def test_an_export_that_is_there_is_not_made_again(run: RunDir, tmp_path: Path) 
 
 
 def test_a_written_file_is_what_safetensors_reads(tmp_path: Path) -> None:
-    from srlm_lite.model.checkpoint import TensorInfo, write_shard
-
     tensors = {
         "a.weight": torch.randn(3, 5).to(torch.bfloat16),
         "ünï": torch.arange(7),
@@ -477,6 +478,65 @@ def test_a_written_file_is_what_safetensors_reads(tmp_path: Path) -> None:
             assert torch.equal(file.get_tensor(name), tensor)
     own = Checkpoint(tmp_path)
     assert all(torch.equal(own.read(name), tensor) for name, tensor in tensors.items())
+
+
+def test_a_file_that_is_not_whole_does_not_get_its_name(tmp_path: Path) -> None:
+    info = TensorInfo("w", torch.float32, (4, 3))
+    with (
+        pytest.raises(ValueError, match="lacks 24 bytes"),
+        ShardWriter(tmp_path / "x", [info]) as x,
+    ):
+        x.write("w", 0, torch.zeros(2, 3))
+    with pytest.raises(ValueError, match="given"), ShardWriter(tmp_path / "x", [info]) as x:
+        x.write("w", 6, torch.zeros(3, 3))
+    assert not (tmp_path / "x").exists()
+
+
+def test_threads_write_the_same_bytes_as_one(
+    tiny_base_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In parts of three rows and blocks of two, a dozen parts a tensor."""
+    monkeypatch.setattr(merge, "_PART", 200)
+    monkeypatch.setattr(merge, "_BLOCK", 130)
+    base = saved_base(tiny_base_dir, tmp_path / "base", tied=False, shard="100KB")
+    weights = merge.Weights(Checkpoint(base))
+    stack = [random_adapter(base, seed=seed) for seed in (0, 1)]
+    plan = merge.plan(weights.checkpoint, stack, tied={}, dtype=torch.bfloat16)
+    threads, told = torch.get_num_threads(), []
+    try:
+        for count in (1, 4):
+            torch.set_num_threads(count)
+            folder = tmp_path / str(count)
+            folder.mkdir()
+            merge.write(plan, weights, folder, on_bytes=told.append)
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(threads)
+    assert sum(told) == 2 * plan.nbytes
+    one, four = ({f.name: f.read_bytes() for f in (tmp_path / n).iterdir()} for n in "14")
+    assert one == four and len(one) > 3
+    check = parity.TensorCheck(plan, stack, Checkpoint(tmp_path / "4"))
+    check.rest(weights.read)
+    assert check.error < parity.tensor_tolerance(torch.bfloat16)
+
+
+def test_a_merge_that_fails_leaves_no_file(
+    tiny_base_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = merge.Weights(Checkpoint(tiny_base_dir))
+    plan = merge.plan(weights.checkpoint, [], tied={}, dtype=None)
+
+    put = os.pwrite
+
+    def full(file: int, data: memoryview, offset: int) -> int:
+        if offset > 100_000:
+            raise OSError(28, "No space left on device")
+        return put(file, data, offset)
+
+    monkeypatch.setattr("srlm_lite.model.checkpoint.os.pwrite", full)
+    with pytest.raises(OSError, match="No space"):
+        merge.write(plan, weights, tmp_path)
+    assert not (tmp_path / "model.safetensors").exists()
 
 
 def test_a_quantized_checkpoint_is_refused(tmp_path: Path) -> None:

@@ -12,11 +12,12 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from io import RawIOBase
 from pathlib import Path
-from typing import Any
+from threading import Lock
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -46,6 +47,9 @@ NAMED = {
 }
 """What weights can be written as."""
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+_FLUSH = 64 << 20
+"""Bytes written before the disk is set to work on them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,48 +114,117 @@ class Checkpoint:
 
     def read(self, name: str) -> Tensor:
         """One tensor, in memory of its own."""
+        info = self.info(name)
+        tensor = torch.empty(info.shape, dtype=info.dtype)
+        self._fill(name, 0, tensor.view(-1))
+        return tensor
+
+    def blocks(self, name: str, start: int, stop: int, *, size: int) -> Iterator[Tensor]:
+        """Elements of one tensor, flat, a block at a time; each overwrites the one before.
+
+        Memory that is used again costs no page faults: they take longer than the copying.
+        """
+        buffer = torch.empty(min(size, stop - start), dtype=self.info(name).dtype)
+        for first in range(start, stop, size):
+            block = buffer[: stop - first]
+            self._fill(name, first, block)
+            yield block
+
+    def _fill(self, name: str, start: int, flat: Tensor) -> None:
+        """Read the elements from `start` on that a flat tensor has room for."""
         place = self._places[name]
-        tensor = torch.empty(place.info.shape, dtype=place.info.dtype)
-        if not place.info.nbytes:
-            return tensor
-        view, done = _bytes(tensor), 0
+        if not flat.numel():
+            return
+        view, done = _bytes(flat), 0
         with (self.folder / place.file).open("rb", buffering=0) as file:
-            file.seek(place.start)
+            file.seek(place.start + start * flat.itemsize)
             while done < len(view):  # one call reads two gigabytes at most
                 count = file.readinto(view[done:])
                 if not count:
                     raise UserError("is shorter than it was", where=str(self.folder / place.file))
                 done += count
-        return tensor
+
+
+class ShardWriter:
+    """One file of weights, filled in any order, by several threads if need be.
+
+    It gets its name when the context ends without an error, and has it then for good: its bytes are
+    on the disk. The disk works on them while more come.
+
+    Raises:
+        ValueError: At the end, a tensor is not whole; or `write` got what is not the tensor's.
+    """
+
+    def __init__(self, path: Path, infos: Sequence[TensorInfo]) -> None:
+        self._path, self._draft = path, path.with_name(f".{path.name}.tmp")
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for info in infos:
+            start, end = end, end + info.nbytes
+            header[info.name] = {
+                "dtype": _CODES[info.dtype],
+                "shape": list(info.shape),
+                "data_offsets": [start, end],
+            }
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # tensors start aligned
+        self._head = len(text).to_bytes(8, "little") + text
+        self._places: dict[str, tuple[TensorInfo, int]] = {}
+        offset = len(self._head)
+        for info in infos:
+            self._places[info.name] = info, offset
+            offset += info.nbytes
+        self._size, self._written, self._unflushed = offset, 0, 0
+        self._lock = Lock()
+        self._disk = ThreadPoolExecutor(1)
+        self._flush: Future[None] | None = None
+
+    def __enter__(self) -> Self:
+        self._file = self._draft.open("wb", buffering=0)
+        self._put(memoryview(self._head), 0)
+        return self
+
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
+        try:
+            self._disk.shutdown()
+            if error is not None:
+                return
+            if self._written != self._size:
+                raise ValueError(f"{self._path} lacks {self._size - self._written} bytes")
+            if self._flush is not None:
+                self._flush.result()
+            os.fsync(self._file.fileno())
+        finally:
+            self._file.close()
+        self._draft.replace(self._path)
+
+    def write(self, name: str, start: int, tensor: Tensor) -> None:
+        """Put elements of a tensor from its element `start` on, counted flat."""
+        info, offset = self._places[name]
+        if tensor.dtype != info.dtype or start + tensor.numel() > math.prod(info.shape):
+            raise ValueError(f"{name} is {info.dtype} {info.shape}, given {tensor.dtype}")
+        if tensor.numel():
+            self._put(_bytes(tensor.contiguous()), offset + start * tensor.itemsize)
+
+    def _put(self, view: memoryview, offset: int) -> None:
+        done = 0
+        while done < len(view):  # one call writes two gigabytes at most
+            done += os.pwrite(self._file.fileno(), view[done:], offset + done)
+        with self._lock:
+            self._written += len(view)
+            self._unflushed += len(view)
+            if self._unflushed >= _FLUSH and (self._flush is None or self._flush.done()):
+                if self._flush is not None:
+                    self._flush.result()  # a disk tells of its failure once
+                self._flush = self._disk.submit(os.fdatasync, self._file.fileno())
+                self._unflushed = 0
 
 
 def write_shard(path: Path, infos: Sequence[TensorInfo], tensors: Iterable[Tensor]) -> None:
-    """Write one file from tensors that come one after the other; it is whole or absent.
-
-    Raises:
-        ValueError: A tensor is not what its info says.
-    """
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for info in infos:
-        end = offset + info.nbytes
-        header[info.name] = {
-            "dtype": _CODES[info.dtype],
-            "shape": list(info.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # tensors start aligned
-    draft = path.with_name(f".{path.name}.tmp")
-    with draft.open("wb", buffering=0) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+    """Write one file from tensors that come one after the other; it is whole or absent."""
+    with ShardWriter(path, infos) as shard:
         for info, tensor in zip(infos, tensors, strict=True):
-            if tensor.dtype != info.dtype or tuple(tensor.shape) != info.shape:
-                raise ValueError(f"{info.name} is {tensor.dtype} {tuple(tensor.shape)}")
-            _write(file, tensor)
-        os.fsync(file.fileno())
-    draft.replace(path)
+            shard.write(info.name, 0, tensor)
 
 
 def write_index(folder: Path, shards: Mapping[str, Sequence[TensorInfo]]) -> None:
@@ -161,14 +234,6 @@ def write_index(folder: Path, shards: Mapping[str, Sequence[TensorInfo]]) -> Non
         "weight_map": {i.name: file for file, infos in shards.items() for i in infos},
     }
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _write(file: RawIOBase, tensor: Tensor) -> None:
-    if not tensor.numel():
-        return
-    view, done = _bytes(tensor.contiguous()), 0
-    while done < len(view):
-        done += file.write(view[done:]) or 0
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -11,9 +11,12 @@ They differ by NF4's rounding error, which no adapter has learned to undo.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,16 +33,22 @@ from srlm_lite.model.checkpoint import (
     INDEX,
     SINGLE,
     Checkpoint,
+    ShardWriter,
     TensorInfo,
     write_index,
-    write_shard,
 )
 from srlm_lite.model.stack import Adapter, Factors, fuse
 
 Onto = Literal["original", "dequantized"]
 
 _BLOCK = 1 << 17
-"""Elements merged at a time: their float32 sum stays in the processor's cache."""
+"""Elements summed at a time: the sum stays in the processor's cache."""
+
+_PART = 1 << 22
+"""Elements that one thread takes at a time."""
+
+_THREADS = 8
+"""More are of no use: the disk sets the pace."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +67,13 @@ class Weights:
         """One tensor, on the CPU."""
         weight = self.checkpoint.read(name)
         return nf4_rounded(weight, self.dtype, self.device) if name in self.nf4 else weight
+
+    def blocks(self, name: str, start: int, stop: int, *, size: int) -> Iterator[Tensor]:
+        """The same, as `Checkpoint.blocks`."""
+        if name not in self.nf4:
+            return self.checkpoint.blocks(name, start, stop, size=size)
+        # What NF4 makes of a weight depends on all of it.
+        return iter(torch.split(self.read(name).view(-1)[start:stop], size))
 
 
 def base_weights(folder: Path, section: Base, model: PreTrainedModel, *, nf4: bool) -> Weights:
@@ -113,20 +129,6 @@ def nf4_rounded(weight: Tensor, dtype: torch.dtype, device: str = "cpu") -> Tens
     return functional.dequantize_4bit(packed, state).to("cpu")
 
 
-def merged(weight: Tensor, update: Factors, dtype: torch.dtype) -> Tensor:
-    """round(W + B·A): summed in float32, rounded once to the dtype."""
-    a, b = update
-    out = torch.empty(weight.shape, dtype=dtype)
-    rows = max(1, _BLOCK // weight.shape[1])
-    block = torch.empty(min(rows, len(weight)), weight.shape[1])
-    for start in range(0, len(weight), rows):
-        part = slice(start, start + rows)
-        total = block[: len(weight[part])]
-        total.copy_(weight[part])
-        out[part] = total.addmm_(b[part], a)
-    return out
-
-
 def plan(
     checkpoint: Checkpoint,
     stack: Sequence[Adapter],
@@ -175,36 +177,94 @@ def write(
     *,
     on_bytes: Callable[[int], None] = lambda count: None,
 ) -> None:
-    """Write the merged checkpoint, tensor by tensor; files that are there already are kept.
+    """Write the merged checkpoint, part by part; files that are there already are kept.
 
     Args:
         on_bytes: Told how many bytes have just been written, or been found written.
     """
-
-    def tensors(merges: Sequence[Merge]) -> Iterator[Tensor]:
-        for merge in merges:
-            yield result(merge, weights)
-            on_bytes(merge.info.nbytes)
-
     for file, merges in plan.shards.items():
         if (folder / file).is_file():
             on_bytes(sum(merge.info.nbytes for merge in merges))
             continue
-        write_shard(folder / file, [merge.info for merge in merges], tensors(merges))
+        infos = [merge.info for merge in merges]
+        with ShardWriter(folder / file, infos) as shard, _threads(weights) as pool:
+            work = partial(_write_part, weights=weights, shard=shard)
+            parts = [part for merge in merges for part in _parts(merge, weights)]
+            for done in pool.map(work, parts):
+                on_bytes(done)
     if set(plan.shards) != {SINGLE}:
-        infos = {file: [m.info for m in merges] for file, merges in plan.shards.items()}
-        write_index(folder, infos)
+        written = {file: [m.info for m in merges] for file, merges in plan.shards.items()}
+        write_index(folder, written)
     else:
         with suppress(FileNotFoundError):
             (folder / INDEX).unlink()
 
 
-def result(merge: Merge, weights: Weights) -> Tensor:
-    """One tensor of the merged checkpoint."""
-    weight = weights.read(merge.source)
+@contextmanager
+def _threads(weights: Weights) -> Iterator[ThreadPoolExecutor]:
+    """As many threads as torch would use, each of which computes by itself.
+
+    Torch's own threads would wait for one another at every block, and where the machine has other
+    work to do, that takes a hundred times as long. NF4 takes whole tensors: one at a time.
+    """
+    before = torch.get_num_threads()
+    count = 1 if weights.nf4 else min(before, _THREADS)
+    if not weights.nf4:
+        torch.set_num_threads(1)
+    pool = ThreadPoolExecutor(count)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(before)
+
+
+Part = tuple[Merge, int, int]
+"""Elements of a tensor, from the first up to the last, counted flat."""
+
+
+def _parts(merge: Merge, weights: Weights) -> Iterator[Part]:
+    size = math.prod(merge.info.shape)
+    step = size if merge.source in weights.nf4 else _whole_rows(merge, _PART)
+    for start in range(0, size, max(1, step)):
+        yield merge, start, min(start + step, size)
+
+
+def _whole_rows(merge: Merge, size: int) -> int:
+    width = 1 if merge.update is None else merge.info.shape[1]
+    return max(1, size // width) * width
+
+
+def _write_part(part: Part, *, weights: Weights, shard: ShardWriter) -> int:
+    merge, start, stop = part
+    for block in merged(merge, weights, start, stop):
+        shard.write(merge.info.name, start, block)
+        start += block.numel()
+    return (part[2] - part[1]) * merge.info.dtype.itemsize
+
+
+def merged(merge: Merge, weights: Weights, start: int, stop: int) -> Iterator[Tensor]:
+    """Elements of round(W + B·A), flat, a block at a time; each overwrites the one before.
+
+    Summed in float32, and rounded once to the dtype. Starts at the start of a row.
+    """
+    size, dtype = _whole_rows(merge, _BLOCK), merge.info.dtype
+    blocks = weights.blocks(merge.source, start, stop, size=size)
     if merge.update is None:
-        return weight.to(merge.info.dtype)
-    return merged(weight, merge.update, merge.info.dtype)
+        for block in blocks:
+            yield block.to(dtype)
+        return
+    a, b = merge.update
+    width = a.shape[1]
+    total, rounded = torch.empty(size // width, width), torch.empty(size, dtype=dtype)
+    row = start // width
+    for block in blocks:
+        weight = block.view(-1, width)
+        n = len(weight)
+        total[:n].copy_(weight)
+        total[:n].addmm_(b[row : row + n], a)
+        yield rounded[: block.numel()].copy_(total[:n].view(-1))
+        row += n
 
 
 def _updates(stack: Sequence[Adapter]) -> dict[str, Factors]:
