@@ -62,14 +62,16 @@ def test_what_is_left_of_an_update(base: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_command(
-    base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    base: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def run(*args: str) -> str:
         monkeypatch.setattr(sys, "argv", ["srlm-lite", "bench", "export", *args])
         with pytest.raises(SystemExit) as end:
             main.run()
         assert end.value.code == 0
-        return capsys.readouterr().out
+        out, err = capfd.readouterr()
+        assert err == ""  # of the processes that it starts, too
+        return out
 
     row: dict[str, Any] = json.loads(run("--base", str(base), "--json"))
     assert set(row["ways"]) == {"copy", "ours", "peft", "ours, 4-bit", "peft, 4-bit"}

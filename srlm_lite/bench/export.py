@@ -15,7 +15,6 @@ W_exported - W_base against the true sum of s·B·A, over all tensors that have 
 from __future__ import annotations
 
 import json
-import logging
 import math
 import multiprocessing
 import os
@@ -185,7 +184,6 @@ def _quiet() -> None:
     """Leave the terminal to the one bar of the benchmark."""
     hf.utils.logging.set_verbosity_error()
     hf.utils.logging.disable_progress_bar()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
 
 
