@@ -167,10 +167,14 @@ class TransformersEngine:
                     live = [live[i] for i in going]
 
     def _rooted(self, prompts: Sequence[tuple[int, ...]]) -> Tree:
-        """A tree whose trunk these prompts share: the one there is, or a new one."""
+        """A tree whose trunk these prompts share: the one there is, or a new one.
+
+        The old one only where a new one would be the same: with another trunk the same prompts
+        would be rounded in another way, and a chunk must not depend on the one before it, which
+        may have been another process's, or of a run that was killed.
+        """
         shared = prompts[0][: shared_prefix(prompts)]
-        held = len(self._trunk)
-        if held and shared[:held] == self._trunk and len(shared) < held + LEAST_TRUNK:
+        if self._trunk and shared == self._trunk:
             return self._tree
         self._tree, self._trunk = Tree(), ()
         if len(shared) >= LEAST_TRUNK and len(prompts) > 1:
