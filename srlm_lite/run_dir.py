@@ -138,11 +138,22 @@ class Journal:
         *,
         on_chunk: Callable[[int, bool], None] = lambda index, computed: None,
     ) -> list[Any]:
+        """`stream`, with `compute` making the rows of chunk i."""
+        return self.stream(chunks, lambda missing: map(compute, missing), on_chunk=on_chunk)
+
+    def stream(
+        self,
+        chunks: Sequence[Sequence[str]],
+        compute: Callable[[Sequence[int]], Iterable[Sequence[Record]]],
+        *,
+        on_chunk: Callable[[int, bool], None] = lambda index, computed: None,
+    ) -> list[Any]:
         """Make the file hold all chunks; return all its rows as records.
 
         Args:
             chunks: The keys of each chunk's rows, in the order of the file.
-            compute: Makes the rows of chunk i.
+            compute: Makes the rows of these chunks, in order. The next chunk is asked for when the
+                last one is on disk.
             on_chunk: Told of each chunk as it becomes complete, and whether it was computed now.
 
         Raises:
@@ -160,8 +171,9 @@ class Journal:
         self._cut(sum(sizes[: len(records)]))
         for index in range(whole):
             on_chunk(index, False)
-        for index in range(whole, len(chunks)):
-            made: list[Any] = list(compute(index))
+        missing = range(whole, len(chunks))
+        for index, computed in zip(missing, compute(missing), strict=True):
+            made: list[Any] = list(computed)
             if [self._key(record) for record in made] != list(chunks[index]):
                 raise RuntimeError(f"{self.path}: chunk {index} came back with other rows")
             self._append(made)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from srlm_lite.config import EngineName, Recipe
+from srlm_lite.errors import ProofError, UserError
 from srlm_lite.judging import Rubric, load_rubric
+from srlm_lite.processes import Processes
 from srlm_lite.progress import Reporter, Silent
 from srlm_lite.run_dir import RunDir
 
@@ -22,16 +28,37 @@ Role = Literal["policy", "judge", "teacher"]
 """What a stack is asked to do; each role may have an engine of its own. A teacher is another
 model, behind the server of the section `openai`."""
 
+I = TypeVar("I", contravariant=True)  # noqa: E741
+R = TypeVar("R")
+
+Advance = Callable[[int], None]
+"""Told how many more rows are done."""
+
+
+class Work(Protocol[I]):
+    """What makes a chunk's rows of an item; it travels between processes."""
+
+    def __call__(self, session: Session, item: I, advance: Advance) -> list[Any]: ...
+
 
 class Session:
     """A recipe at work in a run directory.
 
-    Loading is lazy: a run whose stages are all complete never loads its base.
+    Loading is lazy: a run whose stages are all complete never loads its base. Where there are
+    several processes each has a session; the first one's alone knows the run directory, and gives
+    the others what they are to do (`share_out`, `together`).
     """
 
-    def __init__(self, recipe: Recipe, run: RunDir, reporter: Reporter | None = None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        run: RunDir,
+        reporter: Reporter | None = None,
+        processes: Processes | None = None,
+    ) -> None:
         self.recipe, self.run = recipe, run
         self.reporter: Reporter = reporter or Silent()
+        self.processes = processes or Processes()
         self._engines: dict[EngineName, Engine] = {}
 
     @cached_property
@@ -42,8 +69,12 @@ class Session:
     def base(self) -> LoadedBase:
         from srlm_lite.model.base import load_base
 
+        if self.processes.place.leads:
+            self._order(_LoadBase())  # so that all of them load at the same time
         base = load_base(self.recipe.base)
-        self.run.hold_to_base(base.source)
+        if self.processes.place.leads:
+            _refuse_different(self.processes.gather(base.source))
+            self.run.hold_to_base(base.source)
         return base
 
     @cached_property
@@ -79,15 +110,18 @@ class Session:
 
     def engine(self, stack: Sequence[Adapter], role: Role = "policy") -> Engine:
         """The sampling engine of a role, with a stack loaded."""
-        rollout, judge = self.recipe.rollout, self.recipe.judge
-        name = rollout.engine if role == "policy" else judge.engine or rollout.engine
-        if role == "teacher":
-            name = "openai"
+        name = self._engine_name(role)
         if name not in self._engines:
             self._engines[name] = self._make_engine(name)
         engine = self._engines[name]
         engine.load(stack)
         return engine
+
+    def _engine_name(self, role: Role) -> EngineName:
+        rollout, judge = self.recipe.rollout, self.recipe.judge
+        if role == "teacher":
+            return "openai"
+        return rollout.engine if role == "policy" else judge.engine or rollout.engine
 
     def _make_engine(self, name: EngineName) -> Engine:
         recipe = self.recipe
@@ -136,3 +170,137 @@ class Session:
             places = [self.run.iteration(t).judge_place for t in range(iteration, 0, -1)]
             deltas = [place.adapter for place in places if place.training.is_file()][:1]
         return [*stack, *(Adapter.load(path) for path in deltas)]
+
+    def share_out(
+        self, work: Work[I], items: Sequence[I], *, role: Role | None = None, advance: Advance
+    ) -> Iterator[list[Any]]:
+        """The rows of each item, in order; with several processes as many items at once.
+
+        An item is computed whole by one process, in the same way whichever that is, so the rows do
+        not depend on how many there are. A server is asked by the first process alone:
+        `openai.parallel` says how many requests it gets at once.
+
+        Args:
+            role: Whose engine does the work; None where it is none's, but the base's in memory.
+        """
+        world = self.processes.world
+        if world == 1 or (role and self._engine_name(role) == "openai"):
+            for item in items:
+                yield work(self, item, advance)
+            return
+        self._ready()
+        for start in range(0, len(items), world):
+            dealt = items[start : start + world]
+            self._order(_Share(work if start == 0 else None, dealt))
+            own = work(self, dealt[0], advance)
+            for rank, rows in enumerate(self.processes.gather(own)[: len(dealt)]):
+                if rank:
+                    advance(len(rows))
+                yield rows
+
+    def together(self, work: Callable[[Session], tuple[Adapter, R]]) -> tuple[Adapter, R]:
+        """A training that all processes do at the same time, each with its share of every step.
+
+        Raises:
+            ProofError: They have not ended with the same adapter.
+        """
+        self._ready()
+        self._order(_Train(work))
+        adapter, facts = work(self)
+        if self.processes.world > 1:
+            digests = self.processes.gather(adapter.digest())
+            if len(set(digests)) > 1:
+                raise ProofError(f"the processes have trained different adapters: {digests}")
+        return adapter, facts
+
+    def _ready(self) -> None:
+        """Have the base loaded: that is an order of its own, which no other may enclose."""
+        if self.processes.world > 1:
+            _ = self.base
+
+    def _order(self, order: Order | None) -> None:
+        if self.processes.world > 1:
+            self.processes.broadcast(order)
+
+    @contextmanager
+    def leading(self) -> Iterator[None]:
+        """Tell the other processes the recipe, and at the end to go home."""
+        if self.processes.world > 1:
+            self.processes.broadcast(self.recipe)
+        yield
+        self._order(None)
+
+
+class Order(Protocol):
+    """What the first process wants of the others; gives what they are to hand back."""
+
+    def __call__(self, follower: Follower) -> Any: ...
+
+
+class Follower:
+    """A process that computes what the first one asks for, and writes nothing it would miss.
+
+    Its own run directory is a temporary one: for the scratch files of libraries, and logs.
+    """
+
+    def __init__(self, recipe: Recipe, processes: Processes, scratch: Path) -> None:
+        self.session = Session(recipe, RunDir(scratch), processes=processes)
+        self.work: Work[Any] | None = None
+
+    def follow(self) -> None:
+        """Until the first process has no more orders."""
+        processes = self.session.processes
+        order: Order | None
+        while (order := processes.broadcast()) is not None:
+            processes.gather(order(self))
+        self.session.close_engines()
+
+
+def follow(processes: Processes) -> None:
+    """Work for the first process, on the recipe that it is going to send."""
+    recipe: Recipe = processes.broadcast()
+    scratch = Path(tempfile.mkdtemp(prefix="srlm-lite-"))
+    Follower(recipe, processes, scratch).follow()
+    shutil.rmtree(scratch)  # after a failure its logs may say why
+
+
+@dataclass(frozen=True, slots=True)
+class _LoadBase:
+    def __call__(self, follower: Follower) -> dict[str, Any]:
+        return follower.session.base.source
+
+
+@dataclass(frozen=True, slots=True)
+class _Share:
+    """An item for each process; without work, the same as the last time."""
+
+    work: Work[Any] | None
+    items: Sequence[Any]
+
+    def __call__(self, follower: Follower) -> list[Any] | None:
+        follower.work = self.work or follower.work
+        rank = follower.session.processes.place.rank
+        if follower.work is None or rank >= len(self.items):
+            return None
+        return follower.work(follower.session, self.items[rank], lambda count: None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Train:
+    work: Callable[[Session], tuple[Adapter, Any]]
+
+    def __call__(self, follower: Follower) -> str:
+        return self.work(follower.session)[0].digest()
+
+
+def _refuse_different(sources: Sequence[dict[str, Any]]) -> None:
+    """The processes may lie on several machines, each with files of its own."""
+    for rank, source in enumerate(sources):
+        for key in ("sha256", "revision"):
+            if source.get(key) != sources[0].get(key):
+                raise UserError(
+                    f"process {rank} has loaded other weights of {source['name']} than the first "
+                    f"({key} {source.get(key)}, not {sources[0].get(key)})",
+                    where="base.name",
+                    way_out="Put the same files on every machine",
+                )

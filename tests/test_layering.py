@@ -26,6 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "hardware": set(),
     "tasks": set(),
     "config": {"errors"},
+    "processes": {"errors"},
     "planning": {"config", "errors", "hardware"},
     # files
     "run_dir": {"config", "errors", "records"},
@@ -36,10 +37,19 @@ ALLOWED: dict[str, set[str]] = {
     "evaluate": {"errors", "judging", "records"},
     # torch
     "model": {"config", "errors"},
-    "rollout": {"config", "errors", "model", "planning", "records"},
-    "training": {"config", "errors", "model"},
+    "rollout": {"config", "errors", "model", "planning", "processes", "records"},
+    "training": {"config", "errors", "model", "processes"},
     # the run
-    "session": {"config", "errors", "judging", "model", "progress", "rollout", "run_dir"},
+    "session": {
+        "config",
+        "errors",
+        "judging",
+        "model",
+        "processes",
+        "progress",
+        "rollout",
+        "run_dir",
+    },
     "stages": {
         "config",
         "data",
@@ -99,6 +109,7 @@ ALLOWED: dict[str, set[str]] = {
         "hardware",
         "loop",
         "planning",
+        "processes",
         "progress",
         "records",
         "run_dir",
@@ -112,7 +123,7 @@ ALLOWED: dict[str, set[str]] = {
 
 HEAVY = {"torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "safetensors"}
 MAY_BE_HEAVY = {"bench", "model", "rollout", "training"}
-MAY_BE_HEAVY_WITHIN_A_FUNCTION = {"doctor", "hardware", "planning"}
+MAY_BE_HEAVY_WITHIN_A_FUNCTION = {"doctor", "hardware", "planning", "processes"}
 
 
 def module_name(path: Path) -> str:

@@ -12,8 +12,9 @@ import typer
 from srlm_lite.cli.progress import Console, summary
 from srlm_lite.config import Recipe, overridden, recipe_from
 from srlm_lite.errors import UserError
+from srlm_lite.processes import Processes, place
 from srlm_lite.run_dir import RunDir, StageDir, read_json
-from srlm_lite.session import Session
+from srlm_lite.session import Session, follow
 from srlm_lite.stages.evaluation import evaluation
 
 MEASURES = ("data", "evaluate", "judge", "openai", "rollout", "vllm")
@@ -29,26 +30,32 @@ def run_evaluate(
     as_json: bool,
 ) -> None:
     """Measure one model of a run, unless it has been measured in this way before."""
+    processes = Processes(place())
     run = RunDir(directory)
-    recipe = _recipe(run, data_dir, overrides)
-    place, number = _place(run, which)
-    if recipe != _recipe(run, None, []):
-        # By content: another data directory of the same name is another evaluation.
-        label = "set" if data_dir is None else data_dir.resolve().name
-        place = place.evaluation_on(f"{label}-{recipe.digest()[:8]}")
-    console = Console()
-    if not place.evaluation.is_file():
-        session = Session(recipe, run, console)
-        with run.locked(), console:
-            policy = [] if number is None else session.stack(number)
-            judge = [] if number is None else session.stack(number, "judge")
-            evaluation(session, place, policy, judge=judge)
-    result = read_json(place.evaluation)
+    console = Console(quiet=not processes.place.leads)
+    with processes.joined(cpu=False):
+        if not processes.place.leads:
+            follow(processes)
+            return
+        recipe = _recipe(run, data_dir, overrides)
+        where, number = _place(run, which)
+        if recipe != _recipe(run, None, []):
+            # By content: another data directory of the same name is another evaluation.
+            label = "set" if data_dir is None else data_dir.resolve().name
+            where = where.evaluation_on(f"{label}-{recipe.digest()[:8]}")
+        session = Session(recipe, run, console, processes)
+        with session.leading():
+            if not where.evaluation.is_file():
+                with run.locked(), console:
+                    policy = [] if number is None else session.stack(number)
+                    judge = [] if number is None else session.stack(number, "judge")
+                    evaluation(session, where, policy, judge=judge)
+    result = read_json(where.evaluation)
     if as_json:
         typer.echo(json.dumps(result, indent=2, ensure_ascii=False))
         return
     typer.echo(_table(result))
-    console.say(f"{which}: {summary('evaluation', result)}; all of it in {place.evaluation}")
+    console.say(f"{which}: {summary('evaluation', result)}; all of it in {where.evaluation}")
 
 
 def _recipe(run: RunDir, data_dir: Path | None, overrides: Sequence[str]) -> Recipe:

@@ -15,8 +15,9 @@ from srlm_lite.cli.tables import closing_table
 from srlm_lite.config import load_recipe
 from srlm_lite.hardware import pick_recipe
 from srlm_lite.loop import iterate
+from srlm_lite.processes import Processes, place
 from srlm_lite.run_dir import RunDir
-from srlm_lite.session import Session
+from srlm_lite.session import Session, follow
 from srlm_lite.stages.seed_data import check_inputs
 
 
@@ -29,7 +30,8 @@ def run_iterate(
     fresh: bool,
 ) -> None:
     """Open or resume the run, go through the loop, and close with its table."""
-    console = Console()
+    processes = Processes(place())
+    console = Console(quiet=not processes.place.leads)
     run = RunDir(directory)
     if recipe_name is None:
         recipe_name, why = pick_recipe()
@@ -37,19 +39,37 @@ def run_iterate(
     if iterations is not None:
         overrides = [*overrides, f"iterations={iterations}"]
     recipe = load_recipe(recipe_name, overrides)
-    check_inputs(recipe)
-    facts = {
-        "versions": versions(),
-        "hardware": hardware(),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-    }
-    with run.locked():
-        resumed = run.exists and not fresh
-        run.open(recipe, facts, fresh=fresh)
-        console.say(f"{'resuming' if resumed else 'starting'} {recipe.name} in {directory}")
-        with console:
-            iterate(Session(recipe, run, console))
+    with processes.joined(cpu=recipe.base.device == "cpu"):
+        if not processes.place.leads:
+            follow(processes)
+            return
+        check_inputs(recipe)
+        facts = {
+            "versions": versions(),
+            "hardware": hardware(),
+            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            **({"processes": processes.world} if processes.world > 1 else {}),
+        }
+        with run.locked():
+            resumed = run.exists and not fresh
+            run.open(recipe, facts, fresh=fresh)
+            console.say(f"{'resuming' if resumed else 'starting'} {recipe.name} in {directory}")
+            session = Session(recipe, run, console, processes)
+            with console, session.leading():
+                _warn_of_idle(session)
+                iterate(session)
     typer.echo(closing_table(run, recipe))
     last = run.last_done()
     show = "pairs" if last else "run"
     console.say(f"next: srlm-lite show {show} --adapters {shlex.quote(str(directory))}")
+
+
+def _warn_of_idle(session: Session) -> None:
+    """Of processes that sampling cannot employ, since it deals out whole chunks."""
+    recipe, world = session.recipe, session.processes.world
+    chunks = -(-recipe.prompts.per_iteration // recipe.rollout.chunk_prompts)
+    if world > 1 and chunks < world:
+        session.reporter.warn(
+            f"{world} processes, but an iteration's prompts are {chunks} chunks of "
+            f"rollout.chunk_prompts = {recipe.rollout.chunk_prompts}: lower it to employ all"
+        )

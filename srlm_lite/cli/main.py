@@ -11,6 +11,11 @@ from typing import Annotated, Literal
 import typer
 
 from srlm_lite.cli import bench, data, recipes, show
+from srlm_lite.errors import SrlmError, UserError
+from srlm_lite.processes import place, say
+
+IN_MANY_PROCESSES = ("iterate", "evaluate")
+"""Commands that share their work out when a launcher starts them several times."""
 
 app = typer.Typer(
     name="srlm-lite",
@@ -205,6 +210,7 @@ def doctor(
 
 @app.callback(invoke_without_command=True)
 def main(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what is done.")] = False,
 ) -> None:
@@ -217,6 +223,11 @@ def main(
     if not verbose:
         # It warns of a faster kernel for CPUs that a user of a CPU cannot install.
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    if place().world > 1 and context.invoked_subcommand not in IN_MANY_PROCESSES:
+        raise UserError(
+            f"{context.invoked_subcommand or 'srlm-lite'} runs in one process",
+            way_out="Start it without accelerate or torchrun",
+        )
     if version:
         from srlm_lite import __version__
 
@@ -226,19 +237,18 @@ def main(
 
 def run() -> None:
     """Entry point: a user's mistake is one line and exit code 2, an interruption 130."""
-    from srlm_lite.errors import SrlmError, UserError
-
     # Fork-based tokenizer workers warn, and datasets draws bars of its own.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     try:
         app()
     except UserError as error:
-        typer.echo(f"srlm-lite: {error}", err=True)
+        say(str(error))
         raise SystemExit(2) from None
     except SrlmError as error:
-        typer.echo(f"srlm-lite: stopped: {error}", err=True)
+        say(f"stopped: {error}")
         raise SystemExit(1) from None
     except KeyboardInterrupt:
-        typer.echo("\nsrlm-lite: interrupted; the same command goes on from here", err=True)
+        typer.echo(err=True)
+        say("interrupted; the same command goes on from here")
         raise SystemExit(130) from None

@@ -33,10 +33,14 @@ class _Bar:
 
 
 class Console:
-    """The reporter of the command line; everything it shows goes to stderr."""
+    """The reporter of the command line; everything it shows goes to stderr.
 
-    def __init__(self) -> None:
-        self._rich = RichConsole(file=sys.stderr, highlight=False, soft_wrap=True)
+    Args:
+        quiet: Show nothing: of several processes one speaks.
+    """
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._rich = RichConsole(file=sys.stderr, highlight=False, soft_wrap=True, quiet=quiet)
         self._progress = Progress(
             TextColumn("  {task.description}", style="cyan"),
             BarColumn(bar_width=24),

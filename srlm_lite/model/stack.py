@@ -12,6 +12,7 @@ scalings in B.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import tempfile
@@ -64,6 +65,14 @@ class Adapter:
             )
             for module, (a, b) in self.factors.items()
         )
+
+    def digest(self) -> str:
+        """SHA-256 of the weights."""
+        found = hashlib.sha256(f"{self.rank} {self.alpha}".encode())
+        for module in sorted(self.factors):
+            for factor in self.factors[module]:
+                found.update(module.encode() + factor.contiguous().numpy().tobytes())
+        return found.hexdigest()
 
     def save(
         self,

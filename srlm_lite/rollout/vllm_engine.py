@@ -21,6 +21,7 @@ from srlm_lite.errors import UserError
 from srlm_lite.model.base import LoadedBase
 from srlm_lite.model.chat import ChatFormat
 from srlm_lite.model.stack import Adapter, fuse
+from srlm_lite.processes import of_one_process
 from srlm_lite.rollout.installed import check_vllm
 from srlm_lite.rollout.protocol import Limits, Request, Sample
 from srlm_lite.rollout.vllm_worker import (
@@ -190,7 +191,7 @@ class VllmEngine:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 pass_fds=(theirs.fileno(),),
-                env={**os.environ, **_environment()},
+                env={**of_one_process(), **_environment()},
                 start_new_session=True,  # an interruption from the keyboard is for us alone
             )
         folder = tempfile.TemporaryDirectory(prefix="vllm-", dir=self._scratch)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from random import Random
@@ -272,29 +272,45 @@ def _fitting(session: Session, examples: Sequence[Example]) -> tuple[list[Exampl
 def _train(
     session: Session, examples: Sequence[Example], *, stage: str, seed_name: str
 ) -> tuple[Adapter, dict[str, float]]:
-    from srlm_lite.training.arguments import total_steps
-    from srlm_lite.training.sft import train_sft
-
     section = session.recipe.anchor
     seed = derive_seed(session.recipe.seed, seed_name)
-    session.close_engines()
-    task = session.reporter.start(stage, total_steps(len(examples), section), "steps")
+    start = session.slot.fresh(section.lora, seed=seed)
+    return session.together(_Sft(start, examples, stage, seed))
 
-    def on_step(step: int, steps: int, logs: dict[str, float]) -> None:
-        task.advance()
-        task.note(f"loss {logs['loss']:.3f}")
 
-    return train_sft(
-        session.slot,
-        session.base,
-        session.slot.fresh(section.lora, seed=seed),
-        examples,
-        optim=section,
-        dropout=section.lora.dropout,
-        scratch=scratch(session.run.scratch),
-        seed=seed,
-        on_step=on_step,
-    )
+@dataclass(frozen=True, slots=True)
+class _Sft:
+    """The training of an anchor, in one process or in all."""
+
+    start: Adapter
+    examples: Sequence[Example]
+    stage: str
+    seed: int
+
+    def __call__(self, session: Session) -> tuple[Adapter, dict[str, float]]:
+        from srlm_lite.training.arguments import total_steps
+        from srlm_lite.training.sft import train_sft
+
+        section = session.recipe.anchor
+        session.close_engines()
+        steps = total_steps(len(self.examples), section)
+        task = session.reporter.start(self.stage, steps, "steps")
+
+        def on_step(step: int, steps: int, logs: dict[str, float]) -> None:
+            task.advance()
+            task.note(f"loss {logs['loss']:.3f}")
+
+        return train_sft(
+            session.slot,
+            session.base,
+            self.start,
+            self.examples,
+            optim=section,
+            dropout=section.lora.dropout,
+            scratch=scratch(session.run.scratch),
+            seed=self.seed,
+            on_step=on_step,
+        )
 
 
 def scratch(path: Path) -> Path:

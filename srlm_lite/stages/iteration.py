@@ -344,9 +344,6 @@ def delta(
     place = place or iteration.delta_place
     if place.training.is_file():
         return None, read_json(place.training)
-    from srlm_lite.training.arguments import total_steps
-    from srlm_lite.training.dpo import train_dpo
-
     recipe = session.recipe
     dpo = dpo or recipe.dpo
     seed = derive_seed(recipe.seed, iteration.number, place.name)
@@ -355,29 +352,51 @@ def delta(
     if dpo.init == "previous" and previous:
         start = previous[0]
     reference = [anchor] if dpo.reference == "anchor" else [anchor, start]
-    session.close_engines()
-    task = session.reporter.start("DPO", total_steps(len(pairs), dpo), "steps")
-
-    def on_step(step: int, steps: int, logs: dict[str, float]) -> None:
-        task.advance()
-        task.note(f"loss {logs['loss']:.3f} margin {logs['rewards/margins']:+.2f}")
-
-    trained, facts = train_dpo(
-        session.slot,
-        session.base,
-        anchor=[anchor],
-        delta=start,
-        reference=reference,
-        pairs=[pair_example(session, pair) for pair in pairs],
-        dpo=dpo,
-        consistency=consistency,
-        scratch=scratch(session.run.scratch),
-        seed=seed,
-        on_step=on_step,
+    examples = [pair_example(session, pair) for pair in pairs]
+    trained, facts = session.together(
+        _Dpo(anchor, start, reference, examples, dpo, consistency, seed)
     )
     trained.save(place.adapter, base_name=recipe.base.name)
     write_json(place.training, facts)  # last: where it is, the delta is whole
     return None, facts
+
+
+@dataclass(frozen=True, slots=True)
+class _Dpo:
+    """The training of a delta, in one process or in all."""
+
+    anchor: Adapter
+    start: Adapter
+    reference: Sequence[Adapter]
+    pairs: Sequence[PairExample]
+    dpo: Dpo
+    consistency: Scir | None
+    seed: int
+
+    def __call__(self, session: Session) -> tuple[Adapter, dict[str, float]]:
+        from srlm_lite.training.arguments import total_steps
+        from srlm_lite.training.dpo import train_dpo
+
+        session.close_engines()
+        task = session.reporter.start("DPO", total_steps(len(self.pairs), self.dpo), "steps")
+
+        def on_step(step: int, steps: int, logs: dict[str, float]) -> None:
+            task.advance()
+            task.note(f"loss {logs['loss']:.3f} margin {logs['rewards/margins']:+.2f}")
+
+        return train_dpo(
+            session.slot,
+            session.base,
+            anchor=[self.anchor],
+            delta=self.start,
+            reference=self.reference,
+            pairs=self.pairs,
+            dpo=self.dpo,
+            consistency=self.consistency,
+            scratch=scratch(session.run.scratch),
+            seed=self.seed,
+            on_step=on_step,
+        )
 
 
 def stack_of(session: Session, place: DeltaPlace) -> list[Adapter]:

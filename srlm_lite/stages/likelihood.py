@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from srlm_lite.records import Candidate, Likelihood, Prompt
 from srlm_lite.run_dir import Journal
-from srlm_lite.session import Session
-from srlm_lite.stages.sampling import chunked
+from srlm_lite.session import Advance, Session
+from srlm_lite.stages.sampling import chunked, skip
 
 if TYPE_CHECKING:
     from srlm_lite.model.stack import Adapter
+    from srlm_lite.training.sft import Example
 
 
 def candidate_likelihoods(
@@ -24,7 +26,6 @@ def candidate_likelihoods(
     path: Path,
 ) -> dict[str, Likelihood]:
     """How likely a stack finds each candidate that fits the window, by candidate_id."""
-    from srlm_lite.training.likelihood import log_likelihoods
     from srlm_lite.training.sft import Example
 
     recipe = session.recipe
@@ -42,20 +43,37 @@ def candidate_likelihoods(
     chunks = [fitting[part] for part in slices]
     task = session.reporter.start(f"likelihoods, {path.stem}", len(fitting), "candidates")
 
-    # As many as DPO holds at once, and that with gradients.
-    batch_rows = 2 * recipe.dpo.micro_batch_size
-
-    def compute(index: int) -> list[Likelihood]:
-        rows = [examples[name] for name in chunks[index]]
-        values = log_likelihoods(session.slot, session.base, stack, rows, batch_rows=batch_rows)
-        return [
-            Likelihood(name, round(value, 4), len(row.target_ids))
-            for name, row, value in zip(chunks[index], rows, values, strict=True)
-        ]
+    def compute(missing: Sequence[int]) -> Iterator[list[Likelihood]]:
+        items = [{name: examples[name] for name in chunks[index]} for index in missing]
+        return session.share_out(_Read(stack), items, advance=task.advance)
 
     path.parent.mkdir(parents=True, exist_ok=True)
     journal = Journal(path, Likelihood, lambda row: row.candidate_id)
-    rows: list[Likelihood] = journal.fill(
-        chunks, compute, on_chunk=lambda index, computed: task.advance(len(chunks[index]))
-    )
+    rows: list[Likelihood] = journal.stream(chunks, compute, on_chunk=skip(task, chunks))
     return {row.candidate_id: row for row in rows}
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """The log-likelihoods of a chunk of candidates, by name."""
+
+    stack: Sequence[Adapter]
+
+    def __call__(
+        self, session: Session, item: Mapping[str, Example], advance: Advance
+    ) -> list[Likelihood]:
+        from srlm_lite.training.likelihood import log_likelihoods
+
+        values = log_likelihoods(
+            session.slot,
+            session.base,
+            self.stack,
+            list(item.values()),
+            # As many as DPO holds at once, and that with gradients.
+            batch_rows=2 * session.recipe.dpo.micro_batch_size,
+            on_rows=advance,
+        )
+        return [
+            Likelihood(name, round(value, 4), len(row.target_ids))
+            for (name, row), value in zip(item.items(), values, strict=True)
+        ]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +22,7 @@ from srlm_lite.records import Candidate, Judgement, Prompt, Reply
 from srlm_lite.rollout.protocol import Limits, Request, Sample
 from srlm_lite.run_dir import Journal
 from srlm_lite.seeds import derive_seed
-from srlm_lite.session import Role, Session
+from srlm_lite.session import Advance, Role, Session
 
 if TYPE_CHECKING:
     from srlm_lite.model.stack import Adapter
@@ -65,23 +65,45 @@ def sample_candidates(
 
     Candidate i of a prompt is named `<prompt_id>#<tag><i>`; its seed depends on that name alone.
     """
-    limits = limits_of(sampling)
     chunks = chunked(prompts, session.recipe.rollout.chunk_prompts)
     marks = [f"#{tag}{i}" for i in range(n)]
     names = [[f"{p.prompt_id}{mark}" for p in prompts[c] for mark in marks] for c in chunks]
     task = session.reporter.start(stage, len(prompts) * n, "answers")
+    work = _Answer(stack, role, marks, limits_of(sampling), seed_path)
 
-    def compute(index: int) -> list[Candidate]:
-        chunk = prompts[chunks[index]]
+    def compute(missing: Sequence[int]) -> Iterator[list[Candidate]]:
+        items = [prompts[chunks[index]] for index in missing]
+        return session.share_out(work, items, role=role, advance=task.advance)
+
+    journal = Journal(path, Candidate, lambda row: row.candidate_id)
+    return journal.stream(names, compute, on_chunk=skip(task, names))
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """Candidates for a chunk of prompts, one for each mark."""
+
+    stack: Sequence[Adapter]
+    role: Role
+    marks: Sequence[str]
+    limits: Limits
+    seed_path: Sequence[object]
+
+    def __call__(
+        self, session: Session, item: Sequence[Prompt], advance: Advance
+    ) -> list[Candidate]:
         requests = [
             Request(
                 prompt_ids=tuple(session.chat.prompt_ids(prompt.text)),
-                seeds=tuple(derive_seed(*seed_path, f"{prompt.prompt_id}{mark}") for mark in marks),
+                seeds=tuple(
+                    derive_seed(*self.seed_path, f"{prompt.prompt_id}{mark}") for mark in self.marks
+                ),
                 text=prompt.text,
             )
-            for prompt in chunk
+            for prompt in item
         ]
-        answers = session.engine(stack, role).sample(requests, limits, on_samples=task.advance)
+        engine = session.engine(self.stack, self.role)
+        answers = engine.sample(requests, self.limits, on_samples=advance)
         return [
             Candidate(
                 prompt_id=prompt.prompt_id,
@@ -90,12 +112,9 @@ def sample_candidates(
                 n_tokens=sample.n_tokens,
                 finish_reason=sample.finish_reason,
             )
-            for prompt, samples in zip(chunk, answers, strict=True)
-            for mark, sample in zip(marks, samples, strict=True)
+            for prompt, samples in zip(item, answers, strict=True)
+            for mark, sample in zip(self.marks, samples, strict=True)
         ]
-
-    journal = Journal(path, Candidate, lambda row: row.candidate_id)
-    return journal.fill(names, compute, on_chunk=_skip(task, names))
 
 
 def ask(
@@ -117,30 +136,46 @@ def ask(
         questions[part] for part in chunked(questions, 4 * session.recipe.rollout.chunk_prompts)
     ]
     task = session.reporter.start(stage, len(questions), "replies")
-    room = session.recipe.base.window - limits.max_new_tokens
+    names = [[name for name, _ in chunk] for chunk in chunks]
+    work = _Reply(stack, role, limits, seed_path)
 
-    def compute(index: int) -> list[Reply]:
+    def compute(missing: Sequence[int]) -> Iterator[list[Reply]]:
+        items = [chunks[index] for index in missing]
+        return session.share_out(work, items, role=role, advance=task.advance)
+
+    journal = Journal(path, Reply, lambda row: row.name)
+    rows: list[Reply] = journal.stream(names, compute, on_chunk=skip(task, names))
+    return {row.name: row for row in rows}
+
+
+@dataclass(frozen=True, slots=True)
+class _Reply:
+    """One reply to each question (name, text) of a chunk."""
+
+    stack: Sequence[Adapter]
+    role: Role
+    limits: Limits
+    seed_path: Sequence[object]
+
+    def __call__(
+        self, session: Session, item: Sequence[tuple[str, str]], advance: Advance
+    ) -> list[Reply]:
+        room = session.recipe.base.window - self.limits.max_new_tokens
         requests = {
             name: Request(
-                tuple(session.chat.prompt_ids(text)), (derive_seed(*seed_path, name),), text
+                tuple(session.chat.prompt_ids(text)), (derive_seed(*self.seed_path, name),), text
             )
-            for name, text in chunks[index]
+            for name, text in item
         }
         fitting = {name: one for name, one in requests.items() if len(one.prompt_ids) <= room}
-        sampled = session.engine(stack, role).sample(list(fitting.values()), limits)
+        engine = session.engine(self.stack, self.role)
+        sampled = engine.sample(list(fitting.values()), self.limits, on_samples=advance)
+        advance(len(requests) - len(fitting))
         found = {
             name: Reply(name, samples[0].text.strip(), samples[0].finish_reason)
             for name, samples in zip(fitting, sampled, strict=True)
         }
         return [found.get(name, Reply(name, "", "length")) for name in requests]
-
-    journal = Journal(path, Reply, lambda row: row.name)
-    rows: list[Reply] = journal.fill(
-        [[name for name, _ in chunk] for chunk in chunks],
-        compute,
-        on_chunk=lambda index, computed: task.advance(len(chunks[index])),
-    )
-    return {row.name: row for row in rows}
 
 
 def judge_replies(
@@ -169,14 +204,59 @@ def judge_replies(
     Raises:
         UserError: Expected scores are asked for, but a score of the rubric is several tokens.
     """
-    judge = session.recipe.judge
     chunks = chunked(replies, chunk)
     names = [[f"{r[0]}:{vote}" for r in replies[c] for vote in range(votes)] for c in chunks]
     task = session.reporter.start(stage, len(replies) * votes, "judgements")
+    work = _Judge(stack, votes, seed_path)
 
-    def sample(
-        items: Sequence[tuple[ReplyToJudge, Sequence[int]]], *, max_new_tokens: int, attempt: str
+    def compute(missing: Sequence[int]) -> Iterator[list[Judgement]]:
+        items = [replies[chunks[index]] for index in missing]
+        return session.share_out(work, items, role="judge", advance=task.advance)
+
+    journal = Journal(path, Judgement, lambda row: f"{row.candidate_id}:{row.vote}")
+    return journal.stream(names, compute, on_chunk=skip(task, names))
+
+
+@dataclass(frozen=True, slots=True)
+class _Judge:
+    """The votes on a chunk of replies."""
+
+    stack: Sequence[Adapter]
+    votes: int
+    seed_path: Sequence[object]
+
+    def __call__(
+        self, session: Session, item: Sequence[ReplyToJudge], advance: Advance
     ) -> list[Judgement]:
+        judge = session.recipe.judge
+        items = [(reply, range(self.votes)) for reply in item]
+        first = self._sample(session, items, judge.max_new_tokens, "first")
+        advance(len(first))
+        again = [
+            (
+                reply,
+                [row.vote for row in first if row.candidate_id == reply[0] and row.score is None],
+            )
+            for reply, _ in items
+        ]
+        again = [(reply, unread) for reply, unread in again if unread]
+        if not again:
+            return first
+        second = self._sample(session, again, judge.retry_max_new_tokens, "retry")
+        retried = {
+            (row.candidate_id, row.vote): Judgement(**{**row.to_row(), "retried": True})
+            for row in second
+        }
+        return [retried.get((row.candidate_id, row.vote), row) for row in first]
+
+    def _sample(
+        self,
+        session: Session,
+        items: Sequence[tuple[ReplyToJudge, Sequence[int]]],
+        max_new_tokens: int,
+        attempt: str,
+    ) -> list[Judgement]:
+        judge = session.recipe.judge
         texts = [
             session.rubric.render(prompt=prompt, response=response)
             for (_, prompt, response), _ in items
@@ -188,7 +268,8 @@ def judge_replies(
             i: Request(
                 prompt_ids=prompt_ids[i],
                 seeds=tuple(
-                    derive_seed(*seed_path, attempt, items[i][0][0], vote) for vote in items[i][1]
+                    derive_seed(*self.seed_path, attempt, items[i][0][0], vote)
+                    for vote in items[i][1]
                 ),
                 text=texts[i],
             )
@@ -199,7 +280,7 @@ def judge_replies(
             _check_scores_are_tokens(session)
             limits = replace(limits, alternatives=ALTERNATIVES)
         stopped = replace(limits, stop=partial(score_line_complete, session.rubric))
-        engine = session.engine(stack, "judge")
+        engine = session.engine(self.stack, "judge")
         by_item: dict[int, list[Sample]] = {}
         for quotes, rule in ((False, stopped), (True, limits)):
             group = [i for i in fitting if _names_a_score(items[i][0]) == quotes]
@@ -214,30 +295,6 @@ def judge_replies(
                     continue
                 judgements.append(_judgement(session, reply[0], vote, by_item[i][place]))
         return judgements
-
-    def compute(index: int) -> list[Judgement]:
-        items = [(reply, range(votes)) for reply in replies[chunks[index]]]
-        first = sample(items, max_new_tokens=judge.max_new_tokens, attempt="first")
-        task.advance(len(first))
-        again = [
-            (
-                reply,
-                [row.vote for row in first if row.candidate_id == reply[0] and row.score is None],
-            )
-            for reply, _ in items
-        ]
-        again = [(reply, unread) for reply, unread in again if unread]
-        if not again:
-            return first
-        second = sample(again, max_new_tokens=judge.retry_max_new_tokens, attempt="retry")
-        retried = {
-            (row.candidate_id, row.vote): Judgement(**{**row.to_row(), "retried": True})
-            for row in second
-        }
-        return [retried.get((row.candidate_id, row.vote), row) for row in first]
-
-    journal = Journal(path, Judgement, lambda row: f"{row.candidate_id}:{row.vote}")
-    return journal.fill(names, compute, on_chunk=_skip(task, names))
 
 
 def _judgement(session: Session, candidate_id: str, vote: int, sample: Sample) -> Judgement:
@@ -270,7 +327,7 @@ def _names_a_score(reply: ReplyToJudge) -> bool:
     return names_a_score(prompt) or names_a_score(response)
 
 
-def _skip(task: Task, names: Sequence[Sequence[str]]) -> Callable[[int, bool], None]:
+def skip(task: Task, names: Sequence[Sequence[str]]) -> Callable[[int, bool], None]:
     """Move the bar over chunks that an earlier start of the run has left on disk."""
 
     def on_chunk(index: int, computed: bool) -> None:

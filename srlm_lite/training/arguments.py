@@ -14,6 +14,8 @@ from transformers import TrainerCallback
 
 from srlm_lite.config import Optim
 from srlm_lite.model.base import LoadedBase
+from srlm_lite.processes import place
+from srlm_lite.training.dealing import Deal
 
 A = TypeVar("A", bound=Any)
 
@@ -26,12 +28,18 @@ def total_steps(n_examples: int, optim: Optim) -> int:
     return max(1, math.ceil(n_examples / optim.batch_size * optim.epochs))
 
 
+def deal_of(optim: Optim, n_examples: int) -> Deal:
+    """How a training's batches are shared out to the processes there are."""
+    micro_batch = min(optim.micro_batch_size, n_examples)
+    per_step = max(1, math.ceil(min(optim.batch_size, n_examples) / micro_batch))
+    return Deal(micro_batch, per_step, place())
+
+
 def common_arguments(
     optim: Optim, base: LoadedBase, *, n_examples: int, scratch: Path, seed: int
 ) -> dict[str, Any]:
     """Keyword arguments for `SFTConfig` and `DPOConfig`."""
-    micro_batch = min(optim.micro_batch_size, n_examples)
-    accumulation = max(1, math.ceil(min(optim.batch_size, n_examples) / micro_batch))
+    deal = deal_of(optim, n_examples)
     schedule: dict[str, Any] = {"lr_scheduler_type": optim.schedule}
     if optim.schedule == "cosine" and optim.final_learning_rate_ratio:
         schedule = {
@@ -41,8 +49,8 @@ def common_arguments(
     steps = total_steps(n_examples, optim)
     return {
         "output_dir": str(scratch),
-        "per_device_train_batch_size": micro_batch,
-        "gradient_accumulation_steps": accumulation,
+        "per_device_train_batch_size": deal.largest,
+        "gradient_accumulation_steps": deal.passes(deal.micro_batch * deal.per_step),
         "max_steps": steps,
         "learning_rate": optim.learning_rate,
         "warmup_steps": round(steps * optim.warmup_ratio),
@@ -60,6 +68,8 @@ def common_arguments(
         "disable_tqdm": True,
         "dataloader_pin_memory": base.device.type == "cuda",
         "remove_unused_columns": False,
+        # Every trainable weight is in every forward pass.
+        "ddp_find_unused_parameters": False,
         **schedule,
     }
 
@@ -78,7 +88,7 @@ class Listener(TrainerCallback):
         self._on_step = on_step
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if not state.is_local_process_zero or logs is None or "loss" not in logs:
+        if logs is None or "loss" not in logs:
             return
         row = {key: float(value) for key, value in logs.items() if isinstance(value, int | float)}
         self.rows.append(row)
@@ -93,6 +103,11 @@ def late_mean(rows: Sequence[dict[str, float]], key: str) -> float:
 @contextmanager
 def one_adapter_in_training(model: Any) -> Iterator[None]:
     """Undo what a trainer leaves behind on the model: training mode, gradients, checkpointing."""
+    # Every process has the base; DDP need not send it round.
+    model._ddp_params_and_buffers_to_ignore = [
+        *(name for name, parameter in model.named_parameters() if not parameter.requires_grad),
+        *(name for name, _ in model.named_buffers()),
+    ]
     try:
         yield
     finally:
@@ -101,6 +116,11 @@ def one_adapter_in_training(model: Any) -> Iterator[None]:
             model.gradient_checkpointing_disable()
         # accelerate wraps `forward` (mixed precision, float32 outputs) and marks the model as
         # wrapped, so that the next trainer would leave it as it finds it.
-        for attribute in ("forward", "_original_forward", "_is_accelerate_prepared"):
+        for attribute in (
+            "forward",
+            "_original_forward",
+            "_is_accelerate_prepared",
+            "_ddp_params_and_buffers_to_ignore",
+        ):
             model.__dict__.pop(attribute, None)
         model.eval()

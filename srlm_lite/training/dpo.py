@@ -25,17 +25,19 @@ from srlm_lite.training.arguments import (
     Listener,
     OnStep,
     common_arguments,
+    deal_of,
     late_mean,
     one_adapter_in_training,
     one_device,
 )
+from srlm_lite.training.dealing import Deal, dealt_loader
 
 LN2 = math.log(2)
 PROOF_TOLERANCE = 1e-3
 """Nats by which the loss before the first step may miss ln 2."""
 
-_COLUMNS = ("weight", "smoothing")
-"""Of a pair, beside its ids."""
+_COLUMNS = ("weight", "smoothing", "share", "nll_share")
+"""Of a pair, beside its ids; the last two where several processes share a step."""
 
 _REFERENCE = "ref"  # TRL's name for the copy it takes of the adapter
 
@@ -98,12 +100,19 @@ def consistency_loss(
 class _PairTrainer(DPOTrainer):
     """TRL's trainer on pairs that are ids already: rendered once, by the code that sampled them.
 
-    Where a pair has a weight or smoothing, which TRL's sigmoid loss does not know, the loss is
-    `preference_loss` or `consistency_loss` on the same log-ratios; else it is TRL's own.
+    Where a pair has a weight or smoothing, which TRL's sigmoid loss does not know, or where several
+    processes share a step, the loss is `preference_loss` or `consistency_loss` on the same
+    log-ratios; else it is TRL's own.
     """
 
     uses_own_loss = False
     consistency: Scir | None = None
+    deal: Deal | None = None
+
+    def get_train_dataloader(self) -> Any:
+        if self.deal is None or self.deal.at.world == 1:
+            return super().get_train_dataloader()
+        return dealt_loader(self, self.deal)
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         return dataset
@@ -113,7 +122,8 @@ class _PairTrainer(DPOTrainer):
         trl_collator = self.data_collator
 
         def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
-            columns = {key: torch.tensor([e[key] for e in examples]) for key in _COLUMNS}
+            there = [key for key in _COLUMNS if key in examples[0]]
+            columns = {key: torch.tensor([e[key] for e in examples]) for key in there}
             return {**trl_collator(examples), **columns}
 
         self.data_collator = collate
@@ -133,12 +143,23 @@ class _PairTrainer(DPOTrainer):
         ref_chosen, ref_rejected = self.compute_ref_log_probs(model, pairs)  # type: ignore[no-untyped-call]
         rewards = self.beta * (chosen - ref_chosen), self.beta * (rejected - ref_rejected)
         margin = rewards[0] - rewards[1]
-        loss = self._own_loss(margin, rewards, mask, inputs).mean()
+        losses, told = self._own_loss(margin, rewards, mask, inputs)
+        loss = losses.mean() if "share" not in inputs else (inputs["share"] * losses).sum()
         if "sft" in self.loss_types:
             own, own_mask = tokens.chunk(2)[0], mask.chunk(2)[0]
             nll = -own.sum() / own_mask.sum()
+            if "nll_share" in inputs:
+                nll = -(inputs["nll_share"] * own.sum(dim=1)).sum()
             loss = loss + self.loss_weights[self.loss_types.index("sft")] * nll
-        self._note(rewards, margin, chosen, rejected)
+        told |= {
+            "rewards/chosen": rewards[0],
+            "rewards/rejected": rewards[1],
+            "rewards/margins": margin,
+            "rewards/accuracies": (margin > 0).float(),
+            "logps/chosen": chosen,
+            "logps/rejected": rejected,
+        }
+        self._note(told, inputs.get("share"), training=margin.requires_grad)
         return (loss, output) if return_outputs else loss
 
     def _own_loss(
@@ -147,18 +168,16 @@ class _PairTrainer(DPOTrainer):
         rewards: tuple[Tensor, Tensor],
         mask: Tensor,
         inputs: dict[str, Any],
-    ) -> Tensor:
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """(B,) losses, and what else of each pair to note."""
         weight, smoothing = inputs["weight"], inputs["smoothing"]
         if self.consistency is None:
-            return preference_loss(margin, weight, smoothing)
+            return preference_loss(margin, weight, smoothing), {}
         chosen, rejected = mask.sum(dim=1).chunk(2)
         per_token = (rewards[0] / chosen - rewards[1] / rejected) / self.beta
         implicit = self.consistency.sharpness * per_token
         loss, agreed = consistency_loss(margin, implicit, weight, smoothing, self.consistency)
-        self._metrics["train" if margin.requires_grad else "eval"]["agreement"].append(
-            float(agreed.mean())
-        )
-        return loss
+        return loss, {"agreement": agreed}
 
     def _summed(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """(2B,) log-likelihoods; what one reply of a pair has more counts `ld_alpha` times."""
@@ -168,19 +187,16 @@ class _PairTrainer(DPOTrainer):
         tail = mask.cumsum(dim=1) > shared.unsqueeze(1)
         return torch.where(tail, self.ld_alpha * tokens, tokens).sum(dim=1)
 
-    def _note(
-        self, rewards: tuple[Tensor, Tensor], margin: Tensor, chosen: Tensor, rejected: Tensor
-    ) -> None:
-        metrics = self._metrics["train" if margin.requires_grad else "eval"]
-        for key, value in (
-            ("rewards/chosen", rewards[0]),
-            ("rewards/rejected", rewards[1]),
-            ("rewards/margins", margin),
-            ("rewards/accuracies", (margin > 0).float()),
-            ("logps/chosen", chosen),
-            ("logps/rejected", rejected),
-        ):
-            metrics[key].append(float(value.detach().mean()))
+    def _note(self, values: dict[str, Tensor], share: Tensor | None, *, training: bool) -> None:
+        """Log the mean of each value over the pairs, those of all processes."""
+        table = torch.stack([value.detach().float() for value in values.values()])
+        if share is None:
+            means = table.mean(dim=1)
+        else:
+            means = self.accelerator.reduce(table @ share.float(), "mean")
+        metrics = self._metrics["train" if training else "eval"]
+        for key, mean in zip(values, means.tolist(), strict=True):
+            metrics[key].append(mean)
 
 
 def train_dpo(
@@ -258,9 +274,13 @@ def train_dpo(
             trainer.remove_callback(PrinterCallback)
             trainer.collate_with_columns()
             trainer.consistency = consistency
-            trainer.uses_own_loss = consistency is not None or any(
-                row["weight"] != 1 or row["smoothing"] != 0 for row in dataset
+            trainer.deal = deal_of(dpo, len(pairs))
+            trainer.uses_own_loss = (
+                consistency is not None
+                or trainer.deal.at.world > 1
+                or any(row["weight"] != 1 or row["smoothing"] != 0 for row in dataset)
             )
+            slot.to_float32()  # before the trainer wraps it
             proof = _Proof(trainer, slot, reference=reference, stack=stack)
             trainer.add_callback(proof)
             trainer.train()

@@ -20,10 +20,12 @@ from srlm_lite.training.arguments import (
     Listener,
     OnStep,
     common_arguments,
+    deal_of,
     late_mean,
     one_adapter_in_training,
     one_device,
 )
+from srlm_lite.training.dealing import Deal, dealt_loader
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,17 @@ class Example:
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.target_ids)
+
+
+class _SftTrainer(SFTTrainer):
+    """TRL's trainer, its steps shared by all processes."""
+
+    deal: Deal | None = None
+
+    def get_train_dataloader(self) -> Any:
+        if self.deal is None or self.deal.at.world == 1:
+            return super().get_train_dataloader()
+        return dealt_loader(self, self.deal)
 
 
 def train_sft(
@@ -74,7 +87,7 @@ def train_sft(
     slot.set_dropout(dropout)
     listener = Listener(on_step)
     with one_adapter_in_training(slot.model), slot.training_only(0, adapter):
-        trainer = SFTTrainer(
+        trainer = _SftTrainer(
             model=slot.model,
             args=one_device(
                 SFTConfig(
@@ -90,6 +103,7 @@ def train_sft(
             callbacks=[listener],
         )
         trainer.remove_callback(PrinterCallback)
+        trainer.deal = deal_of(optim, len(examples))
         slot.to_float32()
         trainer.train()
     slot.set_dropout(0.0)
