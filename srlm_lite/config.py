@@ -298,6 +298,32 @@ class Evaluate(Section):
     the longest of the prompts."""
 
 
+class Compare(Section):
+    """Head to head of two models, `srlm-lite compare`; decides nothing in a run."""
+
+    judging: Literal["pointwise", "pairwise"] = "pointwise"
+    """How a judge of the run's own decides. `pointwise`: the higher of the scores that it gives
+    each reply alone, as judge data teaches it to. `pairwise`: it is shown both, in both orders.
+    A judge behind a server is asked pairwise, unless the command says otherwise."""
+    template: str = "pairwise"
+    """Of the pairwise question: name of a shipped template or a path."""
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    """Of the pairwise judge; 0 is greedy."""
+    max_new_tokens: Positive = 512
+    """Of its reply."""
+
+
+class MtBench(Section):
+    """`srlm-lite mt-bench`; decides nothing in a run."""
+
+    max_new_tokens: Positive | None = None
+    """Of an answer; default: `rollout.max_new_tokens`."""
+    template: str = "mt-bench"
+    """Of the judge's question: name of a shipped template or a path."""
+    judge_max_new_tokens: Positive = 1024
+    """Of the judge's reply."""
+
+
 MethodName = Literal[
     "self-rewarding",
     "dpo",
@@ -409,6 +435,8 @@ class Recipe(Section):
     pairing: Pairing = Pairing()
     dpo: Dpo = Dpo()
     evaluate: Evaluate = Evaluate()
+    compare: Compare = Compare()
+    mt_bench: MtBench = MtBench()
     vllm: Vllm = Vllm()
     openai: OpenAI = OpenAI()
     offline: Offline = Offline()
@@ -445,11 +473,12 @@ class Recipe(Section):
     def identity(self) -> dict[str, Any]:
         """What makes two runs the same run: every setting that decides what is computed.
 
-        Leaves out `iterations` (a longer run continues a shorter one), name, description, and
-        the sections of other methods. A path counts by what the file holds, not by where it lies.
+        Leaves out `iterations` (a longer run continues a shorter one), name, description, what is
+        for comparisons afterwards, and the sections of other methods. A path counts by what the
+        file holds, not by where it lies.
         """
         others = {section for method, section in METHOD_SECTIONS.items() if method != self.method}
-        left_out = {"iterations", "name", "description", *others}
+        left_out = {"iterations", "name", "description", *AFTERWARDS, *others}
         settings = self.model_dump(mode="json", exclude=left_out)
         for section, key in PATH_KEYS:
             if section not in settings:
@@ -464,6 +493,9 @@ class Recipe(Section):
         text = json.dumps(self.identity(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
+
+AFTERWARDS = ("compare", "mt_bench")
+"""Sections that a run does not read."""
 
 METHOD_SECTIONS = {
     "dpo": "offline",
@@ -488,6 +520,8 @@ PATH_KEYS = (
     ("meta_rewarding", "template"),
     ("data", "extra"),
     ("evaluate", "ifeval"),
+    ("compare", "template"),
+    ("mt_bench", "template"),
 )
 """Settings that may be paths: relative ones start at the recipe's own directory, or else at the
 working directory; what is in neither stays as it is."""
@@ -501,6 +535,8 @@ SHIPPED = {
     ("base", "chat_template"): ("chat_templates", ".jinja"),
     ("dno", "template"): ("templates", ".txt"),
     ("meta_rewarding", "template"): ("templates", ".txt"),
+    ("compare", "template"): ("templates", ".txt"),
+    ("mt_bench", "template"): ("templates", ".txt"),
 }
 """Settings that may name a shipped file: its folder and ending."""
 

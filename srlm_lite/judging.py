@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -92,6 +92,18 @@ def load_template(name_or_path: str, *placeholders: str) -> str:
                 f"a template of this kind holds {{{{{placeholder}}}}} once", where=str(path)
             )
     return text
+
+
+def fill(template: str, texts: Mapping[str, str], *, tags: Sequence[str]) -> str:
+    """A template with its `{{placeholders}}` replaced by texts, all in one pass.
+
+    A text that spells a placeholder fills nothing, and what in a text looks like one of the tags
+    (or a longer one that begins alike) loses its angle bracket, so that no text ends its own
+    quotation.
+    """
+    tag = re.compile(rf"<(?=[^\w<>]*(?:{'|'.join(map(re.escape, tags))}))", re.IGNORECASE)
+    fenced = {name: tag.sub("&lt;", text) for name, text in texts.items()}
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: fenced.get(match[1], match[0]), template)
 
 
 def _read_rubric(path: Path) -> Rubric:

@@ -110,6 +110,28 @@ class Reply(Record):
 
 
 @dataclass(frozen=True, slots=True)
+class Annotation(Record):
+    """A prompt of a head to head, with the names of AlpacaEval's format.
+
+    `output_1` is the baseline's, `output_2` the model's. `preference` is 2 where the model wins, 1
+    where the baseline does, 1.5 for a tie, None where the judge could not be read. What decided
+    stands beside it: `verdicts` of a pairwise judge, shown the model's reply as A and then as B,
+    or the mean `scores` of a pointwise one, the model's first.
+    """
+
+    prompt_id: str
+    instruction: str
+    output_1: str
+    output_2: str
+    generator_1: str
+    generator_2: str
+    annotator: str
+    preference: float | None
+    verdicts: tuple[str | None, str | None] | None = None
+    scores: tuple[float | None, float | None] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Instruction(Record):
     """A row of `ift.jsonl`: an answer to learn from."""
 

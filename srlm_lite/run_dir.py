@@ -29,6 +29,7 @@ R = TypeVar("R", bound=Record)
 _LOCK = ".lock"
 _OWN = re.compile(
     r"run\.json|base\.json|metrics\.jsonl|anchor|base|iter_\d{3,}|\.scratch|vllm\.log"
+    r"|compare|mt_bench"
 )
 
 
@@ -407,6 +408,71 @@ class IterationDir(StageDir):
         return DeltaPlace("provisional", folder, folder / "training.json")
 
 
+@dataclass(frozen=True, slots=True)
+class ComparisonsDir:
+    """`compare/`: replies and judgements that comparisons share, and a folder for each of them.
+
+    Names end in a digest of all that decides what the file holds.
+    """
+
+    path: Path
+
+    def replies(self, name: str) -> Path:
+        """A model's replies to the prompts of a comparison."""
+        return self.path / "replies" / f"{name}.jsonl"
+
+    def judgements(self, name: str) -> Path:
+        """A pointwise judge's votes on such replies."""
+        return self.path / "judgements" / f"{name}.jsonl"
+
+    def comparison(self, name: str) -> ComparisonDir:
+        """One head to head."""
+        return ComparisonDir(self.path / name)
+
+
+@dataclass(frozen=True, slots=True)
+class ComparisonDir:
+    """One head to head."""
+
+    path: Path
+
+    @property
+    def verdicts(self) -> Path:
+        """A pairwise judge's replies, two a prompt."""
+        return self.path / "verdicts.jsonl"
+
+    @property
+    def annotations(self) -> Path:
+        """A row a prompt, in AlpacaEval's format."""
+        return self.path / "annotations.jsonl"
+
+    @property
+    def result(self) -> Path:
+        """Written last."""
+        return self.path / "result.json"
+
+
+@dataclass(frozen=True, slots=True)
+class MtBenchDir:
+    """One model's MT-Bench by one judge."""
+
+    path: Path
+
+    def answers(self, turn: int) -> Path:
+        """The model's answers in turn 1 or 2."""
+        return self.path / f"answers_{turn}.jsonl"
+
+    @property
+    def grades(self) -> Path:
+        """The judge's replies, two a question."""
+        return self.path / "grades.jsonl"
+
+    @property
+    def result(self) -> Path:
+        """Written last."""
+        return self.path / "result.json"
+
+
 class RunDir:
     """One run on disk."""
 
@@ -444,6 +510,14 @@ class RunDir:
     def base_evaluation(self) -> StageDir:
         """Where an evaluation of the bare base goes."""
         return StageDir(self.path / "base")
+
+    @property
+    def comparisons(self) -> ComparisonsDir:
+        return ComparisonsDir(self.path / "compare")
+
+    def mt_bench(self, name: str) -> MtBenchDir:
+        """Where a model's MT-Bench goes; the name ends in a digest, as of a comparison."""
+        return MtBenchDir(self.path / "mt_bench" / name)
 
     def iteration(self, number: int) -> IterationDir:
         return IterationDir(self.path / f"iter_{number:03d}", number)

@@ -110,14 +110,15 @@ class Session:
 
     def engine(self, stack: Sequence[Adapter], role: Role = "policy") -> Engine:
         """The sampling engine of a role, with a stack loaded."""
-        name = self._engine_name(role)
+        name = self.engine_name(role)
         if name not in self._engines:
             self._engines[name] = self._make_engine(name)
         engine = self._engines[name]
         engine.load(stack)
         return engine
 
-    def _engine_name(self, role: Role) -> EngineName:
+    def engine_name(self, role: Role) -> EngineName:
+        """Which engine samples for a role."""
         rollout, judge = self.recipe.rollout, self.recipe.judge
         if role == "teacher":
             return "openai"
@@ -184,7 +185,7 @@ class Session:
             role: Whose engine does the work; None where it is none's, but the base's in memory.
         """
         world = self.processes.world
-        if world == 1 or (role and self._engine_name(role) == "openai"):
+        if world == 1 or (role and self.engine_name(role) == "openai"):
             for item in items:
                 yield work(self, item, advance)
             return

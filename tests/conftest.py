@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from chat_server import free_port, serving
 from hypothesis import settings
 
 # A busy machine is slow, not wrong.
@@ -96,6 +101,26 @@ def wide_headed_base_dir(tiny_base_dir: Path, tmp_path_factory: pytest.TempPathF
     LlamaForCausalLM(config).save_pretrained(folder)
     AutoTokenizer.from_pretrained(tiny_base_dir).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def served(
+    tiny_base_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[str, Path]]:
+    """The URL of `transformers serve`, and the folder of the base that it serves, which is tiny.
+
+    Its generation config lets the server sample.
+    """
+    folder = tmp_path_factory.mktemp("served") / "base"
+    shutil.copytree(tiny_base_dir, folder)
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "do_sample": True, "top_k": 0}))
+    port = free_port()
+    program = "from transformers.cli.transformers import main; main()"
+    command = [sys.executable, "-c", program, "serve", str(folder)]
+    options = ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu", "--dtype", "float32"]
+    with serving([*command, *options], port, folder.parent / "log") as url:
+        yield url, folder
 
 
 @pytest.fixture(scope="session")

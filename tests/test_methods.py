@@ -16,7 +16,7 @@ import pytest
 
 from srlm_lite.config import METHOD_SECTIONS, Dno, Recipe, load_recipe, recipe_from, shipped_recipes
 from srlm_lite.errors import UserError
-from srlm_lite.judging import load_template
+from srlm_lite.judging import fill, load_template
 from srlm_lite.loop import iterate
 from srlm_lite.methods import METHODS
 from srlm_lite.methods.cream import consistencies, kendall, refuse_nothing_to_learn
@@ -25,7 +25,6 @@ from srlm_lite.methods.meta_rewarding import (
     Battle,
     battle_matrix,
     elo,
-    fill,
     most_disputed,
     position_weights,
     read_verdict,
@@ -330,7 +329,8 @@ def test_ratings_are_the_most_likely_ones() -> None:
 def test_scores_can_be_hidden_and_quotes_end_no_tag() -> None:
     assert without_score("good.\n**Score:** 4\nscores well") == "good.\nscores well"
     template = "<judgement A>\n{{first}}\n</judgement A> {{second}} {{other}}"
-    shown = fill(template, {"first": "x</judgement A>{{second}}", "second": "y"})
+    texts = {"first": "x</judgement A>{{second}}", "second": "y"}
+    shown = fill(template, texts, tags=["judge"])
     assert shown == "<judgement A>\nx&lt;/judgement A>{{second}}\n</judgement A> y {{other}}"
 
 

@@ -3,13 +3,96 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import typer
 
+from srlm_lite.cli.models import Models
+from srlm_lite.cli.progress import Console
 from srlm_lite.cli.tables import plain_table
+from srlm_lite.errors import UserError
 from srlm_lite.stages.annotations import compare_annotations
+from srlm_lite.stages.comparison import Comparison, Judging, compare
+from srlm_lite.stages.seed_data import policy_prompts, read_prompts
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """A head to head as asked for."""
+
+    directory: Path
+    model: str
+    baseline: str
+    prompts: Path | None
+    limit: int | None
+    judge: str
+    judging: Judging | None
+    overrides: Sequence[str]
+
+
+def run_compare(wish: Wish, *, as_json: bool) -> None:
+    """Let two models answer and a judge decide, unless that has been done before."""
+    console = Console()
+    models = Models(wish.directory, wish.overrides, console)
+    run, recipe = models.session.run, models.session.recipe
+    judge = models.judge(wish.judge, wish.judging)
+    if wish.prompts is None:
+        prompts, source = policy_prompts(recipe), "held-out prompts of the run"
+    else:
+        prompts, source = read_prompts(wish.prompts), str(wish.prompts)
+    if not prompts:
+        raise UserError(
+            "the run has no held-out prompts", where=str(run.path), way_out="Name a list: --prompts"
+        )
+    comparison = Comparison(
+        session=models.session,
+        model=models.find(wish.model),
+        baseline=models.find(wish.baseline),
+        prompts=prompts[: wish.limit],
+        source=source,
+        judge=judge,
+    )
+    with run.locked(), console:
+        result = compare(comparison)
+    if as_json:
+        typer.echo(json.dumps(result, indent=2, ensure_ascii=False))
+        return
+    typer.echo(_head(result))
+    typer.echo(head_to_head_text(result))
+    if result["gold"] is not None:
+        typer.echo(_gold_text(result))
+    console.say(f"replies, verdicts and all figures: {comparison.place.path}")
+
+
+def _head(result: dict[str, Any]) -> str:
+    judge = result["judge"]
+    if judge["judging"] == "pairwise":
+        how = f"pairwise, template {judge['template']}: sees both replies, in both orders"
+    else:
+        how = f"pointwise, rubric {judge['rubric']}, {judge['votes']} votes on each reply alone"
+    return (
+        f"{result['model']} against {result['baseline']}, "
+        f"{result['prompts']} prompts ({result['source']})\n"
+        f"judge: {judge['name']}, {how}"
+    )
+
+
+def _gold_text(result: dict[str, Any]) -> str:
+    gold, names = result["gold"], ("wins", "ties", "losses")
+    counts = ", ".join(f"{gold[name]['count']} {name}" for name in names)
+    agreement = (
+        f"; where both decide ({gold['agreement_prompts']} prompts) the judge agrees in "
+        f"{gold['agreement']:.0%}"
+        if gold["agreement"] is not None
+        else ""
+    )
+    return (
+        f"gold: {gold['model']:.2f} against {gold['baseline']:.2f}; {counts}, "
+        f"win rate {gold['win_rate']['value']:.1f} ({_interval(gold['win_rate'], 1)}){agreement}"
+    )
 
 
 def run_annotations(*, path: Path, difficulty: Path | None, as_json: bool) -> None:
@@ -37,9 +120,24 @@ def head_to_head_text(result: dict[str, Any]) -> str:
         _controlled_note(controlled),
         f"mean characters: {chars['model']:.0f}, the baseline's {chars['baseline']:.0f}",
     ]
-    if result["unreadable"]:
-        notes.append(f"left out, for the judge could not be read: {result['unreadable']}")
+    notes += [text for count, text in _left_out(result) if count]
     return plain_table(["", "count", "%", "95%"], rows) + "\n\n" + "\n".join(notes)
+
+
+def _left_out(result: dict[str, Any]) -> list[tuple[int, str]]:
+    cut = result.get("truncated", {"model": 0, "baseline": 0})
+    identical, inconsistent = result.get("identical", 0), result.get("inconsistent", 0)
+    too_long = result.get("too_long", 0)
+    return [
+        (result["unreadable"], f"left out, the judge unreadable: {result['unreadable']}"),
+        (too_long, f"left out, too long for a model's window: {too_long}"),
+        (inconsistent, f"ties because the order decided: {inconsistent}"),
+        (identical, f"ties because both replies are the same: {identical}"),
+        (
+            sum(cut.values()),
+            f"cut off at the token limit: {cut['model']}, the baseline's {cut['baseline']}",
+        ),
+    ]
 
 
 def _controlled_note(controlled: dict[str, Any] | None) -> str:

@@ -102,26 +102,146 @@ def evaluate(
 
 @app.command()
 def compare(
-    annotations: Annotated[
-        Path,
-        typer.Option(
-            help="Comparisons in AlpacaEval's format, JSON or JSON lines.", metavar="FILE"
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="A",
+            help="base, anchor, last, an iteration's number, DIR:T of another run, or a JSONL "
+            "file of replies.",
+            show_default=False,
         ),
-    ],
+    ] = None,
+    baseline: Annotated[
+        str | None, typer.Argument(metavar="B", help="What A is compared with.", show_default=False)
+    ] = None,
+    adapters: Annotated[
+        Path | None,
+        typer.Option("--adapters", help="The run directory.", metavar="DIR", show_default=False),
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="Prompt list, JSONL; default: the run's held-out ones.", metavar="FILE"),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="The first N prompts.", metavar="N", min=1)
+    ] = None,
+    judge: Annotated[
+        str,
+        typer.Option(
+            help="self (the last model of the run), another model as for A, or openai:MODEL@URL; "
+            "its key is read from the environment."
+        ),
+    ] = "self",
+    judging: Annotated[
+        Literal["pointwise", "pairwise"] | None,
+        typer.Option(
+            help="By scores of each reply alone, or by showing both. Default: a server pairwise, "
+            "a stack as its recipe says (compare.judging).",
+            show_default=False,
+        ),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="Other than in the recipe: compare.temperature=0.3", metavar="KEY=VALUE"
+        ),
+    ] = None,
+    annotations: Annotated[
+        Path | None,
+        typer.Option(
+            help="In place of models: comparisons in AlpacaEval's format, JSON or JSON lines.",
+            metavar="FILE",
+        ),
+    ] = None,
     difficulty: Annotated[
         Path | None,
         typer.Option(
-            help="AlpacaEval's instruction_difficulty.csv or df_gamed.csv, for its full "
-            "length-controlled win rate.",
+            help="With --annotations: AlpacaEval's instruction_difficulty.csv or df_gamed.csv, "
+            "for its full length-controlled win rate.",
             metavar="FILE",
         ),
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
-    """Two models head to head: wins, ties, losses, and the length-controlled win rate."""
-    from srlm_lite.cli.compare import run_annotations
+    """Two models head to head: wins, ties, losses of A, and its length-controlled win rate.
 
-    run_annotations(path=annotations, difficulty=difficulty, as_json=json_)
+    What was answered and judged is kept in DIR; a stopped comparison goes on.
+    """
+    from srlm_lite.cli.compare import Wish, run_annotations, run_compare
+    from srlm_lite.errors import UserError
+
+    if annotations is not None:
+        if model is not None:
+            raise UserError("takes no models beside it", where="--annotations")
+        run_annotations(path=annotations, difficulty=difficulty, as_json=json_)
+        return
+    if model is None or baseline is None or adapters is None:
+        raise UserError(
+            "needs two models and their run, or a file of annotations",
+            where="compare",
+            way_out="Say --adapters DIR A B, such as --adapters out/demo 2 anchor, or "
+            "--annotations FILE",
+        )
+    if difficulty is not None:
+        raise UserError("goes with --annotations", where="--difficulty")
+    wish = Wish(
+        directory=adapters,
+        model=model,
+        baseline=baseline,
+        prompts=prompts,
+        limit=limit,
+        judge=judge,
+        judging=judging,
+        overrides=set_ or [],
+    )
+    run_compare(wish, as_json=json_)
+
+
+@app.command("mt-bench")
+def mt_bench(
+    adapters: Adapters,
+    questions: Annotated[
+        Path, typer.Option(help="JSONL in MT-Bench's format: question.jsonl.", metavar="FILE")
+    ],
+    judge: Annotated[
+        str, typer.Option(help="openai:MODEL@URL; its key is read from the environment.")
+    ],
+    iteration: Annotated[
+        str, typer.Option(help="Number of an iteration, `anchor`, `base`, or `last`.")
+    ] = "last",
+    references: Annotated[
+        Path | None,
+        typer.Option(
+            help="Reference answers, JSONL; used for math, coding, reasoning.", metavar="FILE"
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="The first N questions.", metavar="N", min=1)
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="Other than in the recipe: openai.parallel=2", metavar="KEY=VALUE"
+        ),
+    ] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """MT-Bench: two turns a question, each answer graded from 1 to 10 by an external judge.
+
+    What was answered and graded is kept in DIR; a stopped one goes on.
+    """
+    from srlm_lite.cli.mt_bench import Wish, run_command
+
+    wish = Wish(
+        directory=adapters,
+        model=iteration,
+        questions=questions,
+        references=references,
+        limit=limit,
+        judge=judge,
+        overrides=set_ or [],
+    )
+    run_command(wish, as_json=json_)
 
 
 @app.command()

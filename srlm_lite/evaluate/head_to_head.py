@@ -73,30 +73,40 @@ def of_scores(model: float | None, baseline: float | None) -> float | None:
     return 0.5 if model == baseline else float(model > baseline)
 
 
-def head_to_head(outcomes: Sequence[Outcome], gamed: Sequence[GamedRow] = ()) -> dict[str, Any]:
-    """Wins, ties, losses and win rates of the model, with 95% intervals.
+def tally(preferences: Sequence[float | None]) -> dict[str, Any]:
+    """Wins, ties, losses and win rate of the model, with 95% intervals.
 
-    The length-controlled win rate is the minimal variant where prompts have no difficulty.
+    Returns:
+        `wins`, `ties`, `losses`: each `count`, and `share`, `low`, `high` of the readable prompts
+        (Wilson's interval). `win_rate`: `value`, `low`, `high` in percent, a tie half a win.
+        `prompts`, and how many of them are `unreadable`.
+    """
+    read = [preference for preference in preferences if preference is not None]
+    return {
+        "prompts": len(preferences),
+        "unreadable": len(preferences) - len(read),
+        "wins": _share(sum(value > 0.5 for value in read), len(read)),
+        "ties": _share(sum(value == 0.5 for value in read), len(read)),
+        "losses": _share(sum(value < 0.5 for value in read), len(read)),
+        "win_rate": _rounded(win_rate(read)) if read else None,
+    }
+
+
+def head_to_head(outcomes: Sequence[Outcome], gamed: Sequence[GamedRow] = ()) -> dict[str, Any]:
+    """The tally, and beside it the length-controlled win rate.
+
+    That is the minimal variant where prompts have no difficulty.
 
     Args:
         gamed: Rows for the length-controlled win rate, as published with difficulties.
 
     Returns:
-        `wins`, `ties`, `losses`: each `count`, and `share`, `low`, `high` of the readable prompts
-        (Wilson's interval). `win_rate`: `value`, `low`, `high` in percent, a tie half a win.
-        `length_controlled`: the same with the weights behind it, or None where nothing can be
-        fitted. `prompts`, `unreadable`, and `mean_chars` of both.
+        As `tally`, and `length_controlled`: `value`, `low`, `high` in percent and the weights
+        behind them, or None where nothing can be fitted; `mean_chars` of both.
     """
-    read = [(one, one.preference) for one in outcomes if one.preference is not None]
-    preferences = [preference for _, preference in read]
     return {
-        "prompts": len(outcomes),
-        "unreadable": len(outcomes) - len(read),
-        "wins": _share(sum(value > 0.5 for value in preferences), len(read)),
-        "ties": _share(sum(value == 0.5 for value in preferences), len(read)),
-        "losses": _share(sum(value < 0.5 for value in preferences), len(read)),
-        "win_rate": _rounded(win_rate(preferences)) if read else None,
-        "length_controlled": _length_controlled([one for one, _ in read], preferences, gamed),
+        **tally([one.preference for one in outcomes]),
+        "length_controlled": _length_controlled(outcomes, gamed),
         "mean_chars": {
             "model": round(fmean(one.model_chars for one in outcomes), 1),
             "baseline": round(fmean(one.baseline_chars for one in outcomes), 1),
@@ -116,19 +126,22 @@ def _share(count: int, of: int) -> dict[str, Any]:
     }
 
 
-def _rounded(rate: Rate) -> dict[str, float]:
-    # Ten digits: the last ones of a float may differ from machine to machine.
-    return {name: round(value, 8) for name, value in asdict(rate).items()}
+def _rounded(rate: Rate) -> dict[str, float | None]:
+    # The last digits of a float may differ from machine to machine.
+    return {
+        name: None if value is None else round(value, 8) for name, value in asdict(rate).items()
+    }
 
 
 def _length_controlled(
-    outcomes: Sequence[Outcome], preferences: Sequence[float], gamed: Sequence[GamedRow]
+    outcomes: Sequence[Outcome], gamed: Sequence[GamedRow]
 ) -> dict[str, Any] | None:
-    found = [one.difficulty for one in outcomes if one.difficulty is not None]
-    difficulties = found if found and len(found) == len(outcomes) else None
+    read = [(one, one.preference) for one in outcomes if one.preference is not None]
+    known = [one.difficulty for one, _ in read if one.difficulty is not None]
+    difficulties = known if known and len(known) == len(read) else None
     fitted = length_controlled(
-        preferences,
-        [one.baseline_chars - one.model_chars for one in outcomes],
+        [preference for _, preference in read],
+        [one.baseline_chars - one.model_chars for one, _ in read],
         difficulties=difficulties,
         gamed=gamed,
     )

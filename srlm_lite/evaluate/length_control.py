@@ -27,6 +27,8 @@ import numpy as np
 from scipy.special import expit
 from scipy.stats import bootstrap
 
+from srlm_lite.evaluate.intervals import interval
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -43,17 +45,20 @@ _WEAK_PENALTY = 100.0
 """For intervals: a penalty that has pressed a weight to zero would leave it no room to vary."""
 
 _SEED = 123
-_RESAMPLES = 1000
 _REFITS = 200
+"""For the interval: each costs a regression."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """A share of 100 with its 95% interval, by bootstrap over prompts."""
+    """A figure with its 95% interval, by bootstrap over prompts; win rates are shares of 100.
+
+    One prompt alone has no interval.
+    """
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,13 +96,8 @@ def win_rate(preferences: Sequence[float]) -> Rate:
         preferences: Probability, from 0 to 1, that the model beats the baseline on a prompt; a
             tie is 0.5.
     """
-    values = np.asarray(preferences, dtype=float)
-    return _interval(
-        100 * float(values.mean()),
-        lambda rows: 100 * float(values[rows].mean()),
-        n=len(values),
-        resamples=_RESAMPLES,
-    )
+    ends = interval([(100 * preference, 1.0) for preference in preferences]) or (None, None)
+    return Rate(100 * float(np.mean(preferences)), *ends)
 
 
 def length_controlled(
@@ -142,7 +142,7 @@ def length_controlled(
 
     value = _mean_probability(same_length, weights)
     return LengthControlled(
-        rate=_interval(value, refit, n=len(target), resamples=_REFITS),
+        rate=Rate(value, *_refitted(refit, n=len(target))),
         quality=float(weights[-1]),
         length=float(weights[0]),
         difficulty=None if hard is None else float(weights[1]),
@@ -256,14 +256,14 @@ def _mean_probability(features: Floats, weights: Floats) -> float:
     return 100 * float(expit(features @ weights).mean())
 
 
-def _interval(value: float, statistic: Callable[[Any], float], *, n: int, resamples: int) -> Rate:
-    """A statistic of the rows 0 to n - 1 with what it is on rows drawn with replacement."""
+def _refitted(statistic: Callable[[Any], float], *, n: int) -> tuple[float, float]:
+    """The 95% interval of a statistic of the rows 0 to n - 1, drawn with replacement."""
     found = bootstrap(
         (np.arange(n),),
         statistic,
-        n_resamples=resamples,
+        n_resamples=_REFITS,
         vectorized=False,
         method="percentile",
         rng=np.random.default_rng(_SEED),
     ).confidence_interval
-    return Rate(value, float(found.low), float(found.high))
+    return float(found.low), float(found.high)

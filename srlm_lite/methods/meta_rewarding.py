@@ -25,7 +25,7 @@ from random import Random
 from statistics import fmean, pvariance
 from typing import Any
 
-from srlm_lite.judging import load_template, plain_lines
+from srlm_lite.judging import fill, load_template, plain_lines
 from srlm_lite.methods.self_rewarding import MadePairs, SelfRewarding
 from srlm_lite.pairing import at_iteration
 from srlm_lite.records import Candidate, Judgement, PreferencePair, Prompt, Reply
@@ -262,7 +262,9 @@ def _battles(
         }
         for m, n in permutations(range(len(rows)), 2):
             both = {"first": show(rows[m].text), "second": show(rows[n].text)}
-            questions.append((f"{prompt_id}:{m}>{n}", fill(template, {**shown, **both})))
+            questions.append(
+                (f"{prompt_id}:{m}>{n}", fill(template, {**shown, **both}, tags=["judge"]))
+            )
     replies = ask(
         session,
         session.stack(iteration.number - 1, "judge"),
@@ -279,15 +281,6 @@ def _battles(
         ]
         for prompt_id, rows in disputed.items()
     }
-
-
-def fill(template: str, texts: Mapping[str, str]) -> str:
-    """A template with its placeholders replaced, in one pass; texts end no tag of it."""
-    fenced = {
-        name: re.sub(r"<(?=/?\s*judge)", "&lt;", text, flags=re.IGNORECASE)
-        for name, text in texts.items()
-    }
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: fenced.get(match[1], match[0]), template)
 
 
 def _biases(

@@ -130,7 +130,8 @@ def ask(
 ) -> dict[str, Reply]:
     """One reply to each question (name, text), appended to the journal at `path`, by name.
 
-    A question that does not fit the window gets an empty reply of finish reason `length`.
+    A question that does not fit the window gets an empty reply of finish reason `length`; a server
+    has a window of its own.
     """
     chunks = [
         questions[part] for part in chunked(questions, 4 * session.recipe.rollout.chunk_prompts)
@@ -160,22 +161,33 @@ class _Reply:
     def __call__(
         self, session: Session, item: Sequence[tuple[str, str]], advance: Advance
     ) -> list[Reply]:
-        room = session.recipe.base.window - self.limits.max_new_tokens
-        requests = {
-            name: Request(
-                tuple(session.chat.prompt_ids(text)), (derive_seed(*self.seed_path, name),), text
-            )
-            for name, text in item
-        }
-        fitting = {name: one for name, one in requests.items() if len(one.prompt_ids) <= room}
+        fitting = {}
+        for name, text in item:
+            ids = _fitting_ids(session, text, self.role, self.limits.max_new_tokens)
+            if ids is not None:
+                fitting[name] = Request(ids, (derive_seed(*self.seed_path, name),), text)
         engine = session.engine(self.stack, self.role)
         sampled = engine.sample(list(fitting.values()), self.limits, on_samples=advance)
-        advance(len(requests) - len(fitting))
+        advance(len(item) - len(fitting))
         found = {
             name: Reply(name, samples[0].text.strip(), samples[0].finish_reason)
             for name, samples in zip(fitting, sampled, strict=True)
         }
-        return [found.get(name, Reply(name, "", "length")) for name in requests]
+        return [found.get(name, Reply(name, "", "length")) for name, _ in item]
+
+
+def _fitting_ids(
+    session: Session, text: str, role: Role, max_new_tokens: int
+) -> tuple[int, ...] | None:
+    """A user turn as ids, or None where it does not fit the window.
+
+    Empty for a server: it gets the text, has a template and a window of its own, and needs no
+    base in this process.
+    """
+    if session.engine_name(role) == "openai":
+        return ()
+    ids = tuple(session.chat.prompt_ids(text))
+    return ids if len(ids) <= session.recipe.base.window - max_new_tokens else None
 
 
 def judge_replies(
@@ -199,7 +211,7 @@ def judge_replies(
 
     A vote that cannot be read is sampled once more, with more tokens; if that cannot be read
     either its score is None. A reply whose judge prompt does not fit the window gets unreadable
-    votes without any sampling.
+    votes without any sampling; a server has a window of its own.
 
     Raises:
         UserError: Expected scores are asked for, but a score of the rubric is several tokens.
@@ -261,19 +273,18 @@ class _Judge:
             session.rubric.render(prompt=prompt, response=response)
             for (_, prompt, response), _ in items
         ]
-        prompt_ids = [tuple(session.chat.prompt_ids(text)) for text in texts]
-        room = session.recipe.base.window - max_new_tokens
-        fitting = [i for i, ids in enumerate(prompt_ids) if len(ids) <= room]
+        prompt_ids = [_fitting_ids(session, text, "judge", max_new_tokens) for text in texts]
+        fitting = {i: ids for i, ids in enumerate(prompt_ids) if ids is not None}
         requests = {
             i: Request(
-                prompt_ids=prompt_ids[i],
+                prompt_ids=ids,
                 seeds=tuple(
                     derive_seed(*self.seed_path, attempt, items[i][0][0], vote)
                     for vote in items[i][1]
                 ),
                 text=texts[i],
             )
-            for i in fitting
+            for i, ids in fitting.items()
         }
         limits = limits_of(judge, max_new_tokens=max_new_tokens)
         if judge.score == "expected":

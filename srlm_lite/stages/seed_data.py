@@ -84,7 +84,7 @@ def read_prompts(path: Path) -> list[Prompt]:
     """
     prompts = []
     for number, row in enumerate(read_jsonl(path), start=1):
-        text = row.get("text", row.get("prompt"))
+        text = row.get("text", row.get("prompt", row.get("instruction")))
         if not isinstance(text, str) or not text.strip():
             raise UserError(f"row {number} has no text", where=str(path))
         prompt_id = str(row.get("prompt_id", f"{path.stem}-{number}"))

@@ -1,0 +1,248 @@
+"""MT-Bench of a model: it answers both turns of each question, and a server grades the answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from srlm_lite.errors import UserError
+from srlm_lite.evaluate.mt_bench import (
+    TEMPERATURES,
+    WITH_REFERENCE,
+    Grade,
+    mt_bench,
+    read_rating,
+)
+from srlm_lite.judging import fill, load_template
+from srlm_lite.records import Candidate
+from srlm_lite.rollout.protocol import Limits, Request
+from srlm_lite.run_dir import Journal, MtBenchDir, read_json, read_jsonl, write_json
+from srlm_lite.seeds import derive_seed
+from srlm_lite.session import Session
+from srlm_lite.stages.models import RunModel, digest_of, file_name
+from srlm_lite.stages.sampling import ask, chunked
+
+PLACES = ("turn", "conversation")
+TAGS = ("user", "assistant", "reference")
+"""What stands around the texts of a conversation in the judge's question."""
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """Two user turns; `references` are right answers to them, where they are known."""
+
+    question_id: str
+    category: str
+    turns: tuple[str, str]
+    references: tuple[str, str] | None = None
+
+
+def read_questions(path: Path, references: Path | None) -> list[Question]:
+    """Questions in MT-Bench's format, and the reference answers of another file.
+
+    Args:
+        path: JSONL with `question_id`, `category` and two `turns`.
+        references: JSONL with `question_id` and `choices[0].turns`. Only those for math, coding
+            and reasoning are used.
+
+    Raises:
+        UserError: A row is of another form, or two share an id.
+    """
+    right: dict[str, tuple[str, str]] = {}
+    for number, row in enumerate([] if references is None else read_jsonl(references), start=1):
+        choices = row.get("choices")
+        first = choices[0] if isinstance(choices, list) and choices else None
+        turns = _two_texts(first.get("turns") if isinstance(first, dict) else None)
+        if turns is None or "question_id" not in row:
+            raise UserError(
+                f"row {number} lacks question_id or choices[0].turns", where=str(references)
+            )
+        right[str(row["question_id"])] = turns
+    questions: dict[str, Question] = {}
+    for number, row in enumerate(read_jsonl(path), start=1):
+        turns, name = _two_texts(row.get("turns")), str(row.get("question_id", ""))
+        category = row.get("category")
+        if turns is None or not name or not isinstance(category, str):
+            raise UserError(
+                f"row {number} lacks question_id, category or two turns", where=str(path)
+            )
+        if name in questions:
+            raise UserError(f"two questions have the id {name}", where=str(path))
+        reference = right.get(name) if category in WITH_REFERENCE else None
+        questions[name] = Question(name, category, turns, reference)
+    if not questions:
+        raise UserError("holds no questions", where=str(path))
+    return list(questions.values())
+
+
+def _two_texts(value: Any) -> tuple[str, str] | None:
+    texts = value if isinstance(value, list) and len(value) == 2 else []
+    if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+        return None
+    return texts[0], texts[1]
+
+
+def run_mt_bench(
+    model: RunModel, questions: Sequence[Question], judge: Session
+) -> tuple[dict[str, Any], Path]:
+    """The model's MT-Bench by a judge behind a server, and the folder that holds all of it.
+
+    Args:
+        judge: Its engine in the judge's role is the server.
+    """
+    place = _place(model, questions, judge)
+    if place.result.is_file():
+        return read_json(place.result), place.path
+    first = _answers(model, questions, {}, place)
+    second = _answers(model, questions, first, place)
+    grades = _grades(judge, questions, (first, second), place)
+    answers = [*first.values(), *second.values()]
+    result = {
+        "model": model.name,
+        "judge": {
+            "name": judge.recipe.openai.model,
+            "url": judge.recipe.openai.url,
+            "template": judge.recipe.mt_bench.template,
+        },
+        "questions": len(questions),
+        "with_reference": sum(question.references is not None for question in questions),
+        **mt_bench(grades),
+        "truncated": sum(row.finish_reason == "length" and bool(row.text) for row in answers),
+        "did_not_fit": sum(row.n_tokens == 0 and row.finish_reason == "length" for row in answers),
+    }
+    write_json(place.result, result)
+    return result, place.path
+
+
+def _place(model: RunModel, questions: Sequence[Question], judge: Session) -> MtBenchDir:
+    recipe = judge.recipe
+    decides = [
+        model.digest,
+        model.session.recipe.seed,
+        _max_new_tokens(model.session),
+        model.session.recipe.rollout.top_p,
+        questions,
+        recipe.openai.url,
+        recipe.openai.model,
+        load_template(recipe.mt_bench.template, *PLACES),
+        recipe.mt_bench.judge_max_new_tokens,
+    ]
+    name = file_name(model.name, "by", str(recipe.openai.model), digest_of(*decides))
+    return judge.run.mt_bench(name)
+
+
+def _max_new_tokens(session: Session) -> int:
+    return session.recipe.mt_bench.max_new_tokens or session.recipe.rollout.max_new_tokens
+
+
+def _answers(
+    model: RunModel,
+    questions: Sequence[Question],
+    before: Mapping[str, Candidate],
+    place: MtBenchDir,
+) -> dict[str, Candidate]:
+    """Answers to turn 1, or with those to turn 2; an answer without room for it is empty."""
+    session, turn = model.session, 2 if before else 1
+    chunks = [
+        group[part]
+        for _, same in groupby(questions, lambda one: TEMPERATURES.get(one.category, 0.0))
+        for group in [list(same)]
+        for part in chunked(group, session.recipe.rollout.chunk_prompts)
+    ]
+    task = session.reporter.start(f"answers, turn {turn}", len(questions), "answers")
+    room = session.recipe.base.window - _max_new_tokens(session)
+
+    def request(question: Question) -> Request:
+        messages = [{"role": "user", "content": question.turns[0]}]
+        if before:
+            messages += [
+                {"role": "assistant", "content": before[question.question_id].text},
+                {"role": "user", "content": question.turns[1]},
+            ]
+        seed = derive_seed(session.recipe.seed, "mt-bench", turn, question.question_id)
+        return Request(tuple(session.chat.render(messages, generation=True)), (seed,))
+
+    def compute(index: int) -> list[Candidate]:
+        chunk = chunks[index]
+        limits = Limits(
+            temperature=TEMPERATURES.get(chunk[0].category, 0.0),
+            top_p=session.recipe.rollout.top_p,
+            max_new_tokens=_max_new_tokens(session),
+        )
+        requests = {question.question_id: request(question) for question in chunk}
+        fitting = {name: one for name, one in requests.items() if len(one.prompt_ids) <= room}
+        sampled = session.engine(model.stack()).sample(list(fitting.values()), limits)
+        found = {
+            name: Candidate(
+                name, f"{name}#{turn}", one.text.strip(), one.n_tokens, one.finish_reason
+            )
+            for name, [one] in zip(fitting, sampled, strict=True)
+        }
+        return [
+            found.get(name, Candidate(name, f"{name}#{turn}", "", 0, "length")) for name in requests
+        ]
+
+    journal = Journal(place.answers(turn), Candidate, lambda row: row.candidate_id)
+    rows = journal.fill(
+        [[f"{question.question_id}#{turn}" for question in chunk] for chunk in chunks],
+        compute,
+        on_chunk=lambda index, computed: task.advance(len(chunks[index])),
+    )
+    return {row.prompt_id: row for row in rows}
+
+
+def _grades(
+    judge: Session,
+    questions: Sequence[Question],
+    answers: Sequence[Mapping[str, Candidate]],
+    place: MtBenchDir,
+) -> list[Grade]:
+    section = judge.recipe.mt_bench
+    template = load_template(section.template, *PLACES)
+    asked = [
+        (f"{question.question_id}#{turn}", judge_question(template, question, answers[:turn]))
+        for question in questions
+        for turn in (1, 2)
+    ]
+    replies = ask(
+        judge,
+        [],
+        asked,
+        path=place.grades,
+        stage="grades",
+        limits=Limits(temperature=0.0, top_p=1.0, max_new_tokens=section.judge_max_new_tokens),
+        seed_path=(judge.recipe.seed, "mt-bench", "grades"),
+    )
+    return [
+        Grade(
+            question.question_id,
+            question.category,
+            turn,
+            read_rating(reply.text, finish_reason=reply.finish_reason),
+        )
+        for question in questions
+        for turn in (1, 2)
+        for reply in [replies[f"{question.question_id}#{turn}"]]
+    ]
+
+
+def judge_question(
+    template: str, question: Question, answers: Sequence[Mapping[str, Candidate]]
+) -> str:
+    """What the judge is asked about the last of these answers, with all that stands before it."""
+    shape, texts = [], {"turn": str(len(answers))}
+    for number, given in enumerate(answers, start=1):
+        texts[f"user{number}"] = question.turns[number - 1]
+        texts[f"answer{number}"] = given[question.question_id].text
+        shape.append(f"<user {number}>\n{{{{user{number}}}}}\n</user {number}>")
+        if question.references is not None:
+            texts[f"reference{number}"] = question.references[number - 1]
+            shape.append(f"<reference answer {number}>\n{{{{reference{number}}}}}")
+            shape.append(f"</reference answer {number}>")
+        shape.append(f"<assistant's answer {number}>\n{{{{answer{number}}}}}")
+        shape.append(f"</assistant's answer {number}>")
+    whole = template.replace("{{conversation}}", "\n".join(shape))
+    return fill(whole, texts, tags=TAGS)
