@@ -42,6 +42,9 @@ class Base(Section):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Compute dtype. `auto`: bfloat16 where the device is fast at it, else float32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    backend: Literal["transformers", "unsloth"] = "transformers"
+    """What holds the weights and computes on them. `unsloth`: its loader and kernels, an extra; a
+    tool for GPUs, which on a CPU only shows that it works."""
     chat_template: str | None = None
     """Name of a shipped template or a path; used in place of the tokenizer's own.
     Needed by bases that have none, such as Llama-2."""

@@ -60,6 +60,10 @@ class Session:
         self.reporter: Reporter = reporter or Silent()
         self.processes = processes or Processes()
         self._engines: dict[EngineName, Engine] = {}
+        if recipe.base.backend == "unsloth":
+            from srlm_lite.model.unsloth_backend import import_first
+
+            import_first()  # it rewrites what every other part is about to import
 
     @cached_property
     def rubric(self) -> Rubric:
@@ -98,6 +102,7 @@ class Session:
             targets=targets,
             rank=rank + recipe.dpo.lora.rank,
             fold=recipe.rollout.fold,
+            backend=recipe.base.backend,
         )
 
     @cached_property

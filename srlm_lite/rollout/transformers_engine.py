@@ -94,7 +94,8 @@ class TransformersEngine:
         self._slot, self._chat = slot, chat
         self._most_rows, self._batch_rows = batch_rows, 0
         self._model: Any = slot.model.get_base_model()
-        self._branches: bool | None = None if may_branch(self._model) else False
+        may = may_branch(self._model) and not slot.has_own_attention
+        self._branches: bool | None = None if may else False
         self._tree, self._trunk = Tree(), tuple[int, ...]()
         self._ends = Ends(chat)
 
