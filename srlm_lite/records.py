@@ -92,6 +92,23 @@ class PreferencePair(Record):
 
 
 @dataclass(frozen=True, slots=True)
+class TrainingStep(Record):
+    """One step of DPO's optimiser: means over its pairs, before the update.
+
+    Rewards are DPO's implicit ones; `reward_accuracy` is the share of pairs with a positive margin.
+    """
+
+    step: int
+    loss: float
+    reward_margin: float
+    reward_accuracy: float
+    reward_chosen: float
+    reward_rejected: float
+    learning_rate: float | None = None
+    grad_norm: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Likelihood(Record):
     """How likely a model finds a candidate: in nats, the sum over its tokens and its end."""
 

@@ -29,7 +29,7 @@ R = TypeVar("R", bound=Record)
 _LOCK = ".lock"
 _OWN = re.compile(
     r"run\.json|base\.json|metrics\.jsonl|anchor|base|iter_\d{3,}|\.scratch|vllm\.log"
-    r"|compare|mt_bench"
+    r"|compare|mt_bench|report\.html"
 )
 
 
@@ -314,6 +314,11 @@ class DeltaPlace:
     adapter: Path
     training: Path
 
+    @property
+    def steps(self) -> Path:
+        """Loss and rewards of every step, written before the facts."""
+        return self.training.with_name("training_steps.jsonl")
+
 
 @dataclass(frozen=True, slots=True)
 class IterationDir(StageDir):
@@ -491,6 +496,11 @@ class RunDir:
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def report(self) -> Path:
+        """Where a report goes that is not told another place."""
+        return self.path / "report.html"
 
     @property
     def vllm_log(self) -> Path:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -20,7 +21,8 @@ from srlm_lite.config import Recipe, load_recipe
 from srlm_lite.errors import UserError
 from srlm_lite.loop import iterate
 from srlm_lite.methods import method_of
-from srlm_lite.run_dir import RunDir, read_json, read_jsonl, sha256_file
+from srlm_lite.records import TrainingStep
+from srlm_lite.run_dir import RunDir, read_json, read_jsonl, read_records, sha256_file
 from srlm_lite.session import Session
 
 JUDGE_KEYS = {
@@ -80,6 +82,18 @@ def test_the_run_directory_is_as_documented(finished: RunDir) -> None:
             "done.json",
         }
     assert not finished.scratch.exists()
+
+
+def test_the_training_leaves_its_curve(finished: RunDir) -> None:
+    for place in (finished.iteration(1).delta_place, finished.iteration(2).delta_place):
+        facts, curve = read_json(place.training), read_records(place.steps, TrainingStep)
+        assert [row.step for row in curve] == list(range(1, facts["steps"] + 1))
+        assert curve[0].loss == facts["first_loss"]
+        late = curve[-max(1, len(curve) // 4) :]
+        assert fmean(row.reward_margin for row in late) == pytest.approx(facts["reward_margin"])
+        for row in curve:
+            margin = row.reward_chosen - row.reward_rejected
+            assert margin == pytest.approx(row.reward_margin, abs=1e-6)
 
 
 def test_ids_match_from_prompts_to_pairs(finished: RunDir) -> None:

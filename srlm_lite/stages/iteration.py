@@ -14,7 +14,14 @@ from srlm_lite.errors import UserError
 from srlm_lite.evaluate.gold import load_gold
 from srlm_lite.evaluate.judge_metrics import judge_metrics
 from srlm_lite.pairing import Drops, replayed
-from srlm_lite.records import Candidate, Judgement, PreferencePair, Prompt, RankedReply
+from srlm_lite.records import (
+    Candidate,
+    Judgement,
+    PreferencePair,
+    Prompt,
+    RankedReply,
+    TrainingStep,
+)
 from srlm_lite.run_dir import (
     DeltaPlace,
     IterationDir,
@@ -36,6 +43,7 @@ if TYPE_CHECKING:
 
 
 Pool = tuple[list[Prompt], Path]
+DpoFacts = dict[str, float]
 
 
 def prompts(
@@ -353,10 +361,11 @@ def delta(
         start = previous[0]
     reference = [anchor] if dpo.reference == "anchor" else [anchor, start]
     examples = [pair_example(session, pair) for pair in pairs]
-    trained, facts = session.together(
+    trained, (facts, curve) = session.together(
         _Dpo(anchor, start, reference, examples, dpo, consistency, seed)
     )
     trained.save(place.adapter, base_name=recipe.base.name)
+    write_records(place.steps, curve)
     write_json(place.training, facts)  # last: where it is, the delta is whole
     return None, facts
 
@@ -373,18 +382,20 @@ class _Dpo:
     consistency: Scir | None
     seed: int
 
-    def __call__(self, session: Session) -> tuple[Adapter, dict[str, float]]:
+    def __call__(self, session: Session) -> tuple[Adapter, tuple[DpoFacts, list[TrainingStep]]]:
         from srlm_lite.training.arguments import total_steps
         from srlm_lite.training.dpo import train_dpo
 
         session.close_engines()
         task = session.reporter.start("DPO", total_steps(len(self.pairs), self.dpo), "steps")
+        curve: list[TrainingStep] = []
 
         def on_step(step: int, steps: int, logs: dict[str, float]) -> None:
+            curve.append(_training_step(step, logs))
             task.advance()
             task.note(f"loss {logs['loss']:.3f} margin {logs['rewards/margins']:+.2f}")
 
-        return train_dpo(
+        trained, facts = train_dpo(
             session.slot,
             session.base,
             anchor=[self.anchor],
@@ -397,6 +408,21 @@ class _Dpo:
             seed=self.seed,
             on_step=on_step,
         )
+        return trained, (facts, curve)
+
+
+def _training_step(step: int, logs: dict[str, float]) -> TrainingStep:
+    """A row of TRL's log under our names."""
+    return TrainingStep(
+        step=step,
+        loss=logs["loss"],
+        reward_margin=logs["rewards/margins"],
+        reward_accuracy=logs["rewards/accuracies"],
+        reward_chosen=logs["rewards/chosen"],
+        reward_rejected=logs["rewards/rejected"],
+        learning_rate=logs.get("learning_rate"),
+        grad_norm=logs.get("grad_norm"),
+    )
 
 
 def stack_of(session: Session, place: DeltaPlace) -> list[Adapter]:
