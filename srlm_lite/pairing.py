@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -215,6 +216,12 @@ def replayed(
         drawn = sorted(Random(f"{seed}/{back}").sample(range(len(own)), count))
         chosen += [replace(own[i], origin=f"replay, {back} back") for i in drawn]
     return chosen
+
+
+def replay_age(pair: PreferencePair) -> int:
+    """How many iterations ago the pair was new: 0 unless it is a replay."""
+    match = re.fullmatch(r"replay, (\d+) back", pair.origin)
+    return int(match[1]) if match else 0
 
 
 def _usable(

@@ -102,6 +102,12 @@ def test_the_wheel_carries(file: str, names: set[str]) -> None:
     assert f"srlm_lite/recipes/{file}" in names
 
 
+def test_the_wheel_carries_the_templates_of_the_report(names: set[str]) -> None:
+    folder = REPOSITORY / "srlm_lite" / "report" / "templates"
+    files = {f"srlm_lite/report/templates/{path.name}" for path in folder.iterdir()}
+    assert len(files) == 3 and files <= names
+
+
 def test_the_wheel_carries_nothing_else(names: set[str]) -> None:
     paths = [PurePosixPath(name) for name in names]
     assert {path.parts[0].partition("-")[0] for path in paths} == {"srlm_lite"}

@@ -328,6 +328,26 @@ def doctor(
     run_doctor(as_json=json_)
 
 
+@app.command()
+def report(
+    adapters: Adapters,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="File to write; default: report.html in DIR.", metavar="FILE.html"),
+    ] = None,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print a summary for a model card instead.")
+    ] = False,
+) -> None:
+    """Write one HTML file about a run: did it improve, charts, the recipe, all pairs.
+
+    It needs no network. A run that is still going is shown as far as it is.
+    """
+    from srlm_lite.cli.report import run_report
+
+    run_report(directory=adapters, out=out, as_markdown=markdown)
+
+
 @app.callback(invoke_without_command=True)
 def main(
     context: typer.Context,

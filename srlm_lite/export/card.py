@@ -7,16 +7,13 @@ from typing import Any
 
 import yaml
 
-from srlm_lite.config import PATH_KEYS, Recipe
+from srlm_lite.config import Recipe
 from srlm_lite.export.source import Source
-from srlm_lite.run_dir import StageDir, read_json
-from srlm_lite.stages.evaluation import warnings
+from srlm_lite.report.facts import gather, public_settings
+from srlm_lite.report.markdown import measured, warned_of
 
 CARD = "README.md"
 RECIPE = "recipe.yaml"
-
-LENGTH_GROWTH = 1.3
-"""Answers longer than the anchor's by this factor are told: judges like length for its own sake."""
 
 
 def write_card(
@@ -38,12 +35,7 @@ def write_card(
 
 def public_recipe(recipe: Recipe) -> dict[str, Any]:
     """The recipe as run, with the names of files and directories in place of their paths."""
-    settings: dict[str, Any] = recipe.model_dump(mode="json")
-    for section, key in PATH_KEYS:
-        value = settings[section][key]
-        if isinstance(value, str) and Path(value).is_absolute():
-            settings[section][key] = Path(value).name
-    return settings
+    return public_settings(recipe.model_dump(mode="json"))
 
 
 def card(
@@ -58,15 +50,16 @@ def card(
     if base["kind"] == "hub":
         relation = "adapter" if form == "adapter" else "finetune"
         head |= {"base_model": base["location"], "base_model_relation": relation}
+    facts = gather(source.run, last=source.iteration, texts=False)
     parts = [
         "---\n" + yaml.safe_dump(head, sort_keys=False) + "---",
         f"# {source.name}",
         _about(source, base),
         "## Lineage\n\n" + _lineage(source, base, form=form, onto=onto, dtype=dtype),
-        "## Measured\n\n" + _measured(source),
+        "## Measured\n\n" + measured(facts),
     ]
-    if found := _warnings(source):
-        parts.append("## Warnings\n\n" + "\n".join(f"- {text}" for text in found))
+    if warned := warned_of(facts):
+        parts.append(warned)
     parts.append("## Use\n\n" + _use(form, rank))
     return "\n\n".join(parts) + "\n"
 
@@ -113,59 +106,6 @@ def _nf4(recipe: Recipe) -> str:
     return recipe.base.quantization.upper()
 
 
-def _measured(source: Source) -> str:
-    gold = source.recipe.evaluate.gold
-    names = ["model", "pairs", *(["gold"] if gold else []), "judge accuracy", "ties", "readable"]
-    names.append("mean length, characters")
-    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
-    for number, place in enumerate(source.places):
-        result = _evaluation(place)
-        judge, policy = result["judge"], result["policy"]
-        cells = [f"M{number + 1}", _pairs(place)]
-        if gold:
-            cells.append(_number(policy.get("gold_mean")))
-        cells += [
-            _number(judge.get(key)) for key in ("pairwise_accuracy", "tie_rate", "parse_rate")
-        ]
-        cells.append(_number(policy.get("mean_length_chars"), digits=0))
-        lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", "Judge accuracy: share of reply pairs that the model, as judge, puts in the"]
-    lines[-1] += " right order. Readable: share of its votes that could be read."
-    if gold:
-        lines[-1] += f" Gold: `{gold}` on sampled answers to held-out prompts."
-    return "\n".join(lines)
-
-
-def _evaluation(place: StageDir) -> dict[str, Any]:
-    empty: dict[str, Any] = {"judge": {}, "policy": {}}
-    return read_json(place.evaluation) if place.evaluation.is_file() else empty
-
-
-def _pairs(place: StageDir) -> str:
-    if not place.is_done:
-        return ""
-    return str(read_json(place.done).get("counts", {}).get("pairs", {}).get("pairs", ""))
-
-
-def _warnings(source: Source) -> list[str]:
-    measured = [(place, _evaluation(place)) for place in source.places]
-    found = []
-    before = None
-    for number, (_, now) in enumerate(measured):
-        if now["judge"]:
-            found += [f"M{number + 1}: {text}" for text in warnings(before, now)]
-            before = now
-    lengths = [now["policy"].get("mean_length_chars") for _, now in measured]
-    if lengths[0] and lengths[-1] and lengths[-1] > LENGTH_GROWTH * lengths[0]:
-        found.append(
-            f"answers grew from {lengths[0]:.0f} to {lengths[-1]:.0f} characters on average: part "
-            "of what a judge prefers here may be length"
-        )
-    if source.recipe.pairing.source == "random":
-        found.append("the pairs were drawn blindly: this is a control, not a self-rewarding model")
-    return found
-
-
 def _use(form: str, rank: int) -> str:
     if form == "adapter":
         room = next(size for size in (8, 16, 32, 64, 128, 256, 320, 512, rank) if size >= rank)
@@ -179,7 +119,3 @@ def _use(form: str, rank: int) -> str:
         'chat = pipeline("text-generation", "PATH")\n'
         'chat([{"role": "user", "content": "Hello"}])\n```'
     )
-
-
-def _number(value: Any, *, digits: int = 2) -> str:
-    return "" if value is None else f"{value:.{digits}f}"

@@ -1,0 +1,50 @@
+"""`srlm-lite report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from srlm_lite.cli.progress import Console
+from srlm_lite.errors import UserError
+from srlm_lite.report.answer import answer
+from srlm_lite.report.facts import gather
+from srlm_lite.report.html import GENERATOR, html
+from srlm_lite.report.markdown import markdown
+from srlm_lite.run_dir import RunDir, write_atomically
+
+
+def run_report(*, directory: Path, out: Path | None, as_markdown: bool) -> None:
+    """Print the summary, or write the page and print where it is."""
+    run = RunDir(directory)
+    if as_markdown:
+        typer.echo(markdown(gather(run)), nl=False)
+        return
+    file = out or run.report
+    facts = gather(run)
+    _refuse_foreign(file)
+    page = html(facts)
+    write_atomically(file, page)
+    console = Console()
+    console.say(answer(facts).headline)
+    console.say(f"wrote {len(page.encode()) / 1e6:.1f} MB; open it in a browser:")
+    typer.echo(str(file))
+
+
+def _refuse_foreign(file: Path) -> None:
+    """A report replaces a report, and nothing else."""
+    if file.is_dir():
+        raise UserError(
+            "is a directory", where=f"--out {file}", way_out="Name a file: --out report.html"
+        )
+    if not file.parent.is_dir():
+        raise UserError("its directory does not exist", where=f"--out {file}")
+    if file.exists():
+        with file.open("rb") as found:
+            if GENERATOR.encode() not in found.read(4096):
+                raise UserError(
+                    "exists, and is no report: it is left as it is",
+                    where=f"--out {file}",
+                    way_out="Name another file",
+                )

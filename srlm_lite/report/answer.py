@@ -1,0 +1,230 @@
+"""What a reader wants to know first: did it improve, by how much, at what cost, and what now."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from srlm_lite.report.facts import Estimate, Facts, Model
+from srlm_lite.stages.evaluation import warnings
+
+LENGTH_GROWTH = 1.3
+"""Answers longer than the anchor's by this factor are told: judges like length for its own sake."""
+
+Improved = Literal["yes", "no", "unclear", "unknown"]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The top of a report."""
+
+    improved: Improved
+    headline: str
+    by_how_much: tuple[str, ...]
+    cost: tuple[str, ...]
+    export: tuple[str, ...]
+    worries: tuple[str, ...]
+
+
+def answer(facts: Facts) -> Answer:
+    """What the run's figures say, with their uncertainty, and no more than they say."""
+    improved, headline, by_how_much = _improvement(facts)
+    return Answer(
+        improved,
+        headline,
+        by_how_much,
+        _cost(facts),
+        _export(facts),
+        tuple(worries(facts)),
+    )
+
+
+def best(facts: Facts) -> Model | None:
+    """The model to export: of the measured ones that of the best gold score, else the last.
+
+    The earlier one of equals. None before an iteration has been measured.
+    """
+    made = [model for model in facts.measured if model.number and model.is_done]
+    scored = [model for model in made if model.gold]
+    if scored:
+        return max(scored, key=lambda model: model.gold.value if model.gold else 0.0)
+    return made[-1] if made else None
+
+
+def _improvement(facts: Facts) -> tuple[Improved, str, tuple[str, ...]]:
+    models = facts.measured
+    first, chosen = (models[0] if models else None), best(facts)
+    if first is None or first.number != 0:
+        return "unknown", "Nothing is measured yet.", ()
+    if chosen is None:
+        text = "No iteration is finished and measured yet: there is only the anchor."
+        return "unknown", text, (_standing(first),)
+    details = [*_sides(first, chosen)]
+    if first.gold is None or chosen.gold is None:
+        text = (
+            "Not known: the recipe names no gold scorer, and the judge's own grades cannot tell. "
+            f"Compare {first.name} and {chosen.name} head to head."
+        )
+        return "unknown", text, tuple(details)
+    difference = chosen.gold.minus(first.gold)
+    rose = (
+        f"gold score {first.gold.value:.2f} ({first.name}) to {chosen.gold.value:.2f} "
+        f"({chosen.name}): {difference.value:+.2f}{interval(difference)}"
+    )
+    if difference.low is None or difference.high is None:
+        return "unclear", f"Not shown: {rose}, with no interval to hold it against.", tuple(details)
+    if difference.low > 0:
+        return "yes", f"Yes: {rose}.", (*details, *_caution(facts))
+    if difference.high < 0:
+        return "no", f"No, it got worse: {rose}.", tuple(details)
+    return "unclear", f"Not shown: {rose}. The interval includes no change.", tuple(details)
+
+
+def interval(estimate: Estimate) -> str:
+    """The interval in brackets, or nothing."""
+    if estimate.low is None or estimate.high is None:
+        return ""
+    return f" (95% interval {estimate.low:+.2f} to {estimate.high:+.2f})"
+
+
+def _standing(model: Model) -> str:
+    gold = f"gold score {model.gold.value:.2f}" if model.gold else "no gold score"
+    accuracy = model.judge.get("pairwise_accuracy")
+    return f"{model.name}: {gold}" + (
+        f", judge's pairwise accuracy {accuracy:.2f}" if accuracy is not None else ""
+    )
+
+
+def _sides(first: Model, chosen: Model) -> list[str]:
+    """Other figures from the first to the chosen model."""
+    found = []
+    if first.greedy_gold and chosen.greedy_gold:
+        difference = chosen.greedy_gold.minus(first.greedy_gold)
+        found.append(
+            f"greedy answers: gold {first.greedy_gold.value:.2f} to "
+            f"{chosen.greedy_gold.value:.2f}, {difference.value:+.2f}{interval(difference)}"
+        )
+    for key, name, digits in (
+        ("pairwise_accuracy", "as judge: pairwise accuracy", 2),
+        ("tie_rate", "as judge: ties", 2),
+    ):
+        found += _change(first.judge, chosen.judge, key, name, digits)
+    found += _change(
+        first.policy, chosen.policy, "mean_length_chars", "length of its answers, characters", 0
+    )
+    return found
+
+
+def _change(
+    before: Mapping[str, Any], after: Mapping[str, Any], key: str, name: str, digits: int
+) -> list[str]:
+    a, b = before.get(key), after.get(key)
+    if a is None or b is None:
+        return []
+    return [f"{name} {a:.{digits}f} to {b:.{digits}f}"]
+
+
+def _caution(facts: Facts) -> list[str]:
+    tried = sum(1 for model in facts.measured if model.number and model.is_done)
+    if tried < 2:
+        return []
+    return [
+        f"the best of {tried} iterations, picked on the prompts it is measured on: expect a "
+        "little less on new ones; one seed"
+    ]
+
+
+def _cost(facts: Facts) -> tuple[str, ...]:
+    parts = {"sampling": 0.0, "judging": 0.0, "training": 0.0, "evaluation": 0.0, "the rest": 0.0}
+    names = {
+        "candidates": "sampling",
+        "judgements": "judging",
+        "delta": "training",
+        "anchor": "training",
+        "evaluation": "evaluation",
+    }
+    for model in facts.models:
+        for stage, row in model.stages.items():
+            parts[names.get(stage, "the rest")] += float(row.get("seconds", 0.0))
+    total = sum(parts.values())
+    if not total:
+        return ("no stage is finished yet",)
+    shares = ", ".join(
+        f"{name} {value / total:.0%}"
+        for name, value in sorted(parts.items(), key=lambda one: -one[1])
+        if value / total >= 0.01
+    )
+    found = [f"{duration(total)}: {shares}"]
+    machine = hardware(facts)
+    if machine:
+        found.append(f"on {machine}")
+    counts: dict[str, int] = {}
+    for model in facts.models:
+        for stage in ("candidates", "judgements", "pairs"):
+            counts[stage] = counts.get(stage, 0) + int(model.stages.get(stage, {}).get(stage, 0))
+    made = [f"{n:,} {name}" for name, n in counts.items() if n]
+    if made:
+        found.append(", ".join(made))
+    return tuple(found)
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes or seconds, whichever fits."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def hardware(facts: Facts) -> str:
+    """The machine of the run, where `run.json` says it."""
+    machine = facts.run.get("hardware") or {}
+    gpus = [f"{gpu['name']} ({gpu['gigabytes']:g} GB)" for gpu in machine.get("gpus") or []]
+    if gpus:
+        return ", ".join(gpus)
+    if not machine.get("cores"):
+        return ""
+    cores = f"{machine['cores']} cores"
+    return f"{cores}, {machine['processor']}" if machine.get("processor") else cores
+
+
+def _export(facts: Facts) -> tuple[str, ...]:
+    chosen = best(facts)
+    if chosen is None:
+        return ("Nothing yet: no iteration is finished.",)
+    last = [model for model in facts.measured if model.number and model.is_done][-1]
+    first = facts.measured[0]
+    if chosen.gold is None:
+        why = "it is the last one; without a gold score nothing says it is the best"
+    elif first.gold and chosen.gold.value <= first.gold.value:
+        return (
+            f"None: no iteration scores above {first.name}.",
+            f"The best of them is {chosen.name}, iteration {chosen.number}.",
+        )
+    elif chosen is last:
+        why = "it has the highest gold score, and is the last one"
+    else:
+        why = f"it has the highest gold score; {last.name}, the last one, is lower"
+    return (f"{chosen.name}, iteration {chosen.number}: {why}.",)
+
+
+def worries(facts: Facts) -> list[str]:
+    """What in the run bodes ill, each with the model that it shows in."""
+    found = []
+    before: Mapping[str, Any] | None = None
+    for model in facts.measured:
+        if model.judge:
+            told = warnings(dict(before) if before else None, dict(model.evaluation))
+            found += [f"{model.name}: {text}" for text in told]
+            before = model.evaluation
+    lengths = [model.policy.get("mean_length_chars") for model in facts.measured]
+    if lengths and lengths[0] and lengths[-1] and lengths[-1] > LENGTH_GROWTH * lengths[0]:
+        found.append(
+            f"answers grew from {lengths[0]:.0f} to {lengths[-1]:.0f} characters on average: part "
+            "of what a judge prefers here may be length"
+        )
+    if (facts.settings.get("pairing") or {}).get("source") == "random":
+        found.append("the pairs were drawn blindly: this is a control, not a self-rewarding model")
+    return found

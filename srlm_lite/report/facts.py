@@ -1,0 +1,400 @@
+"""Facts of a run, gathered from its files: whatever is there by now, of any method.
+
+Nothing here draws or formats. A file is read once it is complete, so a run may be going on
+meanwhile; what an older run does not have is left empty.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from srlm_lite.config import METHOD_SECTIONS, PATH_KEYS
+from srlm_lite.evaluate.judge_metrics import histogram
+from srlm_lite.judging import mean_scores
+from srlm_lite.pairing import replay_age
+from srlm_lite.records import Candidate, Judgement, PreferencePair, Prompt, TrainingStep
+from srlm_lite.run_dir import (
+    DeltaPlace,
+    IterationDir,
+    RunDir,
+    StageDir,
+    read_json,
+    read_records,
+)
+
+Z95 = 1.96
+"""Standard errors to either side of a mean that make its 95% interval."""
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A mean with its 95% interval, where one is known."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+    @classmethod
+    def of(cls, mean: float | None, error: float | None) -> Estimate | None:
+        """From a mean and its standard error, as `eval.json` has them."""
+        if mean is None:
+            return None
+        if error is None:
+            return cls(mean)
+        return cls(mean, mean - Z95 * error, mean + Z95 * error)
+
+    def minus(self, other: Estimate) -> Estimate:
+        """The difference, its interval as if the two were independent: too wide, if anything."""
+        value = self.value - other.value
+        if self.low is None or self.high is None or other.low is None or other.high is None:
+            return Estimate(value)
+        width = (((self.high - self.low) / 2) ** 2 + ((other.high - other.low) / 2) ** 2) ** 0.5
+        return Estimate(value, value - width, value + width)
+
+
+def figure(figures: Mapping[str, Any], key: str, error: float | None = None) -> Estimate | None:
+    """A figure of an evaluation, with the interval that stands beside it in `intervals`.
+
+    Args:
+        error: Its standard error, for evaluations without that interval.
+    """
+    mean = figures.get(key)
+    bounds = (figures.get("intervals") or {}).get(key)
+    if mean is None or not bounds:
+        return Estimate.of(mean, error)
+    return Estimate(mean, bounds[0], bounds[1])
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """A DPO training: its steps, where the run kept them, and the facts at its end."""
+
+    name: str
+    """Of the delta that it trains."""
+    steps: tuple[TrainingStep, ...]
+    facts: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A preference pair of an iteration, with the votes on both replies."""
+
+    iteration: int
+    record: PreferencePair
+    chosen_votes: tuple[Judgement, ...] = ()
+    rejected_votes: tuple[Judgement, ...] = ()
+
+    @property
+    def gap(self) -> float:
+        """Score of the chosen reply above that of the rejected one."""
+        return self.record.chosen_score - self.record.rejected_score
+
+    @property
+    def disagreement(self) -> float | None:
+        """How far the readable votes on one reply lie apart, at most; None without two of them."""
+        spans = []
+        for votes in (self.chosen_votes, self.rejected_votes):
+            scores = [vote.score for vote in votes if vote.score is not None]
+            if len(scores) > 1:
+                spans.append(max(scores) - min(scores))
+        return max(spans, default=None)
+
+
+@dataclass(frozen=True, slots=True)
+class Iteration:
+    """What the stages of one iteration made, before the model that it ends with."""
+
+    number: int
+    n_prompts: int = 0
+    pairs: tuple[Pair, ...] = ()
+    drops: Mapping[str, int] = field(default_factory=dict)
+    """Prompts without a pair, by reason."""
+    scored: tuple[tuple[int, float], ...] = ()
+    """Characters and mean score of each candidate that has one."""
+    votes: Mapping[str, int] = field(default_factory=dict)
+    """How often the judge gave each score to the candidates, and `unreadable`."""
+    curves: tuple[Curve, ...] = ()
+
+    @property
+    def paired_prompts(self) -> int:
+        """Prompts that gave at least one new pair of answers."""
+        return len({pair.record.prompt_id for pair in self.pairs if not pair.record.origin})
+
+    @property
+    def origins(self) -> dict[str, int]:
+        """Pairs by where they are from; empty is this iteration's answers."""
+        return dict(Counter(pair.record.origin for pair in self.pairs))
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """One model of the run: the bare base, the anchor, or what an iteration ended with."""
+
+    number: int | None
+    """Of the iteration; 0 is the anchor, None the bare base."""
+    evaluation: Mapping[str, Any]
+    """`eval.json`; empty before there is one."""
+    stages: Mapping[str, Mapping[str, Any]]
+    """Rows of `metrics.jsonl` that led to it, by stage."""
+    is_done: bool
+    iteration: Iteration | None = None
+    counts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """Of `done.json`, by stage."""
+
+    @property
+    def name(self) -> str:
+        """M1 is the anchor."""
+        return "base" if self.number is None else f"M{self.number + 1}"
+
+    @property
+    def title(self) -> str:
+        """Name and origin."""
+        if self.number is None:
+            return "base, without adapters"
+        return f"{self.name}, " + (f"iteration {self.number}" if self.number else "anchor")
+
+    @property
+    def judge(self) -> Mapping[str, Any]:
+        """Its figures as a judge."""
+        return dict(self.evaluation.get("judge") or {})
+
+    @property
+    def policy(self) -> Mapping[str, Any]:
+        """Its figures as a policy."""
+        return dict(self.evaluation.get("policy") or {})
+
+    @property
+    def n_pairs(self) -> int | None:
+        """New pairs of the policy's answers that it was trained on."""
+        for facts in (self.stages, self.counts):
+            if "pairs" in facts.get("pairs", {}):
+                return int(facts["pairs"]["pairs"])
+        return None
+
+    @property
+    def gold(self) -> Estimate | None:
+        """Gold score of sampled answers."""
+        return figure(self.policy, "gold_mean", self.policy.get("gold_se"))
+
+    @property
+    def greedy_gold(self) -> Estimate | None:
+        """Gold score of greedy answers."""
+        greedy = self.policy.get("greedy") or {}
+        return figure(greedy, "gold_mean", greedy.get("gold_se"))
+
+    @property
+    def seconds(self) -> float:
+        """All stages together."""
+        return sum(float(row.get("seconds", 0.0)) for row in self.stages.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """All that a report says of a run."""
+
+    where: Path
+    settings: Mapping[str, Any]
+    """The recipe as run, as in `run.json`."""
+    run: Mapping[str, Any]
+    """`run.json`."""
+    models: tuple[Model, ...]
+    """Those of which there is anything yet, in order; the base where it has been measured."""
+
+    @property
+    def name(self) -> str:
+        """Of the recipe."""
+        return str(self.settings.get("name", "run"))
+
+    @property
+    def method(self) -> str:
+        return str(self.settings.get("method", "self-rewarding"))
+
+    @property
+    def gold_name(self) -> str | None:
+        """The gold scorer."""
+        name = (self.settings.get("evaluate") or {}).get("gold")
+        return None if name is None else str(name)
+
+    @property
+    def iterations(self) -> list[Iteration]:
+        """Those that have begun."""
+        return [model.iteration for model in self.models if model.iteration]
+
+    @property
+    def pairs(self) -> list[Pair]:
+        """Of all iterations."""
+        return [pair for iteration in self.iterations for pair in iteration.pairs]
+
+    @property
+    def measured(self) -> list[Model]:
+        """The anchor and what came of it, as far as there is an evaluation."""
+        return [model for model in self.models if model.evaluation and model.number is not None]
+
+    @property
+    def planned(self) -> int:
+        """Iterations that the recipe wants."""
+        return int(self.settings.get("iterations", 0))
+
+    @property
+    def finished(self) -> int:
+        """Iterations that are done."""
+        return sum(model.is_done for model in self.models if model.number)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run has made all that its recipe asks for."""
+        anchored = any(model.number == 0 and model.is_done for model in self.models)
+        return anchored and self.finished >= self.planned
+
+    @property
+    def seconds(self) -> float:
+        """Of all stages that are finished."""
+        return sum(model.seconds for model in self.models)
+
+
+def gather(run: RunDir, *, last: int | None = None, texts: bool = True) -> Facts:
+    """Read a run directory.
+
+    Args:
+        last: The last iteration to look at; all by default.
+        texts: False leaves out what is many texts: candidates, votes and pairs.
+
+    Raises:
+        UserError: There is no run, or a file of it cannot be read.
+    """
+    facts = run.facts()
+    rows: dict[int, dict[str, dict[str, Any]]] = {}
+    for row in run.read_metrics():
+        rows.setdefault(int(row["iteration"]), {})[str(row["stage"])] = row
+    models = []
+    if run.base_evaluation.evaluation.is_file():
+        models.append(_model(None, run.base_evaluation, {}))
+    if run.anchor.path.is_dir():
+        models.append(_model(0, run.anchor, rows.get(0, {})))
+    votes: dict[int, dict[str, tuple[Judgement, ...]]] = {}
+    for place in run.iterations():
+        if last is None or place.number <= last:
+            stages = rows.get(place.number, {})
+            iteration = _iteration(place, votes) if texts else Iteration(place.number)
+            models.append(_model(place.number, place, stages, iteration))
+    return Facts(run.path, facts["recipe"], facts, tuple(models))
+
+
+def _model(
+    number: int | None,
+    place: StageDir,
+    stages: Mapping[str, Mapping[str, Any]],
+    iteration: Iteration | None = None,
+) -> Model:
+    evaluation = read_json(place.evaluation) if place.evaluation.is_file() else {}
+    counts = read_json(place.done).get("counts", {}) if place.is_done else {}
+    return Model(number, evaluation, stages, place.is_done, iteration, counts)
+
+
+def _iteration(
+    place: IterationDir, votes: dict[int, dict[str, tuple[Judgement, ...]]]
+) -> Iteration:
+    """Of candidates and votes only what has led to pairs: before, their files still grow.
+
+    Args:
+        votes: By iteration and candidate; this iteration's are added.
+    """
+    prompts = read_records(place.prompts, Prompt) if place.prompts.is_file() else []
+    curves = tuple(_curves(place))
+    if not place.pairs.is_file():
+        return Iteration(place.number, len(prompts), curves=curves)
+    judged = read_records(place.judgements, Judgement) if place.judgements.is_file() else []
+    future = place.future_judgements
+    votes[place.number] = by_candidate(
+        [*judged, *(read_records(future, Judgement) if future.is_file() else [])]
+    )
+    candidates = [row for path in place.judged_candidates for row in read_records(path, Candidate)]
+    scores = mean_scores(judged, min_votes=1)
+    scored = [(len(row.text), scores.get(row.candidate_id)) for row in candidates]
+    return Iteration(
+        number=place.number,
+        n_prompts=len(prompts),
+        pairs=tuple(_pairs(place, votes)),
+        drops=_drops(place),
+        scored=tuple((chars, score) for chars, score in scored if score is not None),
+        votes=histogram([binned(judgement) for judgement in judged]) if judged else {},
+        curves=curves,
+    )
+
+
+def binned(judgement: Judgement) -> float | None:
+    """The score of a vote for a histogram: an expected one is rounded to a whole number."""
+    if judgement.score is None or judgement.sampled_score is None:
+        return judgement.score
+    return float(round(judgement.score))
+
+
+def by_candidate(judgements: Sequence[Judgement]) -> dict[str, tuple[Judgement, ...]]:
+    """All votes on each candidate, in their order."""
+    found: dict[str, list[Judgement]] = {}
+    for judgement in judgements:
+        found.setdefault(judgement.candidate_id, []).append(judgement)
+    return {name: tuple(rows) for name, rows in found.items()}
+
+
+def _pairs(
+    place: IterationDir, votes: Mapping[int, Mapping[str, tuple[Judgement, ...]]]
+) -> list[Pair]:
+    found = []
+    for record in read_records(place.pairs, PreferencePair):
+        known = votes.get(place.number - replay_age(record), {})
+        found.append(
+            Pair(
+                place.number,
+                record,
+                known.get(record.chosen_id, ()),
+                known.get(record.rejected_id, ()),
+            )
+        )
+    return found
+
+
+def _drops(place: IterationDir) -> dict[str, int]:
+    counts = read_json(place.drops) if place.drops.is_file() else {}
+    return {reason: count for reason, count in counts.items() if isinstance(count, int) and count}
+
+
+def _curves(place: IterationDir) -> list[Curve]:
+    places: tuple[DeltaPlace, ...] = (
+        place.delta_place,
+        place.judge_place,
+        place.provisional_place,
+    )
+    return [
+        Curve(
+            one.name,
+            tuple(read_records(one.steps, TrainingStep)) if one.steps.is_file() else (),
+            read_json(one.training),
+        )
+        for one in places
+        if one.training.is_file()
+    ]
+
+
+def public_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe with the names of files and directories in place of their absolute paths."""
+    public = {
+        key: dict(value) if isinstance(value, Mapping) else value for key, value in settings.items()
+    }
+    for section, key in PATH_KEYS:
+        value = public.get(section, {}).get(key)
+        if isinstance(value, str) and Path(value).is_absolute():
+            public[section][key] = Path(value).name
+    return public
+
+
+def used_settings(facts: Facts) -> dict[str, Any]:
+    """The public settings without the sections of other methods."""
+    others = {section for method, section in METHOD_SECTIONS.items() if method != facts.method}
+    return {
+        key: value for key, value in public_settings(facts.settings).items() if key not in others
+    }

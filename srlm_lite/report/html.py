@@ -1,0 +1,197 @@
+"""The report as one HTML file that needs nothing else: no network, no other file.
+
+Templates escape all they are given. Beyond that, the page's own policy lets no script run but the
+one it was written with, and nothing be loaded from anywhere.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import shlex
+from functools import cache
+from importlib import resources
+from typing import Any
+
+import yaml
+
+from srlm_lite.errors import UserError
+from srlm_lite.evaluate.gold import Gold, load_gold
+from srlm_lite.report.answer import answer, duration, hardware
+from srlm_lite.report.charts import groups, number
+from srlm_lite.report.draw import svg
+from srlm_lite.report.facts import Facts, Model, public_settings, used_settings
+from srlm_lite.report.pack import Packed, pack
+
+MOST_BYTES = 5_000_000
+"""No report is larger."""
+
+GENERATOR = "srlm-lite report"
+"""By this name a file is known to be a report, which another report may replace."""
+
+KEY_SETTINGS = (
+    ("method", "method"),
+    ("base.name", "base"),
+    ("base.quantization", "quantization"),
+    ("seed", "seed"),
+    ("prompts.per_iteration", "prompts an iteration"),
+    ("rollout.n", "candidates a prompt"),
+    ("rollout.temperature", "temperature of candidates"),
+    ("judge.rubric", "rubric"),
+    ("judge.votes", "votes a candidate"),
+    ("pairing.source", "pairs by"),
+    ("dpo.init", "each delta starts from"),
+    ("dpo.reference", "DPO's reference"),
+    ("dpo.beta", "beta"),
+    ("dpo.learning_rate", "learning rate"),
+    ("dpo.epochs", "epochs"),
+)
+
+
+def html(facts: Facts) -> str:
+    """The whole page."""
+    page = _page(facts)
+    empty = _render(page, Packed("", 0, 0, None), "")
+    room = MOST_BYTES - len(empty.encode()) - 20_000  # for the notes on pairs
+    gold, note = _gold(facts)
+    packed = pack(facts.pairs, room=room, gold=gold.total if gold else None)
+    return _render(page, packed, note)
+
+
+def _gold(facts: Facts) -> tuple[Gold | None, str]:
+    """The recipe's gold scorer; it may be gone by now, and the report goes on without."""
+    name = facts.gold_name
+    if name is None or not facts.pairs:
+        return None, ""
+    try:
+        gold = load_gold(name)
+        first = facts.pairs[0].record
+        gold.total(first.prompt, first.chosen)
+    except UserError as error:
+        return None, f"Without gold scores, for the scorer cannot be used here: {error}"
+    return gold, ""
+
+
+def _page(facts: Facts) -> dict[str, Any]:
+    """All that the template shows but the pairs."""
+    script = _asset("report.js")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return {
+        "generator": GENERATOR,
+        "policy": "default-src 'none'; style-src 'unsafe-inline'; img-src data:; "
+        f"base-uri 'none'; form-action 'none'; script-src 'sha256-{digest}'",
+        "style": _asset("report.css"),
+        "script": script,
+        "facts": facts,
+        "answer": answer(facts),
+        "state": _state(facts),
+        "columns": ["model", *(name for name, _ in _columns(facts))],
+        "models": [
+            [model.title, *(text(model) for _, text in _columns(facts))] for model in facts.models
+        ],
+        "others": [row for model in facts.models for row in _others(model)],
+        "groups": [
+            (group, [(chart, svg(chart)) for chart in group.charts]) for group in groups(facts)
+        ],
+        "settings": _key_settings(facts),
+        "recipe": yaml.safe_dump(used_settings(facts), sort_keys=False, allow_unicode=True),
+        "command": facts.run.get("command"),
+        "versions": facts.run.get("versions") or {},
+        "hardware": hardware(facts),
+        "digest": facts.run.get("digest"),
+        "show_command": f"srlm-lite show pairs --adapters {shlex.quote(facts.where.name or '.')}",
+    }
+
+
+def _render(page: dict[str, Any], packed: Packed, note: str) -> str:
+    import jinja2
+
+    environment = jinja2.Environment(
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        loader=jinja2.FunctionLoader(_asset),
+    )
+    return environment.get_template("report.html.jinja").render(page, packed=packed, gold_note=note)
+
+
+@cache
+def _asset(name: str) -> str:
+    folder = resources.files("srlm_lite.report") / "templates"
+    return (folder / name).read_text(encoding="utf-8")
+
+
+def _state(facts: Facts) -> str:
+    """Of an unfinished run: how far it is."""
+    if facts.is_finished:
+        return ""
+    going = [model for model in facts.models if not model.is_done and model.number is not None]
+    text = f"Not finished: {facts.finished} of {facts.planned} iterations are done"
+    if going:
+        stages = ", ".join(going[-1].stages) or "no stage yet"
+        place = f"iteration {going[-1].number}" if going[-1].number else "the anchor"
+        text += f"; of {place}: {stages}"
+    return text + ". Run the report again later for the rest."
+
+
+def _columns(facts: Facts) -> list[tuple[str, Any]]:
+    """Columns of the table of models: a name, and the cell of a model."""
+
+    def judged(key: str) -> Any:
+        return lambda model: number(model.judge.get(key))
+
+    columns: list[tuple[str, Any]] = []
+    if facts.gold_name:
+        columns += [("gold", lambda m: _with_bounds(m.gold))]
+        columns += [("gold, greedy", lambda m: _with_bounds(m.greedy_gold))]
+    columns += [
+        ("pairwise accuracy", judged("pairwise_accuracy")),
+        ("5-best", judged("five_best")),
+        ("exact match", judged("exact_match")),
+        ("Spearman", judged("spearman")),
+        ("Kendall", judged("kendall")),
+        ("ties", judged("tie_rate")),
+        ("readable", judged("parse_rate")),
+        ("characters", lambda m: number(m.policy.get("mean_length_chars"), 0)),
+        ("cut off", lambda m: number(m.policy.get("truncated_rate"))),
+        ("pairs", lambda m: f"{len(m.iteration.pairs):,}" if m.iteration else ""),
+        ("time", lambda m: duration(m.seconds) if m.stages else ""),
+    ]
+    return columns
+
+
+def _with_bounds(estimate: Any) -> str:
+    if estimate is None:
+        return ""
+    if estimate.low is None:
+        return f"{estimate.value:.2f}"
+    return f"{estimate.value:.2f} ({estimate.low:.2f} to {estimate.high:.2f})"
+
+
+def _others(model: Model) -> list[tuple[str, str, str]]:
+    """What an evaluation has beside the judge's and the policy's figures."""
+    found: list[tuple[str, str, str]] = []
+
+    def walk(name: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, below in value.items():
+                walk(f"{name}, {key}", below)
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            found.append((model.name, name.replace("_", " "), f"{value:.4g}"))
+
+    for key, value in model.evaluation.items():
+        if key not in ("judge", "policy"):
+            walk(key, value)
+    return found
+
+
+def _key_settings(facts: Facts) -> list[tuple[str, str]]:
+    settings, found = public_settings(facts.settings), []
+    for key, name in KEY_SETTINGS:
+        value: Any = settings
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if value is not None:
+            found.append((name, str(value)))
+    return found

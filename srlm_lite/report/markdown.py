@@ -1,0 +1,69 @@
+"""A run in Markdown: what a model card says of it."""
+
+from __future__ import annotations
+
+from srlm_lite.report.answer import Answer, answer, worries
+from srlm_lite.report.charts import number
+from srlm_lite.report.facts import Facts, Model
+
+
+def markdown(facts: Facts) -> str:
+    """The answer, the table of models, and the warnings."""
+    found: Answer = answer(facts)
+    base = str((facts.settings.get("base") or {}).get("name", "")).rstrip("/").rsplit("/", 1)[-1]
+    parts = [
+        f"# {facts.name}",
+        f"{facts.method} on {base}, seed {facts.settings.get('seed', 0)}; "
+        f"{facts.finished} of {facts.planned} iterations.",
+        "\n".join(
+            [
+                f"- **Improved?** {found.headline}",
+                *(f"  - {text}" for text in found.by_how_much),
+                f"- **Cost:** {'; '.join(found.cost)}",
+                f"- **Export:** {' '.join(found.export)}",
+            ]
+        ),
+        "## Measured\n\n" + measured(facts),
+    ]
+    if warned := warned_of(facts):
+        parts.append(warned)
+    parts.append(f"Recipe digest `{facts.run.get('digest', '')}`. Made with srlm-lite.")
+    return "\n\n".join(parts) + "\n"
+
+
+def measured(facts: Facts) -> str:
+    """The table of the run's models, and what its columns mean."""
+    gold = facts.gold_name
+    names = ["model", "pairs", *(["gold"] if gold else []), "judge accuracy", "ties", "readable"]
+    names.append("mean length, characters")
+    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+    for model in facts.models:
+        judge, policy = model.judge, model.policy
+        cells = [model.name, "" if model.n_pairs is None else str(model.n_pairs)]
+        if gold:
+            cells.append(_gold(model))
+        cells += [number(judge.get(key)) for key in ("pairwise_accuracy", "tie_rate", "parse_rate")]
+        cells.append(number(policy.get("mean_length_chars"), 0))
+        lines.append("| " + " | ".join(cells) + " |")
+    notes = (
+        "Judge accuracy: share of reply pairs that the model, as judge, puts in the right order. "
+        "Readable: share of its votes that could be read."
+    )
+    if gold:
+        notes += f" Gold: `{gold}` on sampled answers to held-out prompts, with 95% intervals."
+    return "\n".join([*lines, "", notes])
+
+
+def warned_of(facts: Facts) -> str:
+    """The section of warnings, or nothing."""
+    found = worries(facts)
+    return "## Warnings\n\n" + "\n".join(f"- {text}" for text in found) if found else ""
+
+
+def _gold(model: Model) -> str:
+    gold = model.gold
+    if gold is None:
+        return ""
+    if gold.low is None or gold.high is None:
+        return number(gold.value)
+    return f"{gold.value:.2f} ({gold.low:.2f} to {gold.high:.2f})"
