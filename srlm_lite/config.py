@@ -276,6 +276,32 @@ class Dpo(Optim):
         return self
 
 
+class Gate(Section):
+    """What a model may lose before the run warns of it, or stops. It only looks at figures, so a
+    stopped run goes on with other gates."""
+
+    action: Literal["warn", "stop"] = "warn"
+    """`stop`: no iteration starts from a model that does not pass."""
+    judge_accuracy: Annotated[float, Field(ge=0, le=1)] = 0.03
+    """Largest fall of the judge's pairwise accuracy below the best model before; of this and of
+    the next two never less than chance can do with so few prompts."""
+    gold: Annotated[float, Field(ge=0)] = 0.0
+    """Largest fall of the gold score below the best model before, in points."""
+    anchor_score: Annotated[float, Field(ge=0)] = 0.0
+    """Largest fall of the score that the anchor, as judge, gives to the answers, in points."""
+    capability: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """Largest fall of a task of the capability panel below the anchor."""
+    one_score: Probability = 0.8
+    """Share of the judge's votes with one and the same score at which its grades have collapsed."""
+    readable: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Least share of readable votes."""
+    length: Annotated[float, Field(ge=0)] = 0.3
+    """Answers may have grown since the anchor by so much more, as a share of their length, than
+    their score has, as a share of the rubric's scale. The score is the anchor's."""
+    truncated: Annotated[float, Field(ge=0, le=1)] = 0.2
+    """Largest rise of the share of answers that run into the token limit."""
+
+
 class Evaluate(Section):
     """What is measured after the anchor and after each iteration."""
 
@@ -291,6 +317,9 @@ class Evaluate(Section):
     """Of the sampled answers; default: `rollout.temperature`."""
     gold: str | None = None
     """`module:function`: an external score of an answer that the model never sees."""
+    judged_answers: Annotated[int, Field(ge=0)] = 64
+    """So many of the sampled answers are graded by the model itself and by the anchor, a judge
+    that stays what it is; 0 for none."""
     ifeval: str | None = None
     """IFEval's prompts, a file of the form of its `input_data.jsonl`: how many of the instructions
     that code can check are followed, in greedy answers. Needs the extra `eval`."""
@@ -299,6 +328,7 @@ class Evaluate(Section):
     ifeval_max_new_tokens: Positive | None = None
     """Longest answer to them. Default: 1280 as in lm-evaluation-harness, or what the window leaves
     the longest of the prompts."""
+    gate: Gate = Gate()
 
 
 class Compare(Section):
@@ -476,13 +506,14 @@ class Recipe(Section):
     def identity(self) -> dict[str, Any]:
         """What makes two runs the same run: every setting that decides what is computed.
 
-        Leaves out `iterations` (a longer run continues a shorter one), name, description, what is
-        for comparisons afterwards, and the sections of other methods. A path counts by what the
-        file holds, not by where it lies.
+        Leaves out `iterations` (a longer run continues a shorter one), the gates (which only look
+        at figures), name, description, what is for comparisons afterwards, and the sections of
+        other methods. A path counts by what the file holds, not by where it lies.
         """
         others = {section for method, section in METHOD_SECTIONS.items() if method != self.method}
         left_out = {"iterations", "name", "description", *AFTERWARDS, *others}
         settings = self.model_dump(mode="json", exclude=left_out)
+        del settings["evaluate"]["gate"]
         for section, key in PATH_KEYS:
             if section not in settings:
                 continue

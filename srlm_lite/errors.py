@@ -26,3 +26,7 @@ class UserError(SrlmError):
 
 class ProofError(SrlmError):
     """An invariant of the adapter stack does not hold; the run stops before it does harm."""
+
+
+class GateError(SrlmError):
+    """A model does not pass the recipe's gates, and the recipe says to stop there."""

@@ -51,6 +51,7 @@ def make_iteration(session: Session, directory: IterationDir) -> None:
     if directory.is_done:
         return
     t, method = directory.number, method_of(session.recipe)
+    evaluation.hold_to_gates(session, t - 1)
     log = StageLog(session, directory, iteration=t)
     prompts = log.run("prompts", lambda: method.prompts(session, directory))
     candidates = log.run("candidates", lambda: method.candidates(session, directory, prompts))

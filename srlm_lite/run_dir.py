@@ -588,7 +588,8 @@ class RunDir:
                 where=str(self.path),
                 way_out="Use another directory, undo the difference, or start over with --fresh",
             )
-        if before["recipe"]["iterations"] != recipe.iterations:
+        now = recipe.model_dump(mode="json")
+        if any(_at(before["recipe"], key) != _at(now, key) for key in _MAY_CHANGE):
             self._write_run(recipe, facts)
 
     @contextmanager
@@ -691,6 +692,17 @@ class RunDir:
 
 def _adapter_files(folder: Path) -> tuple[Path, ...]:
     return folder / "adapter_model.safetensors", folder / "adapter_config.json"
+
+
+_MAY_CHANGE = (("iterations",), ("evaluate", "gate"))
+"""What of a recipe may differ when a run goes on."""
+
+
+def _at(recipe: dict[str, Any], keys: Sequence[str]) -> Any:
+    value: Any = recipe
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
 
 
 def _differences(before: Any, now: Any, prefix: str = "") -> list[str]:

@@ -34,7 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     # pure: from judgements to pairs and figures
     "judging": {"config", "errors", "records"},
     "pairing": {"config", "records"},
-    "evaluate": {"errors", "judging", "records"},
+    "evaluate": {"config", "errors", "judging", "records"},
     # torch
     "model": {"config", "errors"},
     "rollout": {"config", "errors", "model", "planning", "processes", "records"},

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from typing import Any
 import pytest
 
 from srlm_lite.config import Recipe, load_recipe
-from srlm_lite.errors import UserError
+from srlm_lite.errors import GateError, UserError
 from srlm_lite.loop import iterate
 from srlm_lite.methods import method_of
 from srlm_lite.records import TrainingStep
@@ -186,6 +187,37 @@ def test_more_iterations_continue_a_run(finished: RunDir, tmp_path: Path) -> Non
     assert shorter.last_done() == 1
     longer = run(tmp_path / "out", "iterations=2")
     assert artefacts(longer) == artefacts(finished)
+
+
+def test_a_gate_stops_the_loop_and_another_gate_lets_it_go_on(
+    finished: RunDir, tmp_path: Path
+) -> None:
+    shutil.copytree(finished.path, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out" / "iter_002")
+    # One score has a hundredth of the votes for sure: no judge passes.
+    with pytest.raises(GateError) as caught:
+        run(tmp_path / "out", "evaluate.gate.action=stop", "evaluate.gate.one_score=0.01")
+    assert "after iteration 1: the judge gives nearly every reply the score" in str(caught.value)
+    assert "--set evaluate.gate.action=warn" in str(caught.value)
+    stopped = RunDir(tmp_path / "out")
+    assert stopped.last_done() == 1
+    assert not stopped.iteration(2).path.exists()
+    assert stopped.facts()["recipe"]["evaluate"]["gate"]["action"] == "stop"
+    # Gates do not change what is computed.
+    assert artefacts(run(tmp_path / "out")) == artefacts(finished)
+
+
+def test_the_answers_are_graded_by_the_model_and_by_the_anchor(finished: RunDir) -> None:
+    first = read_json(finished.anchor.evaluation)["policy"]
+    assert first["self_score"] == first["anchor_score"]  # one and the same judge
+    policy = read_json(finished.iteration(1).evaluation)["policy"]
+    assert policy["score_scale"] == [0.0, 5.0]
+    for name in ("self", "anchor"):
+        rows = read_jsonl(finished.iteration(1).evaluation_dir / f"grades_{name}.jsonl")
+        scores = [row["score"] for row in rows if row["score"] is not None]
+        low, high = policy["intervals"][f"{name}_score"]
+        assert policy[f"{name}_score"] == pytest.approx(sum(scores) / len(scores), abs=1e-4)
+        assert low <= policy[f"{name}_score"] <= high
 
 
 def test_the_paper_s_chain_starts_each_delta_from_the_one_before(

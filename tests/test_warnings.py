@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from srlm_lite.config import Gate
+from srlm_lite.evaluate.gate import best_model, findings
 from srlm_lite.stages.evaluation import warnings
 
 
@@ -99,3 +101,90 @@ def test_a_judge_that_cannot_be_read_is_told() -> None:
     assert any("only 20% of the judge's votes" in text for text in warnings(None, now))
     now["judge"]["parse_rate"] = 0.9
     assert warnings(None, now) == []
+
+
+# --- gates ------------------------------------------------------------------------------------
+
+
+def model(accuracy: float = 0.8, **policy: Any) -> dict[str, Any]:
+    result = evaluation(accuracy=accuracy)
+    return {**result, "policy": {**result["policy"], "score_scale": [0.0, 5.0], **policy}}
+
+
+def gates(*models: dict[str, Any], **settings: Any) -> list[str]:
+    return [found.gate for found in findings(models, Gate(**settings))]
+
+
+def test_a_slow_fall_is_held_against_the_best_model_so_far() -> None:
+    # Each step of .02 is allowed, both together are not.
+    slow = [model(0.80), model(0.78), model(0.76)]
+    assert gates(*slow[:2]) == []
+    assert gates(*slow) == ["judge_accuracy"]
+    assert gates(*slow, judge_accuracy=0.05) == []
+
+
+def test_own_grades_rise_while_the_anchor_s_fall() -> None:
+    before = model(self_score=3.2, anchor_score=3.2, anchor_score_se=0.1)
+    drifted = model(self_score=3.9, anchor_score=2.9, anchor_score_se=0.1)
+    assert gates(before, drifted) == ["anchor_score"]
+    [found] = findings([before, drifted], Gate())
+    assert "own answers rose from 3.20 to 3.90" in found.text
+    assert "fell from 3.20 to 2.90" in found.text
+    # Both rise; a fall within two standard errors; a recipe that allows more.
+    assert gates(before, model(self_score=3.9, anchor_score=3.7, anchor_score_se=0.1)) == []
+    assert gates(before, model(self_score=3.9, anchor_score=3.05, anchor_score_se=0.1)) == []
+    assert gates(before, drifted, anchor_score=0.5) == []
+
+
+def test_length_may_grow_as_the_score_does() -> None:
+    anchor = model(anchor_score=2.0, mean_length_chars=100.0)
+    # 60% longer for 2 of 5 points, 40% of the scale: 20% too much, 30% are allowed.
+    assert gates(anchor, model(anchor_score=4.0, mean_length_chars=160.0)) == []
+    assert gates(anchor, model(anchor_score=2.5, mean_length_chars=160.0)) == ["length"]
+    assert gates(anchor, model(anchor_score=2.5, mean_length_chars=160.0), length=1.0) == []
+    # Two iterations of 20% each are one growth of 44%.
+    steps = [model(anchor_score=2.0, mean_length_chars=chars) for chars in (100.0, 120.0, 144.0)]
+    assert gates(*steps[:2]) == []
+    assert gates(*steps) == ["length"]
+
+
+def test_answers_that_no_longer_end() -> None:
+    assert gates(model(truncated_rate=0.1), model(truncated_rate=0.5)) == ["truncated"]
+    assert gates(model(truncated_rate=0.6), model(truncated_rate=0.7)) == []
+
+
+def panel(value: float, se: float = 0.01) -> dict[str, Any]:
+    task = {"metric": "acc", "value": value, "se": se}
+    return {**model(), "capabilities": {"tasks": {"arc_easy": task}}}
+
+
+def test_a_capability_that_falls_below_the_anchor() -> None:
+    assert gates(panel(0.70), panel(0.66)) == []
+    assert gates(panel(0.70), panel(0.64)) == ["capability"]
+    assert gates(panel(0.70), panel(0.64, se=0.04)) == []  # within two standard errors
+    assert gates(panel(0.70), panel(0.69), panel(0.64)) == ["capability"]
+    assert gates(model(), panel(0.1)) == []
+
+
+# --- the best model ---------------------------------------------------------------------------
+
+
+def test_the_best_model_is_by_gold_where_there_is_gold() -> None:
+    runs = [
+        model(gold_mean=2.0, gold_se=0.1, anchor_score=1.0),
+        model(gold_mean=4.0, gold_se=0.1, anchor_score=2.0),
+        model(gold_mean=3.8, gold_se=0.1, anchor_score=3.0),
+    ]
+    best = best_model(runs)
+    assert best is not None
+    # 4.0 - 3.8 = .2 is below 2 sqrt(.01 + .01) = .28; 4.0 - 2.0 is not.
+    assert (best.place, best.figure, best.alike) == (1, "gold_mean", (2,))
+
+
+def test_without_gold_it_is_by_the_anchor_s_grades_and_without_those_there_is_none() -> None:
+    runs = [model(anchor_score=3.0, anchor_score_se=0.1), model(anchor_score=2.0)]
+    best = best_model(runs)
+    assert best is not None
+    assert (best.place, best.figure, best.alike) == (0, "anchor_score", ())
+    assert best_model([model(anchor_score=3.0), model()]) is None
+    assert best_model([]) is None

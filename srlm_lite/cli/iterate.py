@@ -13,6 +13,7 @@ from srlm_lite.cli.facts import hardware, versions
 from srlm_lite.cli.progress import Console
 from srlm_lite.cli.tables import closing_table
 from srlm_lite.config import load_recipe
+from srlm_lite.errors import GateError
 from srlm_lite.hardware import pick_recipe
 from srlm_lite.loop import iterate
 from srlm_lite.processes import Processes, place
@@ -39,6 +40,7 @@ def run_iterate(
     if iterations is not None:
         overrides = [*overrides, f"iterations={iterations}"]
     recipe = load_recipe(recipe_name, overrides)
+    stopped: GateError | None = None
     with processes.joined(cpu=recipe.base.device == "cpu"):
         if not processes.place.leads:
             follow(processes)
@@ -57,8 +59,13 @@ def run_iterate(
             session = Session(recipe, run, console, processes)
             with console, session.leading():
                 _warn_of_idle(session)
-                iterate(session)
+                try:
+                    iterate(session)
+                except GateError as error:  # told below, when other processes have gone home
+                    stopped = error
     typer.echo(closing_table(run, recipe))
+    if stopped is not None:
+        raise stopped
     last = run.last_done()
     show = "pairs" if last else "run"
     console.say(f"next: srlm-lite show {show} --adapters {shlex.quote(str(directory))}")

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from srlm_lite.config import Recipe
 from srlm_lite.run_dir import RunDir, StageDir, read_json
+from srlm_lite.stages.evaluation import best_line
 
 
 def closing_table(run: RunDir, recipe: Recipe) -> str:
@@ -34,6 +35,9 @@ def closing_table(run: RunDir, recipe: Recipe) -> str:
             f"gold: {recipe.evaluate.gold} on sampled answers to held-out prompts, ± standard "
             "error; greedy: on greedy ones",
         )
+    best = best_line(run)
+    if best is not None:
+        lines.append(best)
     return plain_table(columns, rows) + "\n\n" + "\n".join(lines)
 
 

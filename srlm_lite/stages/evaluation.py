@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
-from srlm_lite.config import Sampling
-from srlm_lite.errors import UserError
+from srlm_lite.config import Gate, Sampling
+from srlm_lite.errors import GateError, UserError
 from srlm_lite.evaluate import ifeval
+from srlm_lite.evaluate.gate import best_model, findings
 from srlm_lite.evaluate.gold import load_gold
-from srlm_lite.evaluate.judge_metrics import calibration, collapsed_score, judge_metrics
+from srlm_lite.evaluate.intervals import interval
+from srlm_lite.evaluate.judge_metrics import calibration, judge_metrics
 from srlm_lite.evaluate.policy_metrics import policy_metrics
-from srlm_lite.records import Prompt
-from srlm_lite.run_dir import StageDir, read_json, write_json, write_records
+from srlm_lite.judging import mean_scores
+from srlm_lite.records import Candidate, Prompt
+from srlm_lite.run_dir import RunDir, StageDir, read_json, write_json, write_records
 from srlm_lite.session import Session
 from srlm_lite.stages.sampling import judge_replies, sample_candidates
 from srlm_lite.stages.seed_data import data_file, ifeval_tasks, policy_prompts, read_ranked
@@ -20,14 +24,8 @@ from srlm_lite.stages.seed_data import data_file, ifeval_tasks, policy_prompts, 
 if TYPE_CHECKING:
     from srlm_lite.model.stack import Adapter
 
-LEAST_READABLE = 0.5
-"""With a smaller share of readable votes than this, the judge is told to be no judge."""
-
 IFEVAL_TOKENS = 1280
 """Longest answer to an IFEval prompt in lm-evaluation-harness."""
-
-ACCURACY_FALL = 0.03
-"""A fall of the judge's pairwise accuracy by more than this, and more than chance, is told."""
 
 
 def evaluation(
@@ -67,7 +65,7 @@ def evaluation(
                 groups, judgements, scale=(session.rubric.min, session.rubric.max)
             ),
         },
-        "policy": _policy(session, directory, stack),
+        "policy": _policy(session, directory, stack, stack if judge is None else judge),
     }
     if recipe.evaluate.ifeval:
         result["ifeval"] = _ifeval(session, directory, stack)
@@ -75,7 +73,9 @@ def evaluation(
     return None, result
 
 
-def _policy(session: Session, directory: StageDir, stack: Sequence[Adapter]) -> dict[str, Any]:
+def _policy(
+    session: Session, directory: StageDir, stack: Sequence[Adapter], judge: Sequence[Adapter]
+) -> dict[str, Any]:
     recipe = session.recipe
     prompts = policy_prompts(recipe)
     if not prompts:
@@ -83,13 +83,13 @@ def _policy(session: Session, directory: StageDir, stack: Sequence[Adapter]) -> 
     gold = load_gold(recipe.evaluate.gold) if recipe.evaluate.gold else None
     texts = {prompt.prompt_id: prompt.text for prompt in prompts}
 
-    def answers(kind: str, *, temperature: float, n: int) -> dict[str, Any]:
+    def answers(kind: str, *, temperature: float, n: int) -> list[Candidate]:
         sampling = Sampling(
             temperature=temperature,
             top_p=recipe.rollout.top_p,
             max_new_tokens=recipe.rollout.max_new_tokens,
         )
-        rows = sample_candidates(
+        return sample_candidates(
             session,
             stack,
             prompts,
@@ -99,12 +99,65 @@ def _policy(session: Session, directory: StageDir, stack: Sequence[Adapter]) -> 
             n=n,
             seed_path=(recipe.seed, "evaluation", "policy"),
         )
-        return policy_metrics(texts, rows, gold)
 
     temperature = recipe.evaluate.temperature or recipe.rollout.temperature
     sampled = answers("sampled", temperature=temperature, n=recipe.evaluate.samples)
     greedy = answers("greedy", temperature=0.0, n=1)
-    return {**sampled, "temperature": temperature, "greedy": greedy}
+    figures = policy_metrics(texts, sampled, gold)
+    graded, ends = _grades(session, directory, judge, texts, sampled)
+    return {
+        **figures,
+        **graded,
+        "intervals": {**figures["intervals"], **ends},
+        "temperature": temperature,
+        "greedy": policy_metrics(texts, greedy, gold),
+    }
+
+
+def _grades(
+    session: Session,
+    directory: StageDir,
+    judge: Sequence[Adapter],
+    texts: Mapping[str, str],
+    answers: Sequence[Candidate],
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the model itself and the anchor, as judges, think of the first of its answers.
+
+    Returns:
+        `self_score`, `anchor_score`, their standard errors over answers, and the rubric's scale;
+        and the intervals. An external judge is one and the same for all: it is `anchor_score`.
+    """
+    recipe, run = session.recipe, session.run
+    some = [a for a in answers if a.text][: recipe.evaluate.judged_answers]
+    if not some:
+        return {}, {}
+    external = (recipe.judge.engine or recipe.rollout.engine) == "openai"
+    own = external or (len(judge) == 1 and directory.path == run.anchor.path)
+    judges: dict[str, Sequence[Adapter]] = {"anchor" if own else "self": judge}
+    if not own and run.anchor.training.is_file():
+        judges["anchor"] = session.stack(0)
+    figures: dict[str, Any] = {}
+    ends: dict[str, Any] = {}
+    for name, stack in judges.items():
+        rows = judge_replies(
+            session,
+            stack,
+            [(row.candidate_id, texts[row.prompt_id], row.text) for row in some],
+            path=directory.evaluation_dir / f"grades_{name}.jsonl",
+            stage=f"evaluation, grades of the {'model' if name == 'self' else name}",
+            votes=recipe.evaluate.votes or recipe.judge.votes,
+            chunk=recipe.rollout.chunk_prompts * recipe.rollout.n,
+            seed_path=(recipe.seed, "evaluation", "grades"),
+        )
+        found = [score for score in mean_scores(rows, min_votes=1).values() if score is not None]
+        figures[f"{name}_score"] = round(fmean(found), 4) if found else None
+        error = stdev(found) / len(found) ** 0.5 if len(found) > 1 else None
+        figures[f"{name}_score_se"] = None if error is None else round(error, 4)
+        ends[f"{name}_score"] = interval([(score, 1) for score in found])
+    if own:
+        for key in ("score", "score_se"):
+            figures[f"self_{key}"] = figures[f"anchor_{key}"]
+    return {**figures, "score_scale": [session.rubric.min, session.rubric.max]}, ends
 
 
 def _ifeval(session: Session, directory: StageDir, stack: Sequence[Adapter]) -> dict[str, Any]:
@@ -136,35 +189,59 @@ def _ifeval(session: Session, directory: StageDir, stack: Sequence[Adapter]) -> 
     return {**ifeval.ifeval_metrics(checked), "max_new_tokens": limit}
 
 
-def warnings(before: dict[str, Any] | None, now: dict[str, Any]) -> list[str]:
+def warnings(
+    before: Mapping[str, Any] | None, now: Mapping[str, Any], gate: Gate | None = None
+) -> list[str]:
     """What in an evaluation, beside the one before it, bodes ill."""
-    found = []
-    judge = now["judge"]
-    score = collapsed_score(judge["score_histogram"])
-    if score is not None:
-        found.append(
-            f"the judge gives nearly every reply the score {score}: its grades have collapsed "
-            "and say nothing; look at `srlm-lite show judgements`"
+    history = [now] if before is None else [before, now]
+    return [found.text for found in findings(history, gate or Gate())]
+
+
+def evaluations(run: RunDir, last: int | None = None) -> list[dict[str, Any]]:
+    """The evaluations of a run's models, the anchor first, up to iteration `last` or all."""
+    places: list[StageDir] = [run.anchor, *run.iterations()]
+    if last is not None:
+        places = places[: last + 1]
+    return [read_json(place.evaluation) for place in places if place.evaluation.is_file()]
+
+
+def hold_to_gates(session: Session, iteration: int) -> None:
+    """Go no further from a model that does not pass the gates, where the recipe says so.
+
+    Raises:
+        GateError: Says what happened, what to try, and how to go on.
+    """
+    gate = session.recipe.evaluate.gate
+    if gate.action == "warn":
+        return
+    found = findings(evaluations(session.run, iteration), gate)
+    if found:
+        model = f"iteration {iteration}" if iteration else "the anchor"
+        names = " ".join(f"evaluate.gate.{one.gate}" for one in found)
+        raise GateError(
+            f"after {model}: {'; '.join(one.text for one in found)}. To go on all the same: the "
+            f"same command with --set evaluate.gate.action=warn, or with another {names}"
         )
-    readable = judge.get("parse_rate")
-    if readable is not None and readable < LEAST_READABLE:
-        found.append(
-            f"only {readable:.0%} of the judge's votes can be read: give the anchor "
-            "more judge data, or raise judge.max_new_tokens"
-        )
-    accuracy = judge["pairwise_accuracy"]
-    earlier = before["judge"]["pairwise_accuracy"] if before else None
-    if accuracy is not None and earlier is not None:
-        # Two standard errors of a share near one half: fewer pairs, more patience.
-        chance = 1 / judge["pairs"] ** 0.5
-        if earlier - accuracy > max(ACCURACY_FALL, chance):
-            found.append(
-                f"the judge's pairwise accuracy fell from {earlier:.2f} to {accuracy:.2f}: later "
-                "iterations learn from worse grades"
-            )
-    gold = now["policy"].get("gold_mean")
-    gold_before = before["policy"].get("gold_mean") if before else None
-    error = now["policy"].get("gold_se") or 0.0
-    if gold is not None and gold_before is not None and gold < gold_before - 2 * error:
-        found.append(f"the gold score fell from {gold_before:.2f} to {gold:.2f}")
-    return found
+
+
+def best_line(run: RunDir) -> str | None:
+    """Which model of a run is the best, by what, and how surely; None with a single one."""
+    measured = evaluations(run)
+    best = best_model(measured)
+    if best is None or len(measured) < 2:
+        return None
+    by = {
+        "gold_mean": "the gold score of sampled answers",
+        "anchor_score": "the anchor's grades of sampled answers",
+    }[best.figure]
+    ends = "" if best.interval is None else f" [{best.interval[0]:.2f}, {best.interval[1]:.2f}]"
+    line = f"best: {_model(best.place)}, by {by}: {best.value:.2f}{ends}"
+    if best.alike:
+        line += f"; not told apart from it: {', '.join(map(_model, best.alike))}"
+    if best.place != len(measured) - 1:
+        line += f" (the last one is {_model(len(measured) - 1)})"
+    return line
+
+
+def _model(place: int) -> str:
+    return f"M{place + 1}, {f'iteration {place}' if place else 'the anchor'}"

@@ -6,9 +6,10 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from srlm_lite.run_dir import IterationDir, StageDir, read_json
+from srlm_lite.evaluate.gate import findings
+from srlm_lite.run_dir import StageDir
 from srlm_lite.session import Session
-from srlm_lite.stages.evaluation import warnings
+from srlm_lite.stages.evaluation import evaluations
 
 T = TypeVar("T")
 
@@ -38,8 +39,9 @@ class StageLog:
 
     def finish(self) -> None:
         """Warn of what the evaluation shows, and close the folder with `done.json`."""
-        for text in warnings(self._evaluation_before(), read_json(self._directory.evaluation)):
-            self._session.reporter.warn(text)
+        measured = evaluations(self._session.run, self._iteration)
+        for found in findings(measured, self._session.recipe.evaluate.gate):
+            self._session.reporter.warn(found.text)
         rows = self._finished()
         self._directory.finish(
             iteration=self._iteration,
@@ -57,10 +59,3 @@ class StageLog:
             for row in self._session.run.read_metrics()
             if row["iteration"] == self._iteration
         }
-
-    def _evaluation_before(self) -> dict[str, Any] | None:
-        if not isinstance(self._directory, IterationDir):
-            return None
-        run, number = self._session.run, self._directory.number
-        before = run.iteration(number - 1) if number > 1 else run.anchor
-        return read_json(before.evaluation)

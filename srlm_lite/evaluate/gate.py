@@ -1,0 +1,215 @@
+"""Gates: is a model worse than the recipe allows? And which model of a run is the best?
+
+Gold scores are for experiments; most runs have none. What then tells that a rising judge score is
+no gain is a yardstick that does not move: the anchor in the judge's role grades the answers of
+every model to the same held-out prompts (`policy.anchor_score`), beside the model's own grades
+(`policy.self_score`). It is blind to what it was always blind to, but it cannot drift along.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from srlm_lite.config import Gate
+from srlm_lite.evaluate.judge_metrics import collapsed_score
+
+Evaluation = Mapping[str, Any]
+"""What `eval.json` holds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """A gate that a model does not pass: what happened, and what to try."""
+
+    gate: str
+    text: str
+
+
+def findings(evaluations: Sequence[Evaluation], gate: Gate) -> list[Finding]:
+    """The gates that the last of a run's models does not pass.
+
+    Args:
+        evaluations: Of the models in order, the anchor first. What was not measured is not
+            compared.
+    """
+    *before, now = evaluations
+    return [
+        Finding(check.__name__.lstrip("_"), text)
+        for check in CHECKS
+        for text in check(before, now, gate)
+    ]
+
+
+Check = Callable[[Sequence[Evaluation], Evaluation, Gate], Iterator[str]]
+
+
+def _collapse(before: Sequence[Evaluation], now: Evaluation, gate: Gate) -> Iterator[str]:
+    score = collapsed_score(now["judge"]["score_histogram"], share=gate.one_score)
+    if score is not None:
+        yield (
+            f"the judge gives nearly every reply the score {score}: its grades have collapsed "
+            "and say nothing; look at `srlm-lite show judgements`, and give the anchor more judge "
+            "data, or a finer rubric"
+        )
+
+
+def _readable(before: Sequence[Evaluation], now: Evaluation, gate: Gate) -> Iterator[str]:
+    readable = now["judge"].get("parse_rate")
+    if readable is not None and readable < gate.readable:
+        yield (
+            f"only {readable:.0%} of the judge's votes can be read: give the anchor "
+            "more judge data, or raise judge.max_new_tokens"
+        )
+
+
+def _judge_accuracy(before: Sequence[Evaluation], now: Evaluation, gate: Gate) -> Iterator[str]:
+    known = [each["judge"].get("pairwise_accuracy") for each in before]
+    best = max((value for value in known if value is not None), default=None)
+    accuracy = now["judge"]["pairwise_accuracy"]
+    if best is None or accuracy is None:
+        return
+    # Two standard errors of a share near one half: fewer pairs, more patience.
+    chance = 1 / now["judge"]["pairs"] ** 0.5
+    if best - accuracy > max(gate.judge_accuracy, chance):
+        yield (
+            f"the judge's pairwise accuracy fell from {best:.2f} to {accuracy:.2f}: later "
+            "iterations learn from worse grades; lower dpo.learning_rate, or set dpo.init=anchor"
+        )
+
+
+def _gold(before: Sequence[Evaluation], now: Evaluation, gate: Gate) -> Iterator[str]:
+    best = _best(before, "gold_mean")
+    gold, error = now["policy"].get("gold_mean"), now["policy"].get("gold_se") or 0.0
+    if gold is not None and best is not None and best - gold > max(gate.gold, 2 * error):
+        yield (
+            f"the gold score fell from {best:.2f} to {gold:.2f}: the judge rewards something else; "
+            "stop at the best iteration, or lower dpo.learning_rate"
+        )
+
+
+def _anchor_score(before: Sequence[Evaluation], now: Evaluation, gate: Gate) -> Iterator[str]:
+    best = _best(before, "anchor_score")
+    score, error = now["policy"].get("anchor_score"), now["policy"].get("anchor_score_se") or 0.0
+    if score is None or best is None or best - score <= max(gate.anchor_score, 2 * error):
+        return
+    own_before, own = _best(before, "self_score"), now["policy"].get("self_score")
+    if own is not None and own_before is not None and own > own_before:
+        told = (
+            f"the model's grades of its own answers rose from {own_before:.2f} to {own:.2f}, while "
+            f"those of the anchor, a judge that does not drift, fell from {best:.2f} to "
+            f"{score:.2f}: it learns to please itself"
+        )
+    else:
+        told = f"the anchor's grades of the answers fell from {best:.2f} to {score:.2f}"
+    yield f"{told}; lower dpo.learning_rate, raise dpo.beta, or stop at the best iteration"
+
+
+def _length(before: Sequence[Evaluation], now: Evaluation, gate: Gate) -> Iterator[str]:
+    if not before:
+        return
+    first, last = before[0]["policy"], now["policy"]
+    lengths = first.get("mean_length_chars"), last.get("mean_length_chars")
+    scores = first.get("anchor_score"), last.get("anchor_score")
+    scale = last.get("score_scale")
+    if None in (*lengths, *scores, scale) or not lengths[0]:
+        return
+    growth = lengths[1] / lengths[0] - 1
+    gain = (scores[1] - scores[0]) / (scale[1] - scale[0])
+    if growth - max(0.0, gain) > gate.length:
+        yield (
+            f"answers have grown by {growth:.0%} since the anchor ({lengths[0]:.0f} to "
+            f"{lengths[1]:.0f} characters), their score by {gain:.0%} of the scale: part of what "
+            "the judge prefers is length; set pairing.rho=0.3 or pairing.alpha=auto"
+        )
+
+
+def _truncated(before: Sequence[Evaluation], now: Evaluation, gate: Gate) -> Iterator[str]:
+    if not before:
+        return
+    first, last = before[0]["policy"].get("truncated_rate"), now["policy"].get("truncated_rate")
+    if first is not None and last is not None and last - first > gate.truncated:
+        yield (
+            f"{last:.0%} of the answers run into the token limit, {first:.0%} did at the anchor: "
+            "they no longer end; lower dpo.learning_rate, or set dpo.nll_weight"
+        )
+
+
+def _capability(before: Sequence[Evaluation], now: Evaluation, gate: Gate) -> Iterator[str]:
+    if not before:
+        return
+    tasks = now.get("capabilities", {}).get("tasks", {})
+    first = before[0].get("capabilities", {}).get("tasks", {})
+    for name, found in tasks.items():
+        if name not in first:
+            continue
+        fall = first[name]["value"] - found["value"]
+        if fall > max(gate.capability, 2 * (found.get("se") or 0.0)):
+            yield (
+                f"{name} ({found['metric']}) fell from {first[name]['value']:.2f} at the anchor to "
+                f"{found['value']:.2f}: the model forgets; lower dpo.learning_rate, raise "
+                "dpo.beta, or set dpo.nll_weight"
+            )
+
+
+CHECKS: tuple[Check, ...] = (
+    _collapse,
+    _readable,
+    _judge_accuracy,
+    _gold,
+    _anchor_score,
+    _length,
+    _truncated,
+    _capability,
+)
+
+
+def _best(evaluations: Sequence[Evaluation], figure: str) -> float | None:
+    known = [each["policy"].get(figure) for each in evaluations]
+    return max((value for value in known if value is not None), default=None)
+
+
+@dataclass(frozen=True, slots=True)
+class Best:
+    """The best model of a run, by which figure, and the others within chance of it.
+
+    Models by their place: 0 is the anchor.
+    """
+
+    place: int
+    figure: str
+    value: float
+    interval: Sequence[float] | None
+    alike: tuple[int, ...]
+
+
+FIGURES = ("gold_mean", "anchor_score")
+"""What the policy is compared by: the first one that all models have."""
+
+
+def best_model(evaluations: Sequence[Evaluation]) -> Best | None:
+    """The model with the best answers, by the gold score or else by the anchor's grades.
+
+    A model counts as alike when the best one's figure lies within two standard errors of the
+    difference. The models answered the same prompts, so this errs on the side of caution.
+
+    Returns:
+        None where no figure was measured for all models.
+    """
+    for figure in FIGURES:
+        values = [each["policy"].get(figure) for each in evaluations]
+        if not values or None in values:
+            continue
+        error = "gold_se" if figure == "gold_mean" else "anchor_score_se"
+        errors = [each["policy"].get(error) or 0.0 for each in evaluations]
+        place = max(range(len(values)), key=lambda i: (values[i], -i))
+        alike = tuple(
+            i
+            for i, value in enumerate(values)
+            if i != place
+            and values[place] - value <= 2 * (errors[place] ** 2 + errors[i] ** 2) ** 0.5
+        )
+        interval = evaluations[place]["policy"].get("intervals", {}).get(figure)
+        return Best(place, figure, values[place], interval, alike)
+    return None
