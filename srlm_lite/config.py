@@ -328,6 +328,14 @@ class Evaluate(Section):
     ifeval_max_new_tokens: Positive | None = None
     """Longest answer to them. Default: 1280 as in lm-evaluation-harness, or what the window leaves
     the longest of the prompts."""
+    tasks: tuple[str, ...] = ()
+    """Capability panel: tasks of lm-evaluation-harness by name, on the model in memory. Needs the
+    extra `eval`."""
+    tasks_dir: str | None = None
+    """Directory with tasks of your own, YAML files in the harness's format; their data may be local
+    files."""
+    tasks_limit: Positive | None = None
+    """At most so many items a task."""
     gate: Gate = Gate()
 
 
@@ -556,6 +564,7 @@ PATH_KEYS = (
     ("evaluate", "ifeval"),
     ("compare", "template"),
     ("mt_bench", "template"),
+    ("evaluate", "tasks_dir"),
 )
 """Settings that may be paths: relative ones start at the recipe's own directory, or else at the
 working directory; what is in neither stays as it is."""

@@ -101,6 +101,27 @@ def test_data_of_the_same_name_is_told_apart_by_content(
     assert [len(found) for found in places] == [1, 2]
 
 
+def test_a_capability_panel_on_an_existing_run(
+    evaluate: Evaluate, out: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "whales.jsonl"
+    row = {"question": "give me facts about the whale", "choices": ["facts", "moon"], "answer": 0}
+    data.write_text(f"{json.dumps(row)}\n" * 3, encoding="utf-8")
+    (tmp_path / "whales.yaml").write_text(
+        "task: whales\ndataset_path: json\ntest_split: test\noutput_type: multiple_choice\n"
+        f"dataset_kwargs: {{data_files: {{test: {data}}}}}\n"
+        "doc_to_text: '{{question}}'\ndoc_to_target: '{{answer}}'\n"
+        "doc_to_choice: '{{choices}}'\n",
+        encoding="utf-8",
+    )
+    done = evaluate("--set", "evaluate.tasks=[whales]", "--set", f"evaluate.tasks_dir={tmp_path}")
+    assert done.exit_code == 0, done.output
+    # Three times the same item: all right or all wrong.
+    assert re.search(r"^capabilities tasks whales value +(0|1)\.0$", done.stdout, re.MULTILINE), (
+        done.stdout
+    )
+
+
 def test_settings_that_make_another_model_are_refused(evaluate: Evaluate) -> None:
     done = evaluate("--set", "dpo.beta=0.2")
     assert isinstance(done.exception, UserError)

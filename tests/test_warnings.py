@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from srlm_lite.config import Gate
-from srlm_lite.evaluate.gate import best_model, findings
+from srlm_lite.evaluate.gate import CHECKS, best_model, findings
 from srlm_lite.stages.evaluation import warnings
 
 
@@ -188,3 +188,7 @@ def test_without_gold_it_is_by_the_anchor_s_grades_and_without_those_there_is_no
     assert (best.place, best.figure, best.alike) == (0, "anchor_score", ())
     assert best_model([model(anchor_score=3.0), model()]) is None
     assert best_model([]) is None
+
+
+def test_a_finding_is_named_as_its_setting_is() -> None:
+    assert {check.__name__.lstrip("_") for check in CHECKS} < set(Gate.model_fields)

@@ -45,7 +45,7 @@ def findings(evaluations: Sequence[Evaluation], gate: Gate) -> list[Finding]:
 Check = Callable[[Sequence[Evaluation], Evaluation, Gate], Iterator[str]]
 
 
-def _collapse(before: Sequence[Evaluation], now: Evaluation, gate: Gate) -> Iterator[str]:
+def _one_score(before: Sequence[Evaluation], now: Evaluation, gate: Gate) -> Iterator[str]:
     score = collapsed_score(now["judge"]["score_histogram"], share=gate.one_score)
     if score is not None:
         yield (
@@ -142,7 +142,7 @@ def _capability(before: Sequence[Evaluation], now: Evaluation, gate: Gate) -> It
     tasks = now.get("capabilities", {}).get("tasks", {})
     first = before[0].get("capabilities", {}).get("tasks", {})
     for name, found in tasks.items():
-        if name not in first:
+        if name not in first or not found.get("higher_is_better", True):
             continue
         fall = first[name]["value"] - found["value"]
         if fall > max(gate.capability, 2 * (found.get("se") or 0.0)):
@@ -154,7 +154,7 @@ def _capability(before: Sequence[Evaluation], now: Evaluation, gate: Gate) -> It
 
 
 CHECKS: tuple[Check, ...] = (
-    _collapse,
+    _one_score,
     _readable,
     _judge_accuracy,
     _gold,

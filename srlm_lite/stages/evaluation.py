@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +70,8 @@ def evaluation(
     }
     if recipe.evaluate.ifeval:
         result["ifeval"] = _ifeval(session, directory, stack)
+    if recipe.evaluate.tasks:
+        result["capabilities"] = _capabilities(session, directory, stack)
     write_json(directory.evaluation, result)
     return None, result
 
@@ -187,6 +190,31 @@ def _ifeval(session: Session, directory: StageDir, stack: Sequence[Adapter]) -> 
     checked = [ifeval.check(task, answer.text) for task, answer in zip(tasks, answers, strict=True)]
     write_records(directory.evaluation_dir / "ifeval.jsonl", checked)
     return {**ifeval.ifeval_metrics(checked), "max_new_tokens": limit}
+
+
+def _capabilities(
+    session: Session, directory: StageDir, stack: Sequence[Adapter]
+) -> dict[str, Any]:
+    from srlm_lite.model.harness import run_tasks
+
+    path, recipe = directory.evaluation_dir / "capabilities.json", session.recipe
+    if path.is_file():
+        return read_json(path)
+    section = recipe.evaluate
+    session.close_engines()
+    session.reporter.start("evaluation, capabilities", len(section.tasks), "tasks")
+    found = run_tasks(
+        session.slot,
+        session.base,
+        stack,
+        section.tasks,
+        folder=Path(section.tasks_dir) if section.tasks_dir else None,
+        limit=section.tasks_limit,
+        window=recipe.base.window,
+        batch_rows=2 * recipe.dpo.micro_batch_size,
+    )
+    write_json(path, found)
+    return found
 
 
 def warnings(

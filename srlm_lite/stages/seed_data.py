@@ -130,6 +130,8 @@ def check_inputs(recipe: Recipe) -> None:
         load_gold(recipe.evaluate.gold)
     if recipe.evaluate.ifeval is not None:
         ifeval_tasks(recipe)
+    if recipe.evaluate.tasks:
+        ifeval.check_installed()
     trained = recipe.anchor.init == "base"
     if (trained and recipe.anchor.use_ift) or recipe.prompts.source == "self-instruct":
         read_ift(recipe)
