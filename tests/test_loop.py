@@ -213,10 +213,13 @@ def test_the_answers_are_graded_by_the_model_and_by_the_anchor(finished: RunDir)
     policy = read_json(finished.iteration(1).evaluation)["policy"]
     assert policy["score_scale"] == [0.0, 5.0]
     for name in ("self", "anchor"):
-        rows = read_jsonl(finished.iteration(1).evaluation_dir / f"grades_{name}.jsonl")
-        scores = [row["score"] for row in rows if row["score"] is not None]
+        votes: dict[str, list[float]] = {}
+        for row in read_jsonl(finished.iteration(1).evaluation_dir / f"grades_{name}.jsonl"):
+            if row["score"] is not None:
+                votes.setdefault(row["candidate_id"], []).append(row["score"])
+        means = [sum(scores) / len(scores) for scores in votes.values()]
         low, high = policy["intervals"][f"{name}_score"]
-        assert policy[f"{name}_score"] == pytest.approx(sum(scores) / len(scores), abs=1e-4)
+        assert policy[f"{name}_score"] == pytest.approx(sum(means) / len(means), abs=1e-4)
         assert low <= policy[f"{name}_score"] <= high
 
 
