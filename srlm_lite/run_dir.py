@@ -430,6 +430,11 @@ class ComparisonsDir:
         """A pointwise judge's votes on such replies."""
         return self.path / "judgements" / f"{name}.jsonl"
 
+    def finished(self) -> list[ComparisonDir]:
+        """Those that have a result, by name."""
+        found = map(ComparisonDir, sorted(self.path.iterdir()) if self.path.is_dir() else [])
+        return [one for one in found if one.result.is_file()]
+
     def comparison(self, name: str) -> ComparisonDir:
         """One head to head."""
         return ComparisonDir(self.path / name)

@@ -309,6 +309,57 @@ def test_a_measured_base_stands_before_the_anchor(run: RunDir) -> None:
     assert "| base |" in markdown(facts)
 
 
+def add_duel(run: RunDir, name: str, judge: str, low: float, high: float) -> None:
+    """M2 against the anchor, with a win rate of 60 percent."""
+    rate = {"value": 60.0, "low": low, "high": high}
+    result = {
+        "model": "iteration 1",
+        "baseline": "anchor",
+        "judge": {"name": judge},
+        "source": "held-out prompts of the run",
+        "wins": {"count": 10},
+        "ties": {"count": 4},
+        "losses": {"count": 6},
+        "win_rate": rate,
+        "length_controlled": {**rate, "value": 55.0},
+        "gold": None,
+    }
+    place = run.comparisons.comparison(name)
+    place.path.mkdir(parents=True)
+    write_json(place.result, result)
+
+
+def test_without_gold_a_head_to_head_answers(tmp_path: Path) -> None:
+    run = new_run(tmp_path / "out", "evaluate.gold=null")
+    add_anchor(run, evaluation(gold=None))
+    add_iteration(run, 1, some_pairs(5), measured=evaluation(gold=None))
+    add_duel(run, "a", "iteration 1", 40.0, 75.0)
+    found = answer(gather(run))
+    assert (found.improved, found.headline) == (
+        "unclear",
+        "Not shown: M2 wins 60% of the prompts against M1 (95% interval 40 to 75), judged by "
+        "iteration 1.",
+    )
+    assert any("may like its own style" in text for text in found.by_how_much)
+    add_duel(run, "b", "gpt@https://judge.example/v1", 51.0, 69.0)  # a judge from outside
+    found = answer(gather(run))
+    assert found.improved == "yes" and "gpt@" in found.headline
+    assert found.by_how_much[0] == "length-controlled: 55%"
+    assert not any("own style" in text for text in found.by_how_much)
+    (run.comparisons.comparison("half").path).mkdir()  # one that is not finished
+    facts = gather(run)
+    chart = next(c for g in groups(facts) for c in g.charts if c.slug == "duels-1")
+    assert [one.name for one in chart.series] == [
+        "by iteration 1",
+        "by iteration 1, length-controlled",
+        "by gpt@https://judge.example/v1",
+        "by gpt@https://judge.example/v1, length-controlled",
+    ]
+    assert chart.table[1][:3] == ("M2", "60.0", "40.0 to 75.0")
+    page = html(facts)
+    assert "10 / 4 / 6" in page and "60.0 (51.0 to 69.0)" in page
+
+
 def test_a_gold_scorer_that_is_gone_is_said(tmp_path: Path) -> None:
     run = new_run(tmp_path / "out", "evaluate.gold=no_such_module:gold")
     add_anchor(run)

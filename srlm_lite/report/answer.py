@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from srlm_lite.report.facts import Estimate, Facts, Model
+from srlm_lite.report.facts import Duel, Estimate, Facts, Model
 from srlm_lite.stages.evaluation import warnings
 
 LENGTH_GROWTH = 1.3
@@ -61,6 +61,9 @@ def _improvement(facts: Facts) -> tuple[Improved, str, tuple[str, ...]]:
         text = "No iteration is finished and measured yet: there is only the anchor."
         return "unknown", text, (_standing(first),)
     details = [*_sides(first, chosen)]
+    duel = _duel(facts, chosen)
+    if (first.gold is None or chosen.gold is None) and duel and duel.win_rate:
+        return _by_duel(duel, duel.win_rate, chosen, details)
     if first.gold is None or chosen.gold is None:
         text = (
             "Not known: the recipe names no gold scorer, and the judge's own grades cannot tell. "
@@ -79,6 +82,36 @@ def _improvement(facts: Facts) -> tuple[Improved, str, tuple[str, ...]]:
     if difference.high < 0:
         return "no", f"No, it got worse: {rose}.", tuple(details)
     return "unclear", f"Not shown: {rose}. The interval includes no change.", tuple(details)
+
+
+def _duel(facts: Facts, model: Model) -> Duel | None:
+    """A head to head of the model with the anchor: by a judge from outside, if there is one."""
+    found = [one for one in facts.duels if one.iteration == model.number]
+    found = [one for one in found if one.baseline == "anchor" and one.win_rate]
+    return min(found, key=_is_of_the_run, default=None)
+
+
+def _is_of_the_run(duel: Duel) -> bool:
+    return duel.judge == "anchor" or duel.judge.startswith("iteration ")
+
+
+def _by_duel(
+    duel: Duel, rate: Estimate, model: Model, details: list[str]
+) -> tuple[Improved, str, tuple[str, ...]]:
+    wins = f"{model.name} wins {rate.value:.0f}% of the prompts against M1"
+    if rate.low is not None and rate.high is not None:
+        wins += f" (95% interval {rate.low:.0f} to {rate.high:.0f})"
+    wins += f", judged by {duel.judge}"
+    fair = duel.length_controlled
+    if fair:
+        details = [f"length-controlled: {fair.value:.0f}%", *details]
+    if _is_of_the_run(duel):
+        details = [*details, "the judge is a model of this run: it may like its own style"]
+    if rate.low is not None and rate.low > 50:
+        return "yes", f"Yes: {wins}.", tuple(details)
+    if rate.high is not None and rate.high < 50:
+        return "no", f"No, it got worse: {wins}.", tuple(details)
+    return "unclear", f"Not shown: {wins}.", tuple(details)
 
 
 def interval(estimate: Estimate) -> str:

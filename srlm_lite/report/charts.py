@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 from statistics import fmean
@@ -103,6 +103,13 @@ def groups(facts: Facts) -> list[Group]:
             "Answers",
             "Of each model on the same held-out prompts. Bars are 95% intervals over prompts.",
             _drawn(_gold(facts), _criteria(facts), _lengths(facts)),
+        ),
+        Group(
+            "duels",
+            "Head to head",
+            "Answers of two models to the same prompts, as srlm-lite compare had them judged: "
+            "wins in percent, a tie is half a win. At 50 percent neither is better.",
+            _drawn(*_duels(facts)),
         ),
         Group(
             "judging",
@@ -243,6 +250,47 @@ def _lengths(facts: Facts) -> Chart | None:
         tuple(series),
         note="Means. Chosen and rejected: of the pairs made from this model's answers.",
         digits=0,
+    )
+
+
+def _duels(facts: Facts) -> list[Chart]:
+    """For each baseline, the win rates of the run's iterations against it by each judge."""
+    several = len({duel.result.get("source") for duel in facts.duels}) > 1
+    against: dict[str, dict[str, dict[int, Estimate]]] = {}
+    for duel in facts.duels:
+        if duel.iteration is None:
+            continue
+        judge = f"by {duel.judge}" + (f", {duel.result.get('source')}" if several else "")
+        rates = against.setdefault(duel.baseline, {})
+        for name, rate in (
+            (judge, duel.win_rate),
+            (f"{judge}, length-controlled", duel.length_controlled),
+        ):
+            if rate is not None:
+                rates.setdefault(name, {})[duel.iteration] = rate
+    return [
+        Chart(
+            f"duels-{i}",
+            f"Win rate against {baseline}",
+            "lines",
+            "model",
+            "percent of prompts",
+            tuple(_by_iteration(name, rates) for name, rates in by_judge.items()),
+            y_range=(0, 100),
+            digits=1,
+        )
+        for i, (baseline, by_judge) in enumerate(against.items(), start=1)
+    ]
+
+
+def _by_iteration(name: str, values: Mapping[int, Estimate]) -> Series:
+    found = sorted(values.items())
+    return Series(
+        name,
+        tuple(f"M{t + 1}" for t, _ in found),
+        tuple(one.value for _, one in found),
+        tuple(one.low for _, one in found),
+        tuple(one.high for _, one in found),
     )
 
 

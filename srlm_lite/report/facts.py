@@ -6,6 +6,7 @@ meanwhile; what an older run does not have is left empty.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -193,6 +194,40 @@ class Model:
 
 
 @dataclass(frozen=True, slots=True)
+class Duel:
+    """A head to head: the model's win rate against the baseline, in percent."""
+
+    model: str
+    """`iteration 2`, `anchor`, `base`, or of another run or file."""
+    baseline: str
+    judge: str
+    result: Mapping[str, Any]
+    """All of it."""
+
+    @property
+    def iteration(self) -> int | None:
+        """Of the model, where it is one of this run's iterations."""
+        match = re.fullmatch(r"iteration (\d+)", self.model)
+        return int(match[1]) if match else None
+
+    @property
+    def win_rate(self) -> Estimate | None:
+        """A tie is half a win."""
+        return _rate(self.result.get("win_rate"))
+
+    @property
+    def length_controlled(self) -> Estimate | None:
+        """As if both replies were equally long."""
+        return _rate(self.result.get("length_controlled"))
+
+
+def _rate(found: Mapping[str, Any] | None) -> Estimate | None:
+    if not found or found.get("value") is None:
+        return None
+    return Estimate(found["value"], found.get("low"), found.get("high"))
+
+
+@dataclass(frozen=True, slots=True)
 class Facts:
     """All that a report says of a run."""
 
@@ -203,6 +238,8 @@ class Facts:
     """`run.json`."""
     models: tuple[Model, ...]
     """Those of which there is anything yet, in order; the base where it has been measured."""
+    duels: tuple[Duel, ...] = ()
+    """Head to heads of its models and others, as `srlm-lite compare` has left them."""
 
     @property
     def name(self) -> str:
@@ -281,7 +318,9 @@ def gather(run: RunDir, *, last: int | None = None, texts: bool = True) -> Facts
             stages = rows.get(place.number, {})
             iteration = _iteration(place, votes) if texts else Iteration(place.number)
             models.append(_model(place.number, place, stages, iteration))
-    return Facts(run.path, facts["recipe"], facts, tuple(models))
+    results = [read_json(place.result) for place in run.comparisons.finished()]
+    duels = tuple(Duel(one["model"], one["baseline"], one["judge"]["name"], one) for one in results)
+    return Facts(run.path, facts["recipe"], facts, tuple(models), duels)
 
 
 def _model(

@@ -20,7 +20,7 @@ from srlm_lite.evaluate.gold import Gold, load_gold
 from srlm_lite.report.answer import answer, duration, hardware
 from srlm_lite.report.charts import groups, number
 from srlm_lite.report.draw import svg
-from srlm_lite.report.facts import Facts, Model, public_settings, used_settings
+from srlm_lite.report.facts import Duel, Estimate, Facts, Model, public_settings, used_settings
 from srlm_lite.report.pack import Packed, pack
 
 MOST_BYTES = 5_000_000
@@ -90,6 +90,7 @@ def _page(facts: Facts) -> dict[str, Any]:
             [model.title, *(text(model) for _, text in _columns(facts))] for model in facts.models
         ],
         "others": [row for model in facts.models for row in _others(model)],
+        "duels": [_duel(one) for one in facts.duels],
         "groups": [
             (group, [(chart, svg(chart)) for chart in group.charts]) for group in groups(facts)
         ],
@@ -161,12 +162,29 @@ def _columns(facts: Facts) -> list[tuple[str, Any]]:
     return columns
 
 
-def _with_bounds(estimate: Any) -> str:
+def _with_bounds(estimate: Estimate | None, digits: int = 2) -> str:
     if estimate is None:
         return ""
-    if estimate.low is None:
-        return f"{estimate.value:.2f}"
-    return f"{estimate.value:.2f} ({estimate.low:.2f} to {estimate.high:.2f})"
+    if estimate.low is None or estimate.high is None:
+        return f"{estimate.value:.{digits}f}"
+    ends = f"{estimate.low:.{digits}f} to {estimate.high:.{digits}f}"
+    return f"{estimate.value:.{digits}f} ({ends})"
+
+
+def _duel(duel: Duel) -> tuple[str, ...]:
+    """A row of the table of head to heads."""
+    result = duel.result
+    counts = [str((result.get(key) or {}).get("count", "")) for key in ("wins", "ties", "losses")]
+    gold = ((result.get("gold") or {}).get("win_rate") or {}).get("value")
+    return (
+        f"{duel.model} against {duel.baseline}",
+        duel.judge,
+        str(result.get("source", "")),
+        " / ".join(counts),
+        _with_bounds(duel.win_rate, 1),
+        _with_bounds(duel.length_controlled, 1),
+        number(gold, 1),
+    )
 
 
 def _others(model: Model) -> list[tuple[str, str, str]]:

@@ -62,7 +62,7 @@
   function body(pair) {
     const made = element("div", "body");
     const facts = [pair.id];
-    if (pair.from) facts.push(pair.from);
+    if (pair.from) facts.push(pair.from === "judge" ? "a pair of judgements" : pair.from);
     if (pair.gold) facts.push("gold order: " + (pair.gold === "right" ? "the same" : pair.gold));
     if (pair.w[0] !== 1) facts.push("weight " + shown(pair.w[0]));
     if (pair.w[1] !== 0) facts.push("smoothing " + shown(pair.w[1]));
