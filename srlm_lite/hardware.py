@@ -43,3 +43,23 @@ def choose_recipe(devices: list[Gpu]) -> tuple[str, str]:
 def pick_recipe() -> tuple[str, str]:
     """`choose_recipe` for this machine."""
     return choose_recipe(gpus())
+
+
+def device_name(device: str) -> str:
+    """The first GPU's name; or the processor's, with the number of its cores."""
+    import os
+
+    return gpus()[0].name if device == "cuda" else f"{processor()}, {os.cpu_count()} cores"
+
+
+def processor() -> str:
+    """The model's name; Linux alone says it in a file."""
+    import platform
+    from pathlib import Path
+
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()

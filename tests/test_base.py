@@ -19,7 +19,7 @@ from bitsandbytes.nn import Linear4bit
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from peft import LoraConfig, get_peft_model
 from tokenizers import pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from srlm_lite.config import Base
 from srlm_lite.errors import UserError
@@ -508,3 +508,25 @@ def relative_lora_gradient_error(
 
 def test_the_optional_bitsandbytes_kernel_is_not_missed_aloud() -> None:
     assert logging.getLogger("bitsandbytes.backends.cpu.ops").getEffectiveLevel() >= logging.ERROR
+
+
+def test_nf4_read_tensor_by_tensor_is_what_transformers_makes_of_it(tiny_base_dir: Path) -> None:
+    """Packed weights, scales and their scales: bit for bit."""
+    loaded = load_base(Base(name=str(tiny_base_dir), quantization="nf4", device="cpu"))
+    stock = AutoModelForCausalLM.from_pretrained(
+        tiny_base_dir,
+        dtype=loaded.dtype,
+        device_map={"": "cpu"},
+        quantization_config=BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=loaded.dtype,
+        ),
+    )
+    ours, theirs = loaded.model.state_dict(), stock.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert any(name.endswith("nested_absmax") for name in ours)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert loaded.model.is_quantized
+    assert loaded.model.name_or_path == str(tiny_base_dir)

@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "tasks": set(),
     "config": {"errors"},
     "processes": {"errors"},
-    "planning": {"config", "errors", "hardware"},
+    "planning": {"config", "errors", "hardware", "judging", "model"},
     # files
     "run_dir": {"config", "errors", "records"},
     "data": {"errors", "records", "run_dir"},
@@ -103,6 +103,7 @@ ALLOWED: dict[str, set[str]] = {
         "config",
         "errors",
         "evaluate",
+        "hardware",
         "judging",
         "loop",
         "methods",

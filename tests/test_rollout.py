@@ -14,6 +14,7 @@ from srlm_lite.config import Base, Lora
 from srlm_lite.model.base import LoadedBase, load_base
 from srlm_lite.model.chat import ChatFormat
 from srlm_lite.model.stack import Adapter, Slot
+from srlm_lite.planning.memory import MOST_ROWS
 from srlm_lite.rollout import memory, transformers_engine, tree
 from srlm_lite.rollout.attention import attention, merged, plain_attention
 from srlm_lite.rollout.nucleus import draw, largest, most_probable, uniforms
@@ -473,8 +474,8 @@ def test_the_batch_follows_the_devices_memory(
     weights = sum(p.numel() * 4 for p in engine._model.parameters())
     vocabulary = engine._model.config.vocab_size
     row = 512 * 100 + vocabulary * 16
-    monkeypatch.setattr(memory, "_memory", lambda device: weights + 2 * 10 * row + 5)
+    monkeypatch.setattr(memory, "memory_of", lambda device: weights + 2 * 10 * row + 5)
     assert memory.rows_that_fit(engine._model, tokens=100) == 10
     assert memory.rows_that_fit(engine._model, tokens=10**9) == 1
-    monkeypatch.setattr(memory, "_memory", lambda device: 10**15)
-    assert memory.rows_that_fit(engine._model, tokens=100) == memory.MOST_ROWS
+    monkeypatch.setattr(memory, "memory_of", lambda device: 10**15)
+    assert memory.rows_that_fit(engine._model, tokens=100) == MOST_ROWS

@@ -16,14 +16,11 @@ from __future__ import annotations
 
 import json
 import math
-import multiprocessing
 import os
 import shutil
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +31,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from srlm_lite.bench.machine import apart, resident_peak
 from srlm_lite.config import Base, Lora
 from srlm_lite.errors import UserError
 from srlm_lite.model import parity
@@ -111,7 +109,7 @@ def bench_export(
         for name, (way, quantized) in ways.items():
             task.note(name)
             job = Job(folder, paths, scratch / "out", quantized)
-            measured[name] = _apart(way, job)
+            measured[name] = apart(way, job)
             shutil.rmtree(job.out)
             task.advance()
         shards = Checkpoint(folder).shards
@@ -173,29 +171,6 @@ def random_adapter(folder: Path, *, seed: int, share: float) -> Adapter:
     return Adapter(rank=RANK, alpha=float(RANK), factors=factors)
 
 
-def _apart(way: Callable[[Job], dict[str, Any]], job: Job) -> dict[str, Any]:
-    """Run a way in a fresh process, so that its peak of memory is its own."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context, initializer=_quiet) as pool:
-        return pool.submit(way, job).result()
-
-
-def _quiet() -> None:
-    """Leave the terminal to the one bar of the benchmark."""
-    hf.utils.logging.set_verbosity_error()
-    hf.utils.logging.disable_progress_bar()
-    warnings.simplefilter("ignore")
-
-
-def _peak() -> int | None:
-    """The most memory this process has held, in bytes, mapped files included."""
-    status = Path("/proc/self/status")
-    if not status.is_file():
-        return None
-    line = next(row for row in status.read_text().splitlines() if row.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
-
-
 def _copy(job: Job) -> dict[str, Any]:
     begin = time.monotonic()
     shutil.copytree(job.base, job.out)
@@ -203,7 +178,11 @@ def _copy(job: Job) -> dict[str, Any]:
     for file in job.out.iterdir():
         with file.open("rb") as opened:
             os.fsync(opened.fileno())
-    return {"seconds": time.monotonic() - begin, "unflushed_s": plain, "peak_bytes": _peak()}
+    return {
+        "seconds": time.monotonic() - begin,
+        "unflushed_s": plain,
+        "peak_bytes": resident_peak(),
+    }
 
 
 def _ours(job: Job) -> dict[str, Any]:
@@ -215,7 +194,7 @@ def _ours(job: Job) -> dict[str, Any]:
     tied = model.all_tied_weights_keys if model.config.tie_word_embeddings else {}
     merges = plan(weights.checkpoint, stack, tied=tied, dtype=DTYPE)
     write(merges, weights, job.out)
-    seconds, peak = time.monotonic() - begin, _peak()
+    seconds, peak = time.monotonic() - begin, resident_peak()
     export = Checkpoint(job.out)
     check = parity.TensorCheck(merges, stack, export)
     texts = [list(range(7 * i, 7 * i + 48)) for i in range(6)]
@@ -226,7 +205,7 @@ def _ours(job: Job) -> dict[str, Any]:
         "seconds": seconds,
         "peak_bytes": peak,
         "with_parity_s": time.monotonic() - begin,
-        "with_parity_peak_bytes": _peak(),
+        "with_parity_peak_bytes": resident_peak(),
         "tensor_error": check.error,
         "mean_kl": row.mean_kl,
         **_left(job, export.read, weights.read),
@@ -243,7 +222,7 @@ def _peft(job: Job) -> dict[str, Any]:
     for path in job.adapters:
         model = PeftModel.from_pretrained(model, path).merge_and_unload()
     model.save_pretrained(job.out)
-    seconds, peak = time.monotonic() - begin, _peak()
+    seconds, peak = time.monotonic() - begin, resident_peak()
     read = _expanded(model) if job.four_bit else Checkpoint(job.out).read
     weights = _weights(job, empty)
     return {"seconds": seconds, "peak_bytes": peak, **_left(job, read, weights.read)}

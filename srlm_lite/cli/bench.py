@@ -234,6 +234,105 @@ def gpu_text(result: dict[str, Any]) -> str:
     )
 
 
+@app.command()
+def plan(
+    recipe: Annotated[
+        str, typer.Option(help="Whose phases, with what it sets; shipped name or path.")
+    ] = "smollm2-135m-demo",
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Override a setting: dpo.beta=0.2", metavar="KEY=VALUE"),
+    ] = None,
+    phases: Annotated[
+        str | None, typer.Option(help="Which, separated by commas.", metavar="NAMES")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Predicted against measured peak memory: each phase in a process of its own, at its longest.
+
+    Its tokens a second are kept for the times that `srlm-lite plan` gives.
+    """
+    from srlm_lite.bench.plan import bench_plan
+    from srlm_lite.cli.progress import Console
+    from srlm_lite.config import load_recipe
+
+    names = [name.strip() for name in phases.split(",")] if phases else None
+    console = Console()
+    with console:
+        result = bench_plan(load_recipe(recipe, set_ or ()), phases=names, reporter=console)
+    show("plan", result, _plan_text, as_json=json_)
+
+
+def _plan_text(result: dict[str, Any]) -> str:
+    from srlm_lite.cli.tables import plain_table
+
+    rows = [
+        [
+            name,
+            _gigabytes(row["predicted_bytes"]),
+            _gigabytes(row["measured_bytes"]),
+            "-" if row["error"] is None else f"{row['error']:+.1%}",
+            _gigabytes(row["libraries_bytes"]),
+            f"{row['seconds']:.0f}",
+        ]
+        for name, row in result["phases"].items()
+    ]
+    quantized = "" if result["quantization"] == "none" else f"{result['quantization']}, "
+    return "\n".join(
+        [
+            f"{result['recipe']}: {result['base']}, {quantized}{result['bits']} bit, window "
+            f"{result['window']}; {result['device']}, {result['threads']} threads",
+            plain_table(
+                ["phase", "predicted GB", "measured GB", "error", "libraries GB", "s"], rows
+            ),
+            "",
+        ]
+    )
+
+
+@app.command()
+def load(
+    base: Annotated[
+        str,
+        typer.Option(
+            help="As in a recipe, or `random`: a Llama of 1.1 billion random parameters (2.2 GB)."
+        ),
+    ] = "random",
+    json_: Json = False,
+) -> None:
+    """Loading a base in NF4 on the CPU: the peak of memory, beside transformers' own way."""
+    from srlm_lite.bench.load import bench_load
+    from srlm_lite.cli.progress import Console
+
+    console = Console()
+    with console:
+        result = bench_load(base, reporter=console)
+    show("load", result, _load_text, as_json=json_)
+
+
+def _load_text(result: dict[str, Any]) -> str:
+    from srlm_lite.cli.tables import plain_table
+
+    keys = ("before_bytes", "peak_bytes", "own_peak_bytes", "after_bytes", "model_bytes")
+    rows = [
+        [name, f"{way['seconds']:.1f}", *(_gigabytes(way.get(key)) for key in keys)]
+        for name, way in result["ways"].items()
+    ]
+    columns = ["way", "s", "before", "peak", "peak, own memory", "after", "model"]
+    return "\n".join(
+        [
+            f"{result['base']}: {_gigabytes(result['bytes'])} GB of weights, largest file "
+            f"{_gigabytes(result['largest_shard_bytes'])} GB, largest tensor "
+            f"{_gigabytes(result['largest_tensor_bytes'])} GB; memory of the process in GB",
+            plain_table(columns, rows),
+        ]
+    )
+
+
+def _gigabytes(count: int | None) -> str:
+    return "-" if count is None else f"{count / 1e9:.2f}"
+
+
 def _export_text(result: dict[str, Any]) -> str:
     from srlm_lite.cli.tables import plain_table
 

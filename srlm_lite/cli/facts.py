@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
-from srlm_lite.hardware import gpus
+from srlm_lite.hardware import gpus, processor
 
 PACKAGES = (
     "srlm-lite",
@@ -37,17 +36,7 @@ def hardware() -> dict[str, Any]:
     """Processor, cores and GPUs."""
     return {
         "machine": platform.machine(),
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "gpus": [{"name": gpu.name, "gigabytes": gpu.gigabytes} for gpu in gpus()],
     }
-
-
-def _processor() -> str:
-    """The model's name; Linux alone says it in a file."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()

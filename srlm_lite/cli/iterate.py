@@ -10,6 +10,7 @@ from pathlib import Path
 import typer
 
 from srlm_lite.cli.facts import hardware, versions
+from srlm_lite.cli.plan import refuse_what_cannot_fit
 from srlm_lite.cli.progress import Console
 from srlm_lite.cli.tables import closing_table
 from srlm_lite.config import load_recipe
@@ -29,6 +30,7 @@ def run_iterate(
     iterations: int | None,
     overrides: Sequence[str],
     fresh: bool,
+    planned: bool = True,
 ) -> None:
     """Open or resume the run, go through the loop, and close with its table."""
     processes = Processes(place())
@@ -46,6 +48,8 @@ def run_iterate(
             follow(processes)
             return
         check_inputs(recipe)
+        if planned:
+            refuse_what_cannot_fit(recipe)
         facts = {
             "versions": versions(),
             "hardware": hardware(),

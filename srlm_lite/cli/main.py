@@ -50,6 +50,9 @@ def iterate(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Delete the run in DIR and start over.")
     ] = False,
+    no_plan: Annotated[
+        bool, typer.Option("--no-plan", help="Start even if the plan says it cannot fit.")
+    ] = False,
 ) -> None:
     """Run the loop: anchor, then iterations of answering, judging, pairing and DPO.
 
@@ -63,7 +66,33 @@ def iterate(
         iterations=iterations,
         overrides=set_ or [],
         fresh=fresh,
+        planned=not no_plan,
     )
+
+
+@app.command()
+def plan(
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="Shipped name or path; without it, chosen by the hardware."),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Override a setting: dpo.beta=0.2", metavar="KEY=VALUE"),
+    ] = None,
+    gpus: Annotated[
+        str | None,
+        typer.Option(help="Other hardware than this machine's: 2x80GB, 24GB.", metavar="GPUS"),
+    ] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+) -> None:
+    """What a recipe will need: memory by phase and part, disk, tokens, time; no weights loaded.
+
+    Says what to change where a phase does not fit.
+    """
+    from srlm_lite.cli.plan import run_plan
+
+    run_plan(recipe_name=recipe, overrides=set_ or [], gpus=gpus, as_json=json_)
 
 
 @app.command()

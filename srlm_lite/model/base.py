@@ -42,7 +42,7 @@ from srlm_lite import config
 from srlm_lite.errors import UserError
 from srlm_lite.model import unsloth_backend
 from srlm_lite.model.cache import cache_dir
-from srlm_lite.model.checkpoint import Checkpoint
+from srlm_lite.model.checkpoint import Checkpoint, weight_files
 
 log = logging.getLogger(__name__)
 hf: Any = transformers  # only partly typed
@@ -157,6 +157,21 @@ def _is_complete(folder: Path) -> bool:
     if index.is_file():
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     return all((folder / name).is_file() for name in names)
+
+
+def read_config(section: config.Base) -> Any:
+    """The configuration of the base that a recipe names, as transformers has it; no weights.
+
+    Raises:
+        UserError: It cannot be found, fetched or read.
+    """
+    kind, location = _locate(section.name)
+    options: dict[str, Any] = {"revision": section.revision or "main"}
+    if kind == "gguf":
+        location, file = str(Path(location).parent), Path(location).name
+        options = {"gguf_file": file}
+    with _quiet(), _explained(section, kind, location):
+        return hf.AutoConfig.from_pretrained(location, trust_remote_code=False, **options)
 
 
 def skeleton(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -327,21 +342,21 @@ def _load(
         model = unsloth_backend.load(folder, section, device=device, dtype=dtype)
         _check_complete(model, section, folder, kind)
         return model, tokenizer
-    options: dict[str, Any] = {}
     if section.quantization == "nf4":
-        options["quantization_config"] = nf4_settings(dtype)
-    if section.quantization == "nf4" or device.type == "cuda":
-        options["device_map"] = {"": device}
-    model, report = hf.AutoModelForCausalLM.from_pretrained(
-        folder,
-        config=settings,
-        revision=section.revision or "main",
-        dtype=dtype,
-        use_safetensors=True,
-        trust_remote_code=False,
-        output_loading_info=True,
-        **options,
-    )
+        if kind == "hub":
+            folder = str(base_files(section, revision=settings._commit_hash).folder)
+        model, report = load_nf4(Path(folder), settings, device, dtype)
+    else:
+        model, report = hf.AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=settings,
+            revision=section.revision or "main",
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **({"device_map": {"": device}} if device.type == "cuda" else {}),
+        )
     _check_missing(section, sorted(report["missing_keys"]))
     return model, tokenizer
 
@@ -372,6 +387,41 @@ def nf4_settings(dtype: torch.dtype) -> Any:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
+
+
+def load_nf4(
+    folder: Path, settings: Any, device: torch.device, dtype: torch.dtype
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model of a directory in NF4, and what transformers reports of its loading."""
+    if type(settings) not in hf.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError("Unrecognized configuration class")
+    family = hf.MODEL_FOR_CAUSAL_LM_MAPPING[type(settings)]
+    model, report = family.from_pretrained(
+        None,
+        config=settings,
+        state_dict=_streamed(folder),
+        dtype=dtype,
+        device_map={"": device},
+        quantization_config=nf4_settings(dtype),
+        output_loading_info=True,
+    )
+    model.name_or_path = model.config._name_or_path = str(folder)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = hf.GenerationConfig.from_pretrained(str(folder))
+    return model, report
+
+
+def _streamed(folder: Path) -> dict[str, Any]:
+    """Each tensor of a directory, to be read when it is asked for, into memory of its own.
+
+    transformers maps all files at once, and keeps the mapping for as long as any tensor lies in
+    one: of a base in NF4 the 16-bit files then stay in memory beside the 4-bit weights.
+    """
+    tensors: dict[str, Any] = {}
+    for file in weight_files(folder):
+        opened: Any = safe_open(folder / file, framework="pt", backend="pread")
+        tensors |= {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+    return tensors
 
 
 def _converted(file: Path, digest: str) -> Path:

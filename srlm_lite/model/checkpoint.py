@@ -84,7 +84,7 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._places: dict[str, _Place] = {}
-        for file in _files(folder):
+        for file in weight_files(folder):
             for place in _header(folder / file):
                 self._places[place.info.name] = place
 
@@ -242,7 +242,12 @@ def _bytes(tensor: Tensor) -> memoryview:
     return memoryview(data)
 
 
-def _files(folder: Path) -> list[str]:
+def weight_files(folder: Path) -> list[str]:
+    """Names of the files that hold a directory's weights.
+
+    Raises:
+        UserError: Neither an index nor a single file.
+    """
     if (folder / INDEX).is_file():
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         return sorted(set(index["weight_map"].values()))

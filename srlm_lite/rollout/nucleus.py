@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
+from srlm_lite.planning.memory import DRAWN
 from srlm_lite.rollout.protocol import Limits
 
 FIRST_CUT = 64
@@ -14,9 +15,6 @@ FIRST_CUT = 64
 
 BLOCK = 64
 """Neighbouring tokens that are compared as one when the most probable ones are looked for."""
-
-PART = 2**19
-"""Logits that are sampled from at once on a CPU: 2 MB of them."""
 
 Alternatives = tuple[tuple[int, float], ...]
 """Tokens and their log-probabilities, the most probable first."""
@@ -50,7 +48,7 @@ def draw(logits: Tensor, uniform: Tensor, *, temperature: float, top_p: float) -
         return logits.argmax(dim=-1)
     uniform = uniform.to(logits.device, torch.float64)
     # On a CPU in parts that stay in its cache: several times as fast as all rows at once.
-    rows = len(logits) if logits.is_cuda else max(1, PART // logits.shape[-1])
+    rows = len(logits) if logits.is_cuda else max(1, DRAWN // logits.shape[-1])
     parts = [slice(start, start + rows) for start in range(0, len(logits), rows)]
     return torch.cat([_draw(logits[part], uniform[part], temperature, top_p) for part in parts])
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from srlm_lite.model.chat import ChatFormat
 from srlm_lite.model.stack import Adapter, Slot
+from srlm_lite.planning.memory import PREFILL_TOKENS
 from srlm_lite.records import FinishReason
 from srlm_lite.rollout.ends import Ends
 from srlm_lite.rollout.memory import rows_that_fit
@@ -29,9 +30,6 @@ from srlm_lite.rollout.tree import (
 )
 
 logger = logging.getLogger(__name__)
-
-PREFILL_TOKENS = 4096
-"""Prompt tokens computed in one forward pass; it bounds the memory of activations."""
 
 LEAST_TRUNK = 16
 """Tokens that prompts must share before a trunk is worth its own forward pass."""

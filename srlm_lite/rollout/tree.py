@@ -14,7 +14,7 @@ Juravsky et al. 2024, arXiv:2402.05099.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -24,13 +24,11 @@ from torch.nn.functional import pad
 from transformers import AttentionInterface, Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from srlm_lite.planning.memory import LEAST_ROOM
 from srlm_lite.rollout.attention import Attended, attention, merged
 
 NAME = "srlm_tree"
 """Under which transformers knows the attention of a tree."""
-
-LEAST_ROOM = 32
-"""Tokens that a leaf has room for at first; doubled whenever that is used up."""
 
 _ODD = ("softcap", "sliding_window", "s_aux", "position_bias")
 """Arguments of an attention that is more than a softmax over all of the past."""
@@ -115,12 +113,15 @@ class Tree(Cache):
         self._new, self._grows = [], "branches"
         yield
         width = max(int(lengths.max()), self._branch_width)
-        if self._branches:
-            self._new = [
-                (_joined(old[0], new[0], width), _joined(old[1], new[1], width))
-                for old, new in zip(self._branches, self._new, strict=True)
-            ]
-        self._branches, self._new = self._new, []
+        old, self._branches = self._branches, self._new
+        for layer in range(len(old)):
+            keys, values = self._branches[layer]
+            self._branches[layer] = (
+                _joined(old[layer][0], keys, width),
+                _joined(old[layer][1], values, width),
+            )
+            old[layer] = (keys[:0], values[:0])
+        self._new = []
         self._branch_lengths = torch.cat([self._branch_lengths.to(lengths.device), lengths])
         self._bias_branches()
 
@@ -149,9 +150,7 @@ class Tree(Cache):
                 (_empty_leaves(keys), _empty_leaves(values)) for keys, values in self._branches
             ]
         added = len(branch_of)
-        self._leaves = [
-            (_with_rows(keys, added), _with_rows(values, added)) for keys, values in self._leaves
-        ]
+        _change(self._leaves, lambda states: _with_rows(states, added))
         self._lengths = torch.cat([self._lengths.to(counts.device), torch.zeros_like(branch_of)])
         self._branch_of = torch.cat([self._branch_of.to(counts.device), branch_of])
         self._take_seats()
@@ -167,16 +166,13 @@ class Tree(Cache):
             self.__init__()  # type: ignore[misc]
             self._trunk = trunk
             return
-        self._leaves = [(keys[rows], values[rows]) for keys, values in self._leaves]
+        _change(self._leaves, lambda states: states[rows])
         self._lengths = self._lengths[rows]
         needed, self._branch_of = torch.unique(self._branch_of[rows], return_inverse=True)
         if len(needed) < len(self._branch_lengths):
             self._branch_lengths = self._branch_lengths[needed]
             width = int(self._branch_lengths.max())
-            self._branches = [
-                (keys[needed, :, :width], values[needed, :, :width])
-                for keys, values in self._branches
-            ]
+            _change(self._branches, lambda states: states[needed, :, :width])
             self._bias_branches()
         self._take_seats()
 
@@ -201,10 +197,7 @@ class Tree(Cache):
         self._grows, self._longest = "leaves", int(self._lengths.max()) + 1
         room = self._leaves[0][0].shape[2]
         if self._longest > room:
-            self._leaves = [
-                (_widened(keys, 2 * room), _widened(values, 2 * room))
-                for keys, values in self._leaves
-            ]
+            _change(self._leaves, lambda states: _widened(states, 2 * room))
         even = bool((self._lengths == self._longest - 1).all())
         dtype = self._leaves[0][0].dtype
         self._leaf_bias = None if even else _bias(self._longest, self._lengths + 1, dtype)
@@ -299,6 +292,12 @@ class Tree(Cache):
         output, lse = attention(query, *self._trunk[layer], scaling)
         output = output.reshape(shared, rows, group, width).transpose(0, 1)
         return output, lse.reshape(shared, rows, group).transpose(0, 1)
+
+
+def _change(layers: list[KeysValues], change: Callable[[Tensor], Tensor]) -> None:
+    """Replace all layers one by one: no more than one layer is there twice."""
+    for layer, (keys, values) in enumerate(layers):
+        layers[layer] = (change(keys), change(values))
 
 
 def _bias(width: int, lengths: Tensor, dtype: torch.dtype) -> Tensor:

@@ -346,12 +346,17 @@ class _Proof(TrainerCallback):
         kinds, weights, own = trainer.loss_types, trainer.loss_weights, trainer.uses_own_loss
         trainer.loss_types, trainer.loss_weights = ["sigmoid"], [1.0]
         trainer.uses_own_loss = False  # TRL's own, and unweighted
-        batch = trainer.data_collator([pairs[i] for i in range(min(len(pairs), 8))])
-        batch = trainer._prepare_inputs(batch)
         trainer.model.eval()
-        with torch.no_grad(), trainer.compute_loss_context_manager():
-            loss = float(trainer.compute_loss(trainer.model_wrapped, batch))
-        margin = float(trainer._metrics["eval"]["rewards/margins"][-1])
+        count, losses, margins = min(len(pairs), 8), 0.0, 0.0
+        # No more at once than training holds: the logits of all of them may be too much.
+        micro_batch = trainer.args.per_device_train_batch_size
+        for start in range(0, count, micro_batch):
+            rows = [pairs[i] for i in range(start, min(start + micro_batch, count))]
+            batch = trainer._prepare_inputs(trainer.data_collator(rows))
+            with torch.no_grad(), trainer.compute_loss_context_manager():
+                losses += len(rows) * float(trainer.compute_loss(trainer.model_wrapped, batch))
+            margins += len(rows) * float(trainer._metrics["eval"]["rewards/margins"][-1])
+        loss, margin = losses / count, margins / count
         trainer._metrics["eval"].clear()
         trainer.loss_types, trainer.loss_weights, trainer.uses_own_loss = kinds, weights, own
         return loss, margin

@@ -1,0 +1,277 @@
+"""A plan held against the real thing: each phase in a process of its own, its peak measured.
+
+Every phase gets what the plan counts with: prompts and answers as long as they can be, batches as
+full, two optimiser steps, in the second of which the optimiser's states are there. Texts are random
+ids; the adapters are fresh. What is measured on a CPU is the most the process has held, libraries
+and mapped files included; on a GPU the most that torch has allocated, so there the plan's
+libraries do not count. An export's memory is the machine's everywhere.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from srlm_lite.bench.machine import apart, resident_peak, status_bytes
+from srlm_lite.config import Recipe
+from srlm_lite.errors import UserError
+from srlm_lite.hardware import device_name
+from srlm_lite.planning.lengths import longest
+from srlm_lite.planning.machine import hardware_found, plan_for
+from srlm_lite.planning.plan import Phase, Plan
+from srlm_lite.planning.rates import rates_key, remember
+from srlm_lite.progress import Reporter
+
+TRAINED = ("anchor SFT", "DPO")
+STEPS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One phase, to be run in another process."""
+
+    recipe: Recipe
+    phase: str
+    shape: Mapping[str, int]
+    anchor_rank: int
+
+
+def bench_plan(
+    recipe: Recipe, *, phases: Sequence[str] | None, reporter: Reporter
+) -> dict[str, Any]:
+    """Predicted and measured peaks of a recipe's phases, with the engine `transformers`.
+
+    Args:
+        phases: Their names; None: all.
+
+    Raises:
+        UserError: A phase that this recipe does not have.
+    """
+    engines = {recipe.rollout.engine, recipe.judge.engine or recipe.rollout.engine}
+    if engines != {"transformers"}:
+        raise UserError(
+            "only the engine transformers can be held against a plan", where="rollout.engine"
+        )
+    hardware = hardware_found(recipe)
+    plan = plan_for(recipe, hardware, lengths=longest(recipe))
+    known = [phase.name for phase in plan.phases]
+    if unknown := set(phases or ()) - set(known):
+        raise UserError(
+            f"no phase named {min(unknown)}", where="--phases", way_out=f"Known: {', '.join(known)}"
+        )
+    chosen = [phase for phase in plan.phases if phases is None or phase.name in phases]
+    task = reporter.start("plan", len(chosen), "phases")
+    rows, rates = {}, {}
+    for phase in chosen:
+        task.note(phase.name)
+        job = Job(recipe, phase.name, dict(phase.shape), plan.anchor_rank)
+        measured = apart(_run, job)
+        rows[phase.name] = _row(plan, phase, measured)
+        if measured["tokens"]:
+            rates[phase.name] = measured["tokens"] / measured["seconds"]
+        task.advance()
+    if rates:
+        from srlm_lite.model.cache import cache_dir
+
+        device = device_name(hardware.device)
+        remember(cache_dir(), rates_key(recipe, device=device, itemsize=plan.itemsize), rates)
+    return {
+        "recipe": recipe.name,
+        "base": recipe.base.name,
+        "quantization": recipe.base.quantization,
+        "bits": 8 * plan.itemsize,
+        "window": recipe.base.window,
+        "device": str(hardware),
+        "threads": torch.get_num_threads(),
+        "tokens_per_s": rates,
+        "phases": rows,
+    }
+
+
+def _row(plan: Plan, phase: Phase, measured: Mapping[str, Any]) -> dict[str, Any]:
+    counted = {
+        part: count
+        for part, count in phase.parts.items()
+        if not (plan.hardware.device == "cuda" and part == "libraries" and not phase.on_host)
+    }
+    predicted, peak = sum(counted.values()), measured["peak_bytes"]
+    return {
+        "predicted_bytes": predicted,
+        "measured_bytes": peak,
+        "error": None if peak is None else predicted / peak - 1,
+        "parts": dict(phase.parts),
+        "libraries_bytes": measured["libraries_bytes"],
+        "seconds": measured["seconds"],
+        "shape": dict(phase.shape),
+    }
+
+
+def _run(job: Job) -> dict[str, Any]:
+    work = {**dict.fromkeys(TRAINED, _train), "export": _export}.get(job.phase, _sample)
+    return work(job)
+
+
+def _measured(libraries: int | None, begin: float, tokens: int, device: str) -> dict[str, Any]:
+    seconds = time.monotonic() - begin
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else resident_peak()
+    return {
+        "peak_bytes": peak,
+        "libraries_bytes": libraries,
+        "seconds": seconds,
+        "tokens": tokens,
+    }
+
+
+def _stack(job: Job) -> tuple[Any, Any, list[Any]]:
+    """Base, slot, and a stack of fresh adapters, as a session has them."""
+    from srlm_lite.model.base import load_base
+    from srlm_lite.model.stack import Slot
+
+    recipe = job.recipe
+    base = load_base(recipe.base)
+    lora = recipe.anchor.lora.model_copy(update={"rank": job.anchor_rank})
+    targets = tuple(dict.fromkeys((*lora.targets, *recipe.dpo.lora.targets)))
+    slot = Slot(
+        base.model,
+        targets=targets,
+        rank=lora.rank + recipe.dpo.lora.rank,
+        fold=recipe.rollout.fold,
+    )
+    return base, slot, [slot.fresh(lora, seed=1), slot.fresh(recipe.dpo.lora, seed=2)]
+
+
+def _ids(generator: torch.Generator, vocabulary: int, count: int) -> tuple[int, ...]:
+    return tuple(torch.randint(vocabulary // 2, (count,), generator=generator).tolist())
+
+
+def _sample(job: Job) -> dict[str, Any]:
+    from srlm_lite.model.chat import ChatFormat
+    from srlm_lite.rollout.protocol import Limits, Request
+    from srlm_lite.rollout.transformers_engine import TransformersEngine
+
+    libraries = status_bytes("VmRSS")
+    base, slot, stack = _stack(job)
+    chat, shape = ChatFormat.of(base, template=job.recipe.base.chat_template), job.shape
+    engine = TransformersEngine(slot, chat, batch_rows=shape["batch_rows"])
+    generator, vocabulary = torch.Generator().manual_seed(0), base.model.config.vocab_size
+    n = shape["samples"]
+    requests = [
+        # Every second one a token shorter, so that rows are padded.
+        Request(_ids(generator, vocabulary, max(3, shape["prompt_tokens"] - i % 2)), seeds)
+        for i in range(shape["prompts"])
+        for seeds in [tuple(range(i * n, i * n + n))]
+    ]
+    sampling = job.recipe.judge if job.phase == "judge" else job.recipe.rollout
+    limits = Limits(
+        sampling.temperature, sampling.top_p, max_new_tokens=shape["new_tokens"], ignore_end=True
+    )
+    engine.load(stack)
+    begin = time.monotonic()
+    engine.sample(requests, limits)
+    drawn = shape["prompts"] * n * shape["new_tokens"]
+    tokens = 0 if job.phase == "load" else drawn
+    return _measured(libraries, begin, tokens, base.device.type)
+
+
+def _train(job: Job) -> dict[str, Any]:
+    from srlm_lite.training.dpo import PairExample, train_dpo
+    from srlm_lite.training.sft import Example, train_sft
+
+    libraries = status_bytes("VmRSS")
+    base, slot, (anchor, delta) = _stack(job)
+    generator, vocabulary = torch.Generator().manual_seed(0), base.model.config.vocab_size
+    shape = job.shape
+    half = shape["tokens"] // 2
+
+    def ids(short: int = 0) -> tuple[int, ...]:
+        return _ids(generator, vocabulary, half - short)
+
+    begin = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="srlm-lite-bench-") as scratch:
+        # At most two micro-batches a step: more would only take longer.
+        batches = min(2, shape["accumulated"])
+        if job.phase == "DPO":
+            micro = shape["sequences"] // 2
+            changes = {"batch_size": batches * micro, "epochs": STEPS}
+            train_dpo(
+                slot,
+                base,
+                anchor=[anchor],
+                delta=delta,
+                reference=[anchor, delta],
+                pairs=[PairExample(ids(), ids(1), ids()) for _ in range(batches * micro)],
+                dpo=job.recipe.dpo.model_copy(update={**changes, "nll_weight": 0.0}),
+                scratch=Path(scratch),
+                seed=0,
+            )
+        else:
+            micro = shape["sequences"]
+            changes = {"batch_size": batches * micro, "epochs": STEPS}
+            train_sft(
+                slot,
+                base,
+                anchor,
+                [Example(ids(), ids(i % 2)) for i in range(batches * micro)],
+                optim=job.recipe.anchor.model_copy(update=changes),
+                dropout=job.recipe.anchor.lora.dropout,
+                scratch=Path(scratch),
+                seed=0,
+            )
+    trained = STEPS * batches * shape["sequences"] * shape["tokens"]
+    return _measured(libraries, begin, trained, base.device.type)
+
+
+def _export(job: Job) -> dict[str, Any]:
+    from srlm_lite.model import parity
+    from srlm_lite.model.base import base_files, empty_model
+    from srlm_lite.model.checkpoint import Checkpoint
+    from srlm_lite.model.merge import base_weights, plan, write
+
+    libraries = status_bytes("VmRSS")
+    recipe = job.recipe
+    folder = base_files(recipe.base).folder
+    model = empty_model(folder)
+    stack = [
+        _random_adapter(model, lora.targets, rank, lora.alpha)
+        for lora, rank in (
+            (recipe.anchor.lora, job.anchor_rank),
+            (recipe.dpo.lora, recipe.dpo.lora.rank),
+        )
+    ]
+    begin = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="srlm-lite-bench-") as out:
+        weights = base_weights(folder, recipe.base, model, nf4=False)
+        tied = model.all_tied_weights_keys if model.config.tie_word_embeddings else {}
+        merges = plan(weights.checkpoint, stack, tied=tied, dtype=None)
+        write(merges, weights, Path(out))
+        export = Checkpoint(Path(out))
+        check = parity.TensorCheck(merges, stack, export)
+        texts = [list(range(7 * i, 7 * i + 48)) for i in range(6)]
+        ours, _ = parity.logits(
+            model, check.reading(weights.read), texts, stacks=[stack, stack[:-1]]
+        )
+        check.rest(weights.read)
+        (theirs,) = parity.logits(model, export.read, texts)
+        parity.compare(ours, theirs)
+    return _measured(libraries, begin, 0, "cpu")
+
+
+def _random_adapter(model: Any, targets: Sequence[str], rank: int, alpha: float) -> Any:
+    from srlm_lite.model.stack import Adapter
+
+    generator = torch.Generator().manual_seed(0)
+    factors = {
+        name: (
+            torch.randn(rank, module.in_features, generator=generator),
+            torch.randn(module.out_features, rank, generator=generator) * 1e-3,
+        )
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and name.rpartition(".")[2] in targets
+    }
+    return Adapter(rank=rank, alpha=alpha, factors=factors)

@@ -1,0 +1,170 @@
+"""`srlm-lite plan`, and what `iterate` asks of it before it writes anything."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import typer
+
+from srlm_lite.cli.tables import plain_table
+from srlm_lite.config import Recipe, load_recipe
+from srlm_lite.errors import UserError
+from srlm_lite.hardware import device_name, pick_recipe
+from srlm_lite.planning.machine import plan_for
+from srlm_lite.planning.plan import PARTS, Phase, Plan, advice, needs_sharding, parse_gpus
+from srlm_lite.planning.rates import known_rates, rates_folder, rates_key
+
+_HEADS = {"kv_cache": "KV cache"}
+
+
+def run_plan(
+    *, recipe_name: str | None, overrides: Sequence[str], gpus: str | None, as_json: bool
+) -> None:
+    """Print what a recipe needs, phase by phase."""
+    hardware = parse_gpus(gpus) if gpus is not None else None
+    if recipe_name is None:
+        recipe_name, why = pick_recipe()
+        typer.echo(f"recipe {recipe_name}: {why}", err=True)
+    plan = plan_for(load_recipe(recipe_name, overrides), hardware)
+    changes, suffice = advice(plan, lambda recipe: _again(plan, recipe))
+    if as_json:
+        typer.echo(json.dumps(_row(plan, changes, suffice), indent=2, ensure_ascii=False))
+        return
+    typer.echo(_text(plan, changes, suffice))
+
+
+def refuse_what_cannot_fit(recipe: Recipe) -> None:
+    """Stop a run that would run out of memory, before it begins.
+
+    Says nothing where the base's shape is unknown: its loading says what is wrong with it.
+
+    Raises:
+        UserError: A phase that no batch of its own choosing makes fit; says what would.
+    """
+    try:
+        plan = plan_for(recipe)
+    except UserError:
+        return
+    impossible = plan.impossible()
+    if not impossible:
+        return
+    worst = max(impossible, key=lambda phase: phase.total)
+    changes, suffice = advice(plan, lambda other: _again(plan, other))
+    way_out = " ".join(f"--set {change}" for change in changes)
+    if not suffice:
+        sharded = needs_sharding(plan)
+        way_out = (
+            f"The base alone wants {sharded} such devices" if sharded else "Name a smaller base"
+        )
+    raise UserError(
+        f"{worst.name} needs {worst.total / 1e9:.1f} GB at its longest, and there are "
+        f"{plan.usable / 1e9:.1f} GB",
+        where=f"recipe {recipe.name}",
+        way_out=f"{'Try ' if suffice else ''}{way_out}; --no-plan runs it all the same",
+    )
+
+
+def _again(plan: Plan, recipe: Recipe) -> Plan:
+    """The plan of a changed recipe on the same base and hardware."""
+    return plan_for(recipe, plan.hardware, shape=plan.shape)
+
+
+def _times(plan: Plan) -> tuple[dict[str, float | None], str | None]:
+    """Seconds of each phase, where its rate was measured on this device; and when that was."""
+    device = plan.hardware.name
+    if plan.hardware.device == "cpu":
+        device = device_name("cpu")
+    key = rates_key(plan.recipe, device=device, itemsize=plan.itemsize)
+    known = known_rates(rates_folder(), key)
+    rates = known[0] if known else {}
+    seconds: dict[str, float | None] = {}
+    for phase in plan.phases:
+        rate = rates.get("candidates" if phase.name == "prompts" else phase.name)
+        seconds[phase.name] = phase.tokens / rate if phase.tokens and rate else None
+    return seconds, known[1] if known else None
+
+
+def _row(plan: Plan, changes: Sequence[str], suffice: bool) -> dict[str, Any]:
+    seconds, measured = _times(plan)
+    return {
+        "recipe": plan.recipe.name,
+        "base": plan.recipe.base.name,
+        "parameters": plan.shape.parameters,
+        "hardware": {
+            "device": plan.hardware.device,
+            "name": plan.hardware.name,
+            "count": plan.hardware.count,
+            "memory_bytes": plan.hardware.memory,
+        },
+        "phases": {
+            phase.name: {
+                "bytes": phase.total,
+                "parts": dict(phase.parts),
+                "fits": plan.fits(phase),
+                "on_host": phase.on_host,
+                "tokens": phase.tokens,
+                "seconds": seconds[phase.name],
+                "batch": dict(phase.shape),
+            }
+            for phase in plan.phases
+        },
+        "disk_bytes": dict(plan.disk),
+        "fits": all(plan.fits(phase) for phase in plan.phases),
+        "change": list(changes),
+        "change_suffices": suffice,
+        "devices_for_the_base": needs_sharding(plan) or 1,
+        "rates_measured": measured,
+    }
+
+
+def _text(plan: Plan, changes: Sequence[str], suffice: bool) -> str:
+    seconds, measured = _times(plan)
+    rows = []
+    for phase in plan.phases:
+        cells = [_gigabytes(phase.parts.get(part, 0)) for part in PARTS]
+        verdict = "machine" if phase.on_host else "yes" if plan.fits(phase) else "NO"
+        tokens = "-" if phase.tokens is None else f"{phase.tokens:,}" if phase.tokens else ""
+        time = _duration(seconds[phase.name], phase)
+        rows.append([phase.name, *cells, _gigabytes(phase.total), verdict, tokens, time])
+    columns = ["phase", *(_HEADS.get(part, part) for part in PARTS)]
+    disk = ", ".join(f"{name} {count / 1e9:.1f}" for name, count in plan.disk.items())
+    kind = "" if plan.recipe.base.quantization == "none" else f"{plan.recipe.base.quantization}, "
+    size = f"{plan.shape.parameters / 1e9:.2f}B parameters"
+    each = ", each process on one of them" if plan.hardware.count > 1 else ""
+    lines = [
+        f"{plan.recipe.name}: {plan.recipe.base.name}, {size}, {kind}{8 * plan.itemsize} bit; on "
+        f"{plan.hardware}{each}",
+        plain_table([*columns, "total GB", "fits", "tokens", "time"], rows),
+        "",
+        "GB at the longest that window and data admit, predicted from shapes; tokens at most, of "
+        "the whole run",
+        f"time: {'at rates measured on ' + measured if measured else _NO_RATES}",
+        f"disk, GB: {disk}",
+    ]
+    if changes and suffice:
+        lines.append("to make all of it fit: " + " ".join(f"--set {one}" for one in changes))
+    elif not suffice:
+        wanted = needs_sharding(plan)
+        lines.append(
+            f"one device cannot hold the base: it wants {wanted} of them (accelerate with FSDP2)"
+            if wanted
+            else "no setting makes all of it fit: take a smaller base or a larger device"
+        )
+    return "\n".join(lines)
+
+
+_NO_RATES = "unknown, no rate was measured on this device (`srlm-lite bench plan` measures them)"
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.2f}" if count >= 5_000_000 else ""
+
+
+def _duration(seconds: float | None, phase: Phase) -> str:
+    if seconds is None:
+        return "" if not phase.tokens else "unknown"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,121 @@
+"""How long a recipe's texts can be, in tokens, without a tokenizer.
+
+No tokenizer of bytes, or with a fallback to bytes, makes more tokens of a text than it has bytes.
+So the seed data gives bounds that hold, and the window bounds them all.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from srlm_lite.config import Recipe
+from srlm_lite.errors import UserError
+
+TEMPLATE = 64
+"""Tokens that a chat template may put around a turn."""
+_END = 4
+"""Tokens that end a turn."""
+_LARGEST = 256 << 20
+"""Bytes of a file up to which it is looked into."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """Tokens at most; counts are None where the data is not there.
+
+    `prompt` is of candidates, `judge_prompt` of a judge's question, `example` of an SFT row,
+    `pair` of a prompt with one of its answers.
+    """
+
+    prompt: int
+    judge_prompt: int
+    example: int
+    pair: int
+    examples: int | None = None
+    """Rows of the anchor's SFT."""
+    graded: int | None = None
+    """Replies that each evaluation judges."""
+
+
+def longest(recipe: Recipe) -> Lengths:
+    """As the window admits, whatever the data."""
+    window = recipe.base.window
+    return Lengths(window, window, window, window)
+
+
+def lengths_of(recipe: Recipe) -> Lengths:
+    """As the seed data admits, where it is there and small enough to look into."""
+    window, bound = recipe.base.window, longest(recipe)
+    if not Path(recipe.data.dir).is_dir():
+        return bound
+    try:
+        rubric = _rubric_bytes(recipe)
+        prompts = _rows(_prompt_file(recipe)) if recipe.prompts.source == "file" else None
+        held_out = _rows(Path(recipe.data.dir) / "eval_prompts.jsonl", missing=[])
+        ift = _rows(Path(recipe.data.dir) / "ift.jsonl", missing=[])
+        eft = _rows(Path(recipe.data.dir) / "eft_train.jsonl", missing=[])
+        graded = _rows(Path(recipe.data.dir) / "eft_eval.jsonl", missing=[])
+    except (OSError, ValueError, UserError):
+        return bound
+    ift, eft = ift[: recipe.anchor.ift_limit], _of_prompts(eft, recipe.anchor.eft_prompts)
+    graded = _of_prompts(graded, recipe.evaluate.eft_prompts)
+    new = recipe.rollout.max_new_tokens
+    if prompts is None:
+        prompt = window
+    else:
+        prompt = TEMPLATE + _most([*prompts, *held_out], "text", "prompt")
+    judged = rubric + TEMPLATE
+    own = judged + prompt + 4 * new  # an answer, written out in the judge's question
+    given = judged + _most([*eft, *graded], "prompt", "response")
+    example = 2 * TEMPLATE + max(
+        _most(ift, "prompt", "response"),
+        judged + _most(eft, "prompt", "response", "target") + recipe.judge.max_new_tokens,
+    )
+    shipped = recipe.anchor.init != "base"
+    count = len(ift) * recipe.anchor.use_ift + len(eft) * recipe.anchor.use_eft
+    return Lengths(
+        prompt=min(window, prompt),
+        judge_prompt=min(window, max(own, given)),
+        example=min(window, example),
+        pair=min(window, prompt + new + _END) if recipe.method == "self-rewarding" else window,
+        examples=0 if shipped else count,
+        graded=len(graded),
+    )
+
+
+def _prompt_file(recipe: Recipe) -> Path:
+    named = recipe.prompts.file
+    return Path(named) if named else Path(recipe.data.dir) / "prompts.jsonl"
+
+
+def _rows(path: Path, *, missing: list[Any] | None = None) -> list[Mapping[str, Any]]:
+    if missing is not None and not path.is_file():
+        return missing
+    if path.stat().st_size > _LARGEST:
+        raise ValueError("too large to look into")
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file if line.strip()]
+
+
+def _of_prompts(rows: list[Mapping[str, Any]], limit: int | None) -> list[Mapping[str, Any]]:
+    if limit is None:
+        return rows
+    kept = set(list(dict.fromkeys(row.get("prompt_id") for row in rows))[:limit])
+    return [row for row in rows if row.get("prompt_id") in kept]
+
+
+def _most(rows: Iterable[Mapping[str, Any]], *columns: str) -> int:
+    """Bytes of the longest row's text columns."""
+    return max(
+        (sum(len(str(row.get(key) or "").encode()) for key in columns) for row in rows), default=0
+    )
+
+
+def _rubric_bytes(recipe: Recipe) -> int:
+    from srlm_lite.judging import load_rubric
+
+    return len(load_rubric(recipe.judge.rubric).template.encode())

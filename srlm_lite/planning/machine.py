@@ -1,0 +1,78 @@
+"""A plan for this machine, or for another."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from srlm_lite.config import Recipe
+from srlm_lite.hardware import gpus
+from srlm_lite.planning.lengths import Lengths, lengths_of
+from srlm_lite.planning.memory import Shape
+from srlm_lite.planning.plan import Hardware, Plan, make_plan
+from srlm_lite.planning.probe import shape_of_base
+
+
+def hardware_found(recipe: Recipe) -> Hardware:
+    """What the recipe would run on here: the GPUs, or the machine's memory."""
+    found = [] if recipe.base.device == "cpu" else gpus()
+    if found:
+        smallest = min(found, key=lambda gpu: gpu.gigabytes)
+        return Hardware("cuda", smallest.name, int(smallest.gigabytes * 1e9), len(found))
+    return Hardware("cpu", "CPU", machine_memory())
+
+
+def machine_memory() -> int:
+    """Bytes that this machine, or the group it limits us to, has."""
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
+    except OSError:
+        return whole
+    return min(whole, int(limit)) if limit.isdigit() else whole
+
+
+def plan_for(
+    recipe: Recipe,
+    hardware: Hardware | None = None,
+    *,
+    shape: Shape | None = None,
+    lengths: Lengths | None = None,
+) -> Plan:
+    """What a recipe needs on this machine, or on other hardware.
+
+    Raises:
+        UserError: Nothing is known of the base's shape.
+    """
+    hardware = hardware or hardware_found(recipe)
+    return make_plan(
+        recipe,
+        shape or shape_of_base(recipe.base),
+        hardware,
+        lengths or lengths_of(recipe),
+        itemsize=_itemsize(recipe, hardware),
+        anchor_rank=_shipped_rank(recipe),
+    )
+
+
+def _itemsize(recipe: Recipe, hardware: Hardware) -> int:
+    if recipe.base.dtype != "auto":
+        return 4 if recipe.base.dtype == "float32" else 2
+    if hardware.device == "cuda":
+        return 2
+    from srlm_lite.model.base import compute_dtype
+
+    return compute_dtype(recipe.base.model_copy(update={"device": "cpu"})).itemsize
+
+
+def _shipped_rank(recipe: Recipe) -> int | None:
+    if recipe.anchor.init == "base":
+        return None
+    try:
+        path = Path(recipe.anchor.init) / "adapter_config.json"
+        settings: Mapping[str, object] = json.loads(path.read_text(encoding="utf-8"))
+        return int(str(settings["r"]))
+    except (OSError, ValueError, KeyError):
+        return recipe.anchor.lora.rank  # what is wrong with it, its loading says

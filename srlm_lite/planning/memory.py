@@ -1,0 +1,352 @@
+"""Bytes that a base, its adapters and the work on them take, from shapes alone.
+
+Everything here is arithmetic on what the code keeps: what autograd saves of a layer whose base is
+frozen, what TRL's losses hold of the logits, what the tree of keys and values holds. A test runs
+the real thing and counts. What shapes cannot give, the memory of an interpreter with its libraries,
+are the constants `LIBRARIES`.
+
+Letters: c bytes of the compute dtype, H hidden size, I of the MLP, D of a head, V vocabulary, R
+rank of the slot, L layers, T tokens in memory at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+Device = Literal["cpu", "cuda"]
+
+LIBRARIES: Mapping[Device, Mapping[str, int]] = {
+    "cpu": {"sampling": 660_000_000, "training": 800_000_000, "export": 480_000_000},
+    "cuda": {"sampling": 600_000_000, "training": 600_000_000, "export": 480_000_000},
+}
+"""What an interpreter holds with the libraries that a phase imports, the tokenizer and the model's
+code, mapped files included. Of a CPU: measured with SmolLM2. Of a GPU, the CUDA context and the
+libraries' workspaces: an estimate, for no GPU was there to measure it on. An export runs on the
+CPU."""
+
+MOST_ROWS = 256
+"""Of a batch that is sized by memory. More rows at once gain nothing: the weights' share of the
+time is small by then."""
+SHARE = 0.5
+"""Of what the weights leave, for such a batch: the rest is for activations and everybody else."""
+PREFILL_TOKENS = 4096
+"""Prompt tokens computed in one forward pass; it bounds the memory of activations."""
+LEAST_ROOM = 32
+"""Tokens that a sample's keys and values have room for at first; doubled when that is used up."""
+DRAWN = 2**19
+"""Logits that a CPU draws from at once: 2 MB of them stay in its cache."""
+DRAWING = 44
+"""Bytes of each while it is sorted whole, as a flat distribution wants."""
+LOSS_CHUNK = 256
+"""Tokens whose logits TRL's SFT loss computes at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """A linear layer of the model. `quantized`: NF4 rounds it, where a base is held in NF4."""
+
+    name: str
+    inputs: int
+    outputs: int
+    quantized: bool
+
+    @property
+    def last_name(self) -> str:
+        """As recipes name it."""
+        return self.name.rpartition(".")[2]
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A base without its weights."""
+
+    parameters: int
+    """Tied ones counted once."""
+    vocabulary: int
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_width: int
+    linears: tuple[Linear, ...]
+    largest: int
+    """Parameters of the largest tensor."""
+
+    def adapted(self, targets: Collection[str]) -> list[Linear]:
+        """The linear layers that carry an adapter."""
+        return [
+            linear
+            for linear in self.linears
+            if any(linear.name == one or linear.name.endswith(f".{one}") for one in targets)
+        ]
+
+    def adapter_parameters(self, targets: Collection[str], rank: int) -> int:
+        """Of one LoRA: R (inputs + outputs) for each layer."""
+        return rank * sum(linear.inputs + linear.outputs for linear in self.adapted(targets))
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A base as a run holds it, with the slot around it.
+
+    Args:
+        itemsize: Bytes of the compute dtype: 2 or 4.
+        rank: Of the slot: the anchor's and the delta's together.
+        fold: The stack is written into a second copy of the target weights while sampling.
+    """
+
+    shape: Shape
+    nf4: bool
+    itemsize: int
+    device: Device
+    targets: tuple[str, ...]
+    rank: int
+    fold: bool = False
+
+    @property
+    def base(self) -> int:
+        """The frozen weights.
+
+        NF4 with double quantization: half a byte a weight, one byte a block of 64 for its scale,
+        and four bytes for each 256 scales.
+        """
+        if not self.nf4:
+            return self.shape.parameters * self.itemsize
+        packed = 0
+        for linear in (one for one in self.shape.linears if one.quantized):
+            blocks = math.ceil(linear.inputs * linear.outputs / 64)
+            packed += linear.inputs * linear.outputs // 2 + blocks + 4 * math.ceil(blocks / 256)
+        return packed + self.itemsize * (self.shape.parameters - self.quantized)
+
+    @property
+    def quantized(self) -> int:
+        """Parameters that NF4 rounds."""
+        return sum(one.inputs * one.outputs for one in self.shape.linears if one.quantized)
+
+    @property
+    def slot(self) -> int:
+        """Parameters of the slot."""
+        return self.shape.adapter_parameters(self.targets, self.rank)
+
+    @property
+    def scratch(self) -> int:
+        """NF4: the largest layer, expanded for a product."""
+        sizes = [one.inputs * one.outputs for one in self.shape.linears if one.quantized]
+        return self.itemsize * max(sizes, default=0) if self.nf4 else 0
+
+    @property
+    def mixed(self) -> bool:
+        """Adapters in float32, products in 16 bits: mixed precision."""
+        return self.itemsize < 4
+
+    @property
+    def first_layer(self) -> list[Linear]:
+        """The adapted linear layers of one decoder layer."""
+        return [one for one in self.shape.adapted(self.targets) if ".0." in one.name]
+
+    @property
+    def kv_per_token(self) -> int:
+        """Keys and values of one token in all layers."""
+        shape = self.shape
+        return kv_bytes(
+            layers=shape.layers,
+            heads=shape.kv_heads,
+            width=shape.head_width,
+            itemsize=self.itemsize,
+        )
+
+
+def kv_bytes(*, layers: int, heads: int, width: int, itemsize: int) -> int:
+    """Keys and values of one token in all layers."""
+    return 2 * layers * heads * width * itemsize
+
+
+def drawing_bytes(vocabulary: int, itemsize: int) -> int:
+    """Logits of one row as the model writes them, and in float32 three times while it is drawn."""
+    return vocabulary * (itemsize + 3 * 4)
+
+
+def rows_within(memory: int, *, weights: int, row: int) -> int:
+    """Rows of so many bytes that fit beside the weights."""
+    return max(1, min(MOST_ROWS, int(SHARE * (memory - weights) / max(1, row))))
+
+
+def leaf_room(new_tokens: int) -> int:
+    """Tokens that a sample's keys and values have room for at its end."""
+    return LEAST_ROOM << max(0, math.ceil(math.log2(new_tokens / LEAST_ROOM)))
+
+
+def sampling(
+    held: Held,
+    *,
+    prompts: int,
+    samples: int,
+    prompt_tokens: int,
+    new_tokens: int,
+    refills: bool = False,
+) -> dict[str, int]:
+    """Sampling `samples` texts after each of `prompts` prompts, all in one batch.
+
+    It has two widest moments: the prompts are read, while no text has grown; and the texts have
+    grown, while one token at a time is computed. Prompts are counted as if they shared nothing;
+    the keys and values of each are kept once for all of its samples. What a growing tree copies, it
+    copies layer by layer; that is less than what a moment later is computed on it.
+
+    Args:
+        refills: More prompts wait, and are read when an eighth of the texts has ended.
+    """
+    shape, c = held.shape, held.itemsize
+    rows = prompts * samples
+    fixed = {"base": held.base, "adapters": c * held.slot + _stack(held)}
+    if held.fold and not held.nf4:
+        folded = (one.inputs * one.outputs for one in shape.adapted(held.targets))
+        fixed["adapters"] += c * sum(folded)
+
+    def moment(*, read: int, room: int, drawn: int) -> dict[str, int]:
+        kept = held.kv_per_token * (prompts * prompt_tokens + rows * room)
+        # On a CPU tokens are drawn in parts, on a GPU from all rows at once.
+        at_once = min(drawn * shape.vocabulary, DRAWN) if held.device == "cpu" else 0
+        logits = drawn * (
+            shape.vocabulary * c if held.device == "cpu" else drawing_bytes(shape.vocabulary, c)
+        )
+        return {
+            **fixed,
+            "activations": read * passing(held) + held.scratch,
+            "kv_cache": kept,
+            "logits": logits + at_once * DRAWING,
+        }
+
+    def read(count: int) -> int:
+        return min(count * prompt_tokens, max(PREFILL_TOKENS, prompt_tokens))
+
+    room = leaf_room(new_tokens)
+    moments = (
+        moment(read=read(prompts), room=0, drawn=0),
+        moment(read=rows, room=room, drawn=rows),
+        moment(read=read(math.ceil(prompts / 8)) if refills else 0, room=room, drawn=0),
+    )
+    return max(moments, key=lambda parts: sum(parts.values()))
+
+
+def passing(held: Held) -> int:
+    """Bytes a token holds at the widest place of a forward pass that keeps nothing.
+
+    In the MLP: embeddings, residual stream, the norm's input and output; both projections, the
+    activation and their product.
+    """
+    shape, c = held.shape, held.itemsize
+    return c * (4 * shape.hidden + 4 * shape.intermediate)
+
+
+def _stack(held: Held) -> int:
+    """The stack as read from the disk, in float32: on the CPU, and there alone."""
+    return 4 * held.slot if held.device == "cpu" else 0
+
+
+def saved(held: Held, *, dropout: bool = False) -> int:
+    """What autograd keeps of one token in one decoder layer.
+
+    The base is frozen, so its linear layers keep nothing of their inputs. What is kept:
+
+        two norms       their input, in float32                             8 H
+        adapters        the input of A, of width n                          c n
+                        its output, the input of B                          c R
+                        with dropout, its mask
+        attention       queries, keys, values (repeated for the query heads)
+                        and its output; the log-sum-exp in float32          4 c D heads + 4 heads
+        MLP             both projections and the activation                 3 c I
+
+    In mixed precision PEFT casts the input for every adapter by itself. Else the adapters of one
+    input share it, and that of the attention's output shares what attention keeps.
+    """
+    shape, c = held.shape, held.itemsize
+    adapted = held.first_layer
+    own = held.mixed or dropout
+    inputs = 0
+    for group in _INPUTS:
+        there = [one for one in adapted if one.last_name in group]
+        if own:
+            inputs += sum(one.inputs for one in there) * c
+        elif there and group != ("o_proj",):
+            inputs += there[0].inputs * c
+    if dropout:
+        # A GPU keeps it as a byte, a CPU in the dtype of the input, which is float32 here.
+        inputs += sum(one.inputs for one in adapted) * (1 if held.device == "cuda" else 4)
+    width = shape.heads * shape.head_width
+    attention = 4 * c * width + 4 * shape.heads
+    return (
+        8 * shape.hidden
+        + inputs
+        + len(adapted) * held.rank * c
+        + attention
+        + (3 * c * shape.intermediate)
+    )
+
+
+_INPUTS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+"""Linear layers of a decoder layer by what they have as input."""
+
+
+def training(
+    held: Held,
+    *,
+    kind: Literal["sft", "dpo"],
+    rows: int,
+    tokens: int,
+    checkpointing: bool,
+    accumulates: bool,
+    dropout: bool = False,
+) -> dict[str, int]:
+    """One micro-batch in training: the optimiser's states are there, the backward pass begins.
+
+    AdamW keeps two float32 numbers for each parameter, DPO's reference is a second copy of the
+    slot. TRL's DPO loss has float32 logits of all tokens: those that autograd keeps, and on a CPU
+    three gradients of that size at once (of the gather, its scatter, and of the rows taken apart);
+    on a GPU, with its fused kernel, two. Its SFT loss has 256 tokens' logits at a time, four times.
+
+    Args:
+        rows: Sequences; a pair is two.
+        tokens: Of the longest sequence; the others are padded to it.
+        checkpointing: Only the layers' inputs are kept, and one layer is computed again.
+        accumulates: Gradients of earlier micro-batches are there.
+    """
+    shape, c = held.shape, held.itemsize
+    count = rows * tokens
+    # Padded rows need a mask, which every layer's attention expands and keeps.
+    layer = count * (saved(held, dropout=dropout) + c * tokens)
+    # While a layer computes its MLP: the product, and its copy for the adapter.
+    passing_by = count * shape.intermediate * (c + (4 if held.mixed else 0) + 4 * dropout)
+    kept = count * 4 * shape.hidden + (
+        shape.layers * count * c * shape.hidden if checkpointing else shape.layers * layer
+    )
+    if kind == "dpo":
+        logits = count * shape.vocabulary * 4 * (4 if held.device == "cpu" else 3)
+    else:
+        logits = min(count, LOSS_CHUNK) * shape.vocabulary * 4 * 4
+    within = passing_by + (layer if checkpointing else 0) + held.scratch
+    copies = (2 if kind == "dpo" else 1) * 4 + (c if held.mixed else 0)
+    return {
+        "base": held.base,
+        "adapters": copies * held.slot + _stack(held),
+        "optimizer": (8 + 4 * accumulates) * held.slot,
+        "activations": kept + (0 if logits > within else within),
+        "logits": logits if logits > within else 0,
+    }
+
+
+def exporting(held: Held, *, source_itemsize: int, texts: int, text_tokens: int) -> dict[str, int]:
+    """Merging tensor by tensor, and the comparison of stack and export, one layer at a time.
+
+    The widest moment is the head: its weight as read and in float32, and the logits of all texts
+    for two stacks, as they are computed and as they are kept.
+    """
+    shape = held.shape
+    return {
+        "base": shape.largest * (source_itemsize + 4),
+        "adapters": 3 * 4 * held.slot,  # the stack, the fused one, and its scaled half
+        "logits": 2 * 2 * 4 * texts * text_tokens * shape.vocabulary,
+    }

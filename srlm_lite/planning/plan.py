@@ -1,0 +1,473 @@
+"""A recipe's phases: what each needs, whether that fits, and what to change.
+
+All is counted at its longest: prompts and answers that fill the window, or, where the seed data is
+there, that are as long as its longest row can be.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from srlm_lite.config import Recipe, recipe_from
+from srlm_lite.errors import UserError
+from srlm_lite.planning.lengths import Lengths
+from srlm_lite.planning.memory import (
+    LIBRARIES,
+    Device,
+    Held,
+    Shape,
+    drawing_bytes,
+    exporting,
+    kv_bytes,
+    rows_within,
+    sampling,
+    training,
+)
+
+PARTS = ("base", "adapters", "optimizer", "activations", "kv_cache", "logits", "libraries")
+USABLE: Mapping[Device, float] = {"cuda": 0.95, "cpu": 1.0}
+"""Share of a device's memory that a plan may fill; a GPU's allocator loses some to fragments."""
+_TEXTS = 6
+_TEXT_TOKENS = 48
+"""What an export is compared on, at most."""
+_WRITTEN = 6
+"""Bytes that a token of a journal takes on the disk, with what stands around it, roughly."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """Where a recipe is to run: `count` devices of `memory` bytes each."""
+
+    device: Device
+    name: str
+    memory: int
+    count: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.count} x {self.memory / 1e9:.0f} GB" + (
+            f" ({self.name})" if self.name else ""
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """A phase of a run.
+
+    `parts` are bytes on the device (of an export, on the machine); `least` the bytes that it cannot
+    do without, where it can make do with smaller batches by itself. `tokens` are those drawn, or
+    trained on, by the whole phase in the whole run; None where the data is not there to count.
+    """
+
+    name: str
+    parts: Mapping[str, int]
+    least: int
+    tokens: int | None = None
+    on_host: bool = False
+    shape: Mapping[str, int] = field(default_factory=dict)
+    """Sequences and their tokens: what a measurement of this phase has to run."""
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All phases of a recipe on one kind of hardware."""
+
+    recipe: Recipe
+    shape: Shape
+    hardware: Hardware
+    lengths: Lengths
+    phases: tuple[Phase, ...]
+    disk: Mapping[str, int]
+    itemsize: int
+    """Bytes of the compute dtype."""
+    anchor_rank: int
+
+    @property
+    def peak(self) -> int:
+        """Of all phases on the device."""
+        return max(phase.total for phase in self.phases if not phase.on_host)
+
+    @property
+    def usable(self) -> float:
+        """Bytes of one device that a plan may fill."""
+        return USABLE[self.hardware.device] * self.hardware.memory
+
+    def fits(self, phase: Phase) -> bool:
+        return phase.on_host or phase.total <= self.usable
+
+    def impossible(self) -> list[Phase]:
+        """Phases that no smaller batch makes fit.
+
+        A GPU's sampling batch halves by itself when memory runs out. On a CPU the system ends the
+        process in place of telling it, so there the batch has to fit as it is.
+        """
+        halves = self.hardware.device == "cuda"
+        return [
+            phase
+            for phase in self.phases
+            if not phase.on_host and (phase.least if halves else phase.total) > self.usable
+        ]
+
+
+def parse_gpus(text: str) -> Hardware:
+    """`2x80GB`, `24GB`.
+
+    Raises:
+        UserError: Another form.
+    """
+    found = re.fullmatch(r"(?:(\d+)\s*x\s*)?(\d+(?:\.\d+)?)\s*GB?", text.strip(), re.IGNORECASE)
+    if found is None or not float(found[2]) or found[1] == "0":
+        raise UserError(
+            f"{text!r} is no number of GPUs with their memory",
+            where="--gpus",
+            way_out="Write it as 2x80GB or 24GB",
+        )
+    return Hardware("cuda", "", int(float(found[2]) * 1e9), int(found[1] or 1))
+
+
+def make_plan(
+    recipe: Recipe,
+    shape: Shape,
+    hardware: Hardware,
+    lengths: Lengths,
+    *,
+    itemsize: int,
+    anchor_rank: int | None = None,
+) -> Plan:
+    """What each phase of a recipe needs on some hardware.
+
+    Args:
+        itemsize: Bytes of the compute dtype.
+        anchor_rank: Of a shipped anchor; None: the recipe trains its own.
+    """
+    targets = tuple(dict.fromkeys((*recipe.anchor.lora.targets, *recipe.dpo.lora.targets)))
+    held = Held(
+        shape=shape,
+        nf4=recipe.base.quantization == "nf4",
+        itemsize=itemsize,
+        device=hardware.device,
+        targets=targets,
+        rank=(anchor_rank or recipe.anchor.lora.rank) + recipe.dpo.lora.rank,
+        fold=recipe.rollout.fold,
+    )
+    maker = _Phases(recipe, held, hardware, lengths, trains_anchor=anchor_rank is None)
+    return Plan(
+        recipe=recipe,
+        shape=shape,
+        hardware=hardware,
+        lengths=lengths,
+        phases=tuple(maker.all()),
+        disk=_disk(recipe, held),
+        itemsize=itemsize,
+        anchor_rank=held.rank - recipe.dpo.lora.rank,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Phases:
+    recipe: Recipe
+    held: Held
+    hardware: Hardware
+    lengths: Lengths
+    trains_anchor: bool
+
+    def all(self) -> Iterator[Phase]:
+        recipe = self.recipe
+        yield self._sampling("load", prompts=1, samples=1, prompt_tokens=8, new=1, tokens=0)
+        if recipe.iterations:
+            if recipe.prompts.source == "self-instruct":
+                yield self._prompts()
+            yield self._candidates()
+            if recipe.pairing.source == "judge":
+                yield self._judge()
+        if self.trains_anchor:
+            yield self._anchor()
+        if recipe.iterations:
+            yield self._dpo()
+        yield self._evaluation()
+        yield self._export()
+
+    def _libraries(self, parts: Mapping[str, int], kind: str) -> dict[str, int]:
+        where: Device = "cpu" if kind == "export" else self.held.device
+        return {**parts, "libraries": LIBRARIES[where][kind]}
+
+    def _sampling(
+        self,
+        name: str,
+        *,
+        prompts: int,
+        samples: int,
+        prompt_tokens: int,
+        new: int,
+        tokens: int | None,
+        engine: str = "transformers",
+    ) -> Phase:
+        """`prompts` requests of `samples` texts each, given to the engine at once."""
+
+        def parts(at_once: int) -> dict[str, int]:
+            if engine == "transformers":
+                found = sampling(
+                    self.held,
+                    prompts=at_once,
+                    samples=samples,
+                    prompt_tokens=prompt_tokens,
+                    new_tokens=new,
+                    refills=at_once < prompts,
+                )
+            else:
+                found = self._beside()
+                if engine == "vllm":
+                    found["kv_cache"] = int(self.recipe.vllm.memory * self.hardware.memory)
+            return self._libraries(found, "sampling")
+
+        rows = self._rows(prompt_tokens + new)
+        at_once = max(1, min(prompts, rows // samples))
+        shape = {
+            "prompts": prompts,
+            "samples": samples,
+            "prompt_tokens": prompt_tokens,
+            "new_tokens": new,
+            "batch_rows": at_once * samples,
+        }
+        least = sum(parts(1).values())
+        return Phase(name, parts(at_once), least, tokens, shape=shape)
+
+    def _beside(self) -> dict[str, int]:
+        """The base and its slot, while another process samples."""
+        return {"base": self.held.base, "adapters": self.held.itemsize * self.held.slot}
+
+    def _rows(self, tokens: int) -> int:
+        """As `rollout.batch_rows` says, or as the engine finds."""
+        said = self.recipe.rollout.batch_rows
+        if said != "auto":
+            return said
+        shape, c = self.held.shape, self.held.itemsize
+        kept = kv_bytes(
+            layers=shape.layers, heads=shape.kv_heads, width=shape.head_width, itemsize=c
+        )
+        return rows_within(
+            self.hardware.memory,
+            weights=self.held.base,
+            row=kept * tokens + drawing_bytes(shape.vocabulary, c),
+        )
+
+    @property
+    def _room(self) -> int:
+        """The longest prompt of a candidate."""
+        window, new = self.recipe.base.window, self.recipe.rollout.max_new_tokens
+        return max(1, min(self.lengths.prompt, window - new))
+
+    @property
+    def _judge_room(self) -> int:
+        window, new = self.recipe.base.window, self.recipe.judge.max_new_tokens
+        return max(1, min(self.lengths.judge_prompt, window - new))
+
+    def _prompts(self) -> Phase:
+        recipe, new = self.recipe, 256
+        return self._sampling(
+            "prompts",
+            prompts=recipe.rollout.chunk_prompts,
+            samples=1,
+            prompt_tokens=recipe.base.window,
+            new=new,
+            tokens=recipe.iterations * recipe.prompts.per_iteration * new,
+            engine=recipe.rollout.engine,
+        )
+
+    def _candidates(self) -> Phase:
+        recipe = self.recipe
+        answers = recipe.iterations * recipe.prompts.per_iteration * recipe.rollout.n
+        return self._sampling(
+            "candidates",
+            prompts=min(recipe.rollout.chunk_prompts, recipe.prompts.per_iteration),
+            samples=recipe.rollout.n,
+            prompt_tokens=self._room,
+            new=recipe.rollout.max_new_tokens,
+            tokens=answers * recipe.rollout.max_new_tokens,
+            engine=recipe.rollout.engine,
+        )
+
+    def _judge(self) -> Phase:
+        recipe, judge = self.recipe, self.recipe.judge
+        chunk = min(recipe.rollout.chunk_prompts, recipe.prompts.per_iteration)
+        answers = recipe.iterations * recipe.prompts.per_iteration * recipe.rollout.n
+        return self._sampling(
+            "judge",
+            prompts=chunk * recipe.rollout.n,
+            samples=judge.votes,
+            prompt_tokens=self._judge_room,
+            new=judge.max_new_tokens,
+            tokens=answers * judge.votes * judge.max_new_tokens,
+            engine=judge.engine or recipe.rollout.engine,
+        )
+
+    def _anchor(self) -> Phase:
+        section = self.recipe.anchor
+        tokens = min(self.lengths.example, self.recipe.base.window)
+        count = self.lengths.examples
+        trained = None if count is None else math.ceil(count * section.epochs) * tokens
+        return self._training("anchor SFT", "sft", section, tokens, trained, rows=1)
+
+    def _dpo(self) -> Phase:
+        section, recipe = self.recipe.dpo, self.recipe
+        tokens = min(self.lengths.pair, recipe.base.window)
+        pairs = recipe.iterations * recipe.prompts.per_iteration
+        trained = math.ceil(pairs * section.epochs) * 2 * tokens
+        return self._training("DPO", "dpo", section, tokens, trained, rows=2)
+
+    def _training(
+        self, name: str, kind: Any, section: Any, tokens: int, trained: int | None, *, rows: int
+    ) -> Phase:
+        parts = training(
+            self.held,
+            kind=kind,
+            rows=rows * section.micro_batch_size,
+            tokens=tokens,
+            checkpointing=section.gradient_checkpointing,
+            accumulates=section.batch_size > section.micro_batch_size,
+            dropout=section.lora.dropout > 0,
+        )
+        whole = self._libraries(parts, "training")
+        shape = {
+            "sequences": rows * section.micro_batch_size,
+            "tokens": tokens,
+            "accumulated": section.batch_size // section.micro_batch_size,
+        }
+        return Phase(name, whole, sum(whole.values()), trained, shape=shape)
+
+    def _evaluation(self) -> Phase:
+        """As judge and as policy: the larger of both."""
+        recipe = self.recipe
+        votes = recipe.evaluate.votes or recipe.judge.votes
+        chunk = recipe.rollout.chunk_prompts
+        models = recipe.iterations + 1
+        drawn = recipe.evaluate.policy_prompts * (recipe.evaluate.samples + 1)
+        tokens = models * drawn * recipe.rollout.max_new_tokens
+        if self.lengths.graded is None:
+            total = None
+        else:
+            total = tokens + models * self.lengths.graded * votes * recipe.judge.max_new_tokens
+        as_judge = self._sampling(
+            "evaluation",
+            prompts=chunk * recipe.rollout.n,
+            samples=votes,
+            prompt_tokens=self._judge_room,
+            new=recipe.judge.max_new_tokens,
+            tokens=total,
+            engine=recipe.judge.engine or recipe.rollout.engine,
+        )
+        as_policy = self._sampling(
+            "evaluation",
+            prompts=max(1, min(chunk, recipe.evaluate.policy_prompts)),
+            samples=recipe.evaluate.samples,
+            prompt_tokens=self._room,
+            new=recipe.rollout.max_new_tokens,
+            tokens=total,
+            engine=recipe.rollout.engine,
+        )
+        return max((as_judge, as_policy), key=lambda phase: phase.total)
+
+    def _export(self) -> Phase:
+        parts = exporting(self.held, source_itemsize=2, texts=_TEXTS, text_tokens=_TEXT_TOKENS)
+        whole = self._libraries(parts, "export")
+        return Phase("export", whole, sum(whole.values()), on_host=True)
+
+
+def _disk(recipe: Recipe, held: Held) -> dict[str, int]:
+    """Bytes on the disk: the base's files, what the run writes, and one merged export."""
+    adapter = 4 * held.slot
+    models = recipe.iterations + 1
+    answers = recipe.iterations * recipe.prompts.per_iteration * recipe.rollout.n
+    drawn = answers * (
+        recipe.rollout.max_new_tokens + recipe.judge.votes * recipe.judge.max_new_tokens
+    )
+    return {
+        "base": 2 * held.shape.parameters,
+        "run": models * adapter + _WRITTEN * drawn,
+        "export": 2 * held.shape.parameters,
+    }
+
+
+Changes = tuple[tuple[str, Any], ...]
+
+
+def advice(plan: Plan, remake: Callable[[Recipe], Plan]) -> tuple[list[str], bool]:
+    """Settings, as `key=value`, with which more fits, and whether all does with them.
+
+    They are tried one after the other on the plan itself; what does not help is left out.
+    """
+    made: list[str] = []
+    for _ in range(40):
+        tight = [phase for phase in plan.phases if not plan.fits(phase)]
+        if not tight:
+            return made, True
+        before = sum(phase.total for phase in tight)
+        for key, value in _remedies(plan.recipe, tight[0]):
+            try:
+                tried = remake(with_setting(plan.recipe, key, value))
+            except UserError:
+                continue
+            after = sum(p.total for p in tried.phases if p.name in {each.name for each in tight})
+            if after < before:
+                made = [one for one in made if not one.startswith(f"{key}=")]
+                made.append(f"{key}={str(value).lower() if isinstance(value, bool) else value}")
+                plan = tried
+                break
+        else:
+            return made, False
+    return made, False
+
+
+def with_setting(recipe: Recipe, key: str, value: Any) -> Recipe:
+    """The recipe with one setting changed.
+
+    Raises:
+        UserError: The recipe would not be valid.
+    """
+    section, name = key.split(".")
+    raw = recipe.model_dump()
+    raw[section][name] = value
+    return recipe_from(raw, where=f"{key}={value}")
+
+
+def _remedies(recipe: Recipe, phase: Phase) -> Iterator[tuple[str, Any]]:
+    """What may make a phase smaller, the cheapest first."""
+    if recipe.base.quantization == "none" and phase.name == "load":
+        yield "base.quantization", "nf4"
+    if phase.name in ("anchor SFT", "DPO"):
+        section = "anchor" if phase.name == "anchor SFT" else "dpo"
+        optim = recipe.anchor if section == "anchor" else recipe.dpo
+        if not optim.gradient_checkpointing:
+            yield f"{section}.gradient_checkpointing", True
+        if optim.micro_batch_size > 1:
+            halves = [n for n in range(1, optim.micro_batch_size) if optim.batch_size % n == 0]
+            yield f"{section}.micro_batch_size", max(halves)
+    elif phase.name != "load":
+        for key, engine in (("rollout", recipe.rollout.engine), ("judge", recipe.judge.engine)):
+            if engine == "vllm":
+                yield f"{key}.engine", "transformers"
+        rows = phase.shape["batch_rows"]
+        if rows > phase.shape["samples"]:
+            yield "rollout.batch_rows", max(1, rows // 2)
+        if recipe.rollout.fold:
+            yield "rollout.fold", False
+    if recipe.base.quantization == "none":
+        yield "base.quantization", "nf4"
+    if recipe.base.window > 512 and phase.name != "load":
+        yield "base.window", max(512, recipe.base.window - 256)
+
+
+def needs_sharding(plan: Plan) -> int | None:
+    """Devices over which the base has to be spread, where one cannot hold it; else None."""
+    load = next(phase for phase in plan.phases if phase.name == "load")
+    if plan.fits(load):
+        return None
+    room = plan.usable - (load.total - load.parts["base"])
+    return math.ceil(load.parts["base"] / room) if room > 0 else None

@@ -1,0 +1,57 @@
+"""How fast phases went on a device, as measured there: the only source of a plan's times.
+
+Rates lie in `rates.json` in the cache, by device, base, quantization and dtype: tokens a second of
+each phase. `srlm-lite bench plan` writes them; without it a plan says that the time is unknown.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from srlm_lite.config import Recipe
+
+Rates = Mapping[str, float]
+"""Tokens a second by phase: candidates, judge, evaluation (drawn), anchor SFT, DPO (trained on)."""
+
+
+def rates_folder() -> Path:
+    """Where this user's rates lie: the cache."""
+    from srlm_lite.model.cache import cache_dir
+
+    return cache_dir()
+
+
+def rates_key(recipe: Recipe, *, device: str, itemsize: int) -> str:
+    """What rates are kept under: the device's name, and what of the base decides its speed."""
+    base = Path(recipe.base.name).name.lower()
+    return f"{device} | {base} | {recipe.base.quantization} | {8 * itemsize} bit"
+
+
+def known_rates(folder: Path, key: str) -> tuple[Rates, str] | None:
+    """The rates under a key and the date they were measured; None where there are none."""
+    row = _read(folder).get(key)
+    return None if row is None else (row["tokens_per_s"], row["date"])
+
+
+def remember(folder: Path, key: str, rates: Rates) -> None:
+    """Keep rates that were measured just now."""
+    every = _read(folder)
+    before = every.get(key, {}).get("tokens_per_s", {})
+    every[key] = {"tokens_per_s": {**before, **rates}, "date": date.today().isoformat()}
+    folder.mkdir(parents=True, exist_ok=True)
+    draft = folder / f".rates-{os.getpid()}"
+    draft.write_text(json.dumps(every, indent=2) + "\n", encoding="utf-8")
+    draft.replace(folder / "rates.json")
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((folder / "rates.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

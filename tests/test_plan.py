@@ -1,0 +1,272 @@
+"""The plan against the real thing, counted in live bytes; and what `plan` and `iterate` say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from live_bytes import LiveBytes
+from typer.testing import CliRunner
+
+from srlm_lite.config import Anchor, Base, Dpo, Lora, Recipe, load_recipe
+from srlm_lite.errors import UserError
+from srlm_lite.planning.lengths import lengths_of, longest
+from srlm_lite.planning.machine import plan_for
+from srlm_lite.planning.memory import Held, leaf_room, sampling, training
+from srlm_lite.planning.plan import Hardware, advice, needs_sharding, parse_gpus
+from srlm_lite.planning.probe import probe, shape_of_base
+from srlm_lite.planning.rates import known_rates, remember
+from srlm_lite.planning.shapes import llama_config
+
+RANK = 8
+GB = 10**9
+
+
+@pytest.fixture(scope="module")
+def wide_base(tiny_base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Wide enough that its tensors, and not the bookkeeping around them, are what counts."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig.from_pretrained(tiny_base_dir)
+    config.update({"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3})
+    config.update({"head_dim": 32, "num_attention_heads": 4, "num_key_value_heads": 2})
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("wide_base")
+    LlamaForCausalLM(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_base_dir).save_pretrained(folder)
+    return folder
+
+
+def loaded(folder: Path, quantization: str, dtype: str) -> tuple[Any, Any, Held, list[Any]]:
+    from srlm_lite.model.base import load_base
+    from srlm_lite.model.stack import Slot
+
+    section = Base(name=str(folder), quantization=quantization, dtype=dtype, device="cpu")
+    base = load_base(section)
+    lora = Lora(rank=RANK, alpha=16)
+    slot = Slot(base.model, targets=lora.targets, rank=2 * RANK)
+    held = Held(
+        shape=shape_of_base(Base(name=str(folder))),
+        nf4=quantization == "nf4",
+        itemsize=base.dtype.itemsize,
+        device="cpu",
+        targets=lora.targets,
+        rank=2 * RANK,
+    )
+    return base, slot, held, [slot.fresh(lora, seed=1), slot.fresh(lora, seed=2)]
+
+
+def test_the_bytes_of_a_base_are_those_it_has(wide_base: Path) -> None:
+    from srlm_lite.bench.load import tensor_bytes
+
+    for quantization, dtype in (("none", "float32"), ("nf4", "bfloat16")):
+        base, _, held, _ = loaded(wide_base, quantization, dtype)
+        frozen = [p for n, p in base.model.named_parameters() if "lora_" not in n]
+        assert sum(tensor_bytes(p) for p in frozen) == pytest.approx(held.base, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("kind", "quantization", "dtype", "checkpointing", "dropout"),
+    [
+        ("dpo", "none", "bfloat16", False, 0.0),
+        ("dpo", "nf4", "float32", False, 0.0),
+        ("dpo", "none", "bfloat16", True, 0.0),
+        ("sft", "nf4", "bfloat16", False, 0.1),
+        ("sft", "none", "bfloat16", True, 0.0),
+    ],
+)
+def test_training_holds_what_the_shapes_say(
+    kind: str,
+    quantization: str,
+    dtype: str,
+    checkpointing: bool,
+    dropout: float,
+    wide_base: Path,
+    tmp_path: Path,
+) -> None:
+    from srlm_lite.training.dpo import PairExample, train_dpo
+    from srlm_lite.training.sft import Example, train_sft
+
+    base, slot, held, (anchor, delta) = loaded(wide_base, quantization, dtype)
+    tokens, micro = 128, 4
+    half = tuple(range(tokens // 2))
+    optim = {
+        "batch_size": micro,
+        "micro_batch_size": micro,
+        "epochs": 2,  # the optimiser's states are there in the second step
+        "learning_rate": 1e-3,
+        "gradient_checkpointing": checkpointing,
+        "lora": Lora(rank=RANK, alpha=16),
+    }
+    with LiveBytes() as live:
+        if kind == "dpo":
+            train_dpo(
+                slot,
+                base,
+                anchor=[anchor],
+                delta=delta,
+                reference=[anchor, delta],
+                pairs=[PairExample(half, half[1:], half) for _ in range(micro)],
+                dpo=Dpo(**optim),
+                scratch=tmp_path,
+                seed=0,
+            )
+        else:
+            train_sft(
+                slot,
+                base,
+                anchor,
+                [Example(half, half[i % 2 :]) for i in range(micro)],
+                optim=Anchor(**optim),
+                dropout=dropout,
+                scratch=tmp_path,
+                seed=0,
+            )
+    parts = training(
+        held,
+        kind=kind,
+        rows=micro * (2 if kind == "dpo" else 1),
+        tokens=tokens,
+        checkpointing=checkpointing,
+        accumulates=False,
+        dropout=dropout > 0,
+    )
+    made_before = 4 * held.slot  # the stack's own tensors, which no operation has met
+    assert sum(parts.values()) - made_before == pytest.approx(live.peak, rel=0.06)
+
+
+def test_sampling_holds_what_the_shapes_say(wide_base: Path) -> None:
+    from srlm_lite.model.chat import ChatFormat
+    from srlm_lite.rollout.protocol import Limits, Request
+    from srlm_lite.rollout.transformers_engine import TransformersEngine
+
+    base, slot, held, stack = loaded(wide_base, "none", "float32")
+    engine = TransformersEngine(slot, ChatFormat.of(base, template=None), batch_rows=256)
+    texts = [tuple((7 * i + j) % 200 for j in range(100 - i % 2)) for i in range(48)]
+    requests = [Request(ids, tuple(range(4 * i, 4 * i + 4))) for i, ids in enumerate(texts)]
+    with LiveBytes() as live:
+        engine.load(stack)
+        engine.sample(requests, Limits(0.7, 0.9, max_new_tokens=70, ignore_end=True))
+    parts = sampling(held, prompts=48, samples=4, prompt_tokens=100, new_tokens=70)
+    assert parts["kv_cache"] > 0.8 * sum(parts.values())
+    assert sum(parts.values()) - 4 * held.slot == pytest.approx(live.peak, rel=0.06)
+
+
+def test_a_leaf_grows_by_doubling() -> None:
+    assert [leaf_room(n) for n in (1, 32, 33, 96, 768)] == [32, 32, 64, 128, 1024]
+
+
+def test_llama2_70b_in_nf4_by_hand() -> None:
+    """68.98B parameters, 2 x 32000 x 8192 of them in embeddings and head, 161 norms of 8192."""
+    shape = probe(llama_config("llama2-70b"))
+    held = Held(shape, nf4=True, itemsize=2, device="cuda", targets=Lora().targets, rank=32)
+    kept = 2 * 32000 * 8192 + 161 * 8192
+    rounded = 68_976_648_192 - kept
+    assert held.quantized == rounded
+    # Half a byte, a byte for each 64, four for each 256 of those.
+    assert held.base == pytest.approx(
+        rounded * (1 / 2 + 1 / 64 + 4 / 64 / 256) + 2 * kept, rel=1e-4
+    )
+    assert held.kv_per_token == 2 * 80 * 8 * 128 * 2
+    # R (inputs + outputs) of q, k, v, o, gate, up, down.
+    layer = 2 * (8192 + 8192) + 2 * (8192 + 1024) + 3 * (8192 + 28672)
+    assert held.slot == 32 * 80 * layer
+
+
+@pytest.mark.parametrize(("recipe", "gpus"), [("llama2-70b", "2x80GB"), ("llama2-7b", "24GB")])
+def test_the_llama_recipes_fit_where_they_say(recipe: str, gpus: str) -> None:
+    plan = plan_for(load_recipe(recipe), parse_gpus(gpus))
+    assert [phase.name for phase in plan.phases if not plan.fits(phase)] == []
+
+
+def test_what_does_not_fit_gets_settings_that_do() -> None:
+    recipe = load_recipe(
+        "llama3.1-8b",
+        ["dpo.micro_batch_size=8", "dpo.gradient_checkpointing=false", "rollout.batch_rows=256"],
+    )
+    plan = plan_for(recipe, parse_gpus("24GB"))
+    assert "DPO" in [phase.name for phase in plan.impossible()]
+    changes, suffice = advice(plan, lambda other: plan_for(other, plan.hardware, shape=plan.shape))
+    assert suffice
+    assert "dpo.gradient_checkpointing=true" in changes
+    changed = load_recipe("llama3.1-8b", ["dpo.micro_batch_size=8", *changes])
+    assert plan_for(changed, plan.hardware).impossible() == []
+
+
+def test_a_base_too_large_for_a_device_is_to_be_sharded() -> None:
+    plan = plan_for(load_recipe("llama2-70b"), parse_gpus("4x24GB"))
+    assert advice(plan, lambda other: plan_for(other, plan.hardware, shape=plan.shape))[1] is False
+    assert needs_sharding(plan) == 2
+
+
+def test_the_seed_data_bounds_the_lengths() -> None:
+    """The longest prompt of the demo has 45 bytes or so, and answers have 96 tokens at most."""
+    recipe = load_recipe("smollm2-135m-demo")
+    lengths = lengths_of(recipe)
+    assert lengths.prompt < 128 < recipe.base.window
+    assert lengths.pair == lengths.prompt + 96 + 4
+    assert lengths.graded == 40
+    without = load_recipe("llama3.1-8b", ["data.dir=/nowhere"])
+    assert lengths_of(without) == longest(without)
+
+
+@pytest.mark.parametrize("text", ["80", "0x80GB", "two", "2x0GB", ""])
+def test_odd_gpus_are_refused(text: str) -> None:
+    with pytest.raises(UserError, match="2x80GB"):
+        parse_gpus(text)
+
+
+def test_gpus_are_read_with_and_without_a_number() -> None:
+    assert parse_gpus("2x80GB") == Hardware("cuda", "", 80 * GB, 2)
+    assert parse_gpus("24 gb") == Hardware("cuda", "", 24 * GB, 1)
+
+
+def test_rates_are_kept_by_device_and_base(tmp_path: Path) -> None:
+    remember(tmp_path, "here", {"DPO": 100.0})
+    remember(tmp_path, "here", {"judge": 50.0})
+    known = known_rates(tmp_path, "here")
+    assert known is not None and known[0] == {"DPO": 100.0, "judge": 50.0}
+    assert known_rates(tmp_path, "there") is None
+
+
+def run(*arguments: str) -> Any:
+    from srlm_lite.cli.main import app
+
+    return CliRunner().invoke(app, list(arguments))
+
+
+def test_the_command_prints_every_phase() -> None:
+    result = run("plan", "--recipe", "llama3.1-8b", "--gpus", "24GB", "--json")
+    assert result.exit_code == 0, result.output
+    row = json.loads(result.stdout)
+    names = ["load", "prompts", "candidates", "judge", "anchor SFT", "DPO", "evaluation", "export"]
+    assert list(row["phases"]) == names
+    assert row["fits"] is True and row["change"] == []
+    assert row["phases"]["DPO"]["bytes"] == sum(row["phases"]["DPO"]["parts"].values())
+    text = run("plan", "--recipe", "llama3.1-8b", "--gpus", "8GB").stdout
+    assert "NO" in text and "unknown" in text
+
+
+def test_iterate_refuses_what_cannot_fit_before_it_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from srlm_lite.planning import machine
+
+    monkeypatch.setattr(machine, "machine_memory", lambda: GB // 2)
+    out = tmp_path / "out"
+    arguments = ("iterate", "--recipe", "tiny", "--set", "base.device=cpu", "--adapters", str(out))
+    result = run(*arguments)
+    assert isinstance(result.exception, UserError)
+    assert "GB" in str(result.exception) and "--no-plan" in str(result.exception)
+    assert not out.exists()
+
+
+def test_a_base_of_unknown_shape_is_told_in_one_line() -> None:
+    recipe = Recipe.model_validate(
+        {"name": "x", "base": {"name": "nobody/nothing"}, "data": {"dir": "d"}}
+    )
+    with pytest.raises(UserError, match=r"cannot plan for nobody/nothing.*llama2-70b"):
+        plan_for(recipe, parse_gpus("24GB"))
