@@ -190,5 +190,22 @@ def test_without_gold_it_is_by_the_anchor_s_grades_and_without_those_there_is_no
     assert best_model([]) is None
 
 
+def test_a_broken_model_is_not_the_best_however_the_anchor_grades_it() -> None:
+    sound = model(anchor_score=2.5, anchor_score_se=0.1, truncated_rate=0.0)
+    endless = model(anchor_score=3.2, anchor_score_se=0.1, truncated_rate=0.9)
+    best = best_model([sound, endless])
+    assert best is not None
+    assert (best.place, best.alike) == (0, ())
+    # Gold is no judge that could be deceived.
+    best = best_model(
+        [
+            {**sound, "policy": {**sound["policy"], "gold_mean": 1.0}},
+            {**endless, "policy": {**endless["policy"], "gold_mean": 2.0}},
+        ]
+    )
+    assert best is not None
+    assert best.place == 1
+
+
 def test_a_finding_is_named_as_its_setting_is() -> None:
     assert {check.__name__.lstrip("_") for check in CHECKS} < set(Gate.model_fields)

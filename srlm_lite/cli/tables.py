@@ -35,7 +35,7 @@ def closing_table(run: RunDir, recipe: Recipe) -> str:
             f"gold: {recipe.evaluate.gold} on sampled answers to held-out prompts, ± standard "
             "error; greedy: on greedy ones",
         )
-    best = best_line(run)
+    best = best_line(run, recipe.evaluate.gate)
     if best is not None:
         lines.append(best)
     return plain_table(columns, rows) + "\n\n" + "\n".join(lines)

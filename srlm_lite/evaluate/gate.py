@@ -188,8 +188,14 @@ FIGURES = ("gold_mean", "anchor_score")
 """What the policy is compared by: the first one that all models have."""
 
 
-def best_model(evaluations: Sequence[Evaluation]) -> Best | None:
+BROKEN = {"one_score", "readable", "judge_accuracy", "truncated"}
+"""Gates on which a model fails that is broken; the anchor's grades may be high all the same."""
+
+
+def best_model(evaluations: Sequence[Evaluation], gate: Gate | None = None) -> Best | None:
     """The model with the best answers, by the gold score or else by the anchor's grades.
+
+    By the anchor's grades only the anchor and models that are not broken can be the best.
 
     A model counts as alike when the best one's figure lies within two standard errors of the
     difference. The models answered the same prompts, so this errs on the side of caution.
@@ -203,13 +209,23 @@ def best_model(evaluations: Sequence[Evaluation]) -> Best | None:
             continue
         error = "gold_se" if figure == "gold_mean" else "anchor_score_se"
         errors = [each["policy"].get(error) or 0.0 for each in evaluations]
-        place = max(range(len(values)), key=lambda i: (values[i], -i))
+        places = [
+            i
+            for i in range(len(values))
+            if figure == "gold_mean" or i == 0 or not _is_broken(evaluations[: i + 1], gate)
+        ]
+        place = max(places, key=lambda i: (values[i], -i))
         alike = tuple(
             i
             for i, value in enumerate(values)
-            if i != place
+            if i in places
+            and i != place
             and values[place] - value <= 2 * (errors[place] ** 2 + errors[i] ** 2) ** 0.5
         )
         interval = evaluations[place]["policy"].get("intervals", {}).get(figure)
         return Best(place, figure, values[place], interval, alike)
     return None
+
+
+def _is_broken(evaluations: Sequence[Evaluation], gate: Gate | None) -> bool:
+    return any(found.gate in BROKEN for found in findings(evaluations, gate or Gate()))

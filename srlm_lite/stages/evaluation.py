@@ -252,10 +252,10 @@ def hold_to_gates(session: Session, iteration: int) -> None:
         )
 
 
-def best_line(run: RunDir) -> str | None:
+def best_line(run: RunDir, gate: Gate) -> str | None:
     """Which model of a run is the best, by what, and how surely; None with a single one."""
     measured = evaluations(run)
-    best = best_model(measured)
+    best = best_model(measured, gate)
     if best is None or len(measured) < 2:
         return None
     by = {
