@@ -82,7 +82,7 @@ class Data(Section):
     the replies that it hopes for."""
     ranked: str | None = None
     """Replies that humans ranked, a file of the form of `eft_train.jsonl`, for the methods that
-    learn from them (`dpo`: default `eft_train.jsonl`; `spin`: default `ift.jsonl`)."""
+    learn from them (`dpo`, `rlhf`: default `eft_train.jsonl`; `spin`: default `ift.jsonl`)."""
 
 
 class Optim(Section):
@@ -374,6 +374,8 @@ MethodName = Literal[
     "dno",
     "scir",
     "meta-rewarding",
+    "rlaif",
+    "rlhf",
 ]
 
 
@@ -459,6 +461,48 @@ class MetaRewarding(Section):
     """Longest answer that may be chosen in each iteration; 0 is any."""
 
 
+class RevisionSft(Optim):
+    """SFT on revisions."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+
+
+class Rlaif(Section):
+    """Method `rlaif`: critique and revision, then preferences, both by principles."""
+
+    principles: str = "assistant"
+    """Name of shipped principles or a path: the principles and the questions about them."""
+    drafts: Positive = 1
+    """Answers to each prompt of the first iteration that are revised."""
+    rounds: Positive = 4
+    """Times a draft is criticised and revised, each time in the light of a fresh principle."""
+    helpful: Annotated[float, Field(ge=0)] = 0.0
+    """Rows of `ift.jsonl` that are learned beside the revisions, so many for each of them."""
+    max_new_tokens: Positive = 256
+    """Of a critique, or of the rationale before a label."""
+    rationale: bool = False
+    """The labeller gives its reasons before it names the better answer."""
+    clamp: Annotated[float, Field(gt=0.5, le=1)] = 0.6
+    """Labels after a rationale stay between 1 - clamp and clamp: such labels are overconfident."""
+    sft: RevisionSft = RevisionSft()
+
+
+class RewardSection(Optim):
+    """Training the reward model."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    pairs: Literal["best-worst", "all"] = "all"
+    """`all`: every two replies of a prompt that humans told apart."""
+
+
+class Rlhf(Section):
+    """Method `rlhf`: a reward model from human pairs, and the policy trained against it."""
+
+    kl_weight: Annotated[float, Field(gt=0)] = 0.05
+    """What a nat of divergence from the reference costs, in units of the reward."""
+    reward: RewardSection = RewardSection()
+
+
 class Recipe(Section):
     """All a run needs to know."""
 
@@ -486,6 +530,8 @@ class Recipe(Section):
     dno: Dno = Dno()
     scir: Scir = Scir()
     meta_rewarding: MetaRewarding = MetaRewarding()
+    rlaif: Rlaif = Rlaif()
+    rlhf: Rlhf = Rlhf()
 
     @model_validator(mode="after")
     def _server_is_named(self) -> Recipe:
@@ -503,6 +549,28 @@ class Recipe(Section):
             raise ValueError(
                 "method scir needs dpo.init=previous and dpo.reference=anchor: the implicit reward "
                 "is what the last model has learned beyond the anchor"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _revisions_are_kept(self) -> Recipe:
+        if self.method == "rlaif" and self.dpo.init != "previous":
+            raise ValueError(
+                "method rlaif needs dpo.init=previous: what the revisions taught is in the last "
+                "delta"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _answers_fill_a_step(self) -> Recipe:
+        if self.method != "rlhf":
+            return self
+        if self.dpo.batch_size % self.rollout.n:
+            raise ValueError("method rlhf needs a dpo.batch_size that rollout.n divides")
+        if self.prompts.per_iteration * self.rollout.n < self.dpo.batch_size:
+            raise ValueError(
+                "method rlhf needs as many answers (prompts.per_iteration times rollout.n) as "
+                "dpo.batch_size"
             )
         return self
 
@@ -546,6 +614,8 @@ METHOD_SECTIONS = {
     "dno": "dno",
     "scir": "scir",
     "meta-rewarding": "meta_rewarding",
+    "rlaif": "rlaif",
+    "rlhf": "rlhf",
 }
 """The section of each method that has one of its own."""
 
@@ -565,6 +635,7 @@ PATH_KEYS = (
     ("compare", "template"),
     ("mt_bench", "template"),
     ("evaluate", "tasks_dir"),
+    ("rlaif", "principles"),
 )
 """Settings that may be paths: relative ones start at the recipe's own directory, or else at the
 working directory; what is in neither stays as it is."""
@@ -580,6 +651,7 @@ SHIPPED = {
     ("meta_rewarding", "template"): ("templates", ".txt"),
     ("compare", "template"): ("templates", ".txt"),
     ("mt_bench", "template"): ("templates", ".txt"),
+    ("rlaif", "principles"): ("principles", ".yaml"),
 }
 """Settings that may name a shipped file: its folder and ending."""
 

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import combinations
 from random import Random
 
 from srlm_lite.config import Pairing
@@ -109,6 +110,12 @@ def pairs_of(
                 continue
         pairs.append(pair(prompt, chosen, rejected))
     return pairs, drops
+
+
+def told_apart(prompt: Prompt, scored: Sequence[Scored]) -> list[PreferencePair]:
+    """Every two candidates of a prompt whose scores differ, the better one chosen."""
+    ordered = sorted(scored, key=lambda one: -one[1])
+    return [pair(prompt, a, b) for a, b in combinations(ordered, 2) if a[1] > b[1]]
 
 
 def pair(prompt: Prompt, chosen: Scored, rejected: Scored) -> PreferencePair:

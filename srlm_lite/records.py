@@ -149,6 +149,37 @@ class Annotation(Record):
 
 
 @dataclass(frozen=True, slots=True)
+class Revision(Record):
+    """An answer after a round of critique and revision; `candidate_id` is the draft's.
+
+    `text` is None where critique or revision ran into the token limit or is empty: the answer
+    stays as it was.
+    """
+
+    prompt_id: str
+    candidate_id: str
+    round: int
+    principle: str
+    critique: str
+    text: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Label(Record):
+    """What a principle makes of two candidates of a prompt.
+
+    `p_first` is how likely the first one keeps better to it: the mean over both orders in which
+    they were shown. None where it could not be told.
+    """
+
+    prompt_id: str
+    first_id: str
+    second_id: str
+    principle: str
+    p_first: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class Instruction(Record):
     """A row of `ift.jsonl`: an answer to learn from."""
 

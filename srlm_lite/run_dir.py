@@ -28,7 +28,7 @@ R = TypeVar("R", bound=Record)
 
 _LOCK = ".lock"
 _OWN = re.compile(
-    r"run\.json|base\.json|metrics\.jsonl|anchor|base|iter_\d{3,}|\.scratch|vllm\.log"
+    r"run\.json|base\.json|metrics\.jsonl|anchor|base|reward|iter_\d{3,}|\.scratch|vllm\.log"
     r"|compare|mt_bench|report\.html"
 )
 
@@ -307,6 +307,20 @@ class AnchorDir(StageDir):
 
 
 @dataclass(frozen=True, slots=True)
+class RewardDir(StageDir):
+    """`reward/`: the reward model's adapter, which stands on the anchor, with its head."""
+
+    @property
+    def adapter(self) -> Path:
+        return self.path
+
+    @property
+    def head(self) -> Path:
+        """The layer from the last hidden state to the reward."""
+        return self.path / "head.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
 class DeltaPlace:
     """Where a delta goes, and the facts of its training, written after it."""
 
@@ -360,6 +374,20 @@ class IterationDir(StageDir):
     def replies(self) -> Path:
         """What a model said to a method's own questions."""
         return self.path / "replies.jsonl"
+
+    def asked(self, what: str) -> Path:
+        """What a model said where a method asks in several turns."""
+        return self.path / "replies" / f"{what}.jsonl"
+
+    @property
+    def revisions(self) -> Path:
+        """Answers revised in the light of principles, a row for each round."""
+        return self.path / "revisions.jsonl"
+
+    @property
+    def labels(self) -> Path:
+        """What principles made of pairs of candidates."""
+        return self.path / "labels.jsonl"
 
     @property
     def past_candidates(self) -> Path:
@@ -520,6 +548,10 @@ class RunDir:
     @property
     def anchor(self) -> AnchorDir:
         return AnchorDir(self.path / "anchor")
+
+    @property
+    def reward(self) -> RewardDir:
+        return RewardDir(self.path / "reward")
 
     @property
     def base_evaluation(self) -> StageDir:

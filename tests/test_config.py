@@ -127,7 +127,11 @@ def test_the_hardware_chooses_a_shipped_recipe(devices: list[Gpu], name: str) ->
         ({"judge": {"min_gap": 1}}, "judge.min_gap", "`pairing.min_gap`"),
         ({"n": 8}, "n", "`rollout.n`"),
         ({"rank": 8}, "rank", "`anchor.lora.rank` or `dpo.lora.rank`"),
-        ({"epochs": 1}, "epochs", "`anchor.epochs` or `dpo.epochs`"),
+        (
+            {"epochs": 1},
+            "epochs",
+            "`anchor.epochs` or `dpo.epochs` or `rlaif.sft.epochs` or `rlhf.reward.epochs`",
+        ),
         ({"dpo": {"lora": {"beta": 1}}}, "dpo.lora.beta", "`dpo.beta`"),
     ],
 )

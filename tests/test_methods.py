@@ -5,12 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from random import Random
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 
@@ -31,13 +30,33 @@ from srlm_lite.methods.meta_rewarding import (
     scheduled,
     without_score,
 )
+from srlm_lite.methods.rlaif import (
+    fresh_principles,
+    labelled_pairs,
+    option_probability,
+    rationale_of,
+    soft_label,
+    to_learn,
+)
 from srlm_lite.methods.scir import judge_preference
 from srlm_lite.methods.spin import against_human
 from srlm_lite.methods.temporal import anchored_pairs, guided_pairs
 from srlm_lite.pairing import Drops, Scored
-from srlm_lite.records import Candidate, Judgement, PreferencePair, Prompt, Reply
+from srlm_lite.principles import load_principles
+from srlm_lite.records import (
+    Candidate,
+    Judgement,
+    Label,
+    PreferencePair,
+    Prompt,
+    RankedReply,
+    Reply,
+    Revision,
+)
 from srlm_lite.run_dir import RunDir, read_records, write_records
 from srlm_lite.session import Session
+from srlm_lite.stages.likelihood import candidate_likelihoods
+from srlm_lite.stages.reward import ranked_pairs, reward_model
 from srlm_lite.tasks.toy import topic_of
 
 MINIMAL = {"name": "t", "base": {"name": "b"}, "data": {"dir": "d"}}
@@ -364,11 +383,259 @@ def test_meta_rewarding_trains_the_judge_where_the_schedule_says(
         assert (texts[one.chosen_id], texts[one.rejected_id]) == (one.chosen, one.rejected)
     places = [directory.iteration(t).judge_place.training.is_file() for t in (1, 2)]
     assert places == ([True, False] if roles == "separate" else [False, False])
-    if roles == "separate":
+    if roles == "shared":
+        it = directory.iteration(1)
+        _goes_on_with_the_same_bytes(
+            directory, recipe, within=it.replies, keep=[it.prompts, it.candidates, it.judgements]
+        )
+    else:
         session = Session(recipe, directory)
         policy, judge = session.stack(2), session.stack(2, "judge")
         assert judge[1].differs_from(policy[1])
         assert not judge[1].differs_from(session.stack(1, "judge")[1])
+
+
+# --- RLAIF ------------------------------------------------------------------------------------
+
+
+def test_a_label_is_the_normalised_probability_of_both_orders() -> None:
+    # e^-1 / (e^-1 + e^-3) = 1 / (1 + e^-2) = 0.8808; of the far less likely option, nothing.
+    assert option_probability(-1, -3) == pytest.approx(0.880797, abs=1e-6)
+    assert option_probability(-3, -1) == pytest.approx(1 - 0.880797, abs=1e-6)
+    assert option_probability(-2, -2) == 0.5
+    assert option_probability(-2000, -1) == 0.0
+    # 0.9 where it stood first, 0.5 where it stood second: 0.7; 0.1 and 0.2: 0.15. Clamped at 0.6.
+    assert soft_label(0.9, 0.5) == pytest.approx(0.7)
+    assert soft_label(0.9, 0.5, clamp=0.6) == 0.6
+    assert soft_label(0.1, 0.2, clamp=0.6) == pytest.approx(0.4)
+    assert soft_label(0.5, 0.56, clamp=0.6) == pytest.approx(0.53)
+
+
+def test_principles_are_fresh_before_they_return() -> None:
+    names = ["a", "b", "c"]
+    drawn = fresh_principles(names, 7, Random(0))
+    assert sorted(drawn[:3]) == sorted(drawn[3:6]) == names and drawn[6] in names
+    assert {fresh_principles(names, 1, Random(seed))[0] for seed in range(20)} == set(names)
+
+
+@pytest.mark.parametrize(
+    ("text", "rationale"),
+    [
+        ("A is kinder.\nBetter: A", "A is kinder."),
+        ("**Better: B**", ""),
+        ("A is kinder.", "A is kinder."),
+        ("Better: A\nbecause it is kind", "Better: A\nbecause it is kind"),
+    ],
+)
+def test_a_rationale_comes_without_its_verdict(text: str, rationale: str) -> None:
+    options = ("Better: A", "Better: B")
+    assert rationale_of(Reply("x", text), options) == rationale
+    assert rationale_of(Reply("x", text, "length"), options) is None
+
+
+def test_labels_become_soft_pairs() -> None:
+    prompts = [Prompt(name, name) for name in "pqrs"]
+    rows = {
+        f"{name}#{i}": Candidate(name, f"{name}#{i}", f"{name}{i}", 1, "stop")
+        for name in "pqrs"
+        for i in range(4)
+    }
+    labels = [
+        Label("p", "p#0", "p#1", "kind", 0.8),
+        Label("p", "p#2", "p#3", "kind", 0.1),
+        Label("q", "q#0", "q#1", "kind", 0.5),
+        Label("r", "r#0", "r#1", "kind", None),
+    ]
+    drops = Drops()
+    first, second = labelled_pairs(prompts, rows, labels, drops)
+    assert (first.chosen_id, first.rejected_id, first.smoothing) == ("p#0", "p#1", 0.2)
+    assert (second.chosen_id, second.rejected_id, second.smoothing) == ("p#3", "p#2", 0.1)
+    assert (second.chosen_score, second.rejected_score) == (0.9, 0.1)
+    assert drops.prompts == {"tied": 1, "unlabelled": 1}
+    # The gaps are 0.6 and 0.8.
+    assert labelled_pairs(prompts, rows, labels, Drops(), min_gap=0.7) == [second]
+
+
+def test_rlaif_needs_what_the_revisions_taught() -> None:
+    with pytest.raises(UserError, match=r"^r: method rlaif needs dpo\.init=previous"):
+        recipe_from({**MINIMAL, "method": "rlaif"}, where="r")
+
+
+RLAIF = (
+    "method=rlaif", "dpo.init=previous", "rlaif.principles=toy", "rlaif.rounds=2",
+    "rlaif.max_new_tokens=72", "rlaif.sft.learning_rate=1e-3", "rlaif.helpful=0.5",
+    "rollout.max_new_tokens=72", "pairing.drop_truncated=true",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("rationale", ["false", "true"])
+def test_rlaif_revises_and_then_compares(rationale: str, anchor: Path, tmp_path: Path) -> None:
+    more = (f"anchor.init={anchor}", f"rlaif.rationale={rationale}", "judge.temperature=0.3")
+    recipe = load_recipe("tiny", [*SMALL, *RLAIF, *more])
+    directory = run(tmp_path / "out", recipe)
+    first, second = directory.iteration(1), directory.iteration(2)
+    revisions = read_records(first.revisions, Revision)
+    drafts = {row.candidate_id: row for row in read_records(first.candidates, Candidate)}
+    assert {row.round for row in revisions} == {1, 2}
+    rounds: dict[str, list[str]] = {}
+    for row in revisions:
+        rounds.setdefault(row.candidate_id, []).append(row.principle)
+    assert rounds and rounds.keys() <= drafts.keys()
+    assert all(len(set(names)) == 2 for names in rounds.values())
+    usable = [row for row in revisions if row.text]
+    assert usable and read_records(first.pairs, PreferencePair) == []
+    facts = [row for row in directory.read_metrics() if row["stage"] == "delta"]
+    assert facts[0]["answers"] == len(usable) + round(0.5 * len(usable))
+    assert facts[1]["step0_loss"] == pytest.approx(math.log(2), abs=1e-3)
+
+    labels = read_records(second.labels, Label)
+    known = [row.p_first for row in labels if row.p_first is not None]
+    assert known and {row.principle for row in labels} <= set(load_principles("toy").principles)
+    if rationale == "true":
+        assert all(0.4 <= p <= 0.6 for p in known)
+    by_id = {(row.first_id, row.second_id): row.p_first for row in labels}
+    pairs = read_records(second.pairs, PreferencePair)
+    assert pairs
+    for one in pairs:
+        p = by_id.get((one.chosen_id, one.rejected_id))
+        other = by_id.get((one.rejected_id, one.chosen_id))
+        assert one.smoothing < 0.5
+        assert 1 - one.smoothing == pytest.approx(p if p is not None else 1 - (other or 0.0))
+
+    if rationale == "true":
+        _goes_on_with_the_same_bytes(
+            directory, recipe, within=second.asked("rationales"),
+            keep=[second.prompts, second.candidates],
+        )  # fmt: skip
+        return
+    # The labels are the anchor's, whatever has been learned: by hand, from plain log-probabilities.
+    session = Session(recipe, directory)
+    label = next(row for row in labels if row.p_first is not None)
+    texts = {row.candidate_id: row.text for row in read_records(second.candidates, Candidate)}
+    prompt = {row.prompt_id: row.text for row in read_records(second.prompts, Prompt)}
+    shown = []
+    for ids in ((label.first_id, label.second_id), (label.second_id, label.first_id)):
+        question = load_principles("toy").ask(
+            "comparison", label.principle, prompt=prompt[label.prompt_id],
+            first=texts[ids[0]], second=texts[ids[1]],
+        )  # fmt: skip
+        rows = [Candidate("x", option, option, 1, "stop") for option in ("1", "2")]
+        found = candidate_likelihoods(
+            session, session.stack(0), [Prompt("x", question)], rows,
+            path=tmp_path / f"{ids[0]}.jsonl",
+        )  # fmt: skip
+        shown.append(option_probability(found["1"].logp, found["2"].logp))
+    assert label.p_first == pytest.approx((shown[0] + 1 - shown[1]) / 2, abs=1e-3)
+    early = [first.asked(f"{what}_1") for what in ("critiques", "revisions")]
+    _goes_on_with_the_same_bytes(
+        directory, recipe, within=first.asked("critiques_2"),
+        keep=[first.prompts, first.candidates, *early],
+    )  # fmt: skip
+
+
+def test_the_control_of_rlaif_learns_from_drafts_and_coins(anchor: Path, tmp_path: Path) -> None:
+    more = (f"anchor.init={anchor}", "pairing.source=random", "iterations=1")
+    recipe = load_recipe("tiny", [*SMALL, *RLAIF, *more])
+    directory = run(tmp_path / "out", recipe)
+    session = Session(recipe, directory)
+    first = directory.iteration(1)
+    drafts = {row.text for row in read_records(first.candidates, Candidate)}
+    learned = to_learn(session, first)
+    assert learned and {row.response for row in learned} <= drafts
+
+
+# --- RLHF -------------------------------------------------------------------------------------
+
+
+def test_pairs_of_replies_that_humans_told_apart() -> None:
+    rows = [
+        RankedReply("p", "?", f"r{i}", f"text {i}", rank) for i, rank in enumerate((1, 0, 2, 1))
+    ]
+    made = ranked_pairs(rows, "all")
+    assert [(one.chosen_id, one.rejected_id) for one in made] == [
+        ("r1", "r0"), ("r1", "r3"), ("r1", "r2"), ("r0", "r2"), ("r3", "r2"),
+    ]  # fmt: skip
+    [one] = ranked_pairs(rows, "best-worst")
+    assert (one.chosen_id, one.rejected_id) == ("r1", "r2")
+    assert ranked_pairs(rows[:1], "best-worst") == ranked_pairs([rows[0], rows[3]], "all") == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rollout": {"n": 3}}, r"dpo\.batch_size that rollout\.n divides"),
+        ({"prompts": {"per_iteration": 3}}, r"as many answers .* as dpo\.batch_size"),
+    ],
+)
+def test_rlhf_needs_answers_that_fill_a_step(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        recipe_from({**MINIMAL, "method": "rlhf", **settings}, where="r")
+
+
+def test_rlhf_trains_a_reward_model_once_and_then_the_policy(anchor: Path, tmp_path: Path) -> None:
+    ranked = tmp_path / "ranked.jsonl"
+    rows = read_records(Path(str(load_recipe("toy-rlhf").data.ranked)), RankedReply)[:32]
+    write_records(ranked, rows)
+    recipe = load_recipe(
+        "tiny",
+        [*SMALL, "method=rlhf", f"anchor.init={anchor}", f"data.ranked={ranked}",
+         "dpo.init=previous", "dpo.reference=anchor", "dpo.learning_rate=5e-3", "dpo.epochs=0.5",
+         "rlhf.reward.learning_rate=5e-3", "rlhf.reward.micro_batch_size=16",
+         "rollout.max_new_tokens=24"],
+    )  # fmt: skip
+    directory = run(tmp_path / "out", recipe)
+    reward = directory.reward
+    assert reward.verify(*reward.path.glob("*.safetensors")).keys() == {
+        "adapter_model.safetensors",
+        "head.safetensors",
+    }
+    facts = [row for row in directory.read_metrics() if row["stage"] == "delta"]
+    assert [row["steps"] for row in facts] == [2, 2]
+    assert all(row["step0_kl"] == pytest.approx(0, abs=1e-4) for row in facts)
+    for iteration in directory.iterations():
+        candidates = read_records(iteration.candidates, Candidate)
+        judgements = read_records(iteration.judgements, Judgement)
+        assert [row.candidate_id for row in candidates] == [row.candidate_id for row in judgements]
+        assert len({row.candidate_id for row in candidates}) == len(candidates) == 2 * 8
+        assert all(row.score is not None for row in judgements)
+    # What is on disk gives the rewards that trained: the anchor's bytes and the head's are whole.
+    session = Session(recipe, directory)
+    model, _ = reward_model(session)
+    first = directory.iteration(1)
+    prompts = {row.prompt_id: row.text for row in read_records(first.prompts, Prompt)}
+    finished = [
+        (row, judged.score)
+        for row, judged in zip(
+            read_records(first.candidates, Candidate),
+            read_records(first.judgements, Judgement),
+            strict=True,
+        )
+        if row.finish_reason == "stop"
+    ]
+    if finished:
+        from srlm_lite.training.reward import reward_replies
+        from srlm_lite.training.sft import Example
+
+        examples = [
+            Example(
+                tuple(session.chat.prompt_ids(prompts[row.prompt_id])),
+                tuple(session.chat.target_ids(row.text)),
+            )
+            for row, _ in finished
+        ]
+        again = reward_replies(
+            session.slot, session.base, session.stack(0), model, examples, batch_rows=4
+        )
+        assert again == pytest.approx([score for _, score in finished], abs=1e-3)
+    # As if killed before the reward model was whole, and later while the policy trained.
+    second = directory.iteration(2)
+    _goes_on_with_the_same_bytes(
+        directory,
+        recipe,
+        within=second.candidates,
+        keep=[second.prompts],
+        lost=[reward.done, reward.head],
+    )
 
 
 # --- end to end -------------------------------------------------------------------------------
@@ -481,14 +748,29 @@ def test_a_method_runs_from_end_to_end(
         _goes_on_with_the_same_bytes(directory, recipe)
 
 
-def _goes_on_with_the_same_bytes(directory: RunDir, recipe: Recipe) -> None:
-    # As if killed within the second iteration's candidates.
-    before, second = artefacts(directory), directory.iteration(2)
-    for entry in second.path.iterdir():
-        if entry not in (second.prompts, second.candidates):
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-    whole = second.candidates.read_bytes()
-    second.candidates.write_bytes(whole[: len(whole) // 2])
+def _goes_on_with_the_same_bytes(
+    directory: RunDir,
+    recipe: Recipe,
+    *,
+    within: Path | None = None,
+    keep: Sequence[Path] = (),
+    lost: Sequence[Path] = (),
+) -> None:
+    """As if killed within a journal (that of the last iteration's candidates), `keep` before it."""
+    before = artefacts(directory)
+    last = directory.iteration(recipe.iterations)
+    cut = within or last.candidates
+    kept = {cut, *keep, *([last.prompts] if within is None else [])}
+    for file in lost:
+        file.unlink()
+    begun = False
+    for iteration in directory.iterations():
+        begun = begun or cut.is_relative_to(iteration.path)
+        for file in sorted(iteration.path.rglob("*")) if begun else []:
+            if file.is_file() and file not in kept:
+                file.unlink()
+    whole = cut.read_bytes()
+    cut.write_bytes(whole[: len(whole) // 2])
     assert artefacts(run(directory.path, recipe)) == before
 
 
@@ -506,7 +788,7 @@ def _check_rejected(pairs: list[PreferencePair]) -> None:
     assert any("past-" in one.rejected_id for one in pairs)
 
 
-INTERRUPTED = ("self-rewarding", "cream", "temporal")
+INTERRUPTED = ("self-rewarding", "cream", "temporal", "dno", "dno-teacher", "scir")
 """Those whose pairs need files of their own, or of earlier iterations."""
 
 
@@ -525,8 +807,6 @@ CHECKS = {
 def test_likelihoods_are_those_of_the_plain_model(anchor: Path, tmp_path: Path) -> None:
     """The first token by hand, and that neighbours in the batch change nothing."""
     import torch
-
-    from srlm_lite.stages.likelihood import candidate_likelihoods
 
     recipe = recipe_of("cream", anchor)
     session = Session(recipe, RunDir(tmp_path / "out"))

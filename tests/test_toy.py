@@ -6,6 +6,7 @@ import importlib.util
 import json
 import random
 import re
+from collections import Counter
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -117,6 +118,36 @@ def test_sampled_answers_earn_exactly_what_they_were_asked_to(criterion: str) ->
         assert {name for name, point in points.items() if point} == {criterion}
 
 
+@pytest.mark.parametrize("criterion", toy.CRITERIA)
+def test_a_revision_earns_one_more_point_and_keeps_the_others(criterion: str) -> None:
+    rng = random.Random(f"revise {criterion}")
+    for prompt in toy.prompts(held_out=False)[:100]:
+        answer = toy.sample_answer(rng, prompt, 0.4)
+        before = toy.gold(prompt, answer)
+        revised = toy.revise(rng, prompt, answer, criterion)
+        assert toy.gold(prompt, revised) == {**before, criterion: 1.0}, (answer, revised)
+        assert (revised == answer) == bool(before[criterion])
+
+
+def test_a_critique_is_the_review_s_part_with_the_evidence() -> None:
+    answer = "1. it makes news\n2. it makes news\nthanks for asking!"
+    prompt = "list facts about the oak"
+    assert toy.critique(prompt, answer, "opening") == "opening: none no"
+    assert toy.critique(prompt, answer, "unique") == "items: 1 news 2 news again no\nunique: no"
+
+
+def test_examples_of_principles_are_right_and_stay_in_the_world() -> None:
+    """What the anchor of `toy-rlaif` learns from: each kind as often, nothing it cannot spell."""
+    examples = [json.loads(line) for line in (RECIPES / "toy" / "rlaif.jsonl").open()]
+    kinds = Counter(row["prompt_id"].split("-")[1] for row in examples)
+    assert kinds == dict.fromkeys(("critique", "revision", "comparison", "reasoning"), 300)
+    known = set(toy.vocabulary())
+    for row in examples:
+        assert set(toy.words(f"{row['prompt']}\n{row['response']}")) <= known
+    asked = {row["prompt"].split("question: ")[1].split("\n")[0] for row in examples}
+    assert len(asked) == 300 and not asked & {row["text"] for row in rows("eval_prompts")}
+
+
 def test_last_word_identifies_a_fact() -> None:
     assert len({fact.split()[-1] for fact in toy.FACTS}) == len(toy.FACTS) == 12
     assert len(toy.TOPICS) == 24
@@ -135,7 +166,7 @@ def test_held_out_phrasings_are_apart() -> None:
 
 def test_shipped_data_is_what_the_script_makes(script: ModuleType, tmp_path: Path) -> None:
     script.write_data(tmp_path / "data", seed=0)
-    for name in ("ranked.jsonl", "meta.jsonl"):
+    for name in ("ranked.jsonl", "meta.jsonl", "rlaif.jsonl"):
         assert (tmp_path / name).read_bytes() == (RECIPES / "toy" / name).read_bytes(), name
     for stem in FILES:
         made = (tmp_path / "data" / f"{stem}.jsonl").read_bytes()

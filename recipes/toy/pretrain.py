@@ -33,6 +33,7 @@ Row = dict[str, Any]
 
 RUBRIC = Path(__file__).parent.parent / "rubrics" / "toy.yaml"
 META_TEMPLATE = Path(__file__).parent.parent / "templates" / "toy-meta.txt"
+PRINCIPLES = Path(__file__).parent.parent / "principles" / "toy.yaml"
 TEMPLATE: str = yaml.safe_load(RUBRIC.read_text(encoding="utf-8"))["template"]
 
 # Bad answers of the anchor's training data mostly just lack the opening or ending, so its most
@@ -129,6 +130,46 @@ def make_meta(*, seed: int) -> list[Row]:
     return rows
 
 
+def make_rlaif(*, seed: int) -> list[Row]:
+    """Critiques, revisions and comparisons of answers, each in the light of one principle.
+
+    A comparison whose answers keep to the principle alike has its reply drawn, so that the model
+    learns to be unsure there.
+    """
+    known = toy.prompts(held_out=False)
+    random.Random(f"toy data {seed}").shuffle(known)
+    rng = random.Random(f"toy rlaif {seed}")
+    texts = yaml.safe_load(PRINCIPLES.read_text(encoding="utf-8"))
+    rows = []
+    for number, prompt in enumerate(known[2800:3100]):
+        criterion = toy.CRITERIA[number % len(toy.CRITERIA)]
+        principle = texts["principles"][criterion]
+        one, other = (toy.sample_answer(rng, prompt, rng.choice((0.3, 0.7))) for _ in range(2))
+        points = [toy.gold(prompt, answer)[criterion] for answer in (one, other)]
+        while points[0] == points[1] and number % 4:
+            other = toy.sample_answer(rng, prompt, rng.choice((0.3, 0.7)))
+            points[1] = toy.gold(prompt, other)[criterion]
+        both = {"prompt": prompt, "principle": principle, "first": one, "second": other}
+        seen = toy.critique(prompt, one, criterion), toy.critique(prompt, other, criterion)
+        gap = points[0] - points[1]
+        better = texts["options"][int(gap < 0) if gap else rng.randrange(2)]
+        alone = {"prompt": prompt, "principle": principle, "response": one, "critique": seen[0]}
+        revised = toy.revise(rng, prompt, one, criterion)
+        for kind, filled, reply in (
+            ("critique", alone, seen[0]),
+            ("revision", alone, revised),
+            ("comparison", both, better),
+            ("reasoning", both, "\n".join([*seen, better])),
+        ):
+            question = texts[kind]
+            for name, text in filled.items():
+                question = question.replace("{{" + name + "}}", text)
+            rows.append(
+                {"prompt_id": f"toy-{kind}-{number:04}", "prompt": question, "response": reply}
+            )
+    return rows
+
+
 def _with_one_verdict_wrong(rng: random.Random, review: str) -> str:
     *verdicts, score = review.split("\n")
     at = rng.randrange(len(verdicts))
@@ -146,6 +187,7 @@ def write_data(directory: Path, *, seed: int) -> None:
         _write_rows(directory / f"{stem}.jsonl", rows)
     _write_rows(directory.parent / "ranked.jsonl", make_ranked(seed=seed))
     _write_rows(directory.parent / "meta.jsonl", make_meta(seed=seed))
+    _write_rows(directory.parent / "rlaif.jsonl", make_rlaif(seed=seed))
 
 
 def _write_rows(path: Path, rows: list[Row]) -> None:

@@ -116,6 +116,8 @@ def _prompts(facts: dict[str, Any]) -> str:
 
 
 def _candidates(facts: dict[str, Any]) -> str:
+    if not facts["candidates"]:
+        return "none yet: the policy answers while it trains"
     return (
         f"{facts['candidates']} answers of {facts['mean_tokens']} tokens on average, "
         f"{facts['truncated']} ran into the limit"
@@ -123,12 +125,46 @@ def _candidates(facts: dict[str, Any]) -> str:
 
 
 def _judgements(facts: dict[str, Any]) -> str:
+    if "revisions" in facts:
+        return _revisions(facts)
+    if "labels" in facts:
+        return _labels(facts)
+    if "reward_steps" in facts:
+        return _reward(facts)
     if not facts["judgements"]:
         return "none"
     mean = "none readable" if facts["mean_score"] is None else f"mean score {facts['mean_score']}"
     text = f"{facts['judgements']} votes, {facts['parse_rate']:.1%} readable, {mean}"
     if facts.get("gold_pairwise_accuracy") is not None:
         text += f"; pairwise accuracy by gold {facts['gold_pairwise_accuracy']:.2f}"
+    return text
+
+
+def _revisions(facts: dict[str, Any]) -> str:
+    text = f"{facts['revisions']} revisions, {facts['unusable_revisions']} more unusable"
+    if facts["changed"] is not None:
+        text += f"; {facts['changed']:.0%} changed the answer"
+    if "gold_revised" in facts:
+        text += f"; gold {facts['gold_drafts']:.2f} -> {facts['gold_revised']:.2f}"
+    return text
+
+
+def _labels(facts: dict[str, Any]) -> str:
+    text = f"{facts['labels']} labels by principles, {facts['unlabelled']} missing"
+    if facts["mean_confidence"] is not None:
+        text += (
+            f"; confidence {facts['mean_confidence']:.2f}, both orders agree in "
+            f"{facts['orders_agree']:.0%}"
+        )
+    if facts.get("gold_pairwise_accuracy") is not None:
+        text += f"; pairwise accuracy by gold {facts['gold_pairwise_accuracy']:.2f}"
+    return text
+
+
+def _reward(facts: dict[str, Any]) -> str:
+    text = f"reward model on {facts['reward_pairs']} pairs, {facts['reward_steps']} steps"
+    if facts["reward_accuracy_held_out"] is not None:
+        text += f"; accuracy on held-out pairs {facts['reward_accuracy_held_out']:.2f}"
     return text
 
 
@@ -148,6 +184,20 @@ def _pairs(facts: dict[str, Any]) -> str:
 
 
 def _delta(facts: dict[str, Any]) -> str:
+    if "step0_kl" in facts:
+        text = (
+            f"{facts['steps']} steps, {facts['drawn']} answers, reward "
+            f"{facts['first_reward']:+.2f} -> {facts['last_reward']:+.2f}, divergence "
+            f"{facts['step0_kl']:.4f} -> {facts['kl']:.4f} nats a token"
+        )
+        if facts.get("gold_pairwise_accuracy") is not None:
+            text += f"; pairwise accuracy by gold {facts['gold_pairwise_accuracy']:.2f}"
+        return text
+    if "answers" in facts:
+        return (
+            f"SFT on {facts['answers']} answers, {facts['steps']} steps, "
+            f"loss {facts['first_loss']:.3f} -> {facts['last_loss']:.3f}"
+        )
     return (
         f"{facts['steps']} steps, loss {facts['step0_loss']:.4f} (ln 2) -> "
         f"{facts['last_loss']:.4f}, reward accuracy {facts['reward_accuracy']:.2f}"

@@ -7,6 +7,8 @@ from srlm_lite.methods.cream import Cream
 from srlm_lite.methods.dno import Dno
 from srlm_lite.methods.dpo import OfflineDpo
 from srlm_lite.methods.meta_rewarding import MetaRewarding
+from srlm_lite.methods.rlaif import Rlaif
+from srlm_lite.methods.rlhf import Rlhf
 from srlm_lite.methods.scir import Scir
 from srlm_lite.methods.self_rewarding import SelfRewarding
 from srlm_lite.methods.spin import Spin
@@ -21,6 +23,8 @@ METHODS: dict[str, type[SelfRewarding]] = {
     "dno": Dno,
     "scir": Scir,
     "meta-rewarding": MetaRewarding,
+    "rlaif": Rlaif,
+    "rlhf": Rlhf,
 }
 """Every method that a recipe may name. A method inherits from the one it changes."""
 

@@ -6,11 +6,10 @@ Source: Rafailov et al. 2023, arXiv:2305.18290.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import combinations
 from typing import Any
 
 from srlm_lite.methods.self_rewarding import MadePairs, SelfRewarding, best_against_worst
-from srlm_lite.pairing import pair, usable_candidates
+from srlm_lite.pairing import told_apart, usable_candidates
 from srlm_lite.records import Candidate, Judgement, Prompt, RankedReply
 from srlm_lite.run_dir import IterationDir, write_records
 from srlm_lite.session import Session
@@ -75,9 +74,8 @@ class OfflineDpo(SelfRewarding):
             return best_against_worst(session, iteration, prompts, usable, drops)
         pairs = []
         for prompt in (prompt for prompt in prompts if prompt.prompt_id in usable):
-            ordered = sorted(usable[prompt.prompt_id], key=lambda one: -one[1])
-            differing = [(a, b) for a, b in combinations(ordered, 2) if a[1] > b[1]]
-            pairs += [pair(prompt, chosen, rejected) for chosen, rejected in differing]
+            differing = told_apart(prompt, usable[prompt.prompt_id])
+            pairs += differing
             drops.prompts["tied"] += not differing
         return pairs, drops, {}
 

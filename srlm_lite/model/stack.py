@@ -387,6 +387,29 @@ class Slot:
             for handle in handles:
                 handle.remove()
 
+    @contextmanager
+    def beside(self, name: str, stack: Sequence[Adapter]) -> Iterator[None]:
+        """Within this context, another stack lies beside the slot, frozen and in float32.
+
+        It takes the memory of its adapters; the base is the same. Not active until PEFT is told so.
+
+        Raises:
+            ProofError: It was changed meanwhile.
+        """
+        self.model.add_adapter(name, self.model.peft_config[_SLOT])
+        try:
+            self.load(stack, adapter=name, dtype=torch.float32)
+            yield
+            expected = fuse(stack)
+            for module, (rows, columns) in expected.factors.items():
+                layer = self._layers[module]
+                a, b = _weight(layer.lora_A, name).data, _weight(layer.lora_B, name).data
+                a, b = a[: expected.rank].cpu(), b[:, : expected.rank].cpu()
+                if not torch.equal(a, rows) or not torch.equal(b, columns):
+                    raise ProofError(f"training changed the frozen adapter {name} in {module}")
+        finally:
+            self.model.delete_adapter(name)
+
     def assert_unchanged(self, stack: Sequence[Adapter]) -> None:
         """Check that the slot still begins with this stack, bit for bit, as `load` wrote it.
 

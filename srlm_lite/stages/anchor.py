@@ -10,6 +10,7 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
 
+from srlm_lite.config import Optim
 from srlm_lite.errors import UserError
 from srlm_lite.judging import Rubric, parse_score
 from srlm_lite.records import Instruction, Judgement, RankedReply
@@ -48,7 +49,7 @@ def anchor(session: Session) -> tuple[None, dict[str, Any]]:
         rows = eft_rows(session, ift, facts)
         eft = [_judge_example(session, row) for row in rows]
         facts["eft"] = len(eft)
-    examples, too_long = _fitting(session, [*ift, *extra, *eft])
+    examples, too_long = fitting_examples(session, [*ift, *extra, *eft])
     if not examples:
         raise UserError(
             f"nothing to train the anchor on ({too_long} rows are longer than base.window)",
@@ -248,7 +249,7 @@ def _ift_only(session: Session, ift: Sequence[Example]) -> Adapter:
     path = session.run.anchor.ift_only
     if (path / WEIGHTS).is_file():
         return Adapter.load(path)
-    examples, _ = _fitting(session, ift)
+    examples, _ = fitting_examples(session, ift)
     adapter, _ = _train(session, examples, stage="IFT-only SFT", seed_name="ift-only")
     adapter.save(path, base_name=session.recipe.base.name)
     return adapter
@@ -264,7 +265,8 @@ def _judge_example(session: Session, row: RankedReply) -> Example:
     )
 
 
-def _fitting(session: Session, examples: Sequence[Example]) -> tuple[list[Example], int]:
+def fitting_examples(session: Session, examples: Sequence[Example]) -> tuple[list[Example], int]:
+    """Those that fit the window, and how many do not."""
     fitting = [example for example in examples if len(example) <= session.recipe.base.window]
     return fitting, len(examples) - len(fitting)
 
@@ -275,25 +277,29 @@ def _train(
     section = session.recipe.anchor
     seed = derive_seed(session.recipe.seed, seed_name)
     start = session.slot.fresh(section.lora, seed=seed)
-    return session.together(_Sft(start, examples, stage, seed))
+    return session.together(
+        Sft(start, examples, stage, seed, optim=section, dropout=section.lora.dropout)
+    )
 
 
 @dataclass(frozen=True, slots=True)
-class _Sft:
-    """The training of an anchor, in one process or in all."""
+class Sft:
+    """A training on answers, in one process or in all; `below` is the frozen part of the stack."""
 
     start: Adapter
     examples: Sequence[Example]
     stage: str
     seed: int
+    optim: Optim
+    dropout: float = 0.0
+    below: Sequence[Adapter] = ()
 
     def __call__(self, session: Session) -> tuple[Adapter, dict[str, float]]:
         from srlm_lite.training.arguments import total_steps
         from srlm_lite.training.sft import train_sft
 
-        section = session.recipe.anchor
         session.close_engines()
-        steps = total_steps(len(self.examples), section)
+        steps = total_steps(len(self.examples), self.optim)
         task = session.reporter.start(self.stage, steps, "steps")
 
         def on_step(step: int, steps: int, logs: dict[str, float]) -> None:
@@ -305,8 +311,9 @@ class _Sft:
             session.base,
             self.start,
             self.examples,
-            optim=section,
-            dropout=section.lora.dropout,
+            below=self.below,
+            optim=self.optim,
+            dropout=self.dropout,
             scratch=scratch(session.run.scratch),
             seed=self.seed,
             on_step=on_step,

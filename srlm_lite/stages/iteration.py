@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,13 +10,15 @@ from random import Random
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from srlm_lite.config import Dpo, Scir
+from srlm_lite.config import Dpo, Optim, Scir
 from srlm_lite.errors import UserError
 from srlm_lite.evaluate.gold import load_gold
 from srlm_lite.evaluate.judge_metrics import judge_metrics
 from srlm_lite.pairing import Drops, replayed
 from srlm_lite.records import (
     Candidate,
+    FinishReason,
+    Instruction,
     Judgement,
     PreferencePair,
     Prompt,
@@ -32,7 +35,7 @@ from srlm_lite.run_dir import (
 )
 from srlm_lite.seeds import derive_seed
 from srlm_lite.session import Role, Session
-from srlm_lite.stages.anchor import scratch
+from srlm_lite.stages.anchor import Sft, fitting_examples, ift_examples, scratch
 from srlm_lite.stages.sampling import judge_replies, sample_candidates
 from srlm_lite.stages.seed_data import prompt_file, read_prompts
 from srlm_lite.stages.self_instruct import write_prompts
@@ -40,6 +43,7 @@ from srlm_lite.stages.self_instruct import write_prompts
 if TYPE_CHECKING:
     from srlm_lite.model.stack import Adapter
     from srlm_lite.training.dpo import PairExample
+    from srlm_lite.training.reward import RewardModel
 
 
 Pool = tuple[list[Prompt], Path]
@@ -355,11 +359,7 @@ def delta(
     recipe = session.recipe
     dpo = dpo or recipe.dpo
     seed = derive_seed(recipe.seed, iteration.number, place.name)
-    anchor, *previous = session.stack(iteration.number - 1, role)
-    start = session.slot.fresh(dpo.lora, seed=seed)
-    if dpo.init == "previous" and previous:
-        start = previous[0]
-    reference = [anchor] if dpo.reference == "anchor" else [anchor, start]
+    anchor, start, reference = _from_where(session, iteration, dpo, seed=seed, role=role)
     examples = [pair_example(session, pair) for pair in pairs]
     trained, (facts, curve) = session.together(
         _Dpo(anchor, start, reference, examples, dpo, consistency, seed)
@@ -423,6 +423,111 @@ def _training_step(step: int, logs: dict[str, float]) -> TrainingStep:
         learning_rate=logs.get("learning_rate"),
         grad_norm=logs.get("grad_norm"),
     )
+
+
+def sft_delta(
+    session: Session, iteration: IterationDir, rows: Sequence[Instruction], *, optim: Optim
+) -> tuple[None, dict[str, Any]]:
+    """SFT: a fresh delta on top of the anchor that learns these answers.
+
+    Raises:
+        UserError: None of them fits the window.
+    """
+    place = iteration.delta_place
+    if place.training.is_file():
+        return None, read_json(place.training)
+    recipe = session.recipe
+    examples, too_long = fitting_examples(session, ift_examples(session, rows))
+    if not examples:
+        raise UserError(
+            f"iteration {iteration.number} has nothing to learn from ({too_long} answers are "
+            "longer than base.window)",
+            where=str(iteration.path),
+            way_out="Look at what the model says there; give its anchor more data",
+        )
+    seed = derive_seed(recipe.seed, iteration.number, place.name)
+    start = session.slot.fresh(recipe.dpo.lora, seed=seed)
+    trained, facts = session.together(
+        Sft(start, examples, "SFT", seed, optim=optim, below=session.stack(0))
+    )
+    trained.save(place.adapter, base_name=recipe.base.name)
+    told = {"answers": len(examples), "too_long": too_long, **facts}
+    write_json(place.training, told)  # last: where it is, the delta is whole
+    return None, told
+
+
+def on_policy_delta(
+    session: Session, iteration: IterationDir, prompts: Sequence[Prompt], reward: RewardModel
+) -> tuple[None, dict[str, Any]]:
+    """RLOO: a delta that learns from answers it draws itself; they become the candidates.
+
+    Candidate i of a prompt is named `<prompt_id>#<i>` in the order in which they were drawn; its
+    judgement is the reward.
+    """
+    from srlm_lite.training.arguments import total_steps
+    from srlm_lite.training.rloo import train_rloo
+
+    recipe, place = session.recipe, iteration.delta_place
+    seed = derive_seed(recipe.seed, iteration.number, place.name)
+    anchor, start, reference = _from_where(session, iteration, recipe.dpo, seed=seed)
+    session.close_engines()
+    steps = total_steps(len(prompts) * recipe.rollout.n, recipe.dpo)
+    task = session.reporter.start("RLOO", steps, "steps")
+
+    def on_step(step: int, steps: int, logs: dict[str, float]) -> None:
+        task.advance()
+        task.note(f"reward {logs['reward']:+.2f} divergence {logs['kl']:.3f}")
+
+    trained, drawn, facts = train_rloo(
+        session.slot,
+        session.base,
+        session.chat,
+        anchor=[anchor],
+        delta=start,
+        reference=reference,
+        reward=reward,
+        prompts=[session.chat.prompt_ids(prompt.text) for prompt in prompts],
+        optim=recipe.dpo,
+        rollout=recipe.rollout,
+        kl_weight=recipe.rlhf.kl_weight,
+        drop_truncated=recipe.pairing.drop_truncated,
+        scratch=scratch(session.run.scratch),
+        seed=seed,
+        on_step=on_step,
+    )
+    seen: Counter[str] = Counter()
+    candidates, judgements = [], []
+    for one in drawn:
+        prompt_id = prompts[one.prompt].prompt_id
+        name = f"{prompt_id}#{seen[prompt_id]}"
+        seen[prompt_id] += 1
+        reason: FinishReason = "stop" if one.finished else "length"
+        text = session.chat.decode(one.reply_ids)
+        candidates.append(Candidate(prompt_id, name, text, len(one.reply_ids), reason))
+        value = None if one.reward is None else round(one.reward, 6)
+        judgements.append(Judgement(name, 0, "", value, reason))
+    texts = {prompt.prompt_id: prompt.text for prompt in prompts}
+    told = {
+        "drawn": len(drawn),
+        **facts,
+        **on_policy_accuracy(recipe.evaluate.gold, texts, candidates, judgements),
+    }
+    write_records(iteration.candidates, candidates)
+    write_records(iteration.judgements, judgements)
+    trained.save(place.adapter, base_name=recipe.base.name)
+    write_json(place.training, told)  # last: where it is, the delta is whole
+    return None, told
+
+
+def _from_where(
+    session: Session, iteration: IterationDir, dpo: Dpo, *, seed: int, role: Role = "policy"
+) -> tuple[Adapter, Adapter, list[Adapter]]:
+    """The anchor, the delta that training starts from, and the reference stack."""
+    anchor, *previous = session.stack(iteration.number - 1, role)
+    start = session.slot.fresh(dpo.lora, seed=seed)
+    if dpo.init == "previous" and previous:
+        start = previous[0]
+    return anchor, start, [anchor] if dpo.reference == "anchor" else [anchor, start]
 
 
 def stack_of(session: Session, place: DeltaPlace) -> list[Adapter]:

@@ -11,6 +11,7 @@ from srlm_lite.errors import UserError
 from srlm_lite.evaluate import ifeval
 from srlm_lite.evaluate.gold import load_gold
 from srlm_lite.judging import load_rubric, load_template
+from srlm_lite.principles import load_principles
 from srlm_lite.records import Instruction, Prompt, RankedReply
 from srlm_lite.rollout.installed import check_vllm
 from srlm_lite.run_dir import read_jsonl, read_records
@@ -147,7 +148,11 @@ def check_inputs(recipe: Recipe) -> None:
         load_template(recipe.dno.template, "prompt", "responses")
     if recipe.method == "dno" and recipe.dno.teacher not in (None, "server"):
         read_jsonl(Path(str(recipe.dno.teacher)))
-    if recipe.iterations and recipe.method == "dpo":
+    if recipe.method == "rlaif":
+        load_principles(recipe.rlaif.principles)
+        if recipe.rlaif.helpful:
+            read_ift(recipe)
+    if recipe.iterations and recipe.method in ("dpo", "rlhf"):
         read_ranked(ranked_file(recipe), None)
     elif recipe.iterations and recipe.method == "spin":
         read_human_answers(recipe)

@@ -207,6 +207,14 @@ def review(prompt: str, response: str) -> str:
     return "\n".join([*lines, f"Score: {sum(points.values()):.0f}"])
 
 
+def critique(prompt: str, response: str, criterion: str) -> str:
+    """The part of the review that speaks of one criterion, with the evidence for it."""
+    lines = review(prompt, response).split("\n")
+    at = CRITERIA.index(criterion)
+    # Whether items repeat is seen from the line before, where they are copied out.
+    return "\n".join(lines[at - 1 if criterion == "unique" else at : at + 1])
+
+
 def sample_answer(rng: random.Random, prompt: str, rates: Mapping[str, float] | float = 0.5) -> str:
     """An answer that earns each criterion's point with the given probability, independently.
 
@@ -221,6 +229,43 @@ def sample_answer(rng: random.Random, prompt: str, rates: Mapping[str, float] | 
     lines = [*_opening(rng, good["opening"]), *_items(rng, topic, good)]
     lines += _ending(rng, good["ending"])
     return "\n".join(lines)
+
+
+def revise(rng: random.Random, prompt: str, response: str, criterion: str) -> str:
+    """The answer with one criterion met that was not, and the others left as they are.
+
+    The answer is one as `sample_answer` writes it; it comes back as it is where it earns the point.
+    """
+    points = gold(prompt, response)
+    if points[criterion]:
+        return response
+    lines = response.split("\n")
+    first = next(at for at, line in enumerate(lines) if _ITEM.match(line))
+    items = [line for line in lines if _ITEM.match(line)]
+    before, after = lines[:first], lines[first + len(items) :]
+    if criterion == "opening":
+        before = [rng.choice(POLITE_OPENINGS)]
+    elif criterion == "ending":
+        after = [rng.choice(PROPER_ENDINGS)]
+    else:
+        pairs = [_ITEM.sub("", item).split(maxsplit=1) for item in items]
+        subjects, facts = [one for one, _ in pairs], [fact for _, fact in pairs]
+        unused = [fact for fact in FACTS if fact not in facts]
+        if criterion == "topic":
+            subjects = [topic_of(prompt) or "it" for _ in subjects]
+        elif criterion == "items":
+            more = rng.sample(unused, MIN_ITEMS - len(facts))
+            subjects, facts = subjects + ["it"] * len(more), facts + more
+        else:
+            rng.shuffle(unused)
+            facts = [
+                fact if fact not in facts[:at] else unused.pop() for at, fact in enumerate(facts)
+            ]
+        items = [
+            f"{number}. {subject} {fact}"
+            for number, (subject, fact) in enumerate(zip(subjects, facts, strict=True), start=1)
+        ]
+    return "\n".join([*before, *items, *after])
 
 
 def disturb(rng: random.Random, response: str) -> str:

@@ -56,6 +56,7 @@ def train_sft(
     adapter: Adapter,
     examples: Sequence[Example],
     *,
+    below: Sequence[Adapter] = (),
     optim: Optim,
     dropout: float,
     scratch: Path,
@@ -64,12 +65,15 @@ def train_sft(
 ) -> tuple[Adapter, dict[str, float]]:
     """Train an adapter on examples that fit the window.
 
+    Args:
+        below: The frozen part of the stack under the adapter.
+
     Returns:
         The trained adapter, and the facts of the training: steps, and the loss of the first and the
         last quarter of them in nats per target token.
 
     Raises:
-        ProofError: Training changed nothing.
+        ProofError: Training changed nothing, or what is below.
     """
     dataset = Dataset.from_list(
         [
@@ -83,10 +87,11 @@ def train_sft(
     arguments: dict[str, Any] = common_arguments(
         optim, base, n_examples=len(examples), scratch=scratch, seed=seed
     )
-    slot.load((adapter,), train=True)
+    start = sum(each.rank for each in below)
+    slot.load((*below, adapter), train=True)
     slot.set_dropout(dropout)
     listener = Listener(on_step)
-    with one_adapter_in_training(slot.model), slot.training_only(0, adapter):
+    with one_adapter_in_training(slot.model), slot.training_only(start, adapter):
         trainer = _SftTrainer(
             model=slot.model,
             args=one_device(
@@ -107,7 +112,8 @@ def train_sft(
         slot.to_float32()
         trainer.train()
     slot.set_dropout(0.0)
-    trained = slot.read(0, adapter.rank, list(adapter.factors))
+    slot.assert_unchanged(below)
+    trained = slot.read(start, adapter.rank, list(adapter.factors))
     if not trained.differs_from(adapter):
         raise ProofError("SFT changed nothing: the adapter received no gradient")
     rows = listener.rows

@@ -1,0 +1,508 @@
+"""RLAIF, or Constitutional AI: the model is held to written principles, and nobody ranks replies.
+
+Iteration 1 is the supervised phase. The model answers, criticises its answer in the light of a
+principle, revises it, and again with a fresh principle; SFT on the revisions of all rounds is the
+delta. From iteration 2 on come preferences. Two answers to a prompt are shown with one principle,
+drawn anew for each comparison, and the label is the probability of the one option against the
+other, from their log-probabilities in both orders. It stays soft: with p for the chosen answer the
+loss is p L(w, l) + (1 - p) L(l, w). After a rationale p is held within 0.4 and 0.6.
+
+The labeller is frozen: critiques, revisions and labels come from the anchor's stack, never from
+what the run has learned.
+
+Source: Bai et al. 2022, arXiv:2212.08073, known to us from summaries alone: 16 principles, four
+rounds, soft labels, the clamp. Unconfirmed in detail, and different here: the paper fine-tunes the
+pretrained model, we train a delta on the anchor, so that the labeller stays in memory; it trains a
+preference model on the labels and then does RL, we put them into DPO; the principles are our own.
+As there, helpful answers can be learned beside the revisions (`rlaif.helpful`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from random import Random
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from srlm_lite.judging import plain_lines
+from srlm_lite.methods.self_rewarding import MadePairs, SelfRewarding, gold_scores
+from srlm_lite.pairing import Drops, pair, usable_candidates
+from srlm_lite.principles import Principles, load_principles
+from srlm_lite.records import (
+    Candidate,
+    Instruction,
+    Judgement,
+    Label,
+    Likelihood,
+    PreferencePair,
+    Prompt,
+    Reply,
+    Revision,
+)
+from srlm_lite.run_dir import IterationDir, read_records, write_json, write_records
+from srlm_lite.session import Session
+from srlm_lite.stages import iteration as stages
+from srlm_lite.stages.likelihood import candidate_likelihoods
+from srlm_lite.stages.sampling import ask, limits_of
+from srlm_lite.stages.seed_data import read_ift
+
+if TYPE_CHECKING:
+    from srlm_lite.model.stack import Adapter
+
+SUPERVISED = 1
+"""The iteration that learns from revisions."""
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Two answers to a prompt, and the principle that they are compared by."""
+
+    prompt: Prompt
+    first: Candidate
+    second: Candidate
+    principle: str
+
+    @property
+    def shown(self) -> tuple[tuple[str, Candidate, Candidate], ...]:
+        """Both orders, each with its name."""
+        a, b = self.first, self.second
+        ids = a.candidate_id, b.candidate_id
+        return (f"{ids[0]}>{ids[1]}", a, b), (f"{ids[1]}>{ids[0]}", b, a)
+
+
+def option_probability(first: float, second: float) -> float:
+    """How likely the first option is against the second: their log-probabilities, normalised."""
+    gap = first - second
+    return 1 / (1 + math.exp(-gap)) if gap > -500 else 0.0
+
+
+def soft_label(shown_first: float, shown_second: float, *, clamp: float = 1.0) -> float:
+    """How likely an answer is the better one: the mean of both orders, held within the clamp.
+
+    Args:
+        shown_first: Probability of its option where it was shown first.
+        shown_second: And where it was shown second.
+    """
+    return min(max((shown_first + shown_second) / 2, 1 - clamp), clamp)
+
+
+def fresh_principles(names: Sequence[str], rounds: int, rng: Random) -> list[str]:
+    """One principle a round, none twice before all have been drawn."""
+    drawn: list[str] = []
+    while len(drawn) < rounds:
+        drawn += rng.sample(list(names), len(names))
+    return drawn[:rounds]
+
+
+def rationale_of(reply: Reply, options: Sequence[str]) -> str | None:
+    """A reply without its verdict, which is the last line if it is an option; None if cut short."""
+    if reply.finish_reason == "length":
+        return None
+    lines = reply.text.splitlines()
+    said = plain_lines(lines[-1])[-1:] if lines else []
+    verdicts = {line for option in options for line in plain_lines(option)}
+    return "\n".join(lines[:-1] if set(said) & verdicts else lines).strip()
+
+
+def labelled_pairs(
+    prompts: Sequence[Prompt],
+    candidates: Mapping[str, Candidate],
+    labels: Sequence[Label],
+    drops: Drops,
+    *,
+    min_gap: float = 0.0,
+) -> list[PreferencePair]:
+    """A pair for each label, the likelier answer chosen; `smoothing` is 1 - p.
+
+    A label without a preference gives none. A prompt that has labels but no pair is counted in
+    `drops`, as `tied` or `unlabelled`.
+    """
+    by_prompt: dict[str, list[Label]] = {}
+    for row in labels:
+        by_prompt.setdefault(row.prompt_id, []).append(row)
+    pairs = []
+    for prompt in (one for one in prompts if one.prompt_id in by_prompt):
+        known = [row for row in by_prompt[prompt.prompt_id] if row.p_first is not None]
+        found = []
+        for row in known:
+            p = row.p_first or 0.0
+            two = (candidates[row.first_id], p), (candidates[row.second_id], 1 - p)
+            (chosen, high), (rejected, low) = two if p > 0.5 else two[::-1]
+            if high - low > min_gap:
+                made = pair(prompt, (chosen, high), (rejected, low))
+                found.append(_soft(made, low))
+        if not found:
+            drops.prompts["tied" if known else "unlabelled"] += 1
+        pairs += found
+    return pairs
+
+
+class Rlaif(SelfRewarding):
+    """Revisions in the first iteration, labels in the others."""
+
+    def candidates(
+        self, session: Session, iteration: IterationDir, prompts: Sequence[Prompt]
+    ) -> tuple[list[Candidate], dict[str, Any]]:
+        """Drafts to revise, then answers to compare."""
+        drafts = session.recipe.rlaif.drafts if iteration.number == SUPERVISED else None
+        return stages.candidates(session, iteration, prompts, n=drafts)
+
+    def judgements(
+        self,
+        session: Session,
+        iteration: IterationDir,
+        prompts: Sequence[Prompt],
+        candidates: Sequence[Candidate],
+    ) -> tuple[list[Judgement], dict[str, Any]]:
+        """No grades: rounds of critique and revision, then labels by principles."""
+        none, facts = stages.no_judgements(iteration)
+        work = _revise if iteration.number == SUPERVISED else _label
+        return none, {**facts, **work(session, iteration, prompts, candidates)}
+
+    def pairs(
+        self,
+        session: Session,
+        iteration: IterationDir,
+        prompts: Sequence[Prompt],
+        candidates: Sequence[Candidate],
+        judgements: Sequence[Judgement],
+    ) -> tuple[list[PreferencePair], dict[str, Any]]:
+        """None in the supervised phase."""
+        if iteration.number == SUPERVISED:
+            write_json(iteration.drops, Drops().to_json())
+            write_records(iteration.pairs, [])
+            return [], {"pairs": 0, "drops": {}}
+        return super().pairs(session, iteration, prompts, candidates, judgements)
+
+    def make_pairs(
+        self,
+        session: Session,
+        iteration: IterationDir,
+        prompts: Sequence[Prompt],
+        candidates: Sequence[Candidate],
+        judgements: Sequence[Judgement],
+    ) -> MadePairs:
+        """One for each label; under `pairing.source` drawn blindly, or as gold has it."""
+        recipe = session.recipe
+        _, drops = _usable(session, prompts, candidates)
+        labels = read_records(iteration.labels, Label)
+        by_id = {row.candidate_id: row for row in candidates}
+        if recipe.pairing.source == "random":
+            # The labels stay, their answers change places by the toss of a coin.
+            rng = Random(f"{recipe.seed}/{iteration.number}/coins")
+            labels = [_turned(row) if rng.random() < 0.5 else row for row in labels]
+        elif recipe.pairing.source == "gold":
+            gold = gold_scores(recipe.evaluate.gold, prompts, candidates)
+            labels = [_by_gold(row, gold) for row in labels]
+        pairs = labelled_pairs(prompts, by_id, labels, drops, min_gap=recipe.pairing.min_gap)
+        return pairs, drops, {}
+
+    def delta(
+        self, session: Session, iteration: IterationDir, pairs: Sequence[PreferencePair]
+    ) -> tuple[None, dict[str, Any]]:
+        """SFT on the revisions, then DPO on the labels."""
+        if iteration.number != SUPERVISED:
+            return stages.delta(session, iteration, pairs)
+        section = session.recipe.rlaif
+        rows = to_learn(session, iteration)
+        helpful = read_ift(session.recipe)[: round(section.helpful * len(rows))]
+        return stages.sft_delta(session, iteration, [*rows, *helpful], optim=section.sft)
+
+
+def _revise(
+    session: Session,
+    iteration: IterationDir,
+    prompts: Sequence[Prompt],
+    candidates: Sequence[Candidate],
+) -> dict[str, Any]:
+    """Rounds of critique and revision of every draft, into `revisions`."""
+    recipe, section = session.recipe, session.recipe.rlaif
+    held_to = load_principles(section.principles)
+    labeller = session.stack(0)
+    texts = {prompt.prompt_id: prompt.text for prompt in prompts}
+    drafts = [
+        row
+        for row in candidates
+        if row.text and not (recipe.pairing.drop_truncated and row.finish_reason == "length")
+    ]
+    now = {row.candidate_id: row.text for row in drafts}
+    principles = {
+        name: fresh_principles(
+            list(held_to.principles),
+            section.rounds,
+            Random(f"{recipe.seed}/{iteration.number}/principles/{name}"),
+        )
+        for name in now
+    }
+    rows: list[Revision] = []
+    for number in range(1, section.rounds + 1):
+        shown = [
+            (row, principles[row.candidate_id][number - 1], now[row.candidate_id]) for row in drafts
+        ]
+        critiques = ask(
+            session,
+            labeller,
+            [
+                (
+                    row.candidate_id,
+                    held_to.ask("critique", name, prompt=texts[row.prompt_id], response=text),
+                )
+                for row, name, text in shown
+            ],
+            path=iteration.asked(f"critiques_{number}"),
+            stage=f"critiques, round {number}",
+            limits=limits_of(recipe.judge, max_new_tokens=section.max_new_tokens),
+            seed_path=(recipe.seed, iteration.number, "critiques", number),
+        )
+        heard = [one for one in shown if _whole(critiques[one[0].candidate_id])]
+        revised = ask(
+            session,
+            labeller,
+            [
+                (
+                    row.candidate_id,
+                    held_to.ask(
+                        "revision",
+                        name,
+                        prompt=texts[row.prompt_id],
+                        response=text,
+                        critique=critiques[row.candidate_id].text,
+                    ),
+                )
+                for row, name, text in heard
+            ],
+            path=iteration.asked(f"revisions_{number}"),
+            stage=f"revisions, round {number}",
+            limits=limits_of(recipe.rollout),
+            seed_path=(recipe.seed, iteration.number, "revisions", number),
+            role="policy",
+        )
+        for row, name, _ in shown:
+            said = revised.get(row.candidate_id)
+            text = said.text if said is not None and _whole(said) else None
+            critique = critiques[row.candidate_id].text
+            rows.append(Revision(row.prompt_id, row.candidate_id, number, name, critique, text))
+            now[row.candidate_id] = text or now[row.candidate_id]
+    write_records(iteration.revisions, rows)
+    return _revision_facts(session, texts, drafts, rows)
+
+
+def _revision_facts(
+    session: Session,
+    texts: Mapping[str, str],
+    drafts: Sequence[Candidate],
+    rows: Sequence[Revision],
+) -> dict[str, Any]:
+    was = {row.candidate_id: row.text for row in drafts}
+    last = dict(was)
+    changed = []
+    for row in rows:
+        if row.text is not None:
+            changed.append(row.text != last[row.candidate_id])
+            last[row.candidate_id] = row.text
+    facts: dict[str, Any] = {
+        "revisions": len(changed),
+        "unusable_revisions": len(rows) - len(changed),
+        "changed": round(fmean(changed), 4) if changed else None,
+    }
+    if session.recipe.evaluate.gold is not None and drafts:
+        prompt_of = {row.candidate_id: row.prompt_id for row in drafts}
+        facts["gold_drafts"], facts["gold_revised"] = (
+            round(fmean(_gold(session, texts, prompt_of, answers).values()), 4)
+            for answers in (was, last)
+        )
+    return facts
+
+
+def _gold(
+    session: Session,
+    texts: Mapping[str, str],
+    prompt_of: Mapping[str, str],
+    answers: Mapping[str, str],
+) -> dict[str, float]:
+    """Of answers by the name of their draft; measured, never learned from."""
+    return gold_scores(
+        session.recipe.evaluate.gold,
+        [Prompt(name, text) for name, text in texts.items()],
+        [Candidate(prompt_of[name], name, text, 0, "stop") for name, text in answers.items()],
+    )
+
+
+def to_learn(session: Session, iteration: IterationDir) -> list[Instruction]:
+    """The revisions of all rounds; for the control, as many times the draft that they are of."""
+    prompts = {row.prompt_id: row.text for row in read_records(iteration.prompts, Prompt)}
+    drafts = {row.candidate_id: row.text for row in read_records(iteration.candidates, Candidate)}
+    blind = session.recipe.pairing.source == "random"
+    return [
+        Instruction(
+            row.prompt_id, prompts[row.prompt_id], drafts[row.candidate_id] if blind else row.text
+        )
+        for row in read_records(iteration.revisions, Revision)
+        if row.text is not None
+    ]
+
+
+def _label(
+    session: Session,
+    iteration: IterationDir,
+    prompts: Sequence[Prompt],
+    candidates: Sequence[Candidate],
+) -> dict[str, Any]:
+    """A soft label for every two answers of a prompt that are compared, into `labels`."""
+    section = session.recipe.rlaif
+    held_to = load_principles(section.principles)
+    labeller = session.stack(0)
+    comparisons = list(_comparisons(session, iteration, prompts, candidates, held_to))
+    rationales = (
+        _rationales(session, iteration, labeller, comparisons, held_to)
+        if section.rationale
+        else {name: "" for one in comparisons for name, _, _ in one.shown}
+    )
+    likely = _likelihoods(session, iteration, labeller, comparisons, held_to, rationales)
+    clamp = section.clamp if section.rationale else 1.0
+    rows, agreeing = [], []
+    for one in comparisons:
+        p_shown = [_shown_first(likely, name) for name, _, _ in one.shown]
+        first, second = p_shown
+        label = None
+        if first is not None and second is not None:
+            label = round(soft_label(first, 1 - second, clamp=clamp), 6)
+            agreeing.append((first - 0.5) * (0.5 - second) > 0)
+        ids = one.first.candidate_id, one.second.candidate_id
+        rows.append(Label(one.prompt.prompt_id, *ids, one.principle, label))
+    write_records(iteration.labels, rows)
+    known = [row.p_first for row in rows if row.p_first is not None]
+    return {
+        "labels": len(known),
+        "unlabelled": len(rows) - len(known),
+        "mean_confidence": round(fmean(max(p, 1 - p) for p in known), 4) if known else None,
+        "orders_agree": round(fmean(agreeing), 4) if agreeing else None,
+        **_label_accuracy(session, prompts, candidates, rows),
+    }
+
+
+def _comparisons(
+    session: Session,
+    iteration: IterationDir,
+    prompts: Sequence[Prompt],
+    candidates: Sequence[Candidate],
+    held_to: Principles,
+) -> Iterator[Comparison]:
+    """The usable answers of each prompt two by two, each answer once."""
+    usable, _ = _usable(session, prompts, candidates)
+    for prompt in (one for one in prompts if one.prompt_id in usable):
+        answers = [answer for answer, _ in usable[prompt.prompt_id]]
+        rng = Random(f"{session.recipe.seed}/{iteration.number}/labels/{prompt.prompt_id}")
+        for first, second in zip(answers[::2], answers[1::2], strict=False):
+            yield Comparison(prompt, first, second, rng.choice(list(held_to.principles)))
+
+
+def _usable(
+    session: Session, prompts: Sequence[Prompt], candidates: Sequence[Candidate]
+) -> tuple[dict[str, list[tuple[Candidate, float]]], Drops]:
+    return usable_candidates(
+        prompts,
+        candidates,
+        {row.candidate_id: 0.0 for row in candidates},
+        drop_truncated=session.recipe.pairing.drop_truncated,
+    )
+
+
+def _rationales(
+    session: Session,
+    iteration: IterationDir,
+    labeller: Sequence[Adapter],
+    comparisons: Sequence[Comparison],
+    held_to: Principles,
+) -> dict[str, str | None]:
+    recipe = session.recipe
+    replies = ask(
+        session,
+        labeller,
+        [
+            (name, _question(held_to, "reasoning", one, a, b))
+            for one in comparisons
+            for name, a, b in one.shown
+        ],
+        path=iteration.asked("rationales"),
+        stage="rationales",
+        limits=limits_of(recipe.judge, max_new_tokens=recipe.rlaif.max_new_tokens),
+        seed_path=(recipe.seed, iteration.number, "rationales"),
+    )
+    return {name: rationale_of(reply, held_to.options) for name, reply in replies.items()}
+
+
+def _likelihoods(
+    session: Session,
+    iteration: IterationDir,
+    labeller: Sequence[Adapter],
+    comparisons: Sequence[Comparison],
+    held_to: Principles,
+    rationales: Mapping[str, str | None],
+) -> dict[str, Likelihood]:
+    """Of both options as the end of the reply; what they have in common cancels out later."""
+    question = "reasoning" if session.recipe.rlaif.rationale else "comparison"
+    questions, replies = [], []
+    for one in comparisons:
+        for name, a, b in one.shown:
+            rationale = rationales[name]
+            if rationale is None:
+                continue
+            questions.append(Prompt(name, _question(held_to, question, one, a, b)))
+            for place, option in enumerate(held_to.options):
+                text = f"{rationale}\n{option}".strip()
+                replies.append(Candidate(name, f"{name}:{place}", text, 0, "stop"))
+    path: Path = iteration.likelihoods / "options.jsonl"
+    return candidate_likelihoods(session, labeller, questions, replies, path=path)
+
+
+def _question(
+    held_to: Principles, question: str, one: Comparison, a: Candidate, b: Candidate
+) -> str:
+    return held_to.ask(question, one.principle, prompt=one.prompt.text, first=a.text, second=b.text)
+
+
+def _shown_first(likely: Mapping[str, Likelihood], name: str) -> float | None:
+    first, second = (likely.get(f"{name}:{place}") for place in (0, 1))
+    if first is None or second is None:
+        return None
+    return option_probability(first.logp, second.logp)
+
+
+def _label_accuracy(
+    session: Session,
+    prompts: Sequence[Prompt],
+    candidates: Sequence[Candidate],
+    labels: Sequence[Label],
+) -> dict[str, Any]:
+    """Share of labels whose likelier answer gold prefers too, where gold prefers one."""
+    if session.recipe.evaluate.gold is None:
+        return {}
+    gold = gold_scores(session.recipe.evaluate.gold, prompts, candidates)
+    credits = []
+    for row in labels:
+        gap = gold[row.first_id] - gold[row.second_id]
+        if gap and row.p_first is not None:
+            right = (row.p_first - 0.5) * gap
+            credits.append(0.5 if right == 0 else float(right > 0))
+    return {"gold_pairwise_accuracy": round(fmean(credits), 4) if credits else None}
+
+
+def _whole(reply: Reply) -> bool:
+    return bool(reply.text) and reply.finish_reason == "stop"
+
+
+def _soft(made: PreferencePair, p_rejected: float) -> PreferencePair:
+    return replace(made, smoothing=round(p_rejected, 6))
+
+
+def _turned(row: Label) -> Label:
+    return row if row.p_first is None else replace(row, p_first=1 - row.p_first)
+
+
+def _by_gold(row: Label, gold: Mapping[str, float]) -> Label:
+    gap = gold[row.first_id] - gold[row.second_id]
+    return replace(row, p_first=0.5 + 0.5 * ((gap > 0) - (gap < 0)))

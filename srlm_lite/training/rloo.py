@@ -1,0 +1,310 @@
+"""On-policy training of a delta against a frozen reward model, with the proofs of DPO's.
+
+RLOO and not GRPO: TRL has both. RLOO's divergence is part of the reward of the whole reply, as in
+RLHF's objective, and its baseline is the mean of the other replies to the prompt; GRPO divides by
+the deviation within a prompt, which gives small differences between rewards the weight of large
+ones, and that is where a learned reward model errs most.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers.trainer_callback import PrinterCallback, TrainerCallback
+from trl.trainer.rloo_config import RLOOConfig
+from trl.trainer.rloo_trainer import RLOOTrainer
+from trl.trainer.utils import use_adapter
+
+from srlm_lite.config import Dpo, Rollout
+from srlm_lite.errors import ProofError, UserError
+from srlm_lite.model.base import LoadedBase
+from srlm_lite.model.chat import ChatFormat
+from srlm_lite.model.stack import Adapter, Slot
+from srlm_lite.training.arguments import (
+    Listener,
+    OnStep,
+    common_arguments,
+    late_mean,
+    one_adapter_in_training,
+    one_device,
+)
+from srlm_lite.training.reward import RewardModel, Scorer, rewards
+from srlm_lite.training.sft import Example
+
+PROOF_TOLERANCE = 1e-3
+"""Nats a token by which policy and reference may differ before the first step."""
+
+# It prints every reply without a reward; we count them.
+logging.getLogger("trl.trainer.rloo_trainer").setLevel(logging.ERROR)
+
+_REFERENCE = "ref"  # TRL's name for the copy it takes of the adapter
+_REWARD = "reward"
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """A reply that was drawn in training: its step (from 0), prompt and ids, and its reward.
+
+    `reply_ids` end before the stop token. `reward` is None where the reply ran into the limit.
+    """
+
+    step: int
+    prompt: int
+    reply_ids: tuple[int, ...]
+    finished: bool
+    reward: float | None
+
+
+class _PolicyTrainer(RLOOTrainer):
+    """TRL's trainer on prompts that are ids already, with every id that ends a reply as an end."""
+
+    stop_ids: tuple[int, ...] = ()
+
+    def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[Any], None, dict[str, Any]]:
+        return prompts, None, {}
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        replies = super()._generate_single_turn(*args, **kwargs)  # type: ignore[no-untyped-call]
+        return [self._ended(list(reply)) for reply in replies]
+
+    def _ended(self, reply: list[int]) -> list[int]:
+        """Up to and including the first end; TRL knows the tokenizer's alone."""
+        end = next((at for at, token in enumerate(reply) if token in self.stop_ids), len(reply))
+        return reply[: end + 1]
+
+
+class _Reward:
+    """TRL's reward function: what the frozen reward model gives, and a record of it.
+
+    Args:
+        drop_truncated: A reply that ran into the limit has no reward; it neither teaches nor
+            counts in a baseline.
+    """
+
+    __name__ = "reward_model"
+
+    def __init__(
+        self,
+        slot: Slot,
+        scorer: Scorer,
+        chat: ChatFormat,
+        *,
+        drop_truncated: bool,
+        batch_rows: int,
+    ) -> None:
+        self._slot, self._scorer, self._chat = slot, scorer, chat
+        self._drop_truncated, self._batch_rows = drop_truncated, batch_rows
+        self.drawn: list[Drawn] = []
+
+    def __call__(
+        self,
+        *,
+        prompts: list[list[int]],
+        completion_ids: list[list[int]],
+        number: list[int],
+        trainer_state: Any,
+        **others: Any,
+    ) -> list[float | None]:
+        examples = [
+            Example(tuple(prompt), tuple(reply))
+            for prompt, reply in zip(prompts, completion_ids, strict=True)
+        ]
+        with use_adapter(self._slot.model, _REWARD):
+            values = rewards(
+                self._scorer, examples, pad_id=self._chat.pad_id, batch_rows=self._batch_rows
+            )
+        found: list[float | None] = []
+        for place, reply, value in zip(number, completion_ids, values, strict=True):
+            finished = reply[-1] in self._chat.stop_ids
+            found.append(value if finished or not self._drop_truncated else None)
+            ids = tuple(reply[:-1] if finished else reply)
+            self.drawn.append(Drawn(trainer_state.global_step, place, ids, finished, found[-1]))
+        return found
+
+
+def train_rloo(
+    slot: Slot,
+    base: LoadedBase,
+    chat: ChatFormat,
+    *,
+    anchor: Sequence[Adapter],
+    delta: Adapter,
+    reference: Sequence[Adapter],
+    reward: RewardModel,
+    prompts: Sequence[Sequence[int]],
+    optim: Dpo,
+    rollout: Rollout,
+    kl_weight: float,
+    drop_truncated: bool,
+    scratch: Path,
+    seed: int,
+    on_step: OnStep = lambda step, steps, logs: None,
+) -> tuple[Adapter, list[Drawn], dict[str, float]]:
+    """Train a delta on top of a frozen anchor, on replies that it draws itself.
+
+    Each step draws `optim.batch_size` replies, `rollout.n` to a prompt. The advantage of a reply is
+    its reward, less `kl_weight` times its log-ratio to the reference, less the mean of that over
+    the other replies to its prompt.
+
+    Args:
+        anchor: The part of the stack below the delta; the reward model's adapter stands on it too.
+        delta: Where training starts.
+        reference: The stack that the divergence is taken from.
+        prompts: Ids; there are enough to fill a step.
+        drop_truncated: Replies that ran into the limit have no reward.
+        optim: The section `dpo`: optimiser, steps and batches. An epoch is a pass over the prompts.
+
+    Returns:
+        The trained delta; all replies that were drawn, in order; and the facts of the training:
+        `step0_kl`, steps, and reward and divergence (nats a token) of the first and the last
+        quarter of the steps.
+
+    Raises:
+        UserError: No reply had a reward.
+        ProofError: Before the first step the reference slot does not reproduce the reference stack;
+            or training touched the anchor or the reward model, or left the delta as it was.
+
+    Source: Ahmadian et al. 2024, arXiv:2402.14740; RLHF as in Ouyang et al. 2022,
+    arXiv:2203.02155, whose PPO has left TRL.
+    """
+    dataset = Dataset.from_list(
+        [{"prompt": list(ids), "number": number} for number, ids in enumerate(prompts)]
+    )
+    answers = len(prompts) * rollout.n
+    arguments = common_arguments(optim, base, n_examples=answers, scratch=scratch, seed=seed)
+    stack = [*anchor, delta]
+    start = sum(adapter.rank for adapter in anchor)
+    slot.load(reference, train=True)
+    listener = Listener(on_step)
+    try:
+        with (
+            slot.beside(_REWARD, [*anchor, reward.adapter]),
+            one_adapter_in_training(slot.model),
+            slot.training_only(start, delta),
+        ):
+            judge = _Reward(
+                slot,
+                Scorer(slot, reward.head),
+                chat,
+                drop_truncated=drop_truncated,
+                batch_rows=2 * optim.micro_batch_size,
+            )
+            trainer = _PolicyTrainer(
+                model=slot.model,
+                reward_funcs=[judge],
+                args=one_device(
+                    RLOOConfig(
+                        **arguments,
+                        beta=kl_weight,
+                        num_generations=rollout.n,
+                        max_completion_length=rollout.max_new_tokens,
+                        temperature=rollout.temperature,
+                        top_p=rollout.top_p,
+                        generation_kwargs={"eos_token_id": list(chat.stop_ids)},
+                    )
+                ),
+                train_dataset=dataset,
+                processing_class=base.tokenizer,
+                callbacks=[listener],
+            )
+            trainer.remove_callback(PrinterCallback)
+            trainer.stop_ids = chat.stop_ids
+            proof = _Proof(trainer, slot, judge, reference=reference, stack=stack)
+            trainer.add_callback(proof)
+            trainer.train()
+            slot.assert_unchanged(anchor)
+            trained = slot.read(start, delta.rank, list(delta.factors))
+    finally:
+        if _REFERENCE in slot.model.peft_config:
+            slot.model.delete_adapter(_REFERENCE)
+    if all(one.reward is None for one in judge.drawn):
+        raise UserError(
+            f"all {len(judge.drawn)} replies ran into the token limit, and none has a reward",
+            where=f"rollout.max_new_tokens = {rollout.max_new_tokens}",
+            way_out="Raise it, or set pairing.drop_truncated=false",
+        )
+    if not trained.differs_from(delta):
+        raise ProofError("RLOO changed nothing: the delta received no gradient")
+    rows = listener.rows
+    first = rows[: max(1, len(rows) // 4)]
+    return (
+        trained,
+        judge.drawn,
+        {
+            **proof.facts,
+            "steps": len(rows),
+            "first_reward": late_mean(first, "reward"),
+            "last_reward": late_mean(rows, "reward"),
+            "kl": late_mean(rows, "kl"),
+            "clipped": late_mean(rows, "completions/clipped_ratio"),
+        },
+    )
+
+
+class _Proof(TrainerCallback):
+    """Before the first step, shows that TRL's reference is the intended stack.
+
+    With the reference stack in the slot too, the divergence that TRL's own code finds between the
+    two on replies it draws must be 0. Then the slot gets what is to train.
+    """
+
+    def __init__(
+        self,
+        trainer: Any,
+        slot: Slot,
+        judge: _Reward,
+        *,
+        reference: Sequence[Adapter],
+        stack: Sequence[Adapter],
+    ) -> None:
+        self._trainer, self._slot, self._judge = trainer, slot, judge
+        self._reference, self._stack = reference, stack
+        self.facts: dict[str, float] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # TRL casts a quantized base's adapters to bf16, where small updates vanish, and copied
+        # them before. Both copies are written anew, in float32.
+        self._slot.load(self._reference, adapter=_REFERENCE, dtype=torch.float32)
+        self._slot.load(self._reference, train=True)
+        divergence = self._divergence()
+        if not divergence <= PROOF_TOLERANCE:
+            raise ProofError(
+                f"before the first step policy and reference differ by {divergence:.6f} nats a "
+                "token on the reference's own replies (must be 0): the reference is not the "
+                "intended stack"
+            )
+        self.facts = {"step0_kl": divergence}
+        self._slot.load(self._stack, train=True)
+        self._trainer.model.train()
+
+    def _divergence(self) -> float:
+        trainer = self._trainer
+        rows = [trainer.train_dataset[0]] * trainer.num_generations
+        trainer.model.eval()
+        batch = trainer._generate_and_score_completions(rows)
+        mean = abs(float(trainer._metrics["eval"]["kl"][-1]))
+        trainer._metrics["eval"].clear()
+        self._judge.drawn.clear()
+        # The mean of signed log-ratios could vanish by chance; the advantages tell of each reply.
+        worst = self._worst_reply(batch)
+        return max(mean, worst)
+
+    def _worst_reply(self, batch: dict[str, Any]) -> float:
+        """The largest log-ratio of a whole reply, a token, through TRL's own code."""
+        trainer = self._trainer
+        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+        mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+        kept = batch["completion_ids"].size(1)
+        with torch.no_grad(), use_adapter(trainer.model, _REFERENCE):
+            tokens, _, _ = trainer._get_per_token_logps_and_entropies(
+                trainer.model, ids, mask, kept
+            )
+        lengths = batch["completion_mask"].sum(dim=1).clamp(min=1)
+        summed = (tokens * batch["completion_mask"]).sum(dim=1)
+        return float(((batch["old_logps"] - summed).abs() / lengths).max())
