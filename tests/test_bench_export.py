@@ -84,7 +84,7 @@ def test_nothing_is_left_behind(
     base: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(bench.tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(bench, "_apart", lambda way, job: way(job))
+    monkeypatch.setattr(bench, "apart", lambda way, job: way(job))
     row = bench.bench_export(
         bench.RANDOM, update=0.01, four_bit=False, reporter=Silent(), shape=SHAPE
     )
