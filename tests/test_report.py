@@ -138,7 +138,7 @@ def test_yes_with_the_best_not_the_last(facts: Facts) -> None:
     found = answer(facts)
     assert found.improved == "yes"
     assert "2.00 (M1) to 2.50 (M2): +0.50 (95% interval +0.22 to +0.78)" in found.headline
-    assert "M2, iteration 1" in found.export[0] and "M3, the last one, is lower" in found.export[0]
+    assert "M2, iteration 1" in found.export[0] and "M3 is the last one" in found.export[0]
     assert any("best of 2 iterations" in text for text in found.by_how_much)
     assert "3.0 min" in found.cost[0] and "50 pairs" in found.cost[-1]
 
@@ -158,7 +158,7 @@ def test_no_more_is_said_than_was_measured(
     assert found.improved == improved
     assert not found.headline.startswith("Yes")
     if gold == 1.5:
-        assert found.export[0].startswith("None: no iteration scores above M1")
+        assert found.export[0].startswith("None: no iteration has a higher gold score than M1")
     chosen = best(facts)
     assert chosen is not None and chosen.number == 1
 
@@ -266,6 +266,7 @@ def test_a_run_without_gold(tmp_path: Path) -> None:
     add_iteration(run, 1, some_pairs(12), measured=evaluation(gold=None))
     page = whole(run)
     assert "the recipe names no gold scorer" in page
+    assert "nothing that was measured says that it is the best" in page
     assert 'id="gold-title"' not in page and 'id="agreement-title"' in page
 
 
@@ -307,6 +308,25 @@ def test_a_measured_base_stands_before_the_anchor(run: RunDir) -> None:
     assert [model.name for model in facts.models] == ["base", "M1", "M2", "M3"]
     assert "2.00 (M1)" in answer(facts).headline  # the run starts from the anchor
     assert "| base |" in markdown(facts)
+
+
+def test_without_gold_the_anchor_s_grades_are_told_as_such(tmp_path: Path) -> None:
+    run = new_run(tmp_path / "out", "evaluate.gold=null")
+    for number, score in enumerate((2.0, 3.0, 2.9)):
+        graded = {"anchor_score": score, "anchor_score_se": 0.1, "score_scale": [0, 5]}
+        measured = evaluation(gold=None, **graded)
+        if number:
+            add_iteration(run, number, some_pairs(5), measured=measured)
+        else:
+            add_anchor(run, measured)
+    found = answer(gather(run))
+    assert (
+        found.improved == "unknown" and "grades M2's answers +1.00 against M1's" in found.headline
+    )
+    assert found.export == (
+        "M2, iteration 1: it has the highest score by the anchor; M3 is the last one.",
+        "Within chance of it: M3.",  # 0.1 < 2 sqrt(0.1^2 + 0.1^2)
+    )
 
 
 def add_duel(run: RunDir, name: str, judge: str, low: float, high: float) -> None:

@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from srlm_lite.config import Gate
+from srlm_lite.evaluate.gate import Best, best_model, findings
 from srlm_lite.report.facts import Duel, Estimate, Facts, Model
-from srlm_lite.stages.evaluation import warnings
 
 LENGTH_GROWTH = 1.3
-"""Answers longer than the anchor's by this factor are told: judges like length for its own sake."""
+"""Answers longer than the anchor's by this factor are told where no grades of the anchor tell
+whether they are better as well: judges like length for its own sake."""
 
 Improved = Literal["yes", "no", "unclear", "unknown"]
 
@@ -41,15 +43,32 @@ def answer(facts: Facts) -> Answer:
 
 
 def best(facts: Facts) -> Model | None:
-    """The model to export: of the measured ones that of the best gold score, else the last.
+    """The finished iteration of the best answers, or the last one where nothing tells them apart.
 
-    The earlier one of equals. None before an iteration has been measured.
+    None before one has been measured.
     """
-    made = [model for model in facts.measured if model.number and model.is_done]
-    scored = [model for model in made if model.gold]
-    if scored:
-        return max(scored, key=lambda model: model.gold.value if model.gold else 0.0)
-    return made[-1] if made else None
+    models, found = _ranked(facts)
+    made = [model for model in models if model.number]
+    if found is None or not made:
+        return made[-1] if made else None
+    if models[found.place].number:
+        return models[found.place]
+    figure = found.figure  # the anchor is the best: of the iterations the best one beside it
+    return max(made, key=lambda model: float(model.policy[figure]))
+
+
+def _ranked(facts: Facts) -> tuple[list[Model], Best | None]:
+    """The finished models, and the best of them as the run's end names it."""
+    models = [model for model in facts.measured if model.is_done]
+    return models, best_model([_evaluation(model) for model in models], _gate(facts))
+
+
+def _evaluation(model: Model) -> Mapping[str, Any]:
+    return {"judge": model.judge, "policy": model.policy}
+
+
+def _gate(facts: Facts) -> Gate:
+    return Gate.model_validate((facts.settings.get("evaluate") or {}).get("gate") or {})
 
 
 def _improvement(facts: Facts) -> tuple[Improved, str, tuple[str, ...]]:
@@ -65,11 +84,7 @@ def _improvement(facts: Facts) -> tuple[Improved, str, tuple[str, ...]]:
     if (first.gold is None or chosen.gold is None) and duel and duel.win_rate:
         return _by_duel(duel, duel.win_rate, chosen, details)
     if first.gold is None or chosen.gold is None:
-        text = (
-            "Not known: the recipe names no gold scorer, and the judge's own grades cannot tell. "
-            f"Compare {first.name} and {chosen.name} head to head."
-        )
-        return "unknown", text, tuple(details)
+        return _by_grades(first, chosen, details)
     difference = chosen.gold.minus(first.gold)
     rose = (
         f"gold score {first.gold.value:.2f} ({first.name}) to {chosen.gold.value:.2f} "
@@ -82,6 +97,22 @@ def _improvement(facts: Facts) -> tuple[Improved, str, tuple[str, ...]]:
     if difference.high < 0:
         return "no", f"No, it got worse: {rose}.", tuple(details)
     return "unclear", f"Not shown: {rose}. The interval includes no change.", tuple(details)
+
+
+def _by_grades(
+    first: Model, chosen: Model, details: list[str]
+) -> tuple[Improved, str, tuple[str, ...]]:
+    """Without gold and without a head to head there is only what a judge of the run says."""
+    unknown = "Not known: the recipe names no gold scorer, and the judge's own grades cannot tell."
+    advice = f"compare {first.name} and {chosen.name} head to head: srlm-lite compare"
+    if first.anchor_score is None or chosen.anchor_score is None:
+        return "unknown", unknown, (*details, advice)
+    difference = chosen.anchor_score.minus(first.anchor_score)
+    graded = (
+        f"the anchor, as a judge that does not drift, grades {chosen.name}'s answers "
+        f"{difference.value:+.2f} against {first.name}'s{interval(difference)}"
+    )
+    return "unknown", f"Not known from outside; {graded}.", (*details, advice)
 
 
 def _duel(facts: Facts, model: Model) -> Duel | None:
@@ -138,6 +169,9 @@ def _sides(first: Model, chosen: Model) -> list[str]:
             f"greedy answers: gold {first.greedy_gold.value:.2f} to "
             f"{chosen.greedy_gold.value:.2f}, {difference.value:+.2f}{interval(difference)}"
         )
+    found += _change(
+        first.policy, chosen.policy, "anchor_score", "its answers, graded by the anchor:", 2
+    )
     for key, name, digits in (
         ("pairwise_accuracy", "as judge: pairwise accuracy", 2),
         ("tie_rate", "as judge: ties", 2),
@@ -159,7 +193,7 @@ def _change(
 
 
 def _caution(facts: Facts) -> list[str]:
-    tried = sum(1 for model in facts.measured if model.number and model.is_done)
+    tried = sum(1 for model in _ranked(facts)[0] if model.number)
     if tried < 2:
         return []
     return [
@@ -227,33 +261,45 @@ def _export(facts: Facts) -> tuple[str, ...]:
     chosen = best(facts)
     if chosen is None:
         return ("Nothing yet: no iteration is finished.",)
-    last = [model for model in facts.measured if model.number and model.is_done][-1]
-    first = facts.measured[0]
-    if chosen.gold is None:
-        why = "it is the last one; without a gold score nothing says it is the best"
-    elif first.gold and chosen.gold.value <= first.gold.value:
+    models, found = _ranked(facts)
+    last = models[-1]
+    if found is None:
         return (
-            f"None: no iteration scores above {first.name}.",
+            f"{chosen.name}, iteration {chosen.number}: it is the last one; nothing that was "
+            "measured says that it is the best.",
+        )
+    by = {"gold_mean": "gold score", "anchor_score": "score by the anchor"}[found.figure]
+    if models[found.place] is not chosen:
+        return (
+            f"None: no iteration has a higher {by} than {models[found.place].name}.",
             f"The best of them is {chosen.name}, iteration {chosen.number}.",
         )
-    elif chosen is last:
-        why = "it has the highest gold score, and is the last one"
-    else:
-        why = f"it has the highest gold score; {last.name}, the last one, is lower"
-    return (f"{chosen.name}, iteration {chosen.number}: {why}.",)
+    why = f"it has the highest {by}"
+    why += ", and is the last one" if chosen is last else f"; {last.name} is the last one"
+    lines = [f"{chosen.name}, iteration {chosen.number}: {why}."]
+    if found.alike:
+        alike = ", ".join(models[place].name for place in found.alike)
+        lines.append(f"Within chance of it: {alike}.")
+    return tuple(lines)
 
 
 def worries(facts: Facts) -> list[str]:
     """What in the run bodes ill, each with the model that it shows in."""
-    found = []
-    before: Mapping[str, Any] | None = None
+    found: list[str] = []
+    history: list[Mapping[str, Any]] = []
+    gate = _gate(facts)
     for model in facts.measured:
         if model.judge:
-            told = warnings(dict(before) if before else None, dict(model.evaluation))
-            found += [f"{model.name}: {text}" for text in told]
-            before = model.evaluation
+            history.append(model.evaluation)
+            found += [f"{model.name}: {one.text}" for one in findings(history, gate)]
     lengths = [model.policy.get("mean_length_chars") for model in facts.measured]
-    if lengths and lengths[0] and lengths[-1] and lengths[-1] > LENGTH_GROWTH * lengths[0]:
+    graded = any(model.anchor_score for model in facts.measured)
+    if (
+        not graded
+        and lengths[:1]
+        and lengths[0]
+        and (lengths[-1] or 0) > LENGTH_GROWTH * lengths[0]
+    ):
         found.append(
             f"answers grew from {lengths[0]:.0f} to {lengths[-1]:.0f} characters on average: part "
             "of what a judge prefers here may be length"

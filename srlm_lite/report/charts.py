@@ -102,7 +102,7 @@ def groups(facts: Facts) -> list[Group]:
             "answers",
             "Answers",
             "Of each model on the same held-out prompts. Bars are 95% intervals over prompts.",
-            _drawn(_gold(facts), _criteria(facts), _lengths(facts)),
+            _drawn(_gold(facts), _criteria(facts), _grades(facts), _lengths(facts)),
         ),
         Group(
             "duels",
@@ -212,6 +212,21 @@ def _criteria(facts: Facts) -> Chart | None:
         "mean points",
         [(name, points(name)) for name in names],
         note="Sampled answers.",
+    )
+
+
+def _grades(facts: Facts) -> Chart | None:
+    return _lines(
+        facts,
+        "grades",
+        "Grades of its answers",
+        "mean score",
+        [
+            ("by the anchor", lambda model: model.anchor_score),
+            ("by itself", lambda model: model.self_score),
+        ],
+        note="The anchor is a judge that does not drift: a model that rises by itself alone has "
+        "learned to please itself.",
     )
 
 

@@ -188,6 +188,16 @@ class Model:
         return figure(greedy, "gold_mean", greedy.get("gold_se"))
 
     @property
+    def anchor_score(self) -> Estimate | None:
+        """What the anchor, as judge, thinks of its answers."""
+        return figure(self.policy, "anchor_score", self.policy.get("anchor_score_se"))
+
+    @property
+    def self_score(self) -> Estimate | None:
+        """What it thinks of its own answers."""
+        return figure(self.policy, "self_score", self.policy.get("self_score_se"))
+
+    @property
     def seconds(self) -> float:
         """All stages together."""
         return sum(float(row.get("seconds", 0.0)) for row in self.stages.values())
