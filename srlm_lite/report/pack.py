@@ -17,7 +17,7 @@ from typing import Any
 from srlm_lite.records import Judgement
 from srlm_lite.report.facts import Pair
 
-TEXT_LIMITS = (None, 4000, 2000, 1200, 800, 500, 300, 200, 120)
+TEXT_LIMITS = (None, 4000, 2000, 1200, 800, 500, 300, 200, 160, 120)
 """Characters of a single text, tried in this order until all pairs fit."""
 
 GoldScores = Callable[[str, str], float]
@@ -47,7 +47,7 @@ def pack(pairs: Sequence[Pair], *, room: int, gold: GoldScores | None = None) ->
     rows = [_row(pair, gold) for pair in pairs]
     longest = max((len(text) for row in rows for text in _texts(row)), default=0)
     for limit in TEXT_LIMITS:
-        if limit is not None and limit >= longest:
+        if (limit is not None and limit >= longest) or _hopeless(rows, limit, room):
             continue
         data = _encoded([_cut(row, limit) for row in rows])
         if len(data) <= room:
@@ -91,6 +91,14 @@ def _vote(vote: Judgement) -> list[Any]:
 
 def _finite(value: float) -> float | None:
     return round(value, 4) if math.isfinite(value) else None
+
+
+def _hopeless(rows: Sequence[dict[str, Any]], limit: int | None, room: int) -> bool:
+    """Whether every 25th row says that all of them, packed, are far too much: packing is slow."""
+    some = rows[::25]
+    if len(some) < 40 or limit == TEXT_LIMITS[-1]:
+        return False
+    return len(_encoded([_cut(row, limit) for row in some])) * len(rows) / len(some) > 1.2 * room
 
 
 def _texts(row: dict[str, Any]) -> list[str]:
