@@ -73,7 +73,7 @@ def test_the_bench_runs_and_goes_on(tmp_path: Path) -> None:
              "rollout.max_new_tokens=32", "pairing.drop_truncated=false",
              "evaluate.policy_prompts=3", "evaluate.eft_prompts=2"]  # fmt: skip
     command = [sys.executable, "-m", "srlm_lite", "bench", "methods", "--json", "--iterations", "1",
-               "--out", str(tmp_path / "out"), "--cases", "self-rewarding; dpo",
+               "--jobs", "2", "--out", str(tmp_path / "out"), "--cases", "self-rewarding; dpo",
                "--plot", str(tmp_path / "plot.svg")]  # fmt: skip
     for setting in small:
         command += ["--set", setting]

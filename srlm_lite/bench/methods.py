@@ -7,8 +7,11 @@ case is about the anchor; each seed has another.
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, stdev
@@ -81,6 +84,8 @@ class Settings:
     seeds: int = 1
     iterations: int = 3
     overrides: tuple[str, ...] = ()
+    jobs: int = 1
+    """Cases at a time, each in a process of its own that computes in one thread."""
 
 
 def cases_of(names: str | None) -> tuple[str, ...]:
@@ -109,10 +114,7 @@ def bench_methods(settings: Settings, reporter: Reporter | None = None) -> dict[
     for seed in range(settings.seeds):
         shared = _run(settings, Case("toy"), "anchor", seed, None, 0, reporter).anchor
         cold.append(_cold_anchor(settings, seed, shared.path, reporter))
-        for name in settings.cases:
-            case = CASES[name]
-            anchor = None if case.own_anchor else shared.path
-            place = _run(settings, case, name, seed, anchor, settings.iterations, reporter)
+        for name, place in _runs(settings, seed, shared.path, reporter).items():
             runs[name].append({"seed": seed, **measured(place)})
     return {
         "seeds": settings.seeds,
@@ -129,6 +131,33 @@ def bench_methods(settings: Settings, reporter: Reporter | None = None) -> dict[
             for name, rows in runs.items()
         },
     }
+
+
+def _runs(
+    settings: Settings, seed: int, anchor: Path, reporter: Reporter | None
+) -> dict[str, RunDir]:
+    """The run of every case, with this seed."""
+    if settings.jobs == 1:
+        return {name: _run_case(settings, seed, anchor, reporter, name) for name in settings.cases}
+    one = partial(_run_case, settings, seed, anchor, None)
+    # Not forked: a fork inherits the locks of torch's threads, and hangs in them.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(settings.jobs, context, initializer=_one_thread) as pool:
+        return dict(zip(settings.cases, pool.map(one, settings.cases), strict=True))
+
+
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def _run_case(
+    settings: Settings, seed: int, shared: Path, reporter: Reporter | None, name: str
+) -> RunDir:
+    case = CASES[name]
+    anchor = None if case.own_anchor else shared
+    return _run(settings, case, name, seed, anchor, settings.iterations, reporter)
 
 
 def _recipe(settings: Settings, case: Case, seed: int, anchor: Path | None, t: int) -> Recipe:

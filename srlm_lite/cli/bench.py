@@ -94,6 +94,12 @@ def methods(
     ] = None,
     seeds: Annotated[int, typer.Option(help="So many, each with its own anchor.", min=1)] = 1,
     iterations: Annotated[int, typer.Option(help="Of every run.", min=1)] = 3,
+    jobs: Annotated[
+        int,
+        typer.Option(
+            help="Cases at a time, one core and 1 GB each; their progress is silent.", min=1
+        ),
+    ] = 1,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", help="Change a setting of all runs.", metavar="KEY=VALUE"),
@@ -115,6 +121,7 @@ def methods(
         seeds=seeds,
         iterations=iterations,
         overrides=tuple(set_ or ()),
+        jobs=jobs,
     )
     console = Console()
     with console:
