@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 DEMO      := out/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint wheel clean
+.PHONY: help install demo test gpu wheels lint wheel clean
 
 help:  ## List the targets.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,6 +24,12 @@ demo: $(INSTALLED)  ## Two iterations on SmolLM2-135M, in out/demo; goes on wher
 test: $(INSTALLED)  ## All tests that need neither a GPU nor an extra. One file: ARGS=tests/test_pairing.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal \
 		-m "not gpu and not vllm and not unsloth and not browser" $(ARGS)
+
+gpu: $(INSTALLED)  ## What only a GPU can show: tests and benchmarks, into out/gpu and BENCHMARKS.md.
+	$(BIN)/python .ci/gpu_report.py $(ARGS)
+
+wheels: $(INSTALLED)  ## Collect in wheels/ what a GPU machine without a network needs, torch apart.
+	$(BIN)/python .ci/gpu_wheels.py --download $(ARGS)
 
 lint: $(INSTALLED)  ## ruff and mypy.
 	$(BIN)/ruff check .

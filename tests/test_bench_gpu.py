@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -20,6 +21,12 @@ from srlm_lite.model.base import load_base
 from srlm_lite.model.random_base import random_base
 from srlm_lite.planning.shapes import SHAPES
 from srlm_lite.progress import Silent
+
+TOOL = Path(__file__).resolve().parent.parent / "tools" / "gpu_report.py"
+SPEC = importlib.util.spec_from_file_location("gpu_report", TOOL)
+assert SPEC is not None and SPEC.loader is not None
+gpu_report = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(gpu_report)
 
 CPU = torch.device("cpu")
 F32 = torch.float32
@@ -139,7 +146,9 @@ def test_a_device_that_is_not_there_is_refused() -> None:
         bench_gpu(TINY, SMALL, Silent(), device="cuda")
 
 
-def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     monkeypatch.setattr(sys, "argv", ["srlm-lite", "bench", "gpu", "--device", "cpu", "--json"])
     with pytest.raises(SystemExit) as end:
         main.run()
@@ -157,3 +166,5 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
             assert phase["peak_bytes"] is None or phase["peak_bytes"] > 0
     assert found["ways"]["ours"]["dpo"]["step0_loss"] == pytest.approx(0.693147, abs=1e-4)
     assert {"date", "machine", "versions", "machine_rates", "floor", "job"} <= found.keys()
+    (tmp_path / "gpu-tiny.json").write_text(json.dumps(found))
+    assert "| tiny | plain | a DPO step |" in gpu_report.section(tmp_path)  # `make gpu` reads it

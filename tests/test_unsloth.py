@@ -79,6 +79,20 @@ def test_on_a_cpu_it_gives_the_plain_backends_bytes(iterate: Iterate) -> None:
 
 
 @needs_unsloth
+def test_it_is_measured_beside_the_plain_backend() -> None:
+    if importlib.util.find_spec("unsloth") is None:
+        pytest.skip("Unsloth is not installed")
+    words = ["bench", "gpu", "--device", "cpu", "--backend", "unsloth", "--ways", "ours", "--json"]
+    done = subprocess.run(
+        [sys.executable, "-m", "srlm_lite", *words], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    assert found["backend"] == "unsloth" and found["base"]["bytes_per_linear_weight"] < 0.53
+    assert found["ways"]["ours"]["dpo"]["step0_loss"] == pytest.approx(0.693147, abs=1e-4)
+
+
+@needs_unsloth
 @pytest.mark.gpu
 def test_a_loop_on_a_gpu(iterate: Iterate) -> None:
     """NF4 and Unsloth's kernels: SFT, sampling by its generate, DPO with its proof."""

@@ -27,6 +27,7 @@ from typing import Any, Literal, cast, get_args
 import torch
 
 from srlm_lite.bench import floor
+from srlm_lite.bench.backend import Backend
 from srlm_lite.bench.floor import Work
 from srlm_lite.bench.machine import peak_memory, resident, synchronise
 from srlm_lite.bench.plain import PlainGenerate
@@ -34,7 +35,7 @@ from srlm_lite.bench.roofline import matmul_rates, measure_rates, roofline, shap
 from srlm_lite.bench.workload import Workload
 from srlm_lite.config import Base, Dpo, Lora
 from srlm_lite.errors import UserError
-from srlm_lite.model.base import LoadedBase, compute_dtype
+from srlm_lite.model.base import LoadedBase, compute_dtype, load_base
 from srlm_lite.model.chat import ChatFormat
 from srlm_lite.model.random_base import random_base
 from srlm_lite.model.stack import Adapter, Slot
@@ -166,8 +167,13 @@ def bench_gpu(
     *,
     ways: Sequence[Way] = WAYS,
     device: Device = "auto",
+    backend: Backend = "transformers",
 ) -> dict[str, Any]:
     """Build the base and measure every way on it.
+
+    Args:
+        backend: `unsloth` loads from files alone: the base is written to a temporary directory, in
+            NF4, and read back by it. It has to be imported already.
 
     Raises:
         UserError: No such shape, or no memory for it.
@@ -181,8 +187,11 @@ def bench_gpu(
     try:
         with _clock(where) as load:
             base = random_base(config, name=shape, device=where, dtype=dtype, quantization="nf4")
+        if backend == "unsloth":
+            task.note("handing the base to Unsloth")
+            base = _through_files(base)
         task.advance()
-        bench = _Bench(base, job)
+        bench = _Bench(base, job, backend)
         measured: dict[str, dict[str, Any]] = {}
         for way in ways:
             phases: dict[str, Any] = {}
@@ -199,6 +208,23 @@ def bench_gpu(
             way_out="Try a smaller shape, --prompts, --reply-tokens or --micro-batch",
         ) from error
     return bench.report(measured, load)
+
+
+def _through_files(base: LoadedBase) -> LoadedBase:
+    """The same base in the hands of Unsloth."""
+    with tempfile.TemporaryDirectory(prefix="srlm-lite-bench-") as folder:
+        base.model.save_pretrained(folder)
+        base.tokenizer.save_pretrained(folder)
+        name = base.folder
+        device = "cuda" if base.device.type == "cuda" else "cpu"
+        del base
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        section = Base(
+            name=folder, device=device, quantization="nf4", backend="unsloth", window=2048
+        )
+        return replace(load_base(section), folder=name)
 
 
 def _on_cuda(device: str) -> bool:
@@ -230,11 +256,11 @@ def _clock(device: torch.device) -> Iterator[_Clock]:
 
 
 class _Bench:
-    def __init__(self, base: LoadedBase, job: Job) -> None:
-        self.base, self.job = base, job
+    def __init__(self, base: LoadedBase, job: Job, backend: Backend) -> None:
+        self.base, self.job, self.backend = base, job, backend
         self.chat = ChatFormat.of(base)
         self.shape = shape_of(base.model)
-        self.slot = Slot(base.model, targets=LORA.targets, rank=2 * LORA.rank)
+        self.slot = Slot(base.model, targets=LORA.targets, rank=2 * LORA.rank, backend=backend)
         self.anchor = _random(self.slot.fresh(LORA, seed=1))
         self.delta = _random(self.slot.fresh(LORA, seed=2))
         draw = random.Random(0)
@@ -394,6 +420,7 @@ class _Bench:
         return {
             "shape": self.base.folder,
             "parameters": self.shape.linear + self.shape.head,
+            "backend": self.backend,
             "quantization": "nf4",
             "dtype": str(self.base.dtype).removeprefix("torch."),
             "device": str(self.base.device),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -138,6 +138,9 @@ def gpu(
     ] = "tiny",
     device: Annotated[str, typer.Option(help="auto, cpu, or cuda.")] = "auto",
     ways: Annotated[str, typer.Option(help="ours, plain, or both.")] = "ours,plain",
+    backend: Annotated[
+        Literal["transformers", "unsloth"], typer.Option(help="What holds the base.")
+    ] = "transformers",
     prompts: Annotated[int | None, typer.Option(help="To sample answers to.", min=1)] = None,
     answer_tokens: Annotated[int | None, typer.Option(help="Of each answer.", min=2)] = None,
     reply_tokens: Annotated[
@@ -154,6 +157,9 @@ def gpu(
     Beside transformers and TRL alone, and the least time that the device's measured rates allow.
     Downloads nothing.
     """
+    from srlm_lite.bench.backend import prepare
+
+    prepare(backend)  # before the next line imports transformers
     from srlm_lite.bench.gpu import bench_gpu, device_of, job_of, ways_of
     from srlm_lite.cli.progress import Console
 
@@ -167,7 +173,9 @@ def gpu(
     )
     console = Console()
     with console:
-        result = bench_gpu(shape, job, console, ways=ways_of(ways), device=device_of(device))
+        result = bench_gpu(
+            shape, job, console, ways=ways_of(ways), device=device_of(device), backend=backend
+        )
     show("gpu", result, gpu_text, as_json=json_)
 
 
@@ -226,7 +234,8 @@ def gpu_text(result: dict[str, Any]) -> str:
     best = max(rates["matmul_flops_per_s"].values())
     return "\n".join(
         [
-            f"{result['shape']}, random weights in NF4, computing in {result['dtype']} on "
+            f"{result['shape']}, random weights in NF4 on {result['backend']}, computing in "
+            f"{result['dtype']} on "
             f"{result['device']}: {result['parameters'] / 1e9:.2f} billion weights, built in "
             f"{base['seconds']:.1f} s, {gigabytes(base['in_use_bytes'])} GB in use, peak "
             f"{gigabytes(base['peak_bytes'])} GB",

@@ -1,0 +1,121 @@
+"""`make gpu` and `make wheels`: what they write, as far as a machine without a GPU can show."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / ".ci" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+report, wheels = load("gpu_report"), load("gpu_wheels")
+
+HEAD: dict[str, Any] = {
+    "date": "2026-11-25",
+    "machine": {"processor": "A CPU", "cores": 8, "gpus": [{"name": "A GPU", "gigabytes": 80}]},
+    "versions": {"torch": "2.13.0"},
+}
+PHASE = {"seconds": 2.0, "tokens_per_s": 512.0, "floor_share": 0.25, "peak_bytes": 5_000_000_000}
+TINY = {
+    **HEAD,
+    "shape": "tiny",
+    "parameters": 7_000_000_000,
+    "base": {"seconds": 3.0, "bytes": 1, "in_use_bytes": 4e9, "peak_bytes": 4.5e9},
+    "ways": {"ours": {"candidates": PHASE, "dpo": {**PHASE, "seconds_per_step": 1.5}}},
+    "machine_rates": {"matmul_flops_per_s": {"a": 7e14}, "copy_bytes_per_s": 4.2e12},
+    "job": {
+        "prompts": 16,
+        "n": 4,
+        "answer_tokens": 256,
+        "votes": 3,
+        "vote_tokens": 96,
+        "batch": 4,
+        "micro_batch": 1,
+        "reply_tokens": 512,
+    },
+}
+
+
+def write(folder: Path, **files: Any) -> None:
+    for name, found in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(found))
+
+
+def test_the_section_says_what_was_measured_and_what_failed(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        **{"gpu-tiny": TINY, "gpu-llama2-70b": {"failed": "out of memory", "wall_s": 3.0}},
+        tests={"passed": 9, "failed": ["tests.test_gpu::test_x"], "skipped": 1, "exit_code": 1},
+        doctor={"machine": [{"name": "GPU 0", "text": "A GPU, 80 GB; CUDA 13.0, driver 580"}]},
+    )
+    text = report.section(tmp_path)
+    assert text.startswith("2026-11-25: A GPU; A CPU, 8 cores.\nGPU 0: A GPU, 80 GB; CUDA 13.0")
+    assert "Versions: torch 2.13.0." in text
+    assert "9 passed, 1 failed, 1 skipped" in text and "`tests.test_gpu::test_x`" in text
+    assert "| tiny | ours | candidates | 2 | 512 | 0.250 | 5.00 |" in text
+    assert "| tiny | ours | a DPO step | 1.5 | 512 | 0.250 | 5.00 |" in text
+    assert "- `llama2-70b` failed: out of memory" in text
+    assert "7.00 billion weights built in 3.0 s, 4.00 GB in use" in text
+
+
+def test_the_section_replaces_itself_and_nothing_else(tmp_path: Path) -> None:
+    file = tmp_path / "BENCHMARKS.md"
+    file.write_text(f"before\n\n{report.BEGIN}\nold\n{report.END}\n\nafter\n")
+    report.put_section(file, "new\n")
+    once = file.read_text()
+    assert once == f"before\n\n{report.BEGIN}\n\nnew\n\n{report.END}\n\nafter\n"
+    report.put_section(file, "new\n")
+    assert file.read_text() == once
+    file.write_text("no marks")
+    with pytest.raises(SystemExit, match="marks of this section are missing"):
+        report.put_section(file, "new\n")
+    assert file.read_text() == "no marks"
+
+
+def test_benchmarks_has_a_place_for_it() -> None:
+    text = (ROOT / "BENCHMARKS.md").read_text(encoding="utf-8")
+    assert text.index(report.BEGIN) < text.index(report.END)
+
+
+@pytest.mark.parametrize(
+    ("code", "timeout", "failed"),
+    [
+        ("print('{\"a\": 1}')", 60, None),
+        ("import sys; sys.exit('srlm-lite: no CUDA device was found')", 60, "srlm-lite: no CUDA"),
+        ("import time; time.sleep(60)", 0.5, "did not end in 0 s"),
+    ],
+)
+def test_a_part_that_fails_is_kept_as_failed(
+    tmp_path: Path, code: str, timeout: float, failed: str | None
+) -> None:
+    file = tmp_path / "part.json"
+    ended_well = report.run_part("part", [sys.executable, "-c", code], file, timeout)
+    found = json.loads(file.read_text())
+    assert ended_well == (failed is None)
+    if failed is None:
+        assert found["a"] == 1
+    else:
+        assert found["failed"].startswith(failed)
+
+
+def test_the_wheels_are_what_the_package_needs_and_no_cuda() -> None:
+    found = wheels.closure(["srlm-lite", "pytest"], python="3.12", skip=list(wheels.SKIP))
+    assert {"transformers", "trl", "peft", "bitsandbytes", "pydantic-core", "pytest"} <= set(found)
+    assert not {"torch", "triton", "mypy", "vllm"} & set(found)
+    assert not [name for name in found if name.startswith(("nvidia-", "cuda-"))]
+    fewer = wheels.closure(["srlm-lite"], python="3.12", skip=["torch", "hugging*"])
+    assert "huggingface-hub" not in fewer and "pytest" not in fewer
