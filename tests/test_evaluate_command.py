@@ -58,7 +58,7 @@ def test_the_base_with_intervals(evaluate: Evaluate, out: Path) -> None:
     assert result["judge"]["calibration"]["replies"] == 12  # four to a prompt
     shown = rf"^judge pairwise_accuracy +[.0-9]+ +\[{low:g}, {high:g}\]$"
     assert re.search(shown, done.stdout, re.MULTILINE)
-    assert re.search(r"^judge and human quality: pearson  [.0-9]+$", done.stdout, re.MULTILINE)
+    assert re.search(r"^judge and human quality: pearson +[.0-9]+$", done.stdout, re.MULTILINE)
 
 
 def test_ifeval_on_an_existing_run(evaluate: Evaluate, out: Path, tmp_path: Path) -> None:
