@@ -22,7 +22,7 @@ from srlm_lite.model.random_base import random_base
 from srlm_lite.planning.shapes import SHAPES
 from srlm_lite.progress import Silent
 
-TOOL = Path(__file__).resolve().parent.parent / "tools" / "gpu_report.py"
+TOOL = Path(__file__).resolve().parent.parent / ".ci" / "gpu_report.py"
 SPEC = importlib.util.spec_from_file_location("gpu_report", TOOL)
 assert SPEC is not None and SPEC.loader is not None
 gpu_report = importlib.util.module_from_spec(SPEC)
