@@ -643,6 +643,10 @@ class RunDir:
             self.path.mkdir(parents=True, exist_ok=True)
         except NotADirectoryError as error:
             raise UserError("lies below a file", where=str(self.path)) from error
+        except FileNotFoundError as error:  # not of a parent: those are made as well
+            raise UserError(
+                "no directory can be made here", where=str(self.path), way_out="Choose another"
+            ) from error
         with (self.path / _LOCK).open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

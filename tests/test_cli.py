@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
+from safetensors import SafetensorError
 
 from srlm_lite import __version__
 from srlm_lite.cli import main
@@ -158,6 +160,38 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
 def test_a_mistake_is_one_line_in_a_real_shell(tmp_path: Path) -> None:
     line = mistake(shell("show", "run", "--adapters", tmp_path))
     assert line.startswith(f"{tmp_path}: holds no run")
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            "No space left on device. Free some space; the same command goes on from here",
+        ),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "/etc/run"),
+            "/etc/run: Permission denied. Allow it, or choose another place",
+        ),
+        (
+            SafetensorError("Error while serializing: I/O error: too long (os error 28)"),
+            "No space left on device. Free some space; the same command goes on from here",
+        ),
+        (OSError(errno.EBADF, "Bad file descriptor"), None),  # a fault of the program
+        (ValueError("wrong"), None),
+    ],
+)
+def test_what_the_disk_refuses_is_the_users_to_put_right(
+    error: Exception, line: str | None
+) -> None:
+    refused = main.refused_by_the_disk(error)
+    assert (refused and str(refused)) == line
+
+
+def test_a_disk_that_refuses_is_one_line_in_a_real_shell(tmp_path: Path) -> None:
+    name = "x" * 300  # longer than any file system's names
+    line = mistake(shell("iterate", "--recipe", "tiny", "--adapters", tmp_path / name))
+    assert line == f"{tmp_path / name}: File name too long. Choose a shorter name"
 
 
 def test_an_unknown_recipe_suggests_the_right_one(cli: Cli, tmp_path: Path) -> None:

@@ -374,6 +374,15 @@ def test_a_lock_is_left_in_no_other_place(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc, where none can be made")
+def test_where_no_directory_can_be_made_there_is_no_run() -> None:
+    with (
+        pytest.raises(UserError, match="no directory can be made"),
+        RunDir(Path("/proc/x")).locked(),
+    ):
+        raise AssertionError
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", "5", '{"other": "tool"}', '{"recipe": {}}'])
 def test_a_broken_or_foreign_run_json_is_one_line(tmp_path: Path, content: str) -> None:
     (tmp_path / "run.json").write_text(content)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -404,6 +406,34 @@ def main(
         raise typer.Exit
 
 
+REFUSALS = {
+    errno.ENOSPC: "Free some space; the same command goes on from here",
+    errno.EDQUOT: "Free some space; the same command goes on from here",
+    errno.EACCES: "Allow it, or choose another place",
+    errno.EPERM: "Allow it, or choose another place",
+    errno.EROFS: "Choose another place",
+    errno.ENAMETOOLONG: "Choose a shorter name",
+    errno.ELOOP: "Choose another place",
+}
+"""What a file system may say no with that is no fault of the program, and the way out."""
+
+
+def refused_by_the_disk(error: Exception) -> UserError | None:
+    """What a file system refused, as a user's error; None where it is something else.
+
+    safetensors writes by itself, and tells the number in its text alone.
+    """
+    number, where = getattr(error, "errno", None), getattr(error, "filename", None)
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    if number is None and told:
+        number = int(told[1])
+    if number not in REFUSALS:
+        return None
+    return UserError(
+        os.strerror(number), where=None if where is None else str(where), way_out=REFUSALS[number]
+    )
+
+
 def run() -> None:
     """Entry point: a user's mistake is one line and exit code 2, an interruption 130."""
     # Fork-based tokenizer workers warn, and datasets draws bars of its own.
@@ -417,6 +447,12 @@ def run() -> None:
     except SrlmError as error:
         say(f"stopped: {error}")
         raise SystemExit(1) from None
+    except Exception as error:
+        refused = refused_by_the_disk(error)
+        if refused is None:
+            raise
+        say(str(refused))
+        raise SystemExit(2) from None
     except KeyboardInterrupt:
         typer.echo(err=True)
         say("interrupted; the same command goes on from here")
