@@ -30,6 +30,7 @@ from srlm_lite.config import Base
 from srlm_lite.errors import UserError
 from srlm_lite.model import base as bases
 from srlm_lite.model.checkpoint import Checkpoint
+from srlm_lite.model.nf4 import nf4_settings
 from srlm_lite.progress import Reporter
 
 hf: Any = transformers  # only partly typed
@@ -97,7 +98,7 @@ def _ours(folder: Path) -> dict[str, Any]:
 
 
 def _transformers(folder: Path) -> dict[str, Any]:
-    settings = bases.nf4_settings(DTYPE)
+    settings = nf4_settings(DTYPE)
     with _watched() as row:
         model = hf.AutoModelForCausalLM.from_pretrained(
             folder, dtype=DTYPE, device_map={"": "cpu"}, quantization_config=settings

@@ -43,6 +43,7 @@ from srlm_lite.errors import UserError
 from srlm_lite.model import unsloth_backend
 from srlm_lite.model.cache import cache_dir
 from srlm_lite.model.checkpoint import Checkpoint, weight_files
+from srlm_lite.model.nf4 import nf4_settings
 
 log = logging.getLogger(__name__)
 hf: Any = transformers  # only partly typed
@@ -377,16 +378,6 @@ def _check_missing(section: config.Base, missing: list[str]) -> None:
             where=_WHERE,
             way_out="Get the files again",
         )
-
-
-def nf4_settings(dtype: torch.dtype) -> Any:
-    """The `BitsAndBytesConfig` of an NF4 base: 4 bits and double quantization."""
-    return hf.BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
 
 
 def load_nf4(

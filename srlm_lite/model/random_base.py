@@ -15,12 +15,12 @@ from accelerate import init_empty_weights
 from transformers import PreTrainedModel
 
 from srlm_lite.config import recipes_dir
-from srlm_lite.model.base import LoadedBase, keep_differentiable, nf4_settings
+from srlm_lite.model.base import LoadedBase, keep_differentiable
+from srlm_lite.model.nf4 import expect_nf4, put_weight
 
 hf: Any = transformers  # only partly typed
 
 _SPREAD = 0.02
-_NF4_SETTINGS = ("blocksize", "compress_statistics", "quant_type", "quant_storage")
 _ROLES = ("bos", "eos", "pad")
 
 
@@ -44,20 +44,12 @@ def random_base(
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = hf.AutoModelForCausalLM.from_config(shape, dtype=dtype)
     if quantization == "nf4":
-        _expect_nf4(model, dtype)
+        expect_nf4(model, dtype)
     model.tie_weights()
     generator = torch.Generator(device).manual_seed(seed)
     for path, parameter in list(model.named_parameters()):
-        owner, _, attribute = path.rpartition(".")
-        module: Any = model.get_submodule(owner)
         drawn = _drawn(parameter, device, dtype, generator)
-        if hasattr(parameter, "quant_type"):
-            settings = {key: getattr(parameter, key) for key in _NF4_SETTINGS}
-            kind: Any = type(parameter)  # bitsandbytes quantizes on the way to the device
-            quantized = kind(drawn, requires_grad=False, module=module, **settings)
-            setattr(module, attribute, quantized.to(device))
-        else:
-            setattr(module, attribute, torch.nn.Parameter(drawn, requires_grad=False))
+        put_weight(model, path, drawn, device)
         del drawn
     model.tie_weights()
     for buffer_owner in model.modules():
@@ -79,16 +71,6 @@ def random_base(
         folder=name,
         source={"name": name, "kind": "random", "seed": seed},
     )
-
-
-def _expect_nf4(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Replace the linear layers by their 4-bit kind, as `from_pretrained` does before it loads."""
-    from transformers.quantizers.auto import AutoHfQuantizer
-
-    quantizer: Any = AutoHfQuantizer.from_config(nf4_settings(dtype), pre_quantized=False)
-    quantizer.preprocess_model(model=model, device_map=None)
-    quantizer.postprocess_model(model)
-    model.hf_quantizer = quantizer
 
 
 def _drawn(
