@@ -43,6 +43,14 @@ _OF_LAUNCHERS = (
     "ROLE_RANK",
     "ROLE_WORLD_SIZE",
 )
+_SHARDING = "ACCELERATE_USE_FSDP"
+_KNOWN_SHARDING = {
+    "FSDP_VERSION": "2",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_OFFLOAD_PARAMS": "false",
+    "FSDP_ACTIVATION_CHECKPOINTING": "false",
+}
+"""What a launcher's configuration of FSDP may say where it matters here."""
 _met = threading.Event()
 _ENDED, _HEARD = "ended", "heard"
 _CLOSED = ("closed by peer", "connection reset", "broken pipe", "socket closed")
@@ -80,6 +88,8 @@ class Processes:
 
     def __init__(self, at: Place | None = None) -> None:
         self.place = at or Place()
+        self.shards = False
+        """Whether the base is spread over them, as the launcher's configuration says (FSDP)."""
         self._group: Any = None
         self._watch: _Watch | None = None
 
@@ -98,9 +108,11 @@ class Processes:
             cpu: The run computes on the CPU, whatever else is there.
 
         Raises:
-            UserError: There are more processes on this machine than GPUs.
+            UserError: There are more processes on this machine than GPUs, or the launcher wants
+                a kind of sharding that there is not.
             SrlmError: Another process is lost.
         """
+        self.shards = _takes_sharding() and self.world > 1
         if self.world == 1:
             yield
             return
@@ -171,6 +183,17 @@ class Processes:
         dist.broadcast_object_list(box, src=0, group=self._group)
         return box[0]
 
+    def anyone(self, value: bool) -> bool:
+        """Whether it is true in any process; all call it together."""
+        if self.world == 1:
+            return value
+        import torch
+        import torch.distributed as dist
+
+        flag = torch.tensor([value], dtype=torch.int32)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
+        return bool(flag.item())
+
     def gather(self, value: Any) -> list[Any]:
         """All processes' values by rank, in the first one; nothing in the others."""
         if self.world == 1:
@@ -180,6 +203,24 @@ class Processes:
         found = [None] * self.world if self.place.leads else None
         dist.gather_object(value, found, dst=0, group=self._group)
         return found or []
+
+
+def _takes_sharding() -> bool:
+    """Whether a launcher asks for FSDP; it is then taken from the libraries that would read it.
+
+    The base is sharded when it is loaded, and to accelerate the adapters are what DDP trains.
+    """
+    asked = os.environ.pop(_SHARDING, "false").lower() == "true"
+    for name in [name for name in os.environ if name.startswith("FSDP_")]:
+        value = os.environ.pop(name).lower()
+        if asked and value != _KNOWN_SHARDING.get(name, value):
+            raise UserError(
+                f"is {value}, which there is not here",
+                where=name.lower(),
+                way_out=f"Set it to {_KNOWN_SHARDING[name]}, as recipes/accelerate/fsdp2-qlora.yaml"
+                " does",
+            )
+    return asked
 
 
 class _Watch(threading.Thread):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +21,7 @@ from srlm_lite.run_dir import RunDir
 if TYPE_CHECKING:  # torch is imported when the base is first needed, and not before
     from srlm_lite.model.base import LoadedBase
     from srlm_lite.model.chat import ChatFormat
+    from srlm_lite.model.sharding import Pace
     from srlm_lite.model.stack import Adapter, Slot
     from srlm_lite.rollout.protocol import Engine
 
@@ -60,6 +61,8 @@ class Session:
         self.reporter: Reporter = reporter or Silent()
         self.processes = processes or Processes()
         self._engines: dict[EngineName, Engine] = {}
+        self.pace: Pace | None = None
+        """What keeps the processes of a sharded base in step, once it is loaded."""
         if recipe.base.backend == "unsloth":
             from srlm_lite.model.unsloth_backend import import_first
 
@@ -75,7 +78,16 @@ class Session:
 
         if self.processes.place.leads:
             self._order(_LoadBase())  # so that all of them load at the same time
-        base = load_base(self.recipe.base)
+        base = load_base(self.recipe.base, sharded=self.processes.shards)
+        if self.processes.shards:
+            from srlm_lite.model.sharding import Pace
+
+            self.pace = Pace(
+                base.model,
+                anyone=self.processes.anyone,
+                call=lambda: self._order(_PassBy()),
+                thank=lambda: self.processes.gather(None),
+            )
         if self.processes.place.leads:
             _refuse_different(self.processes.gather(base.source))
             self.run.hold_to_base(base.source)
@@ -198,7 +210,8 @@ class Session:
         for start in range(0, len(items), world):
             dealt = items[start : start + world]
             self._order(_Share(work if start == 0 else None, dealt))
-            own = work(self, dealt[0], advance)
+            with self.apart():
+                own = work(self, dealt[0], advance)
             for rank, rows in enumerate(self.processes.gather(own)[: len(dealt)]):
                 if rank:
                     advance(len(rows))
@@ -212,12 +225,21 @@ class Session:
         """
         self._ready()
         self._order(_Train(work))
-        adapter, facts = work(self)
+        with self.alike():
+            adapter, facts = work(self)
         if self.processes.world > 1:
             digests = self.processes.gather(adapter.digest())
             if len(set(digests)) > 1:
                 raise ProofError(f"the processes have trained different adapters: {digests}")
         return adapter, facts
+
+    def apart(self) -> AbstractContextManager[None]:
+        """Within this context each process computes something of its own."""
+        return self.pace.apart() if self.pace else nullcontext()
+
+    def alike(self) -> AbstractContextManager[None]:
+        """Within this context all processes compute the same, or their shares of it in step."""
+        return self.pace.alike() if self.pace else nullcontext()
 
     def _ready(self) -> None:
         """Have the base loaded: that is an order of its own, which no other may enclose."""
@@ -286,9 +308,10 @@ class _Share:
     def __call__(self, follower: Follower) -> list[Any] | None:
         follower.work = self.work or follower.work
         rank = follower.session.processes.place.rank
-        if follower.work is None or rank >= len(self.items):
-            return None
-        return follower.work(follower.session, self.items[rank], lambda count: None)
+        with follower.session.apart():
+            if follower.work is None or rank >= len(self.items):
+                return None
+            return follower.work(follower.session, self.items[rank], lambda count: None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,7 +319,40 @@ class _Train:
     work: Callable[[Session], tuple[Adapter, Any]]
 
     def __call__(self, follower: Follower) -> str:
-        return self.work(follower.session)[0].digest()
+        with follower.session.alike():
+            return self.work(follower.session)[0].digest()
+
+
+@dataclass(frozen=True, slots=True)
+class _PassBy:
+    """The first process passes forward through a sharded base, for work of its own."""
+
+    def __call__(self, follower: Follower) -> None:
+        if follower.session.pace is not None:
+            follower.session.pace.pass_by()
+
+
+def refuse_sharding(recipe: Recipe) -> None:
+    """Stop a run that needs the base whole, where it is to be spread over the processes.
+
+    Raises:
+        UserError: Says which setting needs it.
+    """
+
+    def line(what: str, where: str, way_out: str) -> UserError:
+        return UserError(f"{what}, and FSDP spreads it", where=where, way_out=way_out)
+
+    if recipe.base.backend == "unsloth":
+        raise line("Unsloth holds the base whole", "base.backend", "Set it to transformers")
+    for name, engine in (("rollout", recipe.rollout.engine), ("judge", recipe.judge.engine)):
+        if engine == "vllm":
+            raise line("vLLM holds the base whole", f"{name}.engine", "Set it to transformers")
+    if recipe.method == "rlhf":
+        raise line(
+            "rlhf trains in one process, which holds the base whole",
+            "method",
+            "Launch it as one process, or with a configuration that is not FSDP's",
+        )
 
 
 def _refuse_different(sources: Sequence[dict[str, Any]]) -> None:

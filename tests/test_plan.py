@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from srlm_lite.config import Anchor, Base, Dpo, Lora, Recipe, load_recipe
 from srlm_lite.errors import UserError
 from srlm_lite.planning.lengths import lengths_of, longest
-from srlm_lite.planning.machine import plan_for
+from srlm_lite.planning.machine import plan_for, spread
 from srlm_lite.planning.memory import Held, leaf_room, sampling, training
 from srlm_lite.planning.plan import Hardware, advice, needs_sharding, parse_gpus
 from srlm_lite.planning.probe import probe, shape_of_base
@@ -200,6 +200,15 @@ def test_a_base_too_large_for_a_device_is_to_be_sharded() -> None:
     plan = plan_for(load_recipe("llama2-70b"), parse_gpus("4x24GB"))
     assert advice(plan, lambda other: plan_for(other, plan.hardware, shape=plan.shape))[1] is False
     assert needs_sharding(plan) == 2
+    # Half a byte a weight of the layers is spread; of it three layers are whole at a time.
+    spread_out = spread(plan)
+    layers = sum(one.inputs * one.outputs for one in plan.shape.linears if one.is_of_a_layer)
+    gone = layers / 2 * (1 - 1 / 4 - 3 / 80)
+    bases = [each.phases[0].parts["base"] for each in (plan, spread_out)]
+    assert bases[0] - bases[1] == pytest.approx(gone, rel=1e-6)
+    assert spread_out.fits(spread_out.phases[0])
+    shown = run("plan", "--recipe", "llama2-70b", "--gpus", "4x24GB").output
+    assert "spread over all 4" in shown and "fsdp2-qlora.yaml" in shown
 
 
 def test_the_seed_data_bounds_the_lengths() -> None:

@@ -9,22 +9,33 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import torch
+from trainings import CASES
 
 from srlm_lite import processes
 from srlm_lite.config import load_recipe, recipes_dir
+from srlm_lite.errors import UserError
 from srlm_lite.loop import iterate
+from srlm_lite.model.base import load_base
 from srlm_lite.model.stack import Adapter
 from srlm_lite.processes import Place, Processes, of_one_process, place
 from srlm_lite.run_dir import RunDir, read_json
-from srlm_lite.session import Session
+from srlm_lite.session import Session, refuse_sharding
 
 HERE = Path(__file__).parent
+TWO_GPUS = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no two GPUs"),
+]
+DEVICES = ["cpu", pytest.param("cuda", marks=TWO_GPUS)]
+SHARDING = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+"""What accelerate tells the processes that it launches with a configuration of FSDP."""
 SAMPLED = ("prompts.jsonl", "candidates.jsonl", "judgements.jsonl", "pairs.jsonl", "drops.json")
 
 
@@ -39,14 +50,16 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **more}
 
 
-def started_as_two(*command: str) -> list[subprocess.Popen[str]]:
+def started_as_two(
+    *command: str, told: Mapping[str, str] | None = None
+) -> list[subprocess.Popen[str]]:
     """Two processes with what a launcher tells them, and no launcher."""
     port = str(free_port())
-    told = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     return [
         subprocess.Popen(
             [sys.executable, *command],
-            env=environment(**told, MASTER_PORT=port, RANK=rank, LOCAL_RANK=rank),
+            env=environment(**place, **told or {}, MASTER_PORT=port, RANK=rank, LOCAL_RANK=rank),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -84,9 +97,10 @@ def anchor(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "given"
 
 
-def overrides(anchor: Path) -> list[str]:
-    """One iteration in six chunks: an odd last round, and more chunks than processes."""
+def overrides(anchor: Path, device: str = "cpu") -> list[str]:
+    """One iteration in five chunks: an odd last round, and more chunks than processes."""
     return [
+        f"base.device={device}",
         f"anchor.init={anchor}",
         "iterations=1",
         "prompts.per_iteration=10",
@@ -97,13 +111,13 @@ def overrides(anchor: Path) -> list[str]:
     ]
 
 
-def arguments(out: Path, anchor: Path) -> list[str]:
-    settings = [part for one in overrides(anchor) for part in ("--set", one)]
+def arguments(out: Path, anchor: Path, device: str = "cpu") -> list[str]:
+    settings = [part for one in overrides(anchor, device) for part in ("--set", one)]
     return ["iterate", "--recipe", "tiny", "--adapters", str(out), *settings]
 
 
-def run_alone(out: Path, anchor: Path) -> RunDir:
-    recipe, directory = load_recipe("tiny", overrides(anchor)), RunDir(out)
+def run_alone(out: Path, anchor: Path, device: str = "cpu") -> RunDir:
+    recipe, directory = load_recipe("tiny", overrides(anchor, device)), RunDir(out)
     directory.open(recipe, {})
     iterate(Session(recipe, directory))
     return directory
@@ -149,7 +163,11 @@ def test_two_machines_sample_the_same_bytes_as_one_process(
     # One of them speaks, and has the table.
     assert "iteration 1  pairs" in said[0][1] and "M2" in said[0][0]
     assert "iteration 1" not in said[1][1] and said[1][0] == ""
-    two = RunDir(out)
+    same_as_alone(RunDir(out), alone)
+
+
+def same_as_alone(two: RunDir, alone: RunDir) -> None:
+    """The bytes of what was sampled and paired; of what was trained, all but the last bits."""
     assert sampled(two) == sampled(alone)
     assert read_json(two.run_json)["processes"] == 2
     facts = [read_json(run.iteration(1).delta_place.training) for run in (alone, two)]
@@ -157,6 +175,31 @@ def test_two_machines_sample_the_same_bytes_as_one_process(
     assert facts[1] == pytest.approx(facts[0], rel=1e-3, abs=1e-4)
     deltas = [Adapter.load(run.iteration(1).delta) for run in (alone, two)]
     assert distance(*deltas) < 1e-3
+
+
+def test_two_processes_that_share_a_base_do_what_one_does(
+    alone: RunDir, anchor: Path, tmp_path: Path
+) -> None:
+    """The whole loop on an NF4 base that neither of them holds (FSDP2)."""
+    out, port = tmp_path / "out", str(free_port())
+    options = ("--main_process_port", port)
+    launcher = accelerate("fsdp2-qlora.yaml", *options, run=arguments(out, anchor))
+    said = launcher.communicate()
+    assert launcher.returncode == 0, said
+    assert read_json(RunDir(out).run_json)["sharded"] is True
+    same_as_alone(RunDir(out), alone)
+
+
+@pytest.mark.parametrize("config", ["ddp-2.yaml", "fsdp2-qlora.yaml"])
+@pytest.mark.parametrize("device", DEVICES[1:])
+def test_two_gpus_do_what_one_does(config: str, device: str, anchor: Path, tmp_path: Path) -> None:
+    alone = run_alone(tmp_path / "alone", anchor, device)
+    out, port = tmp_path / "out", str(free_port())
+    options = ("--main_process_port", port)
+    launcher = accelerate(config, *options, run=arguments(out, anchor, device))
+    said = launcher.communicate()
+    assert launcher.returncode == 0, said
+    same_as_alone(RunDir(out), alone)
 
 
 def test_a_killed_process_ends_the_run_and_the_rest_goes_on_from_there(
@@ -202,27 +245,62 @@ def test_a_mistake_is_said_once_and_ends_both(tmp_path: Path) -> None:
     ]
 
 
-def test_two_processes_train_what_one_does(tiny_base_dir: Path, tmp_path: Path) -> None:
-    """SFT and DPO, weighted too, in batches that neither divide the data nor the processes.
+@pytest.fixture(scope="module")
+def both_ways(
+    request: pytest.FixtureRequest, tiny_base_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Any, Any]:
+    """What `trainings.py` does in one process, and in two."""
+    import trainings
 
-    AdamW divides by the size of a gradient: where that is rounding alone, so is its step. Hence
-    the tolerance of a thousandth of the adapter.
-    """
-    from trainings import trainings
-
-    out = tmp_path / "trained.pt"
-    both = started_as_two(str(HERE / "trainings.py"), str(tiny_base_dir), str(out))
-    alone = trainings(tiny_base_dir)
+    device = request.param
+    out = tmp_path_factory.mktemp("trained") / "out.pt"
+    arguments = (str(HERE / "trainings.py"), str(tiny_base_dir), str(out), device)
+    both = started_as_two(*arguments, told=SHARDING)
+    alone: dict[Any, Any] = {}
+    for quantization in ("none", "nf4"):
+        base = load_base(trainings.section(tiny_base_dir, quantization, device))
+        alone[quantization] = trainings.logits(base), trainings.trainings(base)
+    alone["drawn"] = trainings.drawn(trainings.session_of(tiny_base_dir, device, Processes()))
     said = [process.communicate() for process in both]
     assert [process.returncode for process in both] == [0, 0], said
-    together, digests = torch.load(out, weights_only=False)
-    assert digests[0] == digests[1]
-    assert together.keys() == alone.keys()
-    for name, (adapter, facts) in alone.items():
-        trained, told = together[name]
+    return alone, torch.load(out, weights_only=False)
+
+
+@pytest.mark.parametrize("both_ways", DEVICES, indirect=True)
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_train_what_one_does(both_ways: tuple[Any, Any], case: str) -> None:
+    """SFT and DPO, weighted too, in batches that neither divide the data nor the processes.
+
+    The base is held whole or spread over both, in NF4 as well (FSDP2). AdamW divides by the size of
+    a gradient: where that is rounding alone, so is its step. Hence the tolerance of a thousandth of
+    the adapter.
+    """
+    alone, (done, of_all, _) = both_ways
+    quantization, sharded = CASES[case]
+    expected_logits, expected = alone[quantization]
+    found_logits, found = done[case]
+    # What is gathered is bit for bit what was spread: 4-bit weights are cast nowhere.
+    assert torch.equal(found_logits, expected_logits)
+    assert of_all[0][1][case] == of_all[1][1][case], "both have the same adapters"
+    for shares, _ in of_all:
+        held, there = shares[case]
+        assert held == (there // 2 if sharded else there)
+    assert found.keys() == expected.keys()
+    for name, (adapter, facts) in expected.items():
+        trained, told = found[name]
         assert distance(adapter, trained) < 1e-3, name
         assert told.keys() == facts.keys()
         assert told == pytest.approx(facts, rel=1e-3, abs=1e-4), name
+        if name != "anchor":  # on an anchor that is not nothing
+            assert told["step0_loss"] == pytest.approx(0.693147, abs=1e-3)
+            assert told["step0_margin"] == pytest.approx(0, abs=2e-3)
+
+
+@pytest.mark.parametrize("both_ways", DEVICES, indirect=True)
+def test_the_first_process_samples_alone_on_a_spread_base(both_ways: tuple[Any, Any]) -> None:
+    """The other one takes part in each of its passes."""
+    alone, (_, _, drawn) = both_ways
+    assert len(drawn) == 6 and drawn == alone["drawn"]
 
 
 def test_the_place_is_what_the_launcher_says(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,22 +331,58 @@ def test_a_program_of_one_process_gets_its_gpu_and_no_fellows(
     assert of_one_process()["CUDA_VISIBLE_DEVICES"] == "1"
 
 
-@pytest.mark.parametrize("name", ["ddp-2", "ddp-8", "multi-node"])
+@pytest.mark.parametrize("name", ["ddp-2", "ddp-8", "multi-node", "fsdp2-qlora"])
 def test_a_configuration_is_one_of_accelerate_s(name: str) -> None:
     from accelerate.commands.config.config_args import ClusterConfig
 
     file = recipes_dir() / "accelerate" / f"{name}.yaml"
     config = ClusterConfig.from_yaml_file(str(file))
-    assert str(config.distributed_type).endswith("MULTI_GPU")
+    kind = "FSDP" if name.startswith("fsdp2") else "MULTI_GPU"
+    assert str(config.distributed_type).endswith(kind)
     assert config.mixed_precision == "no", "the recipe's base.dtype says what is computed in"
     assert config.num_processes >= 2 * config.num_machines or name == "multi-node"
 
 
-def test_alone_everything_is_trivial() -> None:
+def test_alone_everything_is_trivial(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in SHARDING.items():
+        monkeypatch.setenv(name, value)
     one = Processes()
     with one.joined(cpu=True):
         assert one.broadcast("a") == "a"
         assert one.gather("a") == ["a"]
+        assert one.anyone(True) and not one.anyone(False)
+        assert not one.shards, "there is nobody to share with"
+    # What accelerate would read in a training; there DDP is what it has to do with.
+    assert not SHARDING.keys() & os.environ.keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("FSDP_VERSION", "1"), ("FSDP_OFFLOAD_PARAMS", "True"), ("FSDP_RESHARD_AFTER_FORWARD", "no")],
+)
+def test_another_way_to_shard_is_refused(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for key, told in {**SHARDING, name: value}.items():
+        monkeypatch.setenv(key, told)
+    with pytest.raises(UserError) as refused, Processes().joined(cpu=True):
+        pass
+    assert str(refused.value).startswith(f"{name.lower()}: is {value.lower()}")
+
+
+@pytest.mark.parametrize(
+    ("setting", "where"),
+    [
+        ("base.backend=unsloth", "base.backend"),
+        ("rollout.engine=vllm", "rollout.engine"),
+        ("judge.engine=vllm", "judge.engine"),
+        ("method=rlhf", "method"),
+    ],
+)
+def test_what_needs_the_base_whole_is_not_sharded(setting: str, where: str) -> None:
+    refuse_sharding(load_recipe("tiny"))
+    with pytest.raises(UserError, match=f"^{where}: .*FSDP spreads it"):
+        refuse_sharding(load_recipe("tiny", [setting]))
 
 
 class Ended(Exception):

@@ -14,7 +14,7 @@ from srlm_lite.config import Recipe, overridden, recipe_from
 from srlm_lite.errors import UserError
 from srlm_lite.processes import Processes, place
 from srlm_lite.run_dir import RunDir, StageDir, read_json
-from srlm_lite.session import Session, follow
+from srlm_lite.session import Session, follow, refuse_sharding
 from srlm_lite.stages.evaluation import evaluation
 
 MEASURES = ("data", "evaluate", "judge", "openai", "rollout", "vllm")
@@ -38,6 +38,8 @@ def run_evaluate(
             follow(processes)
             return
         recipe = _recipe(run, data_dir, overrides)
+        if processes.shards:
+            refuse_sharding(recipe)
         where, number = _place(run, which)
         if recipe != _recipe(run, None, []):
             # By content: another data directory of the same name is another evaluation.

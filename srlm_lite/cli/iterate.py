@@ -19,7 +19,7 @@ from srlm_lite.hardware import pick_recipe
 from srlm_lite.loop import iterate
 from srlm_lite.processes import Processes, place
 from srlm_lite.run_dir import RunDir
-from srlm_lite.session import Session, follow
+from srlm_lite.session import Session, follow, refuse_sharding
 from srlm_lite.stages.seed_data import check_inputs
 
 
@@ -48,13 +48,16 @@ def run_iterate(
             follow(processes)
             return
         check_inputs(recipe)
+        if processes.shards:
+            refuse_sharding(recipe)
         if planned:
-            refuse_what_cannot_fit(recipe)
+            refuse_what_cannot_fit(recipe, shards=processes.world if processes.shards else 1)
         facts = {
             "versions": versions(),
             "hardware": hardware(),
             "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             **({"processes": processes.world} if processes.world > 1 else {}),
+            **({"sharded": True} if processes.shards else {}),
         }
         with run.locked():
             resumed = run.exists and not fresh

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import typer
@@ -12,7 +13,7 @@ from srlm_lite.cli.tables import plain_table
 from srlm_lite.config import Recipe, load_recipe
 from srlm_lite.errors import UserError
 from srlm_lite.hardware import device_name, pick_recipe
-from srlm_lite.planning.machine import plan_for
+from srlm_lite.planning.machine import hardware_found, plan_for, spread
 from srlm_lite.planning.plan import PARTS, Phase, Plan, advice, needs_sharding, parse_gpus
 from srlm_lite.planning.rates import known_rates, rates_folder, rates_key
 
@@ -35,16 +36,19 @@ def run_plan(
     typer.echo(_text(plan, changes, suffice))
 
 
-def refuse_what_cannot_fit(recipe: Recipe) -> None:
+def refuse_what_cannot_fit(recipe: Recipe, *, shards: int = 1) -> None:
     """Stop a run that would run out of memory, before it begins.
 
     Says nothing where the base's shape is unknown: its loading says what is wrong with it.
+
+    Args:
+        shards: Processes that the base is spread over.
 
     Raises:
         UserError: A phase that no batch of its own choosing makes fit; says what would.
     """
     try:
-        plan = plan_for(recipe)
+        plan = plan_for(recipe, replace(hardware_found(recipe), shards=shards))
     except UserError:
         return
     impossible = plan.impossible()
@@ -56,7 +60,10 @@ def refuse_what_cannot_fit(recipe: Recipe) -> None:
     if not suffice:
         sharded = needs_sharding(plan)
         way_out = (
-            f"The base alone wants {sharded} such devices" if sharded else "Name a smaller base"
+            f"The base alone wants {sharded} such devices, over which FSDP2 spreads it "
+            f"(recipes/accelerate/{SHARDING})"
+            if sharded
+            else "Name a smaller base"
         )
     raise UserError(
         f"{worst.name} needs {worst.total / 1e9:.1f} GB at its longest, and there are "
@@ -148,11 +155,34 @@ def _text(plan: Plan, changes: Sequence[str], suffice: bool) -> str:
     elif not suffice:
         wanted = needs_sharding(plan)
         lines.append(
-            f"one device cannot hold the base: it wants {wanted} of them (accelerate with FSDP2)"
+            f"one device cannot hold the base: it wants {wanted} of them"
             if wanted
             else "no setting makes all of it fit: take a smaller base or a larger device"
         )
+        if wanted and plan.hardware.count > 1:
+            lines.append(_sharding(plan))
     return "\n".join(lines)
+
+
+def _sharding(plan: Plan) -> str:
+    """What becomes of the plan where the processes share one base."""
+    spread_out = spread(plan)
+    changes, suffice = advice(spread_out, lambda recipe: _again(spread_out, recipe))
+    worst = max((p for p in spread_out.phases if not p.on_host), key=lambda phase: phase.total)
+    peak = f"{worst.name} needs most, {worst.total / 1e9:.1f} GB on each"
+    settings = "".join(f" --set {one}" for one in changes)
+    if not suffice:
+        verdict = f"does not fit either ({peak})"
+    else:
+        verdict = f"fits with{settings}" if changes else f"fits ({peak})"
+    return (
+        f"spread over all {plan.hardware.count} (accelerate launch --config_file "
+        f"recipes/accelerate/{SHARDING}) it {verdict}"
+    )
+
+
+SHARDING = "fsdp2-qlora.yaml"
+"""The configuration that spreads a base."""
 
 
 _NO_RATES = "unknown, no rate was measured on this device (`srlm-lite bench plan` measures them)"

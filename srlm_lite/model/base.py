@@ -44,6 +44,7 @@ from srlm_lite.model import unsloth_backend
 from srlm_lite.model.cache import cache_dir
 from srlm_lite.model.checkpoint import Checkpoint, weight_files
 from srlm_lite.model.nf4 import nf4_settings
+from srlm_lite.model.sharding import load_shards
 
 log = logging.getLogger(__name__)
 hf: Any = transformers  # only partly typed
@@ -206,8 +207,11 @@ def empty_model(folder: Path) -> PreTrainedModel:
     return model
 
 
-def load_base(section: config.Base) -> LoadedBase:
+def load_base(section: config.Base, *, sharded: bool = False) -> LoadedBase:
     """Load the base that a recipe names, ready for adapters.
+
+    Args:
+        sharded: Only this process's part of it; all processes call this at the same time.
 
     Raises:
         UserError: It cannot be found, fetched, read or placed; says which and what to do.
@@ -226,7 +230,7 @@ def load_base(section: config.Base) -> LoadedBase:
     if kind != "hub":
         folder, source["sha256"] = _local_files(kind, location)
     with _quiet(), _explained(section, kind, location):
-        model, tokenizer = _load(section, folder, kind, device, dtype)
+        model, tokenizer = _load(section, folder, kind, device, dtype, sharded=sharded)
     if kind == "hub":
         source["revision"] = getattr(model.config, "_commit_hash", None) or section.revision
     keep_differentiable(model)
@@ -331,7 +335,13 @@ def _dtype(wanted: str, device: torch.device) -> torch.dtype:
 
 
 def _load(
-    section: config.Base, folder: str, kind: Kind, device: torch.device, dtype: torch.dtype
+    section: config.Base,
+    folder: str,
+    kind: Kind,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    sharded: bool,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     settings = hf.AutoConfig.from_pretrained(
         folder, revision=section.revision or "main", trust_remote_code=False
@@ -343,9 +353,12 @@ def _load(
         model = unsloth_backend.load(folder, section, device=device, dtype=dtype)
         _check_complete(model, section, folder, kind)
         return model, tokenizer
-    if section.quantization == "nf4":
-        if kind == "hub":
-            folder = str(base_files(section, revision=settings._commit_hash).folder)
+    nf4 = section.quantization == "nf4"
+    if (nf4 or sharded) and kind == "hub":
+        folder = str(base_files(section, revision=settings._commit_hash).folder)
+    if sharded:
+        model, report = load_shards(Path(folder), settings, device, dtype, nf4=nf4)
+    elif nf4:
         model, report = load_nf4(Path(folder), settings, device, dtype)
     else:
         model, report = hf.AutoModelForCausalLM.from_pretrained(

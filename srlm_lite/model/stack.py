@@ -33,6 +33,7 @@ from transformers import PreTrainedModel
 from srlm_lite.config import Lora
 from srlm_lite.errors import ProofError, UserError
 from srlm_lite.model import unsloth_backend
+from srlm_lite.model.sharding import is_sharded
 
 Factors = tuple[Tensor, Tensor]
 """LoRA's A, (rank, in_features), and B, (out_features, rank)."""
@@ -208,7 +209,7 @@ class Slot:
         rank: Room for the whole stack: the anchor's rank plus the delta's.
         fold: While nothing trains, write the stack's update into the weights instead of computing
             it beside them. Faster for small models; the weights are kept twice, and the sum is
-            rounded to their dtype. Has no effect on a quantized base.
+            rounded to their dtype. Has no effect on a quantized or a sharded base.
         backend: What the base was loaded with.
     """
 
@@ -236,7 +237,8 @@ class Slot:
             for name, module in self.model.named_modules()
             if isinstance(module, LoraLayer)
         }
-        self._fold = fold and not getattr(base, "is_quantized", False)
+        self.sharded = is_sharded(base)
+        self._fold = fold and not self.sharded and not getattr(base, "is_quantized", False)
         self._bare: dict[str, Tensor] = {}
         self._last_scaling = 1.0
         self._held: tuple[Adapter, ...] | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from srlm_lite.config import Recipe
@@ -55,6 +56,12 @@ def plan_for(
         itemsize=_itemsize(recipe, hardware),
         anchor_rank=_shipped_rank(recipe),
     )
+
+
+def spread(plan: Plan) -> Plan:
+    """The same with the base spread over all devices there are (FSDP2)."""
+    hardware = replace(plan.hardware, shards=plan.hardware.count)
+    return plan_for(plan.recipe, hardware, shape=plan.shape, lengths=plan.lengths)
 
 
 def _itemsize(recipe: Recipe, hardware: Hardware) -> int:

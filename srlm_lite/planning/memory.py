@@ -40,6 +40,9 @@ DRAWN = 2**19
 """Logits that a CPU draws from at once: 2 MB of them stay in its cache."""
 DRAWING = 44
 """Bytes of each while it is sorted whole, as a flat distribution wants."""
+GATHERED = 3
+"""Decoder layers that FSDP2 has whole at a time, counted from its code: the one that computes, in
+one piece and in its tensors, and the next one, on its way."""
 LOSS_CHUNK = 256
 """Tokens whose logits TRL's SFT loss computes at once."""
 
@@ -57,6 +60,11 @@ class Linear:
     def last_name(self) -> str:
         """As recipes name it."""
         return self.name.rpartition(".")[2]
+
+    @property
+    def is_of_a_layer(self) -> bool:
+        """Whether it belongs to a decoder layer, which has a number."""
+        return any(part.isdigit() for part in self.name.split("."))
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +105,7 @@ class Held:
         itemsize: Bytes of the compute dtype: 2 or 4.
         rank: Of the slot: the anchor's and the delta's together.
         fold: The stack is written into a second copy of the target weights while sampling.
+        shards: Devices that the decoder layers are spread over; 1: each has them all.
     """
 
     shape: Shape
@@ -106,10 +115,22 @@ class Held:
     targets: tuple[str, ...]
     rank: int
     fold: bool = False
+    shards: int = 1
 
     @property
     def base(self) -> int:
-        """The frozen weights.
+        """The frozen weights: of a spread base this device's part, and the gathered layers."""
+        if self.shards == 1:
+            return self._whole
+        # The scales of 4-bit weights are not spread, nor are the norms, which are next to nothing.
+        weights = sum(one.inputs * one.outputs for one in self.shape.linears if one.is_of_a_layer)
+        spread = weights // 2 if self.nf4 else weights * self.itemsize
+        gathered = GATHERED * spread // self.shape.layers
+        return self._whole - spread + math.ceil(spread / self.shards) + gathered
+
+    @property
+    def _whole(self) -> int:
+        """All of them.
 
         NF4 with double quantization: half a byte a weight, one byte a block of 64 for its scale,
         and four bytes for each 256 scales.

@@ -46,6 +46,8 @@ class Hardware:
     name: str
     memory: int
     count: int = 1
+    shards: int = 1
+    """Of them, those that the base is spread over; 1: each holds it whole."""
 
     def __str__(self) -> str:
         return f"{self.count} x {self.memory / 1e9:.0f} GB" + (
@@ -156,6 +158,7 @@ def make_plan(
         targets=targets,
         rank=(anchor_rank or recipe.anchor.lora.rank) + recipe.dpo.lora.rank,
         fold=recipe.rollout.fold,
+        shards=hardware.shards,
     )
     maker = _Phases(recipe, held, hardware, lengths, trains_anchor=anchor_rank is None)
     return Plan(

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from srlm_lite.planning.memory import drawing_bytes, kv_bytes, rows_within
+from srlm_lite.model.sharding import held, is_sharded
+from srlm_lite.planning.memory import GATHERED, drawing_bytes, kv_bytes, rows_within
 
 
 def rows_that_fit(model: Any, *, tokens: int) -> int:
@@ -24,9 +25,13 @@ def rows_that_fit(model: Any, *, tokens: int) -> int:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     kept = kv_bytes(layers=config.num_hidden_layers, heads=heads, width=width, itemsize=c)
+    weights = sum(held(p).nbytes for p in model.parameters())
+    if is_sharded(model):
+        spread = sum(p.nbytes for p in model.parameters() if held(p) is not p)
+        weights += GATHERED * spread // config.num_hidden_layers
     return rows_within(
         memory_of(model.device),
-        weights=sum(p.numel() * p.element_size() for p in model.parameters()),
+        weights=weights,
         row=kept * tokens + drawing_bytes(config.vocab_size, c),
     )
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from srlm_lite.errors import UserError
 from srlm_lite.model.chat import ChatFormat
 from srlm_lite.model.stack import Adapter, Slot
 from srlm_lite.planning.memory import PREFILL_TOKENS
@@ -145,6 +146,13 @@ class TransformersEngine:
             except (RuntimeError, MemoryError) as error:
                 if self._batch_rows == 1 or not _is_out_of_memory(error):
                     raise
+                if self._slot.sharded:  # the others are in the midst of the same pass
+                    raise UserError(
+                        f"memory does not suffice for {self._batch_rows} rows at once",
+                        where=f"rollout.batch_rows = {self._most_rows or 'auto'}",
+                        way_out=f"Set it to {self._batch_rows // 2}: a process of a sharded base "
+                        "cannot halve it alone",
+                    ) from error
                 self._back_off()
                 for row in (row for group in groups for row in group if not row.finish_reason):
                     row.restart()

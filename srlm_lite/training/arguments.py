@@ -10,6 +10,7 @@ from statistics import fmean
 from typing import Any, TypeVar
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
 from srlm_lite.config import Optim
@@ -78,6 +79,22 @@ def one_device(arguments: A) -> A:
     """Keep Trainer from spreading one process over all GPUs it sees: bitsandbytes cannot."""
     arguments._n_gpu = 1
     return arguments
+
+
+def share_adapters(trainer: Any) -> None:
+    """Let DDP train the adapters of a sharded base, which accelerate would not wrap in it.
+
+    The base is none of DDP's affair: see `one_adapter_in_training`.
+    """
+    accelerator = trainer.accelerator
+    prepare = accelerator.prepare_model
+
+    def prepared(model: Any, **_: Any) -> DistributedDataParallel:
+        options = accelerator.ddp_handler.to_kwargs() if accelerator.ddp_handler else {}
+        # As if for evaluation: with mixed precision, but not wrapped.
+        return DistributedDataParallel(prepare(model, evaluation_mode=True), **options)
+
+    accelerator.prepare_model = prepared
 
 
 class Listener(TrainerCallback):

@@ -29,6 +29,7 @@ from srlm_lite.training.arguments import (
     late_mean,
     one_adapter_in_training,
     one_device,
+    share_adapters,
 )
 from srlm_lite.training.dealing import Deal, dealt_loader
 
@@ -275,6 +276,8 @@ def train_dpo(
             trainer.collate_with_columns()
             trainer.consistency = consistency
             trainer.deal = deal_of(dpo, len(pairs))
+            if slot.sharded:
+                share_adapters(trainer)
             trainer.uses_own_loss = (
                 consistency is not None
                 or trainer.deal.at.world > 1

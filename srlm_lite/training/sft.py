@@ -24,6 +24,7 @@ from srlm_lite.training.arguments import (
     late_mean,
     one_adapter_in_training,
     one_device,
+    share_adapters,
 )
 from srlm_lite.training.dealing import Deal, dealt_loader
 
@@ -109,6 +110,8 @@ def train_sft(
         )
         trainer.remove_callback(PrinterCallback)
         trainer.deal = deal_of(optim, len(examples))
+        if slot.sharded:
+            share_adapters(trainer)
         slot.to_float32()
         trainer.train()
     slot.set_dropout(0.0)
