@@ -12,27 +12,37 @@ from xml.etree import ElementTree
 import pytest
 
 from srlm_lite.bench.methods import (
+    ANCHORS,
     CASES,
+    GROUPS,
     SMALLER,
     Settings,
     bench_methods,
     cases_of,
-    plot,
     summary,
 )
+from srlm_lite.bench.methods_plot import COLORS, apart, plot
 from srlm_lite.config import load_recipe
 from srlm_lite.errors import UserError
 from srlm_lite.methods import METHODS
 
 
 def model(gold: float, **more: Any) -> dict[str, Any]:
-    return {"gold": gold, "by_criterion": {"unique": gold / 5}, **more}
+    return {"gold": gold, "by_criterion": {"unique": gold / 5, "topic": 1.0}, **more}
 
 
 def test_every_case_is_a_recipe_and_every_method_has_a_case() -> None:
     loaded = {n: load_recipe(c.recipe, [*SMALLER, *c.overrides]) for n, c in CASES.items()}
     assert {recipe.method for recipe in loaded.values()} == set(METHODS)
     assert all(recipe.evaluate.gold for recipe in loaded.values())
+    for name, case in CASES.items():
+        # An anchor is shared only by cases whose own would be the same.
+        if case.anchor is not None:
+            other = load_recipe(ANCHORS[case.anchor].recipe, SMALLER)
+            assert (loaded[name].anchor, loaded[name].data.extra) == (
+                other.anchor,
+                other.data.extra,
+            ), name
 
 
 def test_cases_by_name() -> None:
@@ -45,8 +55,8 @@ def test_cases_by_name() -> None:
 def test_mean_and_spread_over_seeds() -> None:
     # Rises 1.0 and 0.6: mean 0.8, standard deviation 0.2828.
     runs = [
-        {"models": [model(2.0), model(3.0, pairs=10, warnings=["w"], chars=80)], "seconds": 4},
-        {"models": [model(2.4), model(3.0, pairs=20, warnings=[], chars=90)], "seconds": 6},
+        {"models": [model(2.0), model(3.0, pairs=10, warnings={"w": ""}, chars=80)], "seconds": 4},
+        {"models": [model(2.4), model(3.0, pairs=20, warnings={}, chars=90)], "seconds": 6},
     ]
     found = summary(runs)
     assert found["gold"] == [2.2, 3.0]
@@ -54,16 +64,40 @@ def test_mean_and_spread_over_seeds() -> None:
     assert (found["rise"], found["rise_spread"]) == (0.8, pytest.approx(0.2828, abs=1e-4))
     assert (found["pairs"], found["chars"]) == ([None, 15], [None, 85])
     assert (found["warned"], found["seconds"]) == (1, 5)
-    assert found["unique"] == [0.44, 0.6]
+    assert found["by_criterion"] == [{"unique": 0.44, "topic": 1.0}, {"unique": 0.6, "topic": 1.0}]
+    assert found["greedy_by_criterion"] == [{}, {}]  # not measured
     assert summary(runs[:1])["rise_spread"] is None
 
 
-def test_the_plot_has_a_line_for_each_case() -> None:
-    cases = {name: {"summary": {"gold": [2.0, 2.5]}} for name in ("one", "two")}
-    root = ElementTree.fromstring(plot({"cases": cases}))
-    names = [element.tag.rpartition("}")[2] for element in root]
-    assert names.count("polyline") == 2
-    assert {"one", "two", "M1", "M2"} <= {element.text for element in root}
+def test_the_plot_names_every_case_in_the_panel_of_its_group() -> None:
+    gold = {"gold": [2.0, 2.5], "gold_spread": [0.1, None]}
+    result = {
+        "seeds": 3,
+        "base": {"summary": {"gold": 1.9}},
+        "cases": {name: {"summary": gold} for name in CASES},
+    }
+    drawn = plot(result)
+    assert drawn == plot(result)  # the same bytes
+    texts = [
+        element.text
+        for element in ElementTree.fromstring(drawn[drawn.index("<svg") :]).iter()
+        if element.tag.endswith("}text")
+    ]
+    assert {*CASES, *GROUPS, "M0", "M1", "M2"} <= set(texts)
+    # In a panel of its own, and in grey in the others.
+    assert texts.count("self-rewarding") == len(GROUPS)
+    assert texts.count("dpo") == 1
+    assert max(map(len, GROUPS.values())) <= len(COLORS)
+
+
+def test_labels_keep_apart_in_their_order() -> None:
+    assert apart({"a": 1.0, "b": 3.0}, 0.5) == {"a": 1.0, "b": 3.0}
+    # 1.0 and 1.2 share out the room around 1.1.
+    assert apart({"b": 1.2, "a": 1.0}, 0.5) == pytest.approx({"a": 0.85, "b": 1.35})
+    # Those two then touch the third: mean 1.3.
+    assert apart({"a": 1.0, "b": 1.2, "c": 1.7}, 0.5) == pytest.approx(
+        {"a": 0.8, "b": 1.3, "c": 1.8}
+    )
 
 
 def test_the_bench_runs_and_goes_on(tmp_path: Path) -> None:
@@ -84,12 +118,14 @@ def test_the_bench_runs_and_goes_on(tmp_path: Path) -> None:
     second = bench_methods(
         Settings(tmp_path / "out", cases=names, iterations=1, overrides=tuple(small))
     )
-    assert first["cases"] == json.loads(json.dumps(second))["cases"]
+    again = json.loads(json.dumps(second))
+    assert (first["cases"], first["base"]) == (again["cases"], again["base"])
     assert set(first["cases"]) == {"self-rewarding", "dpo"}
     one, other = (first["cases"][name]["runs"][0]["models"] for name in first["cases"])
     assert one[0]["gold"] == other[0]["gold"]  # the same anchor
-    assert one[1]["pairs"] >= 1 and one[0]["judge_accuracy_on_policy"] is not None
-    assert other[0]["judge_accuracy_on_policy"] is None
+    assert one[1]["pairs"] >= 1 and one[0]["ranker_accuracy"] is not None
+    assert other[0]["ranker_accuracy"] is None  # humans have ranked
+    assert {"gold", "greedy", "by_criterion"} <= first["base"]["runs"][0].keys()
     assert 0 <= one[1]["consistency"] <= 1
     assert first["cold_anchor"]["gold"][0] is not None
-    assert (tmp_path / "plot.svg").read_text().startswith("<svg")
+    assert "<svg" in (tmp_path / "plot.svg").read_text()

@@ -1,24 +1,27 @@
 """What each method makes of the toy world, from the same anchor, beside its controls.
 
 Every case is an ordinary run in a directory of its own, so a stopped bench goes on. Gold is never
-seen while training (but in the case that says so). Runs of one seed share one anchor, unless the
-case is about the anchor; each seed has another.
+seen while training (but in the case that says so). Cases of one seed share an anchor, unless the
+case is about the anchor or its method needs to be taught more; each seed has another. M0, the bare
+base, is measured once for each seed.
 """
 
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, TypeVar
 
-from srlm_lite.config import Recipe, load_recipe
+from srlm_lite.config import Gate, Recipe, load_recipe
 from srlm_lite.errors import UserError
+from srlm_lite.evaluate.gate import findings
 from srlm_lite.judging import mean_scores
 from srlm_lite.loop import iterate
 from srlm_lite.methods.cream import consistencies
@@ -26,42 +29,68 @@ from srlm_lite.progress import Reporter, Silent
 from srlm_lite.records import Candidate, Judgement
 from srlm_lite.run_dir import RunDir, StageDir, read_json, read_records
 from srlm_lite.session import Session
-from srlm_lite.stages.evaluation import warnings
+from srlm_lite.stages.evaluation import evaluation
+
+B = TypeVar("B")
+
+SHARED = "anchor"
+"""The anchor of most cases."""
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A run of the bench: a recipe, what is changed in it, and whether it needs its own anchor."""
+    """A run of the bench: a recipe, what is changed in it, and where it begins."""
 
     recipe: str
     overrides: tuple[str, ...] = ()
-    own_anchor: bool = False
+    anchor: str | None = SHARED
+    """Which of `ANCHORS` it starts from; None trains its own."""
 
 
-CASES: dict[str, Case] = {
-    "self-rewarding": Case("toy"),
-    "init: anchor": Case("toy", ("dpo.init=anchor",)),
-    "paper's chain": Case("toy-paper"),
-    "random pairs": Case("toy", ("pairing.source=random",)),
-    "gold pairs": Case("toy", ("pairing.source=gold",)),
-    "no judge data": Case("toy", ("anchor.use_eft=false",), own_anchor=True),
-    "dpo": Case("toy-dpo", ("prompts.per_iteration=80",)),  # its file has 240
-    "spin": Case("toy-spin"),
-    "cream": Case("toy-cream"),
-    "cream, judge": Case("toy-cream", ("cream.scores=judge",)),
-    "temporal": Case("toy-temporal"),
-    "dno": Case("toy-dno"),
-    "scir": Case("toy-scir"),
-    "meta-rewarding": Case("toy-meta", ("judge.votes=5",), own_anchor=True),
-    "rlaif": Case("toy-rlaif", own_anchor=True),
-    "rlaif, random": Case("toy-rlaif", ("pairing.source=random",), own_anchor=True),
-    "rlhf": Case("toy-rlhf"),
-    "likes length": Case("toy", ("pairing.alpha=-0.03",)),
-    "likes length, rho 0.3": Case("toy", ("pairing.alpha=-0.03", "pairing.rho=0.3")),
-    "lr 1e-3": Case("toy", ("dpo.learning_rate=1e-3",)),
+ANCHORS: dict[str, Case] = {
+    SHARED: Case("toy", anchor=None),
+    "anchor of rlaif": Case("toy-rlaif", anchor=None),
 }
-"""By name. The judge that likes length gives 0.03 points a character, about as much again as its
-scores vary."""
+"""Anchors that several cases share."""
+
+_RLAIF = "anchor of rlaif"
+
+GROUPS: dict[str, dict[str, Case]] = {
+    "Self-rewarding and controls": {
+        "self-rewarding": Case("toy"),
+        "init: anchor": Case("toy", ("dpo.init=anchor",)),
+        "paper's chain": Case("toy-paper"),
+        "random pairs": Case("toy", ("pairing.source=random",)),
+        "gold pairs": Case("toy", ("pairing.source=gold",)),
+        "no judge data": Case("toy", ("anchor.use_eft=false",), anchor=None),
+    },
+    "Learning from ranked replies": {
+        "dpo": Case("toy-dpo", ("prompts.per_iteration=80",)),  # its file has 240
+        "spin": Case("toy-spin"),
+        "rlhf": Case("toy-rlhf"),
+    },
+    "Other ways with the own grades": {
+        "cream": Case("toy-cream"),
+        "cream, judge": Case("toy-cream", ("cream.scores=judge",)),
+        "temporal": Case("toy-temporal"),
+        "dno": Case("toy-dno"),
+        "scir": Case("toy-scir"),
+    },
+    "With an anchor that learned more": {
+        "meta-rewarding": Case("toy-meta", ("judge.votes=5",), anchor=None),
+        "rlaif": Case("toy-rlaif", anchor=_RLAIF),
+        "rlaif, random": Case("toy-rlaif", ("pairing.source=random",), anchor=_RLAIF),
+    },
+    "Temptations": {
+        "likes length": Case("toy", ("pairing.alpha=-0.03",)),
+        "likes length, rho 0.3": Case("toy", ("pairing.alpha=-0.03", "pairing.rho=0.3")),
+        "lr 1e-3": Case("toy", ("dpo.learning_rate=1e-3",)),
+    },
+}
+"""The cases by name, as the plot shows them side by side. The judge that likes length gives 0.03
+points a character, about as much again as its scores vary."""
+
+CASES: dict[str, Case] = {name: case for group in GROUPS.values() for name, case in group.items()}
 
 SMALLER = (
     "prompts.per_iteration=100",
@@ -73,6 +102,9 @@ SMALLER = (
 
 COLD = 0.5
 """Temperature at which the anchor answers once more: a sharper model alone raises a mean."""
+
+BARE, COLDER = "base", "cold anchor"
+"""What is measured beside the cases."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,16 +142,26 @@ def cases_of(names: str | None) -> tuple[str, ...]:
 def bench_methods(settings: Settings, reporter: Reporter | None = None) -> dict[str, Any]:
     """Run every case for every seed, as far as that has not been done; all that was measured."""
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in settings.cases}
-    cold = []
-    for seed in range(settings.seeds):
-        shared = _run(settings, Case("toy"), "anchor", seed, None, 0, reporter).anchor
-        cold.append(_cold_anchor(settings, seed, shared.path, reporter))
-        for name, place in _runs(settings, seed, shared.path, reporter).items():
-            runs[name].append({"seed": seed, **measured(place)})
+    bare, cold = [], []
+    with _workers(settings, reporter) as work:
+        for seed in range(settings.seeds):
+            needed = sorted({CASES[name].anchor or SHARED for name in settings.cases} | {SHARED})
+            trained = work(partial(_train_anchor, settings, seed), needed)
+            anchors = dict(zip(needed, trained, strict=True))
+            found = work(partial(_measure, settings, seed, anchors), [BARE, COLDER, *runs])
+            base, colder, *cases = found
+            bare.append({"seed": seed, **base})
+            cold.append(colder["gold"])
+            for name, measured_ in zip(runs, cases, strict=True):
+                runs[name].append({"seed": seed, **measured_})
     return {
         "seeds": settings.seeds,
         "iterations": settings.iterations,
         "overrides": [*SMALLER, *settings.overrides],
+        "base": {
+            "summary": {key: _mean([one[key] for one in bare]) for key in ("gold", "greedy")},
+            "runs": bare,
+        },
         "cold_anchor": {"temperature": COLD, "gold": cold},
         "cases": {
             name: {
@@ -133,17 +175,22 @@ def bench_methods(settings: Settings, reporter: Reporter | None = None) -> dict[
     }
 
 
-def _runs(
-    settings: Settings, seed: int, anchor: Path, reporter: Reporter | None
-) -> dict[str, RunDir]:
-    """The run of every case, with this seed."""
+Work = Callable[[Callable[[str], Any], Sequence[str]], list[Any]]
+"""Does something for each of several names; the results in their order."""
+
+Job = Callable[[Reporter | None, str], B]
+
+
+@contextmanager
+def _workers(settings: Settings, reporter: Reporter | None) -> Iterator[Any]:
+    """A function that does a job for each of several names: here, or in processes of their own."""
     if settings.jobs == 1:
-        return {name: _run_case(settings, seed, anchor, reporter, name) for name in settings.cases}
-    one = partial(_run_case, settings, seed, anchor, None)
+        yield lambda job, names: [job(reporter, name) for name in names]
+        return
     # Not forked: a fork inherits the locks of torch's threads, and hangs in them.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(settings.jobs, context, initializer=_one_thread) as pool:
-        return dict(zip(settings.cases, pool.map(one, settings.cases), strict=True))
+        yield lambda job, names: list(pool.map(partial(job, None), names))
 
 
 def _one_thread() -> None:
@@ -152,12 +199,38 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def _run_case(
-    settings: Settings, seed: int, shared: Path, reporter: Reporter | None, name: str
-) -> RunDir:
+def _train_anchor(settings: Settings, seed: int, reporter: Reporter | None, name: str) -> Path:
+    return _run(settings, ANCHORS[name], name, seed, None, 0, reporter).anchor.path
+
+
+def _measure(
+    settings: Settings,
+    seed: int,
+    anchors: Mapping[str, Path],
+    reporter: Reporter | None,
+    name: str,
+) -> dict[str, Any]:
+    """A case, run and read."""
+    if name == BARE:
+        return _bare_base(settings, seed, reporter)
+    if name == COLDER:
+        case = Case("toy", (f"evaluate.temperature={COLD}",))
+        place = _run(settings, case, name, seed, anchors[SHARED], 0, reporter)
+        return _figures(read_json(place.anchor.evaluation))
     case = CASES[name]
-    anchor = None if case.own_anchor else shared
-    return _run(settings, case, name, seed, anchor, settings.iterations, reporter)
+    anchor = None if case.anchor is None else anchors[case.anchor]
+    return measured(_run(settings, case, name, seed, anchor, settings.iterations, reporter))
+
+
+def _bare_base(settings: Settings, seed: int, reporter: Reporter | None) -> dict[str, Any]:
+    """M0, measured as all models are."""
+    place = _place(settings, SHARED, seed)
+    if not place.base_evaluation.evaluation.is_file():
+        recipe = _recipe(settings, ANCHORS[SHARED], seed, None, 0)
+        with place.locked():
+            session = Session(recipe, place, reporter or Silent())
+            evaluation(session, place.base_evaluation, [])
+    return _figures(read_json(place.base_evaluation.evaluation))
 
 
 def _recipe(settings: Settings, case: Case, seed: int, anchor: Path | None, t: int) -> Recipe:
@@ -165,6 +238,11 @@ def _recipe(settings: Settings, case: Case, seed: int, anchor: Path | None, t: i
     if anchor is not None:
         own.append(f"anchor.init={anchor}")
     return load_recipe(case.recipe, [*SMALLER, *case.overrides, *settings.overrides, *own])
+
+
+def _place(settings: Settings, name: str, seed: int) -> RunDir:
+    folder = "".join(char if char.isalnum() else "-" for char in name)
+    return RunDir(settings.out / f"{folder}-{seed}")
 
 
 def _run(
@@ -177,21 +255,11 @@ def _run(
     reporter: Reporter | None,
 ) -> RunDir:
     recipe = _recipe(settings, case, seed, anchor, iterations)
-    folder = "".join(char if char.isalnum() else "-" for char in name)
-    place = RunDir(settings.out / f"{folder}-{seed}")
+    place = _place(settings, name, seed)
     with place.locked():
         place.open(recipe, {"bench": name})
         iterate(Session(recipe, place, reporter or Silent()))
     return place
-
-
-def _cold_anchor(
-    settings: Settings, seed: int, anchor: Path, reporter: Reporter | None
-) -> float | None:
-    case = Case("toy", (f"evaluate.temperature={COLD}",))
-    place = _run(settings, case, "cold anchor", seed, anchor, 0, reporter)
-    gold: float | None = read_json(place.anchor.evaluation)["policy"].get("gold_mean")
-    return gold
 
 
 def measured(run: RunDir) -> dict[str, Any]:
@@ -201,37 +269,66 @@ def measured(run: RunDir) -> dict[str, Any]:
     rows = run.read_metrics()
     facts = {(row["iteration"], row["stage"]): row for row in rows}
     models = []
-    for t, evaluation in enumerate(evaluations):
-        policy, pairs = evaluation["policy"], facts.get((t, "pairs"), {})
+    for t, found in enumerate(evaluations):
+        pairs = facts.get((t, "pairs"), {})
         # Of the answers of M(t) in iteration t, which train M(t+1).
-        judged = facts.get((t + 1, "judgements"), {})
+        ranked = [facts.get((t + 1, stage), {}) for stage in ("judgements", "pairs", "delta")]
         models.append(
             {
-                "gold": policy.get("gold_mean"),
-                "gold_se": policy.get("gold_se"),
-                "greedy": policy.get("greedy", {}).get("gold_mean"),
-                "by_criterion": policy.get("gold_by_criterion"),
-                "chars": policy.get("mean_length_chars"),
-                "judge_accuracy": evaluation["judge"]["pairwise_accuracy"],
-                "judge_accuracy_on_policy": judged.get("gold_pairwise_accuracy"),
-                "judge_mean": judged.get("mean_score"),
+                **_figures(found),
+                "ranker_accuracy": next(
+                    (row[RANKER] for row in ranked if row.get(RANKER) is not None), None
+                ),
+                "judge_mean": ranked[0].get("mean_score"),
                 "pairs": pairs.get("pairs"),
                 "pairs_by_gold": pairs.get("gold_agreement"),
                 "cream_consistency": pairs.get("consistency"),
             }
         )
+    blind = [_without_gold(found) for found in evaluations]
     for before, after in pairwise(range(len(places))):
         models[after]["consistency"] = _consistency(places[before], places[after])
-        models[after]["warnings"] = warnings(
-            _without_gold(evaluations[before]), _without_gold(evaluations[after])
-        )
-    seconds = sum(row["seconds"] for row in rows if row["iteration"])
-    return {"models": models, "seconds": round(seconds, 1)}
+        warned = findings(blind[: after + 1], Gate())
+        models[after]["warnings"] = {found.gate: found.text for found in warned}
+    seconds: dict[str, float] = {}
+    for row in rows:
+        if row["iteration"]:
+            seconds[row["stage"]] = seconds.get(row["stage"], 0.0) + row["seconds"]
+    return {
+        "models": models,
+        "seconds": round(sum(seconds.values()), 1),
+        "seconds_by_stage": {stage: round(value, 1) for stage, value in seconds.items()},
+    }
 
 
-def _without_gold(evaluation: Mapping[str, Any]) -> dict[str, Any]:
-    policy = {key: value for key, value in evaluation["policy"].items() if "gold" not in key}
-    return {**evaluation, "policy": policy}
+RANKER = "gold_pairwise_accuracy"
+"""What a stage says of the judge, the labels, the reward model or the likelihoods by which it ranks
+the policy's own answers."""
+
+
+def _figures(found: Mapping[str, Any]) -> dict[str, Any]:
+    """What the table has of a model's evaluation."""
+    policy, greedy = found["policy"], found["policy"].get("greedy", {})
+    return {
+        "gold": policy.get("gold_mean"),
+        "gold_se": policy.get("gold_se"),
+        "greedy": greedy.get("gold_mean"),
+        "by_criterion": policy.get("gold_by_criterion"),
+        "greedy_by_criterion": greedy.get("gold_by_criterion"),
+        "chars": policy.get("mean_length_chars"),
+        "judge_accuracy": found["judge"]["pairwise_accuracy"],
+        "judge_accuracy_on_policy": policy.get("self_gold_accuracy"),
+        "self_score": policy.get("self_score"),
+        "anchor_score": policy.get("anchor_score"),
+    }
+
+
+def _without_gold(figures: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_gold(value) if isinstance(value, Mapping) else value
+        for key, value in figures.items()
+        if "gold" not in key
+    }
 
 
 def _consistency(before: StageDir, after: StageDir) -> float | None:
@@ -250,23 +347,40 @@ def _consistency(before: StageDir, after: StageDir) -> float | None:
     return round(fmean(found.values()), 4) if found else None
 
 
+FIGURES = (
+    "gold",
+    "greedy",
+    "chars",
+    "judge_accuracy",
+    "judge_accuracy_on_policy",
+    "ranker_accuracy",
+    "consistency",
+    "pairs",
+    "self_score",
+    "anchor_score",
+)
+"""Of each model, what the summary has the mean of."""
+
+
 def summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Mean and spread (standard deviation) over seeds, of every model in order."""
-    keys = ("gold", "greedy", "chars", "judge_accuracy", "judge_accuracy_on_policy", "consistency")
     models = list(zip(*(run["models"] for run in runs), strict=True))
     result: dict[str, Any] = {
-        key: [_mean([model.get(key) for model in same]) for same in models] for key in keys
+        key: [_mean([model.get(key) for model in same]) for same in models] for key in FIGURES
     }
     result["gold_spread"] = [_spread([model["gold"] for model in same]) for same in models]
-    result["pairs"] = [_mean([model.get("pairs") for model in same]) for same in models]
-    result["unique"] = [
-        _mean([(model["by_criterion"] or {}).get("unique") for model in same]) for same in models
-    ]
+    for key in ("by_criterion", "greedy_by_criterion"):
+        result[key] = [_by_criterion([model.get(key) for model in same]) for same in models]
     rises = [run["models"][-1]["gold"] - run["models"][0]["gold"] for run in runs]
     result["rise"], result["rise_spread"] = _mean(rises), _spread(rises)
     result["warned"] = sum(bool(model.get("warnings")) for run in runs for model in run["models"])
     result["seconds"] = _mean([run["seconds"] for run in runs])
     return result
+
+
+def _by_criterion(found: Sequence[Mapping[str, float] | None]) -> dict[str, float | None]:
+    names = {name: None for points in found for name in points or ()}
+    return {name: _mean([(points or {}).get(name) for points in found]) for name in names}
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -277,51 +391,3 @@ def _mean(values: Sequence[float | None]) -> float | None:
 def _spread(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return round(stdev(known), 4) if len(known) > 1 else None
-
-
-def plot(result: Mapping[str, Any], *, width: int = 760, height: int = 420) -> str:
-    """Gold by model, a line for each case, as SVG."""
-    lines = {name: case["summary"]["gold"] for name, case in result["cases"].items()}
-    values: list[float] = [v for line in lines.values() for v in line if v is not None]
-    low, high = min(values) - 0.1, max(values) + 0.1
-    models = max(len(line) for line in lines.values())
-    left, right, top, bottom = 50, width - 210, 20, height - 40
-
-    def x(index: int) -> float:
-        return left + (right - left) * index / max(1, models - 1)
-
-    def y(value: float) -> float:
-        return bottom - (bottom - top) * (value - low) / (high - low)
-
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
-        'font-family="sans-serif" font-size="12">',
-        f'<rect width="{width}" height="{height}" fill="white"/>',
-        f'<text x="{left}" y="14">gold of sampled answers, mean over seeds</text>',
-    ]
-    for index in range(models):
-        parts.append(f'<text x="{x(index):.1f}" y="{bottom + 20}">M{index + 1}</text>')
-    for step in range(5):
-        value = low + (high - low) * step / 4
-        parts.append(f'<text x="8" y="{y(value) + 4:.1f}">{value:.2f}</text>')
-        parts.append(
-            f'<line x1="{left}" x2="{right}" y1="{y(value):.1f}" y2="{y(value):.1f}" '
-            'stroke="#ddd"/>'
-        )
-    for number, (name, line) in enumerate(lines.items()):
-        known = [(x(i), y(value)) for i, value in enumerate(line) if value is not None]
-        points = " ".join(f"{px:.1f},{py:.1f}" for px, py in known)
-        # Hues a golden angle apart; dashes tell neighbours apart without colour.
-        stroke = f"hsl({number * 137 % 360} 65% 40%)"
-        dash = ("none", "6 3", "2 3")[number % 3]
-        parts.append(
-            f'<polyline points="{points}" fill="none" stroke="{stroke}" stroke-width="2" '
-            f'stroke-dasharray="{dash}"/>'
-        )
-        key = top + 18 + 21 * number
-        parts.append(
-            f'<line x1="{right + 15}" x2="{right + 45}" y1="{key - 4}" y2="{key - 4}" '
-            f'stroke="{stroke}" stroke-width="2" stroke-dasharray="{dash}"/>'
-        )
-        parts.append(f'<text x="{right + 52}" y="{key}">{name}</text>')
-    return "\n".join([*parts, "</svg>"]) + "\n"

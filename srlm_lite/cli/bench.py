@@ -111,7 +111,7 @@ def methods(
 ) -> None:
     """The methods on the toy world, from the same anchor, beside their controls."""
     from srlm_lite.bench.methods import Settings, bench_methods, cases_of
-    from srlm_lite.bench.methods import plot as drawn
+    from srlm_lite.bench.methods_plot import plot as drawn
     from srlm_lite.cli.progress import Console
     from srlm_lite.run_dir import write_atomically
 
@@ -466,42 +466,67 @@ def _methods_text(result: dict[str, Any]) -> str:
     def cell(value: float | None, digits: int = 2) -> str:
         return "-" if value is None else f"{value:.{digits}f}"
 
+    def last(values: list[float | None]) -> float | None:
+        return next((value for value in reversed(values) if value is not None), None)
+
+    bare = result["base"]["summary"]["gold"]
+    cases = {name: case["summary"] for name, case in result["cases"].items()}
     rows = []
-    for name, case in result["cases"].items():
-        found = case["summary"]
+    for name, found in cases.items():
         spread = found["rise_spread"]
-        rise = cell(found["rise"]) + (f" ±{spread:.2f}" if spread is not None else "")
-        judged = [value for value in found["judge_accuracy_on_policy"] if value is not None]
-        pairs = sum(value for value in found["pairs"] if value is not None)
         rows.append(
             [
                 name,
+                cell(bare),
                 *(cell(value) for value in found["gold"]),
-                rise,
+                cell(found["rise"]) + (f" ±{spread:.2f}" if spread is not None else ""),
                 cell(found["greedy"][-1]),
-                cell(found["unique"][-1]),
-                cell(judged[-1] if judged else None),
+                cell(last(found["ranker_accuracy"])),
+                cell(found["judge_accuracy_on_policy"][-1]),
                 cell(found["judge_accuracy"][-1]),
                 cell(found["consistency"][-1]),
                 cell(found["chars"][-1], 0),
-                f"{pairs:.0f}",
+                f"{sum(value or 0 for value in found['pairs']):.0f}",
                 str(found["warned"]),
                 cell(found["seconds"], 0),
             ]
         )
-    models = [f"M{t + 1}" for t in range(result["iterations"] + 1)]
-    columns = ["case", *models, "rise", "greedy", "unique", "own acc.", "judge acc.", "cons."]
+    models = [f"M{t}" for t in range(result["iterations"] + 2)]
+    columns = ["case", *models, "rise", "greedy", "ranker", "own", "held-out", "cons.", "chars"]
     cold = [value for value in result["cold_anchor"]["gold"] if value is not None]
     lines = [
-        plain_table([*columns, "chars", "pairs", "warned", "s"], rows),
+        plain_table([*columns, "pairs", "warned", "s"], rows),
         "",
-        f"M1 ...: gold of sampled answers, mean over {result['seeds']} seeds; rise: last less "
-        "first, ± spread over seeds",
-        "greedy to the right: the last model. unique: gold's share for items that do not repeat",
-        "own acc.: judge on the policy's own candidates, by gold; judge acc.: on held-out replies",
-        "cons.: CREAM's C of the last two judges; warned: iterations with a warning, gold unseen",
+        f"M0 (the bare base), M1, ...: gold of sampled answers, mean over {result['seeds']} seeds; "
+        "rise: from M1 to the last, ± spread over seeds",
+        "greedy and all to the right of it: the last model",
+        "ranker: how often what ranks the policy's candidates (judge, labels, likelihood, reward "
+        "model) agrees with gold, in the last iteration",
+        "own, held-out: the same of the last model as judge, on its own answers and on held-out "
+        "replies; cons.: CREAM's C of the last two judges",
+        "warned: iterations with a warning, gold unseen",
     ]
     if cold:
         temperature = result["cold_anchor"]["temperature"]
         lines.append(f"M1 at temperature {temperature}: gold {sum(cold) / len(cold):.2f}")
-    return "\n".join(lines)
+    criteria = [name for found in cases.values() for name in found["by_criterion"][-1]]
+    names = list(dict.fromkeys(criteria))
+    points = [
+        [
+            name,
+            *(
+                f"{cell(found['by_criterion'][0][one])} {cell(found['by_criterion'][-1][one])} "
+                f"{cell(found['greedy_by_criterion'][-1][one])}"
+                for one in names
+            ),
+        ]
+        for name, found in cases.items()
+    ]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "By criterion: M1, the last model, and the last model's greedy answers",
+            plain_table(["case", *names], points),
+        ]
+    )

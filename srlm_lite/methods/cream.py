@@ -127,7 +127,8 @@ class Cream(SelfRewarding):
             for one in pairs
         ]
         refuse_nothing_to_learn(smoothed, iteration.path)
-        return smoothed, drops, {**facts, "consistency": round(overall, 4)}
+        told = {} if section.scores == "judge" else _accuracy(session, prompts, usable)
+        return smoothed, drops, {**facts, "consistency": round(overall, 4), **told}
 
 
 Ranked = tuple[dict[str, list[Scored]], Drops, Scores]
@@ -161,6 +162,22 @@ def _by_likelihood(
         prompts, candidates, now, drop_truncated=session.recipe.pairing.drop_truncated
     )
     return usable, drops, before
+
+
+def _accuracy(
+    session: Session, prompts: Sequence[Prompt], usable: Mapping[str, Sequence[Scored]]
+) -> dict[str, Any]:
+    """How often the likelihoods are in the gold order, as a judge's grades are measured."""
+    return stages.on_policy_accuracy(
+        session.recipe.evaluate.gold,
+        {prompt.prompt_id: prompt.text for prompt in prompts},
+        [candidate for group in usable.values() for candidate, _ in group],
+        [
+            Judgement(candidate.candidate_id, 0, "", score, candidate.finish_reason)
+            for group in usable.values()
+            for candidate, score in group
+        ],
+    )
 
 
 def _by_judge(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
@@ -107,7 +108,10 @@ def _policy(
     sampled = answers("sampled", temperature=temperature, n=recipe.evaluate.samples)
     greedy = answers("greedy", temperature=0.0, n=1)
     figures = policy_metrics(texts, sampled, gold)
-    graded, ends = _grades(session, directory, judge, texts, sampled)
+    points = {}
+    if gold is not None:
+        points = {row.candidate_id: gold.total(texts[row.prompt_id], row.text) for row in sampled}
+    graded, ends = _grades(session, directory, judge, texts, sampled, points)
     return {
         **figures,
         **graded,
@@ -123,12 +127,17 @@ def _grades(
     judge: Sequence[Adapter],
     texts: Mapping[str, str],
     answers: Sequence[Candidate],
+    gold: Mapping[str, float],
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the model itself and the anchor, as judges, think of the first of its answers.
+
+    Args:
+        gold: Gold scores by answer, where there are any.
 
     Returns:
         `self_score`, `anchor_score`, their standard errors over answers, and the rubric's scale;
         and the intervals. An external judge is one and the same for all: it is `anchor_score`.
+        With gold also `self_gold_accuracy` and `anchor_gold_accuracy`.
     """
     recipe, run = session.recipe, session.run
     some = [a for a in answers if a.text][: recipe.evaluate.judged_answers]
@@ -152,15 +161,36 @@ def _grades(
             chunk=recipe.rollout.chunk_prompts * recipe.rollout.n,
             seed_path=(recipe.seed, "evaluation", "grades"),
         )
-        found = [score for score in mean_scores(rows, min_votes=1).values() if score is not None]
+        scores = mean_scores(rows, min_votes=1)
+        found = [score for score in scores.values() if score is not None]
         figures[f"{name}_score"] = round(fmean(found), 4) if found else None
         error = stdev(found) / len(found) ** 0.5 if len(found) > 1 else None
         figures[f"{name}_score_se"] = None if error is None else round(error, 4)
         ends[f"{name}_score"] = interval([(score, 1) for score in found])
+        if gold:
+            figures[f"{name}_gold_accuracy"] = share_in_gold_order(scores, gold)
     if own:
-        for key in ("score", "score_se"):
-            figures[f"self_{key}"] = figures[f"anchor_{key}"]
+        for key in ("score", "score_se", "gold_accuracy"):
+            if f"anchor_{key}" in figures:
+                figures[f"self_{key}"] = figures[f"anchor_{key}"]
     return {**figures, "score_scale": [session.rubric.min, session.rubric.max]}, ends
+
+
+def share_in_gold_order(
+    scores: Mapping[str, float | None], gold: Mapping[str, float]
+) -> float | None:
+    """How often, of two answers with different gold, the better one has the higher score.
+
+    The answers may be to different prompts: both scores are on a scale of their own, the same for
+    all. Equal scores, and an unreadable one, count half.
+    """
+    credits = []
+    for (one, score), (other, another) in combinations(scores.items(), 2):
+        gap = gold[one] - gold[other]
+        if gap:
+            told = 0.0 if score is None or another is None else (score - another) * gap
+            credits.append(0.5 if told == 0 else float(told > 0))
+    return round(fmean(credits), 4) if credits else None
 
 
 def _ifeval(session: Session, directory: StageDir, stack: Sequence[Adapter]) -> dict[str, Any]:
