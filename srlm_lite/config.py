@@ -574,6 +574,21 @@ class Recipe(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _pairing_is_read(self) -> Recipe:
+        unread = dict(UNREAD.get(self.method, {}))
+        if self.method == "dpo" and self.offline.pairs == "all":
+            unread |= dict.fromkeys(("rho", "alpha"), ()) | {"source": ("random", "gold")}
+        if self.method == "cream" and self.cream.scores == "likelihood":
+            unread |= {"source": ("gold",)}
+        plain = Pairing()
+        for key, values in unread.items():
+            value = getattr(self.pairing, key)
+            if value in values if values else value != getattr(plain, key):
+                told = f"{key}={value}" if values else key
+                raise ValueError(f"method {self.method} knows no pairing.{told}")
+        return self
+
     @property
     def judge_has_deltas(self) -> bool:
         """Whether the judge's role has deltas of its own."""
@@ -603,6 +618,19 @@ class Recipe(Section):
         text = json.dumps(self.identity(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
+
+UNREAD: dict[str, dict[str, tuple[str, ...]]] = {
+    "dpo": {"source": ("gold",)},
+    "spin": {"source": ("random", "gold"), "min_gap": (), "rho": (), "alpha": ()},
+    "temporal": {"source": ("random",)},
+    "dno": {"source": ("random",), "rho": ()},
+    "rlaif": {"rho": (), "alpha": ()},
+    "rlhf": {
+        "source": ("random", "gold"), "min_gap": (), "rho": (), "alpha": (), "replay": (),
+    },
+}  # fmt: skip
+"""Settings of the section `pairing` that a method does not read: these values, or any but the
+default. They are refused, or a run that is called a control would be none."""
 
 AFTERWARDS = ("compare", "mt_bench")
 """Sections that a run does not read."""

@@ -112,10 +112,12 @@ def pairs_of(
     return pairs, drops
 
 
-def told_apart(prompt: Prompt, scored: Sequence[Scored]) -> list[PreferencePair]:
-    """Every two candidates of a prompt whose scores differ, the better one chosen."""
+def told_apart(
+    prompt: Prompt, scored: Sequence[Scored], *, min_gap: float = 0.0
+) -> list[PreferencePair]:
+    """Every two candidates of a prompt whose scores differ by more, the better one chosen."""
     ordered = sorted(scored, key=lambda one: -one[1])
-    return [pair(prompt, a, b) for a, b in combinations(ordered, 2) if a[1] > b[1]]
+    return [pair(prompt, a, b) for a, b in combinations(ordered, 2) if a[1] - b[1] > min_gap]
 
 
 def pair(prompt: Prompt, chosen: Scored, rejected: Scored) -> PreferencePair:

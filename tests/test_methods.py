@@ -92,6 +92,35 @@ def test_a_method_s_settings_count_for_that_method_alone() -> None:
     assert recipe_from(unused, where="r").digest() == recipe_from(MINIMAL, where="r").digest()
 
 
+@pytest.mark.parametrize(
+    ("method", "more", "setting", "said"),
+    [
+        ("dno", {}, {"source": "random"}, "dno knows no pairing.source=random"),
+        ("dno", {}, {"rho": 0.3}, "dno knows no pairing.rho"),
+        ("temporal", {}, {"source": "random"}, "temporal knows no pairing.source=random"),
+        ("spin", {}, {"min_gap": 1}, "spin knows no pairing.min_gap"),
+        ("cream", {}, {"source": "gold"}, "cream knows no pairing.source=gold"),
+        ("dpo", {"offline": {"pairs": "all"}}, {"alpha": "auto"}, "dpo knows no pairing.alpha"),
+    ],
+)
+def test_a_setting_that_a_method_would_not_read_is_refused(
+    method: str, more: dict[str, Any], setting: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(UserError, match=f"^r: method {said}"):
+        recipe_from({**MINIMAL, "method": method, "pairing": setting, **more}, where="r")
+
+
+def test_where_a_method_reads_it_the_setting_is_taken() -> None:
+    for method, more, setting in (
+        ("dno", {}, {"source": "gold", "alpha": "auto", "min_gap": 1}),
+        ("temporal", {}, {"source": "gold", "rho": 0.3}),
+        ("dpo", {}, {"source": "random", "rho": 0.3, "alpha": "auto"}),
+        ("cream", {"cream": {"scores": "judge"}}, {"source": "gold"}),
+        ("cream", {}, {"source": "random"}),
+    ):
+        recipe_from({**MINIMAL, "method": method, "pairing": setting, **more}, where="r")
+
+
 # --- SPIN -------------------------------------------------------------------------------------
 
 
@@ -214,6 +243,23 @@ def test_dno_takes_every_pair_with_the_margin_its_winner_needs() -> None:
         ("p#teacher-1", "p#2"),
     }
     assert drops.prompts == {"no_margin": 1}
+
+
+def test_dno_s_margin_may_ask_for_a_gap_and_charge_for_length() -> None:
+    usable = {
+        "p": [scored("p#0", "ten letter", 6), scored("p#1", "five5", 5), scored("p#2", "", 4)]
+    }
+    prompts = [Prompt("p", "p")]
+
+    def chosen_over(**settings: float) -> list[tuple[str, str]]:
+        pairs = margin_pairs(prompts, usable, Drops(), DNO, **settings)
+        return [(one.chosen_id, one.rejected_id) for one in pairs]
+
+    assert chosen_over() == [("p#0", "p#1"), ("p#0", "p#2"), ("p#1", "p#2")]
+    # Gaps of 1, 2 and 1 points.
+    assert chosen_over(min_gap=1) == [("p#0", "p#2")]
+    # At .1 a character 5, 10 and 5 characters leave gaps of .5, 1 and .5: one has the margin of 1.
+    assert chosen_over(alpha=0.1) == [("p#0", "p#2")]
 
 
 def test_an_answer_that_repeats_itself_loses_whatever_its_score() -> None:

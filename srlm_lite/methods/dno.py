@@ -25,7 +25,7 @@ from srlm_lite.config import Dno as Section
 from srlm_lite.errors import UserError
 from srlm_lite.judging import load_template, plain_lines
 from srlm_lite.methods.self_rewarding import MadePairs, SelfRewarding, judged
-from srlm_lite.pairing import Drops, Scored, pair
+from srlm_lite.pairing import Drops, Scored, length_penalty, pair
 from srlm_lite.records import Candidate, Judgement, PreferencePair, Prompt
 from srlm_lite.run_dir import IterationDir, read_jsonl, write_records
 from srlm_lite.session import Session
@@ -46,11 +46,18 @@ def margin_pairs(
     usable: Mapping[str, Sequence[Scored]],
     drops: Drops,
     section: Section,
+    *,
+    min_gap: float = 0.0,
+    alpha: float = 0.0,
 ) -> list[PreferencePair]:
     """Every pair whose winner scores high enough, with the margin that its author asks for.
 
     An answer that repeats itself cannot win, and loses to every winner. Prompts without a pair
     are counted in `drops` as `no_margin`.
+
+    Args:
+        min_gap: The scores of a pair that wins by its margin differ by more than this, too.
+        alpha: What a character more costs the winner of its margin, in score points.
     """
     pairs = []
     for prompt in (prompt for prompt in prompts if prompt.prompt_id in usable):
@@ -58,7 +65,9 @@ def margin_pairs(
         for winner, loser in permutations(usable[prompt.prompt_id], 2):
             of_teacher = TEACHER in winner[0].candidate_id
             margin = section.margin if of_teacher else section.own_margin
-            wide = winner[1] - loser[1] >= margin
+            gap = winner[1] - loser[1]
+            longer = len(winner[0].text) - len(loser[0].text)
+            wide = gap > min_gap and gap - alpha * longer >= margin
             if winner[1] < section.least_positive or repeats(winner[0].text, section):
                 continue
             if wide or repeats(loser[0].text, section):
@@ -140,8 +149,12 @@ class Dno(SelfRewarding):
     ) -> MadePairs:
         """Every pair that qualifies."""
         usable, drops = judged(session, prompts, candidates, judgements)
-        pairs = margin_pairs(prompts, usable, drops, session.recipe.dno)
-        return pairs, drops, {}
+        pairing = session.recipe.pairing
+        alpha = length_penalty(list(usable.values()), pairing)
+        pairs = margin_pairs(
+            prompts, usable, drops, session.recipe.dno, min_gap=pairing.min_gap, alpha=alpha
+        )
+        return pairs, drops, {"alpha": round(alpha, 6)} if pairing.alpha == "auto" else {}
 
 
 def _teacher(

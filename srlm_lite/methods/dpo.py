@@ -74,7 +74,7 @@ class OfflineDpo(SelfRewarding):
             return best_against_worst(session, iteration, prompts, usable, drops)
         pairs = []
         for prompt in (prompt for prompt in prompts if prompt.prompt_id in usable):
-            differing = told_apart(prompt, usable[prompt.prompt_id])
+            differing = told_apart(prompt, usable[prompt.prompt_id], min_gap=recipe.pairing.min_gap)
             pairs += differing
             drops.prompts["tied"] += not differing
         return pairs, drops, {}

@@ -19,7 +19,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from srlm_lite.judging import mean_scores
 from srlm_lite.methods.self_rewarding import MadePairs, SelfRewarding, judged
 from srlm_lite.pairing import (
     Drops,
@@ -28,7 +27,6 @@ from srlm_lite.pairing import (
     best_and_worst,
     length_penalty,
     pair,
-    usable_candidates,
 )
 from srlm_lite.records import Candidate, Judgement, PreferencePair, Prompt
 from srlm_lite.run_dir import IterationDir
@@ -148,11 +146,5 @@ def _future(
         session.stack(iteration.number - 1), iteration.future_judgements, "future judgements"
     )
     votes, _ = stages.judgements(session, iteration, prompts, rows, by=judge)
-    recipe = session.recipe
-    usable, _ = usable_candidates(
-        prompts,
-        rows,
-        mean_scores(votes, min_votes=recipe.judge.min_votes),
-        drop_truncated=recipe.pairing.drop_truncated,
-    )
+    usable, _ = judged(session, prompts, rows, votes)
     return usable
