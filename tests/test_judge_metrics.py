@@ -18,6 +18,7 @@ from srlm_lite.evaluate.judge_metrics import (
     collapsed_score,
     histogram,
     judge_metrics,
+    share_in_gold_order,
 )
 from srlm_lite.records import Judgement, RankedReply
 
@@ -426,3 +427,13 @@ def test_without_a_quality_there_is_no_calibration() -> None:
     assert quality((None, 3.0), (None, 4.0)) is None
     assert quality((0.5, 3.0), (0.5, 4.0)) is None
     assert quality((0.1, None), (0.5, None)) is None
+
+
+def test_a_judge_s_grades_of_answers_to_different_prompts_beside_gold() -> None:
+    gold = {"a": 5.0, "b": 3.0, "c": 3.0, "d": 1.0}
+    # Gold tells five pairs apart: a above b, c and d; b above d; the tie of c and d is half.
+    scores = {"a": 4.0, "b": 3.5, "c": 2.0, "d": 2.0}
+    assert share_in_gold_order(scores, gold) == 0.9
+    # Unreadable: half right against each of the three others.
+    assert share_in_gold_order({**scores, "a": None}, gold) == 0.6
+    assert share_in_gold_order({"b": 1.0, "c": 2.0}, gold) is None

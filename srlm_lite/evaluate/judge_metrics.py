@@ -88,6 +88,21 @@ def judge_metrics(
     }
 
 
+def share_in_gold_order(scores: Scores, gold: Mapping[str, float]) -> float | None:
+    """How often, of two answers with different gold, the better one has the higher score.
+
+    The answers may be to different prompts: both scores are on a scale of their own, the same for
+    all. Equal scores, and an unreadable one, count half.
+    """
+    credits = []
+    for (one, score), (other, another) in combinations(scores.items(), 2):
+        gap = gold[one] - gold[other]
+        if gap:
+            told = 0.0 if score is None or another is None else (score - another) * gap
+            credits.append(0.5 if told == 0 else float(told > 0))
+    return round(fmean(credits), 4) if credits else None
+
+
 def _votes_by_reply(judgements: Sequence[Judgement]) -> dict[str, list[Judgement]]:
     votes: dict[str, list[Judgement]] = {}
     for judgement in judgements:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import combinations
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ from srlm_lite.evaluate import ifeval
 from srlm_lite.evaluate.gate import best_model, findings
 from srlm_lite.evaluate.gold import load_gold
 from srlm_lite.evaluate.intervals import interval
-from srlm_lite.evaluate.judge_metrics import calibration, judge_metrics
+from srlm_lite.evaluate.judge_metrics import calibration, judge_metrics, share_in_gold_order
 from srlm_lite.evaluate.policy_metrics import policy_metrics
 from srlm_lite.judging import mean_scores
 from srlm_lite.records import Candidate, Prompt
@@ -174,23 +173,6 @@ def _grades(
             if f"anchor_{key}" in figures:
                 figures[f"self_{key}"] = figures[f"anchor_{key}"]
     return {**figures, "score_scale": [session.rubric.min, session.rubric.max]}, ends
-
-
-def share_in_gold_order(
-    scores: Mapping[str, float | None], gold: Mapping[str, float]
-) -> float | None:
-    """How often, of two answers with different gold, the better one has the higher score.
-
-    The answers may be to different prompts: both scores are on a scale of their own, the same for
-    all. Equal scores, and an unreadable one, count half.
-    """
-    credits = []
-    for (one, score), (other, another) in combinations(scores.items(), 2):
-        gap = gold[one] - gold[other]
-        if gap:
-            told = 0.0 if score is None or another is None else (score - another) * gap
-            credits.append(0.5 if told == 0 else float(told > 0))
-    return round(fmean(credits), 4) if credits else None
 
 
 def _ifeval(session: Session, directory: StageDir, stack: Sequence[Adapter]) -> dict[str, Any]:
