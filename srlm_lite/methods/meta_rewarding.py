@@ -8,9 +8,10 @@ best against the worst is a pair whose prompt is the judge's own.
 
 Source: Wu et al. 2024, arXiv:2407.19594, sections 2.1 and 2.2: K = 7 answers, N = 11 judgements,
 rho 0, 0.32, 0.32, 0.4, the judge trained in the first two iterations only, for the meta-judge
-comes to prefer the higher score (97.7% in the second). The prior of the ratings is our addition:
-without one a judgement that never loses has no finite rating. `hide_scores`, and a delta each for
-policy and judge, are too.
+comes to prefer the higher score (97.7% in the second). The printed learning rates (5e-8 and 5e-6)
+look odd and are not taken over. The prior of the ratings is our addition: without one a judgement
+that never loses has no finite rating. `hide_scores`, and a delta each for policy and judge, are
+too.
 """
 
 from __future__ import annotations

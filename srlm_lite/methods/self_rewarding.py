@@ -2,8 +2,10 @@
 
 Every other method is this one with some stages changed: a class that overrides what differs.
 
-Source: Yuan et al. 2024, arXiv:2401.10020. `dpo.init: previous` is the paper's chain of models;
-`anchor` starts each delta anew.
+Source: Yuan et al. 2024, arXiv:2401.10020: N = 4 answers at temperature 0.7 and top-p 0.9, three
+votes on each, the best against the worst, none where they are equal. `dpo.init: previous` is the
+paper's chain of models; `anchor` starts each delta anew. How many epochs of DPO it took is not
+stated there, and it picked checkpoints by an outside judge, which a run here does not.
 """
 
 from __future__ import annotations
