@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 from exporting import make_run, random_adapter
 
-from srlm_lite.cli import main
+from srlm_lite.cli import chat, main
 from srlm_lite.model import base as base_module
 from srlm_lite.model.chat import ChatFormat
 from srlm_lite.rollout.protocol import Limits, Request
@@ -124,6 +125,24 @@ def test_slips_do_not_end_it(talk: Any) -> None:
     assert "has no iteration 7. It has: anchor, 1, 2" in err
     assert "no command /nonsense" in err
     assert "the message is too long" in err
+
+
+def test_ctrl_c_stops_an_answer_and_not_the_conversation(
+    run: RunDir, talk: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The signal comes while the model speaks; what it was about to say is no part of the talk."""
+    right, signals = chat._show, iter([signal.SIGINT])
+
+    def interrupted(piece: str) -> None:
+        for number in signals:
+            signal.raise_signal(number)
+        right(piece)
+
+    monkeypatch.setattr(chat, "_show", interrupted)
+    out, err, code = talk("Never mind.", "/judge", QUESTION)
+    assert code == 0
+    assert "stopped, and forgotten" in err and "there is no answer to judge yet" in err
+    assert out == f"\n{greedy(run, 2, [user(QUESTION)])}\n"
 
 
 def test_no_such_model_is_one_line(talk: Any) -> None:

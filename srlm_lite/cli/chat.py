@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from io import TextIOWrapper
 from pathlib import Path
 
 import typer
@@ -18,7 +19,7 @@ HELP = """\
 /judge          the model's own grading of its last answer
 /iter T         go on with another model of the run: a number, anchor, or base
 /reset          forget the conversation
-/quit           leave (so does the end of the input)
+/quit           leave (so do the end of the input, and Ctrl-C when nothing is being said)
 /help           this list
 Anything else is said to the model."""
 
@@ -29,12 +30,17 @@ def run_chat(*, directory: Path, which: str, temperature: float | None) -> None:
     recipe = _in_process(recipe_from(run.facts()["recipe"], where=str(run.run_json)))
     conversation = Conversation(Session(recipe, run), temperature=temperature)
     _switch(conversation, run, which)
-    _say("/help lists the commands")
+    _say("/help lists the commands; Ctrl-C stops an answer")
+    if isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
     while (line := _read()) is not None and line != "/quit":
         try:
             _take(conversation, run, line)
         except UserError as error:  # a slip is no reason to lose the conversation
             _say(str(error))
+        except KeyboardInterrupt:  # nor is an answer that grows too long
+            typer.echo()
+            _say("stopped, and forgotten")
 
 
 def _take(conversation: Conversation, run: RunDir, line: str) -> None:
@@ -82,9 +88,16 @@ def _in_process(recipe: Recipe) -> Recipe:
 
 
 def _read() -> str | None:
-    if sys.stdin.isatty():
+    """The next line; None at the end of the input, or where it is interrupted."""
+    is_typed = sys.stdin.isatty()
+    if is_typed:
         typer.echo("> ", nl=False, err=True)
-    line = sys.stdin.readline()
+    try:
+        line = sys.stdin.readline()
+    except KeyboardInterrupt:
+        line = ""
+    if not line and is_typed:
+        typer.echo(err=True)
     return line.strip() if line else None
 
 
