@@ -1,62 +1,32 @@
-"""`srlm-lite export` as a user runs it: what it prints, how it is killed, where it is uploaded."""
+"""`srlm-lite export` as a user runs it: what it prints, and how it is killed."""
 
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import exporting
 import pytest
 import torch
-from exporting import make_run, random_adapter
-from hub_server import Hub, serving
-from huggingface_hub import constants
+from exporting import Command, make_run, random_adapter
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from srlm_lite.cli import main
 from srlm_lite.export.export import Export, Wish
 from srlm_lite.export.source import find_source
 from srlm_lite.progress import Silent
 from srlm_lite.run_dir import RunDir, sha256_file
 
 COMMAND = (sys.executable, "-m", "srlm_lite", "export")
-TOKEN = "hf_thistokenisnobodysbusiness"
-
-
-@dataclass(frozen=True)
-class Done:
-    """How a command ended."""
-
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-Command = Callable[..., Done]
 
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
     """`srlm-lite export ARGS` in this process."""
-
-    def run_it(*args: str | Path) -> Done:
-        monkeypatch.setattr(sys, "argv", ["srlm-lite", "export", *map(str, args)])
-        capfd.readouterr()
-        try:
-            main.run()
-            code = 0
-        except SystemExit as end:
-            code = int(end.code or 0)
-        return Done(code, *capfd.readouterr())
-
-    return run_it
+    return exporting.command(monkeypatch, capfd)
 
 
 @pytest.fixture(scope="module")
@@ -176,131 +146,3 @@ def test_memory_stays_small_whatever_the_size(
     (before, small), (after, large) = json.loads(done.stdout.splitlines()[-1])
     print(after - before, large - small)
     assert after - before < (large - small) / 3
-
-
-# --- the Hub -----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def hub() -> Iterator[Hub]:
-    with serving(TOKEN) as state:
-        yield state
-
-
-@pytest.fixture
-def pushing(hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The real client of this process, pointed at the server."""
-    monkeypatch.setattr(constants, "ENDPOINT", hub.address)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # the server speaks LFS, not Xet
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "home" / "token"))
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-
-
-@pytest.mark.usefixtures("pushing")
-def test_an_upload_is_private_resumes_and_is_the_export(
-    run: RunDir, hub: Hub, command: Command, tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
-    arguments = ["--adapters", run.path, "--out", out, "--push-to-hub", "me/model"]
-    hub.puts_allowed = 0
-    broken = command(*arguments)
-    assert broken.returncode == 2
-    assert "The same command goes on where it stopped" in broken.stderr
-    assert hub.commits == 0 and hub.files == {}  # nobody sees half of it
-
-    hub.puts_allowed = 10
-    stamp = (out / "model.safetensors").stat().st_mtime_ns
-    done = command(*arguments)
-    assert done.returncode == 0, done.stderr
-    assert hub.private == {"me/model": True}
-    assert hub.commits == 1
-    assert hub.files == {file.name: file.read_bytes() for file in out.iterdir()}
-    assert (out / "model.safetensors").stat().st_mtime_ns == stamp
-
-    hub.requests.clear()
-    assert command(*arguments).returncode == 0
-    assert not [request for request in hub.requests if request.startswith("PUT")]
-    everything = broken.stdout + broken.stderr + done.stdout + done.stderr
-    everything += "".join(file.read_text(errors="replace") for file in out.iterdir())
-    assert TOKEN not in everything
-
-
-@pytest.mark.usefixtures("pushing")
-def test_public_is_asked_for_and_never_slipped_into(
-    run: RunDir, hub: Hub, command: Command, tmp_path: Path
-) -> None:
-    arguments = ["--adapters", run.path, "--out", tmp_path / "out", "--push-to-hub", "me/open"]
-    done = command(*arguments, "--public")
-    assert done.returncode == 0, done.stderr
-    assert hub.private == {"me/open": False}
-    again = command(*arguments)
-    assert again.returncode == 2 and "exists and is public" in again.stderr
-    assert hub.commits == 1
-
-
-@pytest.mark.usefixtures("pushing")
-def test_a_dry_run_lists_and_touches_nothing(
-    run: RunDir, hub: Hub, command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    arguments = ["--adapters", run.path, "--out", tmp_path / "out", "--push-to-hub", "me/model"]
-    monkeypatch.delenv("HF_TOKEN")  # a list needs none
-    done = command(*arguments, "--dry-run", "--json")
-    assert done.returncode == 0, done.stderr
-    listed = json.loads(done.stdout)
-    assert (listed["repo"], listed["visibility"]) == ("me/model", "private")
-    assert hub.requests == []
-    assert list(tmp_path.iterdir()) == []
-
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    done = command(*arguments)
-    assert done.returncode == 0, done.stderr
-    names = {row["file"] for row in listed["files"]}
-    assert names | {"parity.json"} == set(hub.files)
-
-
-@pytest.mark.parametrize(
-    ("repo", "token", "said"),
-    [
-        ("me/model", "", "there is no token for the Hub"),
-        ("me/model", "hf_wrong", "the Hub does not accept the token"),
-        ("model", TOKEN, "expected ORG/NAME"),
-    ],
-)
-@pytest.mark.usefixtures("pushing")
-def test_what_the_hub_would_refuse_is_one_line(
-    run: RunDir,
-    command: Command,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    repo: str,
-    token: str,
-    said: str,
-) -> None:
-    monkeypatch.setenv("HF_TOKEN", token)
-    done = command("--adapters", run.path, "--out", tmp_path / "out", "--push-to-hub", repo)
-    assert done.returncode == 2
-    assert said in done.stderr.splitlines()[-1]
-    assert not token or token not in done.stderr
-
-
-def test_the_hub_is_found_by_the_environment(run: RunDir, hub: Hub, tmp_path: Path) -> None:
-    """In a process of its own: endpoint and token from the usual variables."""
-    wishes = ("--as", "adapter", "--push-to-hub", "me/model")
-    done = subprocess.run(
-        [*COMMAND, "--adapters", str(run.path), "--out", str(tmp_path / "out"), *wishes],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={
-            **os.environ,
-            "HF_ENDPOINT": hub.address,
-            "HF_TOKEN": TOKEN,
-            "HF_HUB_OFFLINE": "0",
-            "HF_HUB_DISABLE_XET": "1",
-        },
-    )
-    assert done.returncode == 0, done.stderr
-    assert hub.private == {"me/model": True}
-    assert hub.files == {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
-    assert TOKEN not in done.stdout + done.stderr

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-import tempfile
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -46,13 +46,30 @@ def run_export(
     for text in _warnings(row):
         console.warn(text)
     if push_to is not None:
-        console.say(f"uploading to {push_to}, {'public' if public else 'private'}")
-        message = f"{source.name}, exported by srlm-lite"
-        console.say(f"  {push(wish.out, push_to, public=public, message=message)}")
+        _upload(console, source.name, wish.out, push_to, public=public)
         return
     if wish.form == "merged":
         model = f"AutoModelForCausalLM.from_pretrained({str(wish.out)!r})"
         console.say(f"next: in Python, {model}, or vllm serve {shlex.quote(str(wish.out))}")
+
+
+def _upload(console: Console, name: str, folder: Path, repo: str, *, public: bool) -> None:
+    files = [file for file, _ in files_of(folder) if file.endswith(".safetensors")]
+    console.say(f"uploading to {repo}, {'public' if public else 'private'}")
+
+    def tell(file: str, size: int) -> None:
+        place = f"{files.index(file) + 1} of {len(files)}"
+        console.say(f"  {file}, {size / 1e6:,.1f} MB ({place})")
+
+    address = push(
+        folder,
+        repo,
+        public=public,
+        message=f"{name}, exported by srlm-lite",
+        bars=sys.stderr.isatty(),
+        on_file=tell,
+    )
+    console.say(f"  {address}")
 
 
 def _say_onto(console: Console, export: Export) -> None:
@@ -110,12 +127,7 @@ def _warnings(row: dict[str, Any]) -> list[str]:
 
 def _show_plan(export: Export, push_to: str | None, *, public: bool, as_json: bool) -> None:
     """What would be written, and uploaded; weights are listed from the plan, not made."""
-    if export.finished is not None:
-        files = files_of(export.wish.out)
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            export.write_companions(Path(folder))
-            files = sorted([*files_of(Path(folder)), *export.weight_files()])
+    files = export.listing()
     if as_json:
         visible = "public" if public else "private"
         rows = [{"file": name, "bytes": size} for name, size in files]
@@ -125,5 +137,10 @@ def _show_plan(export: Export, push_to: str | None, *, public: bool, as_json: bo
         typer.echo(f"{push_to}, {'public' if public else 'private'}:")
     width = max(len(name) for name, _ in files)
     for name, size in files:
-        typer.echo(f"  {name:<{width}}  {size / 1e6:>12,.3f} MB")
-    typer.echo(f"  {'total':<{width}}  {sum(size for _, size in files) / 1e6:>12,.3f} MB")
+        typer.echo(f"  {name:<{width}}  {_megabytes(size)}")
+    total = sum(size for _, size in files if size is not None)
+    typer.echo(f"  {'total':<{width}}  {_megabytes(total)}")
+
+
+def _megabytes(size: int | None) -> str:
+    return "small, once made" if size is None else f"{size / 1e6:>12,.3f} MB"

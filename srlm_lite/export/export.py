@@ -13,15 +13,18 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from srlm_lite.errors import ProofError, UserError
 from srlm_lite.export.card import write_card
+from srlm_lite.export.hub import files_of
 from srlm_lite.export.source import Source
 from srlm_lite.progress import Reporter, Task
 from srlm_lite.run_dir import read_json, write_json
@@ -120,18 +123,30 @@ class Export:
         """Size of the weights to be written."""
         if self.wish.form == "merged":
             return self.plan.nbytes
-        return sum(4 * f.numel() for a in self.stack for pair in a.factors.values() for f in pair)
+        numbers = sum(f.numel() for a in self.stack for pair in a.factors.values() for f in pair)
+        return numbers * int(self._dtype.itemsize)
 
-    def weight_files(self) -> list[tuple[str, int]]:
-        """Name and bytes of the weights' files and what comes with them, before they are made."""
+    def listing(self) -> list[tuple[str, int | None]]:
+        """Name and bytes of every file that it is made of; None: not known before it is made."""
+        if self.finished is not None:
+            return [*files_of(self.wish.out)]
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            self.write_companions(folder)
+            weights = self._weight_sizes(folder)
+            return sorted([*files_of(folder), *weights.items(), (PARITY, None)], key=itemgetter(0))
+
+    def _weight_sizes(self, folder: Path) -> dict[str, int | None]:
+        """Bytes of the files with weights; the index of several is written into the folder."""
         if self.wish.form == "adapter":
-            from srlm_lite.model.stack import WEIGHTS
+            from srlm_lite.model.stack import CONFIG, WEIGHTS
 
-            return [(WEIGHTS, self.nbytes)]
-        return [
-            (file, sum(merge.info.nbytes for merge in merges))
-            for file, merges in self.plan.shards.items()
-        ]
+            return {WEIGHTS: self.nbytes, CONFIG: None}
+        from srlm_lite.model.checkpoint import shard_bytes, write_index
+
+        if self.plan.is_sharded:
+            write_index(folder, self.plan.infos)
+        return {file: shard_bytes(infos) for file, infos in self.plan.infos.items()}
 
     @property
     def digest(self) -> str:

@@ -653,6 +653,12 @@ def _explanation(error: Exception, section: config.Base, kind: Kind, location: s
             f"there is no {location} here or on the Hub",
             "Check the spelling; a private model needs `hf auth login`",
         )
+    refused = next((cause for cause in causes if isinstance(cause, HfHubHTTPError)), None)
+    if refused is not None and refused.response is not None:
+        return line(
+            f"the Hub refuses {location} (status {refused.response.status_code})",
+            "A private model needs `hf auth login`, or HF_TOKEN",
+        )
     if caused_by(LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, httpx.HTTPError):
         way_out = "Name a local directory or a .gguf file, or get on line"
         if section.name == SMOLLM2:

@@ -157,18 +157,7 @@ class ShardWriter:
 
     def __init__(self, path: Path, infos: Sequence[TensorInfo]) -> None:
         self._path, self._draft = path, path.with_name(f".{path.name}.tmp")
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        end = 0
-        for info in infos:
-            start, end = end, end + info.nbytes
-            header[info.name] = {
-                "dtype": _CODES[info.dtype],
-                "shape": list(info.shape),
-                "data_offsets": [start, end],
-            }
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)  # tensors start aligned
-        self._head = len(text).to_bytes(8, "little") + text
+        self._head = _head(infos)
         self._places: dict[str, tuple[TensorInfo, int]] = {}
         offset = len(self._head)
         for info in infos:
@@ -218,6 +207,27 @@ class ShardWriter:
                     self._flush.result()  # a disk tells of its failure once
                 self._flush = self._disk.submit(os.fdatasync, self._file.fileno())
                 self._unflushed = 0
+
+
+def shard_bytes(infos: Sequence[TensorInfo]) -> int:
+    """How large a file with these tensors is."""
+    return len(_head(infos)) + sum(info.nbytes for info in infos)
+
+
+def _head(infos: Sequence[TensorInfo]) -> bytes:
+    """What comes before the tensors of a file."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for info in infos:
+        start, end = end, end + info.nbytes
+        header[info.name] = {
+            "dtype": _CODES[info.dtype],
+            "shape": list(info.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors start aligned
+    return len(text).to_bytes(8, "little") + text
 
 
 def write_shard(path: Path, infos: Sequence[TensorInfo], tensors: Iterable[Tensor]) -> None:

@@ -107,6 +107,16 @@ class Plan:
     def nbytes(self) -> int:
         return sum(merge.info.nbytes for merges in self.shards.values() for merge in merges)
 
+    @property
+    def infos(self) -> dict[str, list[TensorInfo]]:
+        """The tensors of each file."""
+        return {file: [merge.info for merge in merges] for file, merges in self.shards.items()}
+
+    @property
+    def is_sharded(self) -> bool:
+        """Several files have an index beside them."""
+        return set(self.shards) != {SINGLE}
+
 
 def nf4_modules(model: PreTrainedModel) -> frozenset[str]:
     """Names of the weights that loading in NF4 quantizes."""
@@ -186,15 +196,13 @@ def write(
         if (folder / file).is_file():
             on_bytes(sum(merge.info.nbytes for merge in merges))
             continue
-        infos = [merge.info for merge in merges]
-        with ShardWriter(folder / file, infos) as shard, _threads(weights) as pool:
+        with ShardWriter(folder / file, plan.infos[file]) as shard, _threads(weights) as pool:
             work = partial(_write_part, weights=weights, shard=shard)
             parts = [part for merge in merges for part in _parts(merge, weights)]
             for done in pool.map(work, parts):
                 on_bytes(done)
-    if set(plan.shards) != {SINGLE}:
-        written = {file: [m.info for m in merges] for file, merges in plan.shards.items()}
-        write_index(folder, written)
+    if plan.is_sharded:
+        write_index(folder, plan.infos)
     else:
         with suppress(FileNotFoundError):
             (folder / INDEX).unlink()
