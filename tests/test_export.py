@@ -15,22 +15,25 @@ from typing import Any
 import exporting
 import pytest
 import torch
+import yaml
 from exporting import TARGETS, make_run, random_adapter
 from peft import PeftModel
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from srlm_lite.config import Base
+from srlm_lite.config import Base, recipe_from
 from srlm_lite.errors import ProofError, UserError
+from srlm_lite.export import card
 from srlm_lite.export.export import Export, Wish
 from srlm_lite.export.source import find_source
+from srlm_lite.methods import METHODS
 from srlm_lite.model import merge, parity
 from srlm_lite.model.base import load_base, skeleton
 from srlm_lite.model.chat import ChatFormat
 from srlm_lite.model.checkpoint import Checkpoint, ShardWriter, TensorInfo, write_shard
 from srlm_lite.model.stack import Adapter, Slot
 from srlm_lite.progress import Silent
-from srlm_lite.run_dir import RunDir
+from srlm_lite.run_dir import RunDir, read_json
 
 IDS = torch.tensor([[5, 17, 99, 3, 42, 250, 7, 7, 61, 12]])
 
@@ -562,18 +565,39 @@ def test_a_damaged_base_is_named(tmp_path: Path) -> None:
 
 def test_the_card_tells_the_lineage(run: RunDir, tmp_path: Path) -> None:
     export(run, tmp_path / "out")
-    card = (tmp_path / "out" / "README.md").read_text()
+    text = (tmp_path / "out" / "README.md").read_text()
     facts = run.facts()
-    for text in (
+    for part in (
         facts["digest"],
         json.loads(run.base_json.read_text())["sha256"],
-        "anchor + delta 2",
+        "the anchor and delta 2, which began at zero on the anchor",
+        "M3 of a run of the method `self-rewarding`",
+        "2 iterations followed, of answering prompts, grading its own answers and DPO",
         "| M3 | 14 | 0.75 | 0.10 | 0.98 | 220 |",  # pairs, judge, length as in `finish`
         "answers grew from 100 to 220 characters",
         "self-rewarding, seed 0",
     ):
-        assert text in card, text
+        assert part in text, part
     recipe = (tmp_path / "out" / "recipe.yaml").read_text()
     assert "name: by-hand" in recipe
+    assert "rlhf:" not in recipe  # what the method does not have
+    recipe_from(yaml.safe_load(recipe), where="recipe.yaml")
     # Where things lie on this machine is nobody's business.
-    assert str(tmp_path) not in card + recipe
+    assert str(tmp_path) not in text + recipe
+
+
+@pytest.mark.parametrize(
+    ("method", "tags"), [("spin", ["dpo"]), ("cream", ["self-rewarding", "dpo"])]
+)
+def test_the_card_names_what_the_method_does(
+    tiny_base_dir: Path, tmp_path: Path, method: str, tags: list[str]
+) -> None:
+    assert card.MADE_BY.keys() == METHODS.keys()
+    adapters = [random_adapter(tiny_base_dir, seed=seed) for seed in (0, 1)]
+    run = make_run(tmp_path / "run", tiny_base_dir, adapters=adapters, method=method)
+    base = read_json(run.base_json)
+    facts = {"base": base, "onto": "original", "dtype": "bfloat16", "rank": 8}
+    text = card.card(find_source(run.path, "last"), form="merged", **facts)
+    assert yaml.safe_load(text.split("---")[1])["tags"] == tags
+    assert f"1 iteration followed, of {card.MADE_BY[method]}" in text
+    assert "grading its own answers" not in text

@@ -7,13 +7,15 @@ from typing import Any
 
 import yaml
 
-from srlm_lite.config import Recipe
+from srlm_lite.config import METHOD_SECTIONS, Recipe
 from srlm_lite.export.source import Source
 from srlm_lite.report.facts import gather, public_settings
 from srlm_lite.report.markdown import measured, warned_of
 
 CARD = "README.md"
 RECIPE = "recipe.yaml"
+
+_PLACE = 'place = "..."  # this repository, or a directory with its files\n'
 
 
 def write_card(
@@ -34,8 +36,12 @@ def write_card(
 
 
 def public_recipe(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as run, with the names of files and directories in place of their paths."""
-    return public_settings(recipe.model_dump(mode="json"))
+    """The recipe as run, without the sections of other methods.
+
+    Files and directories have their names in place of their paths.
+    """
+    others = {section for method, section in METHOD_SECTIONS.items() if method != recipe.method}
+    return public_settings(recipe.model_dump(mode="json", exclude=others))
 
 
 def card(
@@ -45,7 +51,7 @@ def card(
     head: dict[str, Any] = {
         "library_name": "peft" if form == "adapter" else "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["self-rewarding", "dpo", *(["lora"] if form == "adapter" else [])],
+        "tags": _tags(source, form),
     }
     if base["kind"] == "hub":
         relation = "adapter" if form == "adapter" else "finetune"
@@ -56,7 +62,7 @@ def card(
         f"# {source.name}",
         _about(source, base),
         "## Lineage\n\n" + _lineage(source, base, form=form, onto=onto, dtype=dtype),
-        "## Measured\n\n" + measured(facts),
+        "## Measured\n\n" + measured(facts) + _measured_on(source, form, onto),
     ]
     if warned := warned_of(facts):
         parts.append(warned)
@@ -64,17 +70,52 @@ def card(
     return "\n\n".join(parts) + "\n"
 
 
+MADE_BY = {
+    "self-rewarding": "answering prompts, grading its own answers and DPO on the pairs "
+    "([Yuan et al. 2024](https://arxiv.org/abs/2401.10020))",
+    "dpo": "DPO on replies that humans ranked "
+    "([Rafailov et al. 2023](https://arxiv.org/abs/2305.18290))",
+    "spin": "DPO on a human's answers against its own "
+    "([Chen et al. 2024](https://arxiv.org/abs/2401.01335))",
+    "cream": "answering prompts and DPO on its own rankings, as far as two models in a row agree "
+    "on them ([Wang et al. 2024](https://arxiv.org/abs/2410.12735))",
+    "meta-rewarding": "answering prompts, grading its own answers, comparing its own grades, and "
+    "DPO on the pairs of both ([Wu et al. 2024](https://arxiv.org/abs/2407.19594))",
+    "dno": "answering prompts beside a teacher, grading the answers and DPO on the pairs with a "
+    "wide margin ([Rosset et al. 2024](https://arxiv.org/abs/2404.03715))",
+    "scir": "answering prompts, grading its own answers and DPO on the pairs that its implicit "
+    "reward agrees with (after [2502.08922](https://arxiv.org/abs/2502.08922), in a formulation "
+    "of srlm-lite's own)",
+    "rlaif": "revising its own answers by written principles, then DPO on its anchor's labels "
+    "by them ([Bai et al. 2022](https://arxiv.org/abs/2212.08073))",
+    "rlhf": "RLOO against a reward model of replies that humans ranked "
+    "([Ouyang et al. 2022](https://arxiv.org/abs/2203.02155), "
+    "[Ahmadian et al. 2024](https://arxiv.org/abs/2402.14740))",
+    "temporal": "answering prompts, grading its own answers and DPO on the next model's best "
+    "answers against the first one's worst ([2508.06026](https://arxiv.org/abs/2508.06026))",
+}
+"""What an iteration of each method does, and where it is from."""
+_NOT_SELF_REWARDING = ("dpo", "spin", "rlhf")
+
+
+def _tags(source: Source, form: str) -> list[str]:
+    method = source.recipe.method
+    tags = [] if method in _NOT_SELF_REWARDING else ["self-rewarding"]
+    tags += ["rloo" if method == "rlhf" else "dpo"] if source.iteration else ["sft"]
+    return [*tags, *(["lora"] if form == "adapter" else [])]
+
+
 def _about(source: Source, base: dict[str, Any]) -> str:
-    what = f"{source.iteration} iterations" if source.iteration != 1 else "one iteration"
-    if not source.iteration:
-        return (
-            f"The anchor (M1) of a self-rewarding run on {_base_name(base)}: SFT on instruction "
-            "and judge data. Made with srlm-lite."
-        )
+    section, n = source.recipe.anchor, source.iteration
+    kinds = [("instruction", section.use_ift), ("judge", section.use_eft)]
+    data = " and ".join(kind for kind, used in kinds if used)
+    anchor = f"the anchor, made by SFT on {data} data"
+    of = f"of a run of the method `{source.recipe.method}` on {_base_name(base)}"
+    if not n:
+        return f"M1 {of}: {anchor}. Made with srlm-lite."
     return (
-        f"M{source.iteration + 1} of a self-rewarding run on {_base_name(base)}: after {what} of "
-        "answering prompts, grading its own answers and DPO on the pairs "
-        "([Yuan et al. 2024](https://arxiv.org/abs/2401.10020)). Made with srlm-lite."
+        f"M{n + 1} {of}. M1 is {anchor}; {n} iteration{'s' if n > 1 else ''} followed, of "
+        f"{MADE_BY[source.recipe.method]}. Made with srlm-lite."
     )
 
 
@@ -89,17 +130,49 @@ def _lineage(source: Source, base: dict[str, Any], *, form: str, onto: str, dtyp
     commit = (
         f"revision `{base['revision']}`" if "revision" in base else f"sha256 `{base['sha256']}`"
     )
-    stack = "anchor" + (f" + delta {source.iteration}" if source.iteration else "")
-    delta = f"each delta starts from the {recipe.dpo.init}, reference: {recipe.dpo.reference}"
-    weights = f"one LoRA, {dtype}" if form == "adapter" else f"merged, {dtype}, onto {onto} weights"
+    kind = {"hub": "on the Hub", "gguf": "a GGUF file", "directory": "a directory"}[base["kind"]]
+    weights = "one LoRA, " if form == "adapter" else f"merged onto the {onto} weights, "
     rows = [
-        ("base", f"{_base_name(base)} ({base['kind']}), {commit}{quantization}"),
-        ("stack", f"{stack}; {delta}" if source.iteration else stack),
-        ("method", f"{recipe.method}, seed {recipe.seed}, pairs by {recipe.pairing.source}"),
+        ("base", f"{_base_name(base)} ({kind}), {commit}{quantization}"),
+        ("stack", _stack(source)),
+        ("method", f"{recipe.method}, seed {recipe.seed}{_pairs_by(recipe)}"),
         ("recipe", f"`{recipe.name}`, digest `{facts['digest']}`; as run in `{RECIPE}`"),
-        ("weights", weights),
+        ("weights", f"{weights}{dtype}; held against the stack, see `parity.json`"),
     ]
     return "\n".join(f"- **{name}:** {text}" for name, text in rows)
+
+
+def _stack(source: Source) -> str:
+    if not source.iteration:
+        return "the anchor alone"
+    dpo = source.recipe.dpo
+    goes_on = dpo.init == "previous" and source.iteration > 1
+    begins = f"which {'went on from the one before' if goes_on else 'began at zero on the anchor'}"
+    reference = {"init": "the model it began as", "anchor": "the anchor"}[dpo.reference]
+    return (
+        f"the anchor and delta {source.iteration}, {begins}; the reference of its training was "
+        f"{reference}"
+    )
+
+
+def _pairs_by(recipe: Recipe) -> str:
+    if recipe.method in _NOT_SELF_REWARDING:
+        return ""
+    return {
+        "judge": "",
+        "random": ", pairs drawn blindly",
+        "gold": ", pairs by the gold scorer",
+    }[recipe.pairing.source]
+
+
+def _measured_on(source: Source, form: str, onto: str) -> str:
+    if source.recipe.base.quantization == "none" or form == "adapter" or onto != "original":
+        return ""
+    return (
+        "\n\nThese are figures of the stack on the base in NF4, as it was trained. The "
+        "weights here are merged onto what NF4 had rounded; how far their answers are from that "
+        "is in `parity.json` (`against_nf4`)."
+    )
 
 
 def _nf4(recipe: Recipe) -> str:
@@ -111,11 +184,12 @@ def _use(form: str, rank: int) -> str:
         room = next(size for size in (8, 16, 32, 64, 128, 256, 320, 512, rank) if size >= rank)
         return (
             "```python\nfrom peft import AutoPeftModelForCausalLM\n\n"
-            'model = AutoPeftModelForCausalLM.from_pretrained("PATH")\n```\n\n'
+            f"{_PLACE}model = AutoPeftModelForCausalLM.from_pretrained(place)\n```\n\n"
             f"Its rank is {rank}: vLLM needs `max_lora_rank={room}`."
         )
     return (
         "```python\nfrom transformers import pipeline\n\n"
-        'chat = pipeline("text-generation", "PATH")\n'
-        'chat([{"role": "user", "content": "Hello"}])\n```'
+        f'{_PLACE}chat = pipeline("text-generation", place)\n'
+        'print(chat([{"role": "user", "content": "Hello"}])[0]["generated_text"][-1]["content"])\n'
+        "```"
     )
