@@ -300,6 +300,9 @@ class Gate(Section):
     their score has, as a share of the rubric's scale. The score is the anchor's."""
     truncated: Annotated[float, Field(ge=0, le=1)] = 0.2
     """Largest rise of the share of answers that run into the token limit."""
+    divergence: Annotated[float, Field(gt=0)] = 1.0
+    """How far the policy may go from the anchor, in nats a token of its own answers. It needs no
+    judge, so none can be pleased by what it warns of."""
 
 
 class Evaluate(Section):

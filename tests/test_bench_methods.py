@@ -125,6 +125,10 @@ def test_the_bench_runs_and_goes_on(tmp_path: Path) -> None:
     assert one[0]["gold"] == other[0]["gold"]  # the same anchor
     assert one[1]["pairs"] >= 1 and one[0]["ranker_accuracy"] is not None
     assert other[0]["ranker_accuracy"] is None  # humans have ranked
+    for models in (one, other):
+        assert models[0]["divergence"] == 0  # the anchor itself
+        assert models[1]["divergence"] == pytest.approx(0, abs=0.05)  # a step or two
+        assert models[1]["divergence"] != 0
     assert {"gold", "greedy", "by_criterion"} <= first["base"]["runs"][0].keys()
     assert 0 <= one[1]["consistency"] <= 1
     assert first["cold_anchor"]["gold"][0] is not None

@@ -153,6 +153,20 @@ def test_answers_that_no_longer_end() -> None:
     assert gates(model(truncated_rate=0.6), model(truncated_rate=0.7)) == []
 
 
+def test_a_policy_far_from_the_anchor_whatever_the_grades_say() -> None:
+    anchor = model(anchor_score=2.5, anchor_score_se=0.1, divergence=0.0)
+    near = model(anchor_score=3.7, anchor_score_se=0.1, divergence=0.9)
+    far = model(anchor_score=4.2, anchor_score_se=0.1, divergence=1.1)
+    assert gates(anchor, near) == []
+    assert gates(anchor, near, far) == ["divergence"]
+    assert gates(anchor, near, far, divergence=2.0) == []
+    assert "1.1 nats a token from the anchor" in findings([anchor, far], Gate())[0].text
+    # Its high grades do not make it the best model.
+    best = best_model([anchor, near, far])
+    assert best is not None
+    assert best.place == 1
+
+
 def panel(value: float, se: float = 0.01) -> dict[str, Any]:
     task = {"metric": "acc", "value": value, "se": se}
     return {**model(), "capabilities": {"tasks": {"arc_easy": task}}}

@@ -136,6 +136,16 @@ def _truncated(before: Sequence[Evaluation], now: Evaluation, gate: Gate) -> Ite
         )
 
 
+def _divergence(before: Sequence[Evaluation], now: Evaluation, gate: Gate) -> Iterator[str]:
+    found = now["policy"].get("divergence")
+    if found is not None and found > gate.divergence:
+        yield (
+            f"the model has gone {found:.1f} nats a token from the anchor: so far from what it was "
+            "taught on, grades say little, however high; lower dpo.learning_rate, raise dpo.beta "
+            "(rlhf.kl_weight with the method rlhf), or stop at the best iteration"
+        )
+
+
 def _capability(before: Sequence[Evaluation], now: Evaluation, gate: Gate) -> Iterator[str]:
     if not before:
         return
@@ -161,6 +171,7 @@ CHECKS: tuple[Check, ...] = (
     _anchor_score,
     _length,
     _truncated,
+    _divergence,
     _capability,
 )
 
@@ -188,7 +199,7 @@ FIGURES = ("gold_mean", "anchor_score")
 """What the policy is compared by: the first one that all models have."""
 
 
-BROKEN = {"one_score", "readable", "judge_accuracy", "truncated"}
+BROKEN = {"one_score", "readable", "judge_accuracy", "truncated", "divergence"}
 """Gates on which a model fails that is broken; the anchor's grades may be high all the same."""
 
 

@@ -19,6 +19,7 @@ from srlm_lite.judging import mean_scores
 from srlm_lite.records import Candidate, Prompt
 from srlm_lite.run_dir import RunDir, StageDir, read_json, write_json, write_records
 from srlm_lite.session import Session
+from srlm_lite.stages.likelihood import candidate_likelihoods
 from srlm_lite.stages.sampling import judge_replies, sample_candidates
 from srlm_lite.stages.seed_data import data_file, ifeval_tasks, policy_prompts, read_ranked
 
@@ -114,6 +115,7 @@ def _policy(
     return {
         **figures,
         **graded,
+        **_divergence(session, directory, stack, prompts, sampled),
         "intervals": {**figures["intervals"], **ends},
         "temperature": temperature,
         "greedy": policy_metrics(texts, greedy, gold),
@@ -173,6 +175,44 @@ def _grades(
             if f"anchor_{key}" in figures:
                 figures[f"self_{key}"] = figures[f"anchor_{key}"]
     return {**figures, "score_scale": [session.rubric.min, session.rubric.max]}, ends
+
+
+def _divergence(
+    session: Session,
+    directory: StageDir,
+    stack: Sequence[Adapter],
+    prompts: Sequence[Prompt],
+    answers: Sequence[Candidate],
+) -> dict[str, float]:
+    """How far the policy has gone from the anchor, in nats a token of its own answers.
+
+    The mean log-ratio over as many of the sampled answers as are graded: an estimate of the
+    Kullback-Leibler divergence, at the temperature at which they were drawn if that is 1.
+
+    Returns:
+        `divergence`; nothing for the bare base, and where a server answers in the policy's place.
+    """
+    recipe, run = session.recipe, session.run
+    some = [row for row in answers if row.text][: recipe.evaluate.judged_answers]
+    if not (some and stack and run.anchor.training.is_file()):
+        return {}
+    if recipe.rollout.engine == "openai":
+        return {}
+    if directory.path == run.anchor.path:
+        return {"divergence": 0.0}
+    own, anchor = (
+        candidate_likelihoods(
+            session,
+            model,
+            prompts,
+            some,
+            path=directory.evaluation_dir / f"likelihoods_{name}.jsonl",
+        )
+        for name, model in (("own", stack), ("anchor", session.stack(0)))
+    )
+    tokens = sum(row.n_tokens for row in own.values())
+    ratio = sum(row.logp - anchor[name].logp for name, row in own.items())
+    return {"divergence": round(ratio / tokens, 4)} if tokens else {}
 
 
 def _ifeval(session: Session, directory: StageDir, stack: Sequence[Adapter]) -> dict[str, Any]:
