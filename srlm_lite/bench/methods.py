@@ -67,7 +67,7 @@ GROUPS: dict[str, dict[str, Case]] = {
     "Learning from ranked replies": {
         "dpo": Case("toy-dpo", ("prompts.per_iteration=80",)),  # its file has 240
         "spin": Case("toy-spin"),
-        # One pass over the pairs in place of three: a third of the time, 2 points of accuracy less.
+        # One pass over the pairs in place of three: a third of the time.
         "rlhf": Case("toy-rlhf", ("rlhf.reward.epochs=1",)),
     },
     "Other ways with the own grades": {
