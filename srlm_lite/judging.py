@@ -297,7 +297,15 @@ def mean_scores(judgements: Iterable[Judgement], *, min_votes: int) -> dict[str,
 
 def votes_by_candidate(judgements: Iterable[Judgement]) -> dict[str, Sequence[float | None]]:
     """All votes of each candidate, unreadable ones as None."""
-    votes: dict[str, list[float | None]] = {}
+    return {
+        candidate_id: [row.score for row in rows]
+        for candidate_id, rows in by_candidate(judgements).items()
+    }
+
+
+def by_candidate(judgements: Iterable[Judgement]) -> dict[str, tuple[Judgement, ...]]:
+    """The judgements of each candidate, in their order."""
+    found: dict[str, list[Judgement]] = {}
     for judgement in judgements:
-        votes.setdefault(judgement.candidate_id, []).append(judgement.score)
-    return dict(votes)
+        found.setdefault(judgement.candidate_id, []).append(judgement)
+    return {candidate_id: tuple(rows) for candidate_id, rows in found.items()}

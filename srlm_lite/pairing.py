@@ -18,6 +18,9 @@ CANDIDATE_REASONS = ("truncated", "empty", "duplicate", "unreadable", "too_few_v
 PROMPT_REASONS = (*CANDIDATE_REASONS, "tied", "too_long")
 """Why a prompt gave no pair."""
 
+JUDGE = "judge"
+"""Origin of a pair of judgements."""
+
 Scores = Mapping[str, float | None]
 """Score by candidate; None is unreadable."""
 

@@ -397,8 +397,7 @@ class IterationDir(StageDir):
     @property
     def judged_candidates(self) -> list[Path]:
         """The files that exist of candidates in `judgements`: the policy's, and others beside."""
-        files = (self.candidates, self.past_candidates, self.teacher_candidates)
-        return [path for path in files if path.is_file()]
+        return _existing(self.candidates, self.past_candidates, self.teacher_candidates)
 
     @property
     def future_candidates(self) -> Path:
@@ -408,6 +407,16 @@ class IterationDir(StageDir):
     @property
     def future_judgements(self) -> Path:
         return self.path / "future_judgements.jsonl"
+
+    @property
+    def all_candidates(self) -> list[Path]:
+        """Those of a provisional next model too, where there are any."""
+        return [*self.judged_candidates, *_existing(self.future_candidates)]
+
+    @property
+    def all_judgements(self) -> list[Path]:
+        """On `all_candidates`, by the model that made the pairs."""
+        return [*_existing(self.judgements), *_existing(self.future_judgements)]
 
     @property
     def earlier_judgements(self) -> Path:
@@ -729,6 +738,10 @@ class RunDir:
             return ""
         content = self.metrics.read_bytes()
         return content[: content.rfind(b"\n") + 1].decode("utf-8")
+
+
+def _existing(*paths: Path) -> list[Path]:
+    return [path for path in paths if path.is_file()]
 
 
 def _adapter_files(folder: Path) -> tuple[Path, ...]:

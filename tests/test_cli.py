@@ -23,8 +23,8 @@ from srlm_lite.cli.progress import _duration, summary
 from srlm_lite.cli.tables import closing_table
 from srlm_lite.config import load_recipe, recipe_from, recipes_dir, shipped_recipes
 from srlm_lite.errors import UserError
-from srlm_lite.records import Candidate, Judgement, PreferencePair, Prompt
-from srlm_lite.run_dir import RunDir, StageDir, write_json, write_records
+from srlm_lite.records import Candidate, Judgement, Label, PreferencePair, Prompt, Revision
+from srlm_lite.run_dir import IterationDir, RunDir, StageDir, write_json, write_records
 from srlm_lite.stages.seed_data import check_inputs
 
 GOLD = "srlm_lite.tasks.toy:gold"
@@ -366,6 +366,150 @@ def test_show_candidates_defaults_to_the_last_iteration(cli: Cli, run: RunDir) -
     assert "--- p1#2   1 tokens, ended by length\n  Cut\n" in done.stdout
     rows = cli("show", "candidates", "--adapters", run.path, "--json").stdout
     assert json.loads(rows)["candidate_id"] == "p1#0"
+
+
+def method_run(path: Path, method: str, *rest: str) -> tuple[RunDir, IterationDir]:
+    """A run of a method with an iteration of one prompt and two candidates."""
+    run = RunDir(path / "out")
+    run.open(load_recipe("toy", [f"method={method}", *rest]), {"versions": {}})
+    place = run.iteration(1)
+    write_records(place.prompts, [Prompt("p", "Why?")])
+    write_records(place.candidates, [_candidate("p#0", "Because."), _candidate("p#1", "No.")])
+    return run, place
+
+
+def _candidate(name: str, text: str) -> Candidate:
+    return Candidate("p", name, text, 2, "stop")
+
+
+def _pair(better: float, worse: float, chosen: str = "p#0", origin: str = "") -> PreferencePair:
+    return PreferencePair(
+        "p", "Why?", chosen, "p#1", "Because.", "No.", better, worse, origin=origin
+    )
+
+
+@pytest.mark.parametrize(
+    ("method", "pair", "heading", "chosen", "why"),
+    [
+        (
+            "dpo",
+            _pair(0.0, -2.0, "r7"),
+            "p   minus human rank 0 against -2",
+            "chosen (r7)",
+            "humans have ranked the replies",
+        ),
+        (
+            "spin",
+            _pair(1.0, 0.0, "p#human"),
+            "p",
+            "chosen (p#human)",
+            "a human's answer counts as better than the model's",
+        ),
+        (
+            "cream",
+            _pair(-3.5, -8.0),
+            "p   log-likelihood above the base's -3.5 against -8",
+            "chosen (p#0)",
+            "their likelihood ranks them",
+        ),
+    ],
+)
+def test_show_of_methods_without_a_judge(
+    cli: Cli, tmp_path: Path, method: str, pair: PreferencePair, heading: str, chosen: str, why: str
+) -> None:
+    run, place = method_run(tmp_path, method)
+    write_records(place.judgements, [])
+    write_records(place.pairs, [pair])
+    done = cli("show", "pairs", "--adapters", run.path)
+    assert done.stdout == (
+        f"--- {heading}\nWhy?\n\n{chosen}\n  Because.\n\nrejected (p#1)\n  No.\n\n"
+    )
+    done = cli("show", "judgements", "--adapters", run.path)
+    assert (done.returncode, done.stdout) == (0, "")
+    assert done.stderr == f"this run's candidates are not graded: {why}\n"
+    assert "p#1   2 tokens" in cli("show", "candidates", "--adapters", run.path).stdout
+
+
+def test_show_of_rlhf_has_rewards_without_words(cli: Cli, tmp_path: Path) -> None:
+    run, place = method_run(tmp_path, "rlhf")
+    rewards = [Judgement("p#0", 0, "", 1.25), Judgement("p#1", 0, "", None, "length")]
+    write_records(place.judgements, rewards)
+    write_records(place.pairs, [])
+    done = cli("show", "judgements", "--adapters", run.path)
+    assert done.stdout == (
+        "--- p#0   reward 1.25\n  Because.\n\n--- p#1   reward unreadable\n  No.\n\n"
+    )
+    done = cli("show", "pairs", "--adapters", run.path)
+    assert (done.returncode, done.stdout) == (0, "")
+    assert "the policy learns from the rewards of its own answers" in done.stderr
+
+
+def test_show_of_rlaif_has_revisions_then_labels(cli: Cli, tmp_path: Path) -> None:
+    run, place = method_run(tmp_path, "rlaif")
+    for made in (place.judgements, place.pairs):
+        write_records(made, [])
+    write_records(
+        place.revisions,
+        [
+            Revision("p", "p#0", 1, "kind", "Too short.", "Because of rain."),
+            Revision("p", "p#1", 1, "true", "It", None),
+        ],
+    )
+    done = cli("show", "judgements", "--adapters", run.path)
+    assert done.stdout == (
+        "--- p#0 round 1   principle kind\n  Because.\n  the critique:\n    Too short.\n"
+        "  the revision:\n    Because of rain.\n\n"
+        "--- p#1 round 1   principle true\n  No.\n  the critique:\n    It\n"
+        "  the revision:\n    (unusable)\n\n"
+    )
+    rows = cli("show", "judgements", "--adapters", run.path, "--json").stdout
+    assert [json.loads(row)["principle"] for row in rows.splitlines()] == ["kind", "true"]
+    done = cli("show", "pairs", "--adapters", run.path)
+    assert "in its first iteration the policy learns from revisions" in done.stderr
+
+    place.revisions.unlink()  # as in the iterations after it
+    write_records(place.labels, [Label("p", "p#0", "p#1", "kind", 0.75)])
+    write_records(place.pairs, [_pair(0.75, 0.25)])
+    done = cli("show", "judgements", "--adapters", run.path)
+    assert done.stdout == (
+        "--- p   principle kind, the first is better: 0.75\np#0\n  Because.\n\np#1\n  No.\n\n"
+    )
+    done = cli("show", "pairs", "--adapters", run.path)
+    assert "--- p   probability of being better 0.75 against 0.25, principle kind\n" in done.stdout
+    assert "votes" not in done.stdout and "the judge:" not in done.stdout
+
+
+def test_show_pairs_says_where_a_pair_is_from(cli: Cli, tmp_path: Path) -> None:
+    """Of judgements, of an earlier iteration, of a model to come: each with its own votes."""
+    run, old = method_run(tmp_path, "meta-rewarding")
+    write_records(old.judgements, [Judgement("p#0", 0, "Old words.", 4.0)])
+    write_records(old.pairs, [])
+    new = run.iteration(2)
+    write_records(new.candidates, [_candidate("p#0", "Because."), _candidate("p#1", "No.")])
+    write_records(new.judgements, [Judgement("p#0", 0, "New words.", 2.0)])
+    write_records(new.future_candidates, [_candidate("p#future-0", "So.")])
+    write_records(new.future_judgements, [Judgement("p#future-0", 0, "Words to come.", 5.0)])
+    pairs = [
+        _pair(2.0, 1.0),
+        _pair(4.0, 1.0, origin="replay, 1 back"),
+        _pair(0.9, -0.9, "p#0:3", origin="judge"),
+        _pair(5.0, 1.0, "p#future-0"),
+    ]
+    write_records(new.pairs, pairs)
+    told = cli("show", "pairs", "--adapters", run.path, "--limit", "0").stdout.split("--- ")[1:]
+    assert [one.splitlines()[0] for one in told] == [
+        "p   2 against 1",
+        "p   4 against 1, replay, 1 back",
+        "p   rating by the meta-judge 0.9 against -0.9, a pair of judgements",
+        "p   5 against 1",
+    ]
+    words = ("New words.", "Old words.", None, "Words to come.")
+    for one, said in zip(told, words, strict=True):
+        assert (said in one) if said else ("the judge:" not in one)
+    assert "future-0 vote 0   score 5\n  So.\n" in (
+        cli("show", "judgements", "--adapters", run.path).stdout
+    )
+    assert "So." in cli("show", "candidates", "--adapters", run.path).stdout
 
 
 def test_show_run(cli: Cli, run: RunDir) -> None:

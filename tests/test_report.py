@@ -7,6 +7,7 @@ import gzip
 import json
 import re
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from typer.testing import CliRunner
 from srlm_lite.cli.main import app
 from srlm_lite.errors import UserError
 from srlm_lite.evaluate.judge_metrics import collapsed_score
-from srlm_lite.records import PreferencePair
+from srlm_lite.records import Judgement, Label, PreferencePair
 from srlm_lite.report.answer import LENGTH_GROWTH, answer, best, duration, worries
 from srlm_lite.report.charts import MOST_POINTS, groups
 from srlm_lite.report.draw import VARIABLES, svg
@@ -115,8 +116,6 @@ def test_votes_that_disagree() -> None:
 
 
 def _votes(name: str, scores: tuple[float | None, ...]) -> list[Any]:
-    from srlm_lite.records import Judgement
-
     return [Judgement(name, i, "", score) for i, score in enumerate(scores)]
 
 
@@ -280,6 +279,91 @@ def test_a_run_without_a_judge_or_with_one_that_nobody_can_read(tmp_path: Path) 
     assert facts.iterations[0].votes == {} and facts.iterations[0].scored == ()
     assert facts.iterations[1].votes == {"2": 12, "unreadable": 36}
     whole(run)
+
+
+def slugs(facts: Facts) -> set[str]:
+    """Of the charts."""
+    return {chart.slug for group in groups(facts) for chart in group.charts}
+
+
+def test_a_run_of_rlhf(tmp_path: Path) -> None:
+    """Rewards have no words and no scale, there are no pairs, and RLOO is no DPO."""
+    run = new_run(tmp_path / "out", "method=rlhf")
+    add_anchor(run)
+    place = add_iteration(run, 1, some_pairs(12), steps=0)
+    rewards = read_records(place.judgements, Judgement)
+    write_records(place.judgements, [replace(row, text="", vote=0) for row in rewards])
+    write_records(place.pairs, [])
+    told = {"steps": 9, "step0_kl": 0.0, "first_reward": 1.0, "last_reward": 2.5, "kl": 0.1}
+    write_json(place.delta_place.training, told)
+    run.metrics.unlink()
+    run.add_metrics({"iteration": 0, "stage": "anchor", "seconds": 1.0})
+    drawn = {"drawn": 24, "gold_pairwise_accuracy": 0.5, **told}
+    run.add_metrics({"iteration": 1, "stage": "delta", "seconds": 9.0, **drawn})
+    facts = gather(run)
+    assert facts.iterations[0].votes == {} and len(facts.iterations[0].scored) == 24
+    assert {"rloo-reward", "rloo-divergence", "length-1"} <= slugs(facts)
+    assert slugs(facts).isdisjoint({"dpo-end", "dpo-loss", "kept"})
+    tables = {chart.slug: chart.table for group in groups(facts) for chart in group.charts}
+    assert tables["rloo-reward"][1] == ("iteration 1", "1.000", "2.500")
+    assert tables["seconds"][0] == ("", "anchor", "RLOO")
+    assert tables["agreement"][0][-1] == "reward model on the policy's answers, by gold"
+    assert tables["length-1"][0] == ("characters", "candidates", "mean reward")
+    assert "24 answers drawn in training" in answer(facts).cost[-1]
+    page = whole(run)
+    assert "This method makes none: the policy learns from the rewards" in page
+    assert "votes a candidate" not in page and "weight of the divergence" in page
+    assert "implicit ones" not in page
+
+
+def test_a_run_of_rlaif(tmp_path: Path) -> None:
+    """SFT on revisions, then pairs labelled by principles."""
+    run = new_run(tmp_path / "out", "method=rlaif")
+    add_anchor(run)
+    first = add_iteration(run, 1, [], steps=0)
+    write_json(first.delta_place.training, {"steps": 3, "first_loss": 2.0, "last_loss": 1.0})
+    second = add_iteration(run, 2, some_pairs(3), judged=False)
+    pair = read_records(second.pairs, PreferencePair)[0]
+    label = Label(pair.prompt_id, pair.rejected_id, pair.chosen_id, "be kind", 0.2)
+    write_records(second.labels, [label])
+    page = whole(run)
+    assert [row["by"] for row in packed_rows(page)] == ["be kind", "", ""]
+    assert 'data-score="probability of being better"' in page
+    assert "the anchor labels them by written principles" in page
+    assert "dpo-end" not in slugs(gather(run))  # SFT has a loss too
+    assert "SFT, then DPO" in page
+
+
+@pytest.mark.parametrize(
+    ("method", "score", "unread"),
+    [
+        ("dpo", "minus human rank", "candidates a prompt"),
+        ("spin", "", "beta"),
+        ("cream", "log-likelihood above the base&#39;s", "answers a prompt"),
+    ],
+)
+def test_a_run_of_a_method_without_a_judge(
+    tmp_path: Path, method: str, score: str, unread: str
+) -> None:
+    run = new_run(tmp_path / "out", f"method={method}")
+    add_anchor(run)
+    add_iteration(run, 1, some_pairs(12), judged=False)
+    page = whole(run)
+    assert f'data-score="{score}"' in page
+    assert f"<dt>{unread}</dt>" not in page and "<dt>votes a candidate</dt>" not in page
+    assert "own candidates" not in page and "length-1" not in slugs(gather(run))
+
+
+def test_pairs_of_judgements_are_no_answers(tmp_path: Path) -> None:
+    run = new_run(tmp_path / "out", "method=meta-rewarding")
+    add_anchor(run)
+    long = Told("which judgement?", Reply("x" * 500, [1.0]), Reply("y" * 500, [0.0]), "judge")
+    pairs = [Told("q", Reply("a" * 20, [4.0]), Reply("b" * 10, [1.0])), long]
+    add_iteration(run, 1, pairs)
+    facts = gather(run)
+    tables = {chart.slug: chart.table for group in groups(facts) for chart in group.charts}
+    assert tables["length-by-model"][1][-2:] == ("20", "10")
+    assert [row["g"] is None for row in packed_rows(html(facts))] == [False, True]
 
 
 def test_a_run_from_before_steps_were_kept(run: RunDir) -> None:

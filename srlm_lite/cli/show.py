@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
+from srlm_lite.records import Record
+
 if TYPE_CHECKING:
-    from srlm_lite.records import Record
+    from srlm_lite.report.facts import Pair
+    from srlm_lite.report.words import Words
     from srlm_lite.run_dir import IterationDir, RunDir
+
+R = TypeVar("R", bound=Record)
+T = TypeVar("T", bound="Record | Pair")
 
 app = typer.Typer(help="Look into a run.", no_args_is_help=True)
 
@@ -45,85 +52,98 @@ def pairs(
     adapters: Adapters, iteration: Iteration = None, limit: Limit = 3, json_: Json = False
 ) -> None:
     """Preference pairs: the prompt, both replies, and the judge's words on each."""
-    from srlm_lite.records import Judgement, PreferencePair
-    from srlm_lite.run_dir import read_records
+    from srlm_lite.report.facts import iteration_pairs
 
-    place = _iteration(adapters, iteration)
-    rows = read_records(place.pairs, PreferencePair)
-    if json_:
-        _json(rows, limit)
-        return
-    votes: dict[str, list[Judgement]] = {}
-    for row in read_records(place.judgements, Judgement):
-        votes.setdefault(row.candidate_id, []).append(row)
-    for pair in _first(rows, limit):
-        _heading(f"{pair.prompt_id}   {pair.chosen_score:g} against {pair.rejected_score:g}")
-        typer.echo(f"{pair.prompt}\n")
-        for label, text, name in (
-            ("chosen", pair.chosen, pair.chosen_id),
-            ("rejected", pair.rejected, pair.rejected_id),
+    run_dir, place, words = _opened(adapters, iteration)
+    found = iteration_pairs(run_dir, place.number)
+
+    def tell(pair: Pair) -> None:
+        record = pair.record
+        score = words.score_of(record.origin)
+        name = "" if score == "score" else f"{score} "
+        figures = f"{name}{record.chosen_score:g} against {record.rejected_score:g}"
+        by = f"principle {pair.principle}" if pair.principle else ""
+        known = filter(None, (figures if score else "", by, pair.source))
+        _heading(record.prompt_id, ", ".join(known))
+        typer.echo(f"{record.prompt}\n")
+        for label, text, name, said in (
+            ("chosen", record.chosen, record.chosen_id, pair.chosen_votes),
+            ("rejected", record.rejected, record.rejected_id, pair.rejected_votes),
         ):
-            scores = ", ".join(_score(vote.score) for vote in votes.get(name, []))
-            typer.secho(f"{label} ({name}; votes {scores})", fg="cyan")
+            scores = f"; votes {', '.join(_score(vote.score) for vote in said)}" if said else ""
+            typer.secho(f"{label} ({name}{scores})", fg="cyan")
             typer.echo(_indented(text))
-            if votes.get(name):
-                typer.secho("  the judge:", dim=True)
-                typer.echo(_indented(votes[name][0].text, by="    "))
+            _words("the judge", said[0].text if said else "")
             typer.echo("")
-    _more(len(rows), limit)
+
+    _tell(found, tell, limit, json_, none=_why_no_pairs(words, place))
 
 
 @app.command()
 def judgements(
     adapters: Adapters, iteration: Iteration = None, limit: Limit = 6, json_: Json = False
 ) -> None:
-    """The judge's replies and the scores read from them."""
-    from srlm_lite.records import Candidate, Judgement
-    from srlm_lite.run_dir import read_records
+    """The judge's replies and the scores read from them, or what a method has in their place."""
+    from srlm_lite.records import Judgement, Label, Revision
 
-    place = _iteration(adapters, iteration)
-    rows = read_records(place.judgements, Judgement)
-    if json_:
-        _json(rows, limit)
-        return
-    texts = {
-        row.candidate_id: row.text
-        for path in place.judged_candidates
-        for row in read_records(path, Candidate)
-    }
-    for row in _first(rows, limit):
+    _, place, words = _opened(adapters, iteration)
+    drafts = _texts(place)
+
+    def tell(row: Judgement) -> None:
         wrote = "" if row.sampled_score is None else f" (it wrote {_score(row.sampled_score)})"
-        _heading(f"{row.candidate_id} vote {row.vote}   score {_score(row.score)}{wrote}")
-        typer.echo(_indented(texts[row.candidate_id]))
-        typer.secho("  the judge:", dim=True)
-        typer.echo(_indented(row.text, by="    ") + "\n")
-    _more(len(rows), limit)
+        vote = f" vote {row.vote}" if row.text else ""
+        _heading(f"{row.candidate_id}{vote}", f"{words.judgement} {_score(row.score)}{wrote}")
+        typer.echo(_indented(drafts[row.candidate_id]))
+        _words("the judge", row.text)
+        typer.echo("")
+
+    def tell_revision(row: Revision) -> None:
+        _heading(f"{row.candidate_id} round {row.round}", f"principle {row.principle}")
+        typer.echo(_indented(drafts[row.candidate_id]))
+        _words("the critique", row.critique)
+        _words("the revision", "(unusable)" if row.text is None else row.text)
+        typer.echo("")
+
+    def tell_label(row: Label) -> None:
+        p = "unknown" if row.p_first is None else f"{row.p_first:.2f}"
+        _heading(row.prompt_id, f"principle {row.principle}, the first is better: {p}")
+        for name in (row.first_id, row.second_id):
+            typer.secho(name, fg="cyan")
+            typer.echo(_indented(drafts[name]) + "\n")
+
+    if place.revisions.is_file():
+        _tell(_read([place.revisions], Revision), tell_revision, limit, json_)
+    elif place.labels.is_file():
+        _tell(_read([place.labels], Label), tell_label, limit, json_)
+    else:
+        rows = _read(place.all_judgements or [place.judgements], Judgement)
+        none = words.why_no_votes and f"this run's candidates are not graded: {words.why_no_votes}"
+        _tell(rows, tell, limit, json_, none=none or "no candidate was graded")
 
 
 @app.command()
 def candidates(
     adapters: Adapters, iteration: Iteration = None, limit: Limit = 6, json_: Json = False
 ) -> None:
-    """The policy's sampled answers."""
+    """The answers that pairs are made of: the policy's, and others beside them."""
     from srlm_lite.records import Candidate
-    from srlm_lite.run_dir import read_records
 
-    rows = read_records(_iteration(adapters, iteration).candidates, Candidate)
-    if json_:
-        _json(rows, limit)
-        return
-    for row in _first(rows, limit):
-        _heading(f"{row.candidate_id}   {row.n_tokens} tokens, ended by {row.finish_reason}")
+    def tell(row: Candidate) -> None:
+        _heading(row.candidate_id, f"{row.n_tokens} tokens, ended by {row.finish_reason}")
         typer.echo(_indented(row.text) + "\n")
-    _more(len(rows), limit)
+
+    _, place, _ = _opened(adapters, iteration)
+    _tell(_read(place.all_candidates or [place.candidates], Candidate), tell, limit, json_)
 
 
-def _iteration(adapters: Path, number: int | None) -> IterationDir:
+def _opened(adapters: Path, number: int | None) -> tuple[RunDir, IterationDir, Words]:
+    """The run, the iteration or the last one, and the words of its method."""
     from srlm_lite.errors import UserError
+    from srlm_lite.report.words import words
     from srlm_lite.run_dir import RunDir
 
-    run_dir: RunDir = RunDir(adapters)
-    run_dir.facts()
+    run_dir = RunDir(adapters)
+    facts = run_dir.facts()
     begun = [place.number for place in run_dir.iterations()]
     wanted = number if number is not None else max(begun, default=0)
     if wanted not in begun:
@@ -132,23 +152,55 @@ def _iteration(adapters: Path, number: int | None) -> IterationDir:
             where=str(adapters),
             way_out=f"It has: {', '.join(map(str, begun))}" if begun else None,
         )
-    return run_dir.iteration(wanted)
+    return run_dir, run_dir.iteration(wanted), words(facts["recipe"])
 
 
-def _first(rows: list[Any], limit: int) -> list[Any]:
-    return rows[:limit] if limit else rows
+def _read(paths: Sequence[Path], kind: type[R]) -> list[R]:
+    from srlm_lite.run_dir import read_records
+
+    return [row for path in paths for row in read_records(path, kind)]
 
 
-def _json(rows: list[Any], limit: int) -> None:
+def _texts(place: IterationDir) -> dict[str, str]:
+    """Of the candidates, by their names."""
+    from srlm_lite.records import Candidate
+
+    return {row.candidate_id: row.text for row in _read(place.all_candidates, Candidate)}
+
+
+def _why_no_pairs(words: Words, place: IterationDir) -> str:
+    learns = words.why_no_pairs
+    if place.revisions.is_file():
+        learns = "in its first iteration the policy learns from revisions"
+    return f"this iteration has no preference pairs{f': {learns}' if learns else ''}"
+
+
+def _tell(
+    found: Sequence[T], tell: Callable[[T], None], limit: int, json_: bool, *, none: str = "none"
+) -> None:
+    """The first ones, as rows of JSON or each as it is told; what is left out goes to stderr."""
     import json
 
-    row: Record
-    for row in _first(rows, limit):
-        typer.echo(json.dumps(row.to_row(), ensure_ascii=False))
+    for one in found[:limit] if limit else found:
+        if json_:
+            typer.echo(json.dumps(one.to_row(), ensure_ascii=False))
+        else:
+            tell(one)
+    if not found:
+        typer.echo(none, err=True)
+    elif limit and len(found) > limit and not json_:
+        typer.echo(f"{limit} of {len(found)}; --limit 0 shows all", err=True)
 
 
-def _heading(text: str) -> None:
-    typer.secho(f"--- {text}", bold=True)
+def _heading(name: str, rest: str) -> None:
+    typer.secho(f"--- {name}   {rest}".rstrip(), bold=True)
+
+
+def _words(whose: str, text: str) -> None:
+    """What was said of a reply, below it; nothing where nothing was said."""
+    if text:
+        typer.secho(f"  {whose}:", dim=True)
+        typer.echo(_indented(text, by="    "))
 
 
 def _indented(text: str, *, by: str = "  ") -> str:
@@ -157,8 +209,3 @@ def _indented(text: str, *, by: str = "  ") -> str:
 
 def _score(score: float | None) -> str:
     return "unreadable" if score is None else f"{score:g}"
-
-
-def _more(total: int, limit: int) -> None:
-    if limit and total > limit:
-        typer.echo(f"{limit} of {total}; --limit 0 shows all", err=True)

@@ -29,7 +29,7 @@ from typing import Any
 from scipy.stats import kendalltau, pearsonr, spearmanr
 
 from srlm_lite.evaluate.intervals import Terms, intervals, ratio
-from srlm_lite.judging import mean_scores
+from srlm_lite.judging import by_candidate, mean_scores
 from srlm_lite.records import Judgement, RankedReply
 
 Scores = Mapping[str, float | None]
@@ -68,7 +68,7 @@ def judge_metrics(
     every = groups
     groups = [group for group in groups if len({row.rank for row in group}) > 1]
     scores = mean_scores(judgements, min_votes=1)
-    votes = _votes_by_reply(judgements)
+    votes = by_candidate(judgements)
     terms = {
         **_order_terms(groups, scores),
         "five_best": _five_best_terms(
@@ -101,13 +101,6 @@ def share_in_gold_order(scores: Scores, gold: Mapping[str, float]) -> float | No
             told = 0.0 if score is None or another is None else (score - another) * gap
             credits.append(0.5 if told == 0 else float(told > 0))
     return round(fmean(credits), 4) if credits else None
-
-
-def _votes_by_reply(judgements: Sequence[Judgement]) -> dict[str, list[Judgement]]:
-    votes: dict[str, list[Judgement]] = {}
-    for judgement in judgements:
-        votes.setdefault(judgement.candidate_id, []).append(judgement)
-    return votes
 
 
 def _order_terms(groups: Sequence[Sequence[RankedReply]], scores: Scores) -> dict[str, Terms]:

@@ -28,15 +28,12 @@ from typing import Any
 
 from srlm_lite.judging import fill, load_template, plain_lines
 from srlm_lite.methods.self_rewarding import MadePairs, SelfRewarding
-from srlm_lite.pairing import at_iteration
+from srlm_lite.pairing import JUDGE, at_iteration
 from srlm_lite.records import Candidate, Judgement, PreferencePair, Prompt, Reply
 from srlm_lite.run_dir import IterationDir
 from srlm_lite.session import Session
 from srlm_lite.stages import iteration as stages
 from srlm_lite.stages.sampling import ask, limits_of
-
-JUDGE = "judge"
-"""Origin of a pair of judgements."""
 
 PRIOR = 0.01
 """Wins that every judgement is given over every other before the first battle."""

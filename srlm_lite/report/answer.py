@@ -14,6 +14,18 @@ LENGTH_GROWTH = 1.3
 """Answers longer than the anchor's by this factor are told where no grades of the anchor tell
 whether they are better as well: judges like length for its own sake."""
 
+MADE = (
+    ("candidates", "candidates"),
+    ("delta", "drawn"),
+    ("judgements", "judgements"),
+    ("judgements", "revisions"),
+    ("judgements", "labels"),
+    ("pairs", "pairs"),
+)
+"""Stages and what `metrics.jsonl` says they made."""
+
+MADE_NAMES = {"drawn": "answers drawn in training"}
+
 Improved = Literal["yes", "no", "unclear", "unknown"]
 
 
@@ -226,11 +238,11 @@ def _cost(facts: Facts) -> tuple[str, ...]:
     machine = hardware(facts)
     if machine:
         found.append(f"on {machine}")
-    counts: dict[str, int] = {}
-    for model in facts.models:
-        for stage in ("candidates", "judgements", "pairs"):
-            counts[stage] = counts.get(stage, 0) + int(model.stages.get(stage, {}).get(stage, 0))
-    made = [f"{n:,} {name}" for name, n in counts.items() if n]
+    counts = {
+        key: sum(int(model.stages.get(stage, {}).get(key, 0)) for model in facts.models)
+        for stage, key in MADE
+    }
+    made = [f"{n:,} {MADE_NAMES.get(key, key)}" for key, n in counts.items() if n]
     if made:
         found.append(", ".join(made))
     return tuple(found)

@@ -97,6 +97,7 @@ def number(value: float | None, digits: int = 2) -> str:
 
 def groups(facts: Facts) -> list[Group]:
     """All charts of which the run has the values."""
+    score = facts.words.judgement
     found = [
         Group(
             "answers",
@@ -121,16 +122,18 @@ def groups(facts: Facts) -> list[Group]:
         Group(
             "scores",
             "Scores",
-            "What the judge gave: to held-out replies, whose quality does not change, and to the "
-            "policy's own candidates. One tall bar means that grades say little.",
+            "What each model gave, as judge, to held-out replies, whose quality does not change"
+            + (", and to its own candidates" if any(it.votes for it in facts.iterations) else "")
+            + ". One tall bar means that grades say little.",
             _drawn(*_histograms(facts)),
         ),
         Group(
             "length",
-            "Length against score",
-            "Each point is a candidate; the line is the mean score by fifths of the length. A "
-            "judge that likes length for its own sake shows as a line that rises.",
-            _drawn(*map(_length_against_score, facts.iterations)),
+            f"Length against {score}",
+            f"Each point is a candidate; the line is the mean {score} by fifths of the length. A "
+            f"{'reward model' if score == 'reward' else 'judge'} that likes length for its own "
+            "sake shows as a line that rises.",
+            _drawn(*(_length_against_score(it, score) for it in facts.iterations)),
         ),
         Group(
             "pairs-made",
@@ -141,8 +144,10 @@ def groups(facts: Facts) -> list[Group]:
         Group(
             "training",
             "Training and time",
-            "Rewards are DPO's implicit ones: beta times the log-ratio of policy to reference.",
-            _drawn(*_training(facts), _seconds(facts)),
+            "Rewards are DPO's implicit ones: beta times the log-ratio of policy to reference."
+            if any(_is_dpo(curve) for it in facts.iterations for curve in it.curves)
+            else "",
+            _drawn(*_training(facts), *_rloo(facts), _seconds(facts)),
         ),
     ]
     return [group for group in found if group.charts]
@@ -243,17 +248,21 @@ def _lengths(facts: Facts) -> Chart | None:
                 lambda m: figure(m.policy.get("greedy") or {}, "mean_length_chars"),
             ),
         ],
-        note="Mean. Chosen and rejected: of the pairs made from this model's answers.",
         digits=0,
     )
     series = list(made.series) if made else []
-    with_pairs = [it for it in facts.iterations if it.pairs]
+    paired = {
+        it.number: [one.record for one in it.pairs if not one.record.origin]
+        for it in facts.iterations
+    }
     for side in ("chosen", "rejected"):
-        means = tuple(
-            fmean(len(getattr(pair.record, side)) for pair in it.pairs) for it in with_pairs
-        )
+        means = {
+            f"M{t}": fmean(len(getattr(record, side)) for record in records)
+            for t, records in paired.items()
+            if records
+        }
         if means:
-            series.append(Series(side, tuple(f"M{it.number}" for it in with_pairs), means))
+            series.append(Series(side, tuple(means), tuple(means.values())))
     if not series:
         return None
     return Chart(
@@ -263,7 +272,7 @@ def _lengths(facts: Facts) -> Chart | None:
         "model",
         "characters",
         tuple(series),
-        note="Means. Chosen and rejected: of the pairs made from this model's answers.",
+        note="Means. Chosen and rejected: of the pairs that this model was trained on next.",
         digits=0,
     )
 
@@ -314,10 +323,11 @@ def _figure(key: str) -> Callable[[Model], Estimate | None]:
     return lambda model: figure(model.judge, key)
 
 
-def _own_accuracy(model: Model) -> Estimate | None:
-    """Of the judge that graded the candidates from which this model was trained."""
-    value = model.stages.get("judgements", {}).get("gold_pairwise_accuracy")
-    return Estimate.of(value, None)
+def _own_accuracy(model: Model) -> float | None:
+    """Of what ordered the candidates from which this model was trained."""
+    known = [model.stages.get(stage, {}) for stage in ("judgements", "delta")]
+    values = [row.get("gold_pairwise_accuracy") for row in known]
+    return next((value for value in values if value is not None), None)
 
 
 def _agreement(facts: Facts) -> Chart | None:
@@ -336,13 +346,13 @@ def _agreement(facts: Facts) -> Chart | None:
         y_range=(0, 1),
     )
     own = [
-        (f"M{model.number}", value.value)
+        (f"M{model.number}", value)
         for model in facts.models
-        if model.number and (value := _own_accuracy(model))
+        if model.number and (value := _own_accuracy(model)) is not None
     ]
     if chart is None or not own:
         return chart
-    series = Series("on own candidates, by gold", *map(tuple, zip(*own, strict=True)))
+    series = Series(facts.words.own_accuracy, *map(tuple, zip(*own, strict=True)))
     return Chart(
         chart.slug,
         chart.title,
@@ -421,7 +431,7 @@ def _histograms(facts: Facts) -> list[Chart]:
     return charts
 
 
-def _length_against_score(iteration: Iteration) -> Chart | None:
+def _length_against_score(iteration: Iteration, score: str) -> Chart | None:
     scored = sorted(iteration.scored)
     if len(scored) < 10:
         return None
@@ -437,7 +447,7 @@ def _length_against_score(iteration: Iteration) -> Chart | None:
     if defined:
         rank = float(spearmanr([n for n, _ in scored], [s for _, s in scored]).statistic)
         note += f"; Spearman correlation {rank:+.2f}"
-    rows = [("characters", "candidates", "mean score")]
+    rows = [("characters", "candidates", f"mean {score}")]
     rows += [
         (f"{part[0][0]} to {part[-1][0]}", str(len(part)), number(mean))
         for part, (_, mean) in zip(fifths, means, strict=True)
@@ -447,7 +457,7 @@ def _length_against_score(iteration: Iteration) -> Chart | None:
         f"Iteration {iteration.number}",
         "points",
         "characters",
-        "mean score",
+        score if score == "reward" else f"mean {score}",
         (
             Series("candidates", tuple(n for n, _ in shown), tuple(s for _, s in shown)),
             Series("mean by fifths", tuple(n for n, _ in means), tuple(s for _, s in means)),
@@ -549,12 +559,17 @@ def _training(facts: Facts) -> list[Chart | None]:
     ]
 
 
+def _is_dpo(curve: Curve) -> bool:
+    """Whether it is a DPO training; SFT and RLOO have no margin."""
+    return "reward_margin" in curve.facts
+
+
 def _ends(facts: Facts) -> Chart | None:
     ended = [
         (f"iteration {it.number}", curve.facts)
         for it in facts.iterations
         for curve in it.curves
-        if curve.name == "delta"
+        if curve.name == "delta" and _is_dpo(curve)
     ]
     keys = {
         "last_loss": "loss",
@@ -580,6 +595,44 @@ def _ends(facts: Facts) -> Chart | None:
     )
 
 
+def _rloo(facts: Facts) -> list[Chart | None]:
+    """What an on-policy training began and ended with."""
+    ended = [
+        (f"iteration {it.number}", curve.facts)
+        for it in facts.iterations
+        for curve in it.curves
+        if "last_reward" in curve.facts
+    ]
+
+    def chart(slug: str, title: str, unit: str, parts: Mapping[str, str], note: str) -> Chart:
+        places = tuple(place for place, _ in ended)
+        series = tuple(
+            Series(name, places, tuple(end.get(key) for _, end in ended))
+            for key, name in parts.items()
+        )
+        return Chart(slug, title, "lines", "iteration", unit, series, note=note, digits=3)
+
+    if not ended:
+        return []
+    return [
+        chart(
+            "rloo-reward",
+            "Reward",
+            "mean reward",
+            {"first_reward": "first steps", "last_reward": "last steps"},
+            "Of the answers that the policy drew while it trained, by the frozen reward model. A "
+            "reward that rises while gold falls is a reward model used up.",
+        ),
+        chart(
+            "rloo-divergence",
+            "Divergence from the reference",
+            "nats a token",
+            {"kl": "last steps"},
+            "At the end of the training. Far from the reference the reward model knows little.",
+        ),
+    ]
+
+
 def _seconds(facts: Facts) -> Chart | None:
     models = [model for model in facts.models if model.stages]
     stages = dict.fromkeys(
@@ -592,7 +645,7 @@ def _seconds(facts: Facts) -> Chart | None:
         [f"iteration {model.number}" if model.number else "anchor" for model in models],
         [
             (
-                "DPO" if stage == "delta" else stage,
+                facts.words.training if stage == "delta" else stage,
                 [float(model.stages.get(stage, {}).get("seconds", 0.0)) for model in models],
             )
             for stage in stages

@@ -15,9 +15,17 @@ from typing import Any
 
 from srlm_lite.config import METHOD_SECTIONS, PATH_KEYS
 from srlm_lite.evaluate.judge_metrics import histogram
-from srlm_lite.judging import mean_scores
-from srlm_lite.pairing import replay_age
-from srlm_lite.records import Candidate, Judgement, PreferencePair, Prompt, TrainingStep
+from srlm_lite.judging import by_candidate, mean_scores
+from srlm_lite.pairing import JUDGE, replay_age
+from srlm_lite.records import (
+    Candidate,
+    Judgement,
+    Label,
+    PreferencePair,
+    Prompt,
+    TrainingStep,
+)
+from srlm_lite.report.words import Words, words
 from srlm_lite.run_dir import (
     DeltaPlace,
     IterationDir,
@@ -88,6 +96,17 @@ class Pair:
     record: PreferencePair
     chosen_votes: tuple[Judgement, ...] = ()
     rejected_votes: tuple[Judgement, ...] = ()
+    principle: str = ""
+    """By which the two were compared, where the method goes by principles."""
+
+    def to_row(self) -> dict[str, Any]:
+        """Its row in `pairs.jsonl`."""
+        return self.record.to_row()
+
+    @property
+    def source(self) -> str:
+        """Where it is from, in words; empty for the iteration's own answers."""
+        return "a pair of judgements" if self.record.origin == JUDGE else self.record.origin
 
     @property
     def gap(self) -> float:
@@ -261,6 +280,11 @@ class Facts:
         return str(self.settings.get("method", "self-rewarding"))
 
     @property
+    def words(self) -> Words:
+        """What the method's figures are."""
+        return words(self.settings)
+
+    @property
     def gold_name(self) -> str | None:
         """The gold scorer."""
         name = (self.settings.get("evaluate") or {}).get("gold")
@@ -361,16 +385,17 @@ def _iteration(
     votes[place.number] = by_candidate(
         [*judged, *(read_records(future, Judgement) if future.is_file() else [])]
     )
+    is_graded = any(row.text for row in judged)  # a reward comes without words, and has no scale
     candidates = [row for path in place.judged_candidates for row in read_records(path, Candidate)]
     scores = mean_scores(judged, min_votes=1)
     scored = [(len(row.text), scores.get(row.candidate_id)) for row in candidates]
     return Iteration(
         number=place.number,
         n_prompts=len(prompts),
-        pairs=tuple(_pairs(place, votes)),
+        pairs=tuple(_pairs(place, read_records(place.pairs, PreferencePair), votes)),
         drops=_drops(place),
         scored=tuple((chars, score) for chars, score in scored if score is not None),
-        votes=histogram([binned(judgement) for judgement in judged]) if judged else {},
+        votes=histogram([binned(judgement) for judgement in judged]) if is_graded else {},
         curves=curves,
     )
 
@@ -382,19 +407,32 @@ def binned(judgement: Judgement) -> float | None:
     return float(round(judgement.score))
 
 
-def by_candidate(judgements: Sequence[Judgement]) -> dict[str, tuple[Judgement, ...]]:
-    """All votes on each candidate, in their order."""
-    found: dict[str, list[Judgement]] = {}
-    for judgement in judgements:
-        found.setdefault(judgement.candidate_id, []).append(judgement)
-    return {name: tuple(rows) for name, rows in found.items()}
+def iteration_pairs(run: RunDir, number: int) -> list[Pair]:
+    """The pairs of an iteration with the votes on their replies, those of replays included.
+
+    Raises:
+        UserError: It has no pairs yet, or a file of it cannot be read.
+    """
+    place = run.iteration(number)
+    records = read_records(place.pairs, PreferencePair)
+    votes = {
+        t: by_candidate(
+            row for path in run.iteration(t).all_judgements for row in read_records(path, Judgement)
+        )
+        for t in sorted({number - replay_age(record) for record in records})
+    }
+    return _pairs(place, records, votes)
 
 
 def _pairs(
-    place: IterationDir, votes: Mapping[int, Mapping[str, tuple[Judgement, ...]]]
+    place: IterationDir,
+    records: Sequence[PreferencePair],
+    votes: Mapping[int, Mapping[str, tuple[Judgement, ...]]],
 ) -> list[Pair]:
     found = []
-    for record in read_records(place.pairs, PreferencePair):
+    labels = read_records(place.labels, Label) if place.labels.is_file() else []
+    principles = {frozenset((row.first_id, row.second_id)): row.principle for row in labels}
+    for record in records:
         known = votes.get(place.number - replay_age(record), {})
         found.append(
             Pair(
@@ -402,6 +440,7 @@ def _pairs(
                 record,
                 known.get(record.chosen_id, ()),
                 known.get(record.rejected_id, ()),
+                principles.get(frozenset((record.chosen_id, record.rejected_id)), ""),
             )
         )
     return found

@@ -20,7 +20,7 @@ from srlm_lite.evaluate.gold import Gold, load_gold
 from srlm_lite.report.answer import answer, duration, hardware
 from srlm_lite.report.charts import groups, number
 from srlm_lite.report.draw import svg
-from srlm_lite.report.facts import Duel, Estimate, Facts, Model, public_settings, used_settings
+from srlm_lite.report.facts import Duel, Estimate, Facts, Model, used_settings
 from srlm_lite.report.pack import Packed, pack
 
 MOST_BYTES = 5_000_000
@@ -36,16 +36,28 @@ KEY_SETTINGS = (
     ("seed", "seed"),
     ("prompts.per_iteration", "prompts an iteration"),
     ("rollout.n", "candidates a prompt"),
+    ("spin.answers", "answers a prompt"),
     ("rollout.temperature", "temperature of candidates"),
     ("judge.rubric", "rubric"),
     ("judge.votes", "votes a candidate"),
+    ("rlaif.principles", "principles"),
+    ("rlaif.rounds", "rounds of revision"),
     ("pairing.source", "pairs by"),
     ("dpo.init", "each delta starts from"),
-    ("dpo.reference", "DPO's reference"),
+    ("dpo.reference", "reference"),
     ("dpo.beta", "beta"),
+    ("spin.lambdas", "lambda by iteration"),
+    ("rlhf.kl_weight", "weight of the divergence"),
     ("dpo.learning_rate", "learning rate"),
     ("dpo.epochs", "epochs"),
 )
+
+UNUSED = {
+    "dpo": {"rollout.n", "rollout.temperature"},
+    "spin": {"rollout.n", "dpo.beta"},
+    "rlhf": {"judge.votes", "pairing.source", "dpo.beta"},
+}
+"""Key settings that a method does not read, beside the votes of a judge that it does without."""
 
 
 def html(facts: Facts) -> str:
@@ -83,6 +95,7 @@ def _page(facts: Facts) -> dict[str, Any]:
         "style": _asset("report.css"),
         "script": script,
         "facts": facts,
+        "words": facts.words,
         "answer": answer(facts),
         "state": _state(facts),
         "columns": ["model", *(name for name, _ in _columns(facts))],
@@ -148,7 +161,7 @@ def _columns(facts: Facts) -> list[tuple[str, Any]]:
         columns += [("gold, greedy", lambda m: _with_bounds(m.greedy_gold))]
     columns += [
         ("pairwise accuracy", judged("pairwise_accuracy")),
-        ("5-best", judged("five_best")),
+        ("5\N{NON-BREAKING HYPHEN}best", judged("five_best")),
         ("exact match", judged("exact_match")),
         ("Spearman", judged("spearman")),
         ("Kendall", judged("kendall")),
@@ -205,11 +218,17 @@ def _others(model: Model) -> list[tuple[str, str, str]]:
 
 
 def _key_settings(facts: Facts) -> list[tuple[str, str]]:
-    settings, found = public_settings(facts.settings), []
+    settings, found = used_settings(facts), []
+    unused = set(UNUSED.get(facts.method, ()))
+    if facts.words.why_no_votes:
+        unused.add("judge.votes")
     for key, name in KEY_SETTINGS:
+        if key in unused:
+            continue
         value: Any = settings
         for part in key.split("."):
             value = value.get(part) if isinstance(value, dict) else None
         if value is not None:
-            found.append((name, str(value)))
+            text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+            found.append((name, text))
     return found

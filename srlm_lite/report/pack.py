@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from srlm_lite.pairing import JUDGE
 from srlm_lite.records import Judgement
 from srlm_lite.report.facts import Pair
 
@@ -63,7 +64,7 @@ def _row(pair: Pair, gold: GoldScores | None) -> dict[str, Any]:
     """What the page's script reads; short keys, for there are many rows."""
     record = pair.record
     scored = None
-    if gold is not None:
+    if gold is not None and record.origin != JUDGE:  # a judgement is no answer
         scored = [gold(record.prompt, record.chosen), gold(record.prompt, record.rejected)]
     return {
         "t": pair.iteration,
@@ -81,6 +82,7 @@ def _row(pair: Pair, gold: GoldScores | None) -> dict[str, Any]:
         "d": pair.disagreement,
         "w": [record.weight, record.smoothing],
         "g": scored,
+        "by": pair.principle,
     }
 
 

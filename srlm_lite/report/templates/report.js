@@ -4,6 +4,7 @@
   const PAGE = 25;
   const $ = (id) => document.getElementById(id);
   const form = $("filters"), list = $("list"), count = $("count"), more = $("more");
+  const OF_JUDGEMENTS = "judge", scoreOfPairs = list.dataset.score;
 
   async function unpack(base64) {
     const bytes = Uint8Array.from(atob(base64), (char) => char.charCodeAt(0));
@@ -44,10 +45,13 @@
     return made;
   }
 
+  const scoreName = (pair) => pair.from === OF_JUDGEMENTS ? "rating by the meta-judge" : scoreOfPairs;
+
   function side(name, text, score, length, votes, gold) {
     const made = element("div", "side " + name);
     made.append(element("h4", "", name === "chosen" ? "Chosen" : "Rejected"));
-    const facts = ["score " + shown(score), length + " characters"];
+    const facts = [length + " characters"];
+    if (score) facts.unshift(score);
     if (gold !== null) facts.push("gold " + shown(gold));
     made.append(element("p", "facts", facts.join(", ")), modelText(text));
     votes.forEach(([vote, wrote, words], i) => {
@@ -62,30 +66,36 @@
   function body(pair) {
     const made = element("div", "body");
     const facts = [pair.id];
-    if (pair.from) facts.push(pair.from === "judge" ? "a pair of judgements" : pair.from);
+    if (pair.from) facts.push(pair.from === OF_JUDGEMENTS ? "a pair of judgements" : pair.from);
+    if (pair.by) facts.push("principle " + pair.by);
     if (pair.gold) facts.push("gold order: " + (pair.gold === "right" ? "the same" : pair.gold));
     if (pair.w[0] !== 1) facts.push("weight " + shown(pair.w[0]));
     if (pair.w[1] !== 0) facts.push("smoothing " + shown(pair.w[1]));
     made.append(element("p", "facts", facts.join(" · ")), element("h4", "hidden", "Prompt"), modelText(pair.p));
-    const sides = element("div", "sides");
+    const sides = element("div", "sides"), name = scoreName(pair);
+    const score = (value) => name && name + " " + shown(value);
     sides.append(
-      side("chosen", pair.c, pair.cs, pair.cl, pair.cv, pair.g && pair.g[0]),
-      side("rejected", pair.r, pair.rs, pair.rl, pair.rv, pair.g && pair.g[1]),
+      side("chosen", pair.c, score(pair.cs), pair.cl, pair.cv, pair.g && pair.g[0]),
+      side("rejected", pair.r, score(pair.rs), pair.rl, pair.rv, pair.g && pair.g[1]),
     );
     made.append(sides);
-    if (!pair.cv.length && !pair.rv.length) made.append(element("p", "facts", "No votes on these replies."));
+    if (!pair.cv.length && !pair.rv.length) {
+      const why = list.dataset.why;
+      made.append(element("p", "facts", "No votes on these replies" + (why ? ": " + why : "") + "."));
+    }
     return made;
   }
 
   function item(pair) {
     const made = element("li"), details = element("details"), summary = element("summary");
-    const facts = ["iteration " + pair.t, shown(pair.cs) + " against " + shown(pair.rs),
-      pair.cl + " and " + pair.rl + " characters"];
+    const facts = ["iteration " + pair.t], name = scoreName(pair);
+    if (name) facts.push(shown(pair.cs) + " against " + shown(pair.rs));
+    facts.push(pair.cl + " and " + pair.rl + " characters");
     if (pair.d !== null) facts.push("votes apart " + shown(pair.d));
     const start = element("span", "start", pair.p.slice(0, 200));
     start.dir = "auto";
-    summary.append(element("span", "gap", "gap " + shown(pair.gap)),
-      element("span", "facts", facts.join(" · ")), start);
+    if (name) summary.append(element("span", "gap", "gap " + shown(pair.gap)));
+    summary.append(element("span", "facts", facts.join(" · ")), start);
     details.append(summary);
     details.addEventListener("toggle", () => {
       if (details.open && details.children.length === 1) details.append(body(pair));
@@ -129,7 +139,10 @@
   for (const iteration of [...new Set(pairs.map((pair) => pair.t))].sort((a, b) => a - b)) {
     form.elements.iteration.append(new Option(String(iteration), String(iteration)));
   }
-  if (!pairs.some((pair) => pair.g)) form.querySelector("[data-needs=gold]").remove();
+  const has = { gold: pairs.some((pair) => pair.g), votes: pairs.some((pair) => pair.d !== null), score: scoreOfPairs };
+  for (const field of form.querySelectorAll("[data-needs]")) {
+    if (!has[field.dataset.needs]) field.remove();
+  }
   form.addEventListener("submit", (event) => event.preventDefault());
   form.addEventListener("input", apply);
   form.addEventListener("reset", () => setTimeout(apply));
