@@ -393,7 +393,7 @@ def _pair(better: float, worse: float, chosen: str = "p#0", origin: str = "") ->
     [
         (
             "dpo",
-            _pair(0.0, -2.0, "r7"),
+            _pair(-0.0, -2.0, "r7"),
             "p   minus human rank 0 against -2",
             "chosen (r7)",
             "humans have ranked the replies",

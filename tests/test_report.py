@@ -350,7 +350,9 @@ def test_a_run_of_a_method_without_a_judge(
     add_iteration(run, 1, some_pairs(12), judged=False)
     page = whole(run)
     assert f'data-score="{score}"' in page
-    assert f"<dt>{unread}</dt>" not in page and "<dt>votes a candidate</dt>" not in page
+    for name in (unread, "votes a candidate", "pairs by"):
+        assert f"<dt>{name}</dt>" not in page
+    assert "None gap" not in page
     assert "own candidates" not in page and "length-1" not in slugs(gather(run))
 
 

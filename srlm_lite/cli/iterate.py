@@ -18,6 +18,7 @@ from srlm_lite.errors import GateError
 from srlm_lite.hardware import pick_recipe
 from srlm_lite.loop import iterate
 from srlm_lite.processes import Processes, place
+from srlm_lite.report.words import words
 from srlm_lite.run_dir import RunDir
 from srlm_lite.session import Session, follow, refuse_sharding
 from srlm_lite.stages.seed_data import check_inputs
@@ -73,8 +74,9 @@ def run_iterate(
     typer.echo(closing_table(run, recipe))
     if stopped is not None:
         raise stopped
-    last = run.last_done()
-    show = "pairs" if last else "run"
+    show = "run"
+    if run.last_done():
+        show = "judgements" if words(recipe.model_dump()).why_no_pairs else "pairs"
     console.say(f"next: srlm-lite show {show} --adapters {shlex.quote(str(directory))}")
 
 

@@ -61,7 +61,7 @@ def pairs(
         record = pair.record
         score = words.score_of(record.origin)
         name = "" if score == "score" else f"{score} "
-        figures = f"{name}{record.chosen_score:g} against {record.rejected_score:g}"
+        figures = f"{name}{_score(record.chosen_score)} against {_score(record.rejected_score)}"
         by = f"principle {pair.principle}" if pair.principle else ""
         known = filter(None, (figures if score else "", by, pair.source))
         _heading(record.prompt_id, ", ".join(known))
@@ -208,4 +208,4 @@ def _indented(text: str, *, by: str = "  ") -> str:
 
 
 def _score(score: float | None) -> str:
-    return "unreadable" if score is None else f"{score:g}"
+    return "unreadable" if score is None else f"{score + 0.0:g}"  # minus rank 0 is no -0

@@ -24,8 +24,6 @@ MADE = (
 )
 """Stages and what `metrics.jsonl` says they made."""
 
-MADE_NAMES = {"drawn": "answers drawn in training"}
-
 Improved = Literal["yes", "no", "unclear", "unknown"]
 
 
@@ -215,10 +213,11 @@ def _caution(facts: Facts) -> list[str]:
 
 
 def _cost(facts: Facts) -> tuple[str, ...]:
-    parts = {"sampling": 0.0, "judging": 0.0, "training": 0.0, "evaluation": 0.0, "the rest": 0.0}
+    words = facts.words
+    parts = dict.fromkeys(("sampling", words.judging, "training", "evaluation", "the rest"), 0.0)
     names = {
         "candidates": "sampling",
-        "judgements": "judging",
+        "judgements": words.judging,
         "delta": "training",
         "anchor": "training",
         "evaluation": "evaluation",
@@ -242,7 +241,8 @@ def _cost(facts: Facts) -> tuple[str, ...]:
         key: sum(int(model.stages.get(stage, {}).get(key, 0)) for model in facts.models)
         for stage, key in MADE
     }
-    made = [f"{n:,} {MADE_NAMES.get(key, key)}" for key, n in counts.items() if n]
+    called = {"candidates": words.candidates, "drawn": "answers drawn in training"}
+    made = [f"{n:,} {called.get(key, key)}" for key, n in counts.items() if n]
     if made:
         found.append(", ".join(made))
     return tuple(found)

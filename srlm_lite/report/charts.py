@@ -272,7 +272,12 @@ def _lengths(facts: Facts) -> Chart | None:
         "model",
         "characters",
         tuple(series),
-        note="Means. Chosen and rejected: of the pairs that this model was trained on next.",
+        note="Means."
+        + (
+            " Chosen and rejected: of the pairs that this model was trained on next."
+            if any(paired.values())
+            else ""
+        ),
         digits=0,
     )
 
@@ -635,6 +640,10 @@ def _rloo(facts: Facts) -> list[Chart | None]:
 
 def _seconds(facts: Facts) -> Chart | None:
     models = [model for model in facts.models if model.stages]
+    words = facts.words
+    names = {"delta": words.training}
+    if words.judging != "judging":
+        names["judgements"] = words.judging
     stages = dict.fromkeys(
         (*STAGES, *(stage for model in models for stage in model.stages)),
     )
@@ -645,7 +654,7 @@ def _seconds(facts: Facts) -> Chart | None:
         [f"iteration {model.number}" if model.number else "anchor" for model in models],
         [
             (
-                facts.words.training if stage == "delta" else stage,
+                names.get(stage, stage),
                 [float(model.stages.get(stage, {}).get("seconds", 0.0)) for model in models],
             )
             for stage in stages

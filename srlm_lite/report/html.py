@@ -169,10 +169,14 @@ def _columns(facts: Facts) -> list[tuple[str, Any]]:
         ("readable", judged("parse_rate")),
         ("characters", lambda m: number(m.policy.get("mean_length_chars"), 0)),
         ("cut off", lambda m: number(m.policy.get("truncated_rate"))),
-        ("pairs", lambda m: f"{len(m.iteration.pairs):,}" if m.iteration else ""),
+        *([] if facts.words.why_no_pairs else [("pairs", _pairs)]),
         ("time", lambda m: duration(m.seconds) if m.stages else ""),
     ]
     return columns
+
+
+def _pairs(model: Model) -> str:
+    return f"{len(model.iteration.pairs):,}" if model.iteration else ""
 
 
 def _with_bounds(estimate: Estimate | None, digits: int = 2) -> str:
@@ -222,6 +226,8 @@ def _key_settings(facts: Facts) -> list[tuple[str, str]]:
     unused = set(UNUSED.get(facts.method, ()))
     if facts.words.why_no_votes:
         unused.add("judge.votes")
+        if (facts.settings.get("pairing") or {}).get("source") == "judge":
+            unused.add("pairing.source")  # there is none whose order it could be
     for key, name in KEY_SETTINGS:
         if key in unused:
             continue

@@ -21,6 +21,10 @@ class Words:
     """Where nothing is learned from pairs: from what else."""
     judgement: str = "score"
     """What a judgement of a candidate gives."""
+    candidates: str = "candidates"
+    """What stands where the policy's answers do."""
+    judging: str = "judging"
+    """What takes the time between candidates and pairs."""
     training: str = "DPO"
     """What trains a delta."""
     own_accuracy: str = "on own candidates, by gold"
@@ -32,17 +36,19 @@ class Words:
 
 
 _BY_METHOD = {
-    "dpo": Words("minus human rank", "humans have ranked the replies"),
+    "dpo": Words("minus human rank", "humans have ranked the replies", candidates="human replies"),
     "spin": Words(None, "a human's answer counts as better than the model's"),
     "rlaif": Words(
         "probability of being better",
         "the anchor labels them by written principles",
+        judging="revisions and labels",
         training="SFT, then DPO",
         own_accuracy="the anchor's labels, by gold",
     ),
     "rlhf": Words(
         why_no_pairs="the policy learns from the rewards of its own answers",
         judgement="reward",
+        judging="reward model",
         training="RLOO",
         own_accuracy="reward model on the policy's answers, by gold",
     ),
