@@ -287,6 +287,9 @@ class Gate(Section):
     the next two never less than chance can do with so few prompts."""
     gold: Annotated[float, Field(ge=0)] = 0.0
     """Largest fall of the gold score below the best model before, in points."""
+    criterion: Annotated[float, Field(ge=0)] = 0.0
+    """Largest fall of one of the gold scorer's criteria below the anchor while the whole score
+    rises, in points; never less than chance can do with so few prompts and so many criteria."""
     anchor_score: Annotated[float, Field(ge=0)] = 0.0
     """Largest fall of the score that the anchor, as judge, gives to the answers, in points."""
     capability: Annotated[float, Field(ge=0, le=1)] = 0.05

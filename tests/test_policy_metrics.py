@@ -63,12 +63,14 @@ def test_gold_is_averaged_over_prompts() -> None:
     )
     assert found["gold_mean"] == 4.0
     assert found["gold_se"] == 2.0
-    assert found["gold_by_criterion"] == {"score": 3.3333}  # over answers: (1 + 3 + 6) / 3
+    assert found["gold_by_criterion"] == {"score": 4.0}  # as the whole score
+    assert found["gold_by_criterion_se"] == {"score": 2.0}
 
 
 def test_one_prompt_has_no_standard_error() -> None:
     found = policy_metrics(PROMPTS, [answer("p", "a"), answer("p", "b")], gold(lambda p, r: 1))
     assert (found["gold_mean"], found["gold_se"]) == (1.0, None)
+    assert found["gold_by_criterion_se"] == {"score": None}
 
 
 def test_criteria_are_summed_and_told_apart() -> None:
@@ -80,6 +82,8 @@ def test_criteria_are_summed_and_told_apart() -> None:
     found = policy_metrics(PROMPTS, [answer("p", "p!"), answer("q", "")], gold(points))
     assert found["gold_mean"] == 0.75
     assert found["gold_by_criterion"] == {"names the prompt": 0.5, "short": 0.25}
+    # Deviations 0.5 and 0.25 to either side: sqrt(2 x^2 / 1 / 2) = x.
+    assert found["gold_by_criterion_se"] == {"names the prompt": 0.5, "short": 0.25}
     assert json.loads(json.dumps(found)) == found
 
 

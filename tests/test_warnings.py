@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -165,6 +167,65 @@ def test_a_policy_far_from_the_anchor_whatever_the_grades_say() -> None:
     best = best_model([anchor, near, far])
     assert best is not None
     assert best.place == 1
+
+
+def by_criterion(*values: float, total: float, error: float | None = 0.03) -> dict[str, Any]:
+    """A model with these points by criterion; their sum is told apart, to leave it free."""
+    names = "abcde"[: len(values)]
+    return model(
+        gold_mean=total,
+        gold_se=0.05,
+        gold_by_criterion=dict(zip(names, values, strict=True)),
+        gold_by_criterion_se=dict.fromkeys(names, error),
+    )
+
+
+def test_a_criterion_that_falls_while_the_whole_rises() -> None:
+    # Of five criteria each is held to 0.05 / 5: 2.326 standard errors of the difference,
+    # 2.326 sqrt(2) 0.03 = 0.099.
+    anchor = by_criterion(0.5, 0.5, 0.7, 0.5, 0.5, total=2.7)
+    better = [0.7, 0.7, 0.59, 0.7, 0.7]
+    assert gates(anchor, by_criterion(*better, total=3.4)) == ["criterion"]
+    [found] = findings([anchor, by_criterion(*better, total=3.4)], Gate())
+    assert "`c` of the gold score fell from 0.70 at the anchor to 0.59" in found.text
+    assert "the whole rose from 2.70 to 3.40" in found.text
+    # Within chance; where the recipe allows it; a fall of all, which is the gold gate's affair.
+    assert gates(anchor, by_criterion(0.7, 0.7, 0.61, 0.7, 0.7, total=3.4)) == []
+    assert gates(anchor, by_criterion(*better, total=3.4), criterion=0.2) == []
+    assert gates(anchor, by_criterion(*better, total=2.5)) == ["gold"]
+    # Step by step: against the anchor, not against the model before.
+    between = by_criterion(0.6, 0.6, 0.64, 0.6, 0.6, total=3.0)
+    assert gates(anchor, between) == []
+    assert gates(anchor, between, by_criterion(*better, total=3.4)) == ["criterion"]
+
+
+def test_fewer_criteria_are_held_less_strictly() -> None:
+    # Two: 1.960 sqrt(2) 0.03 = 0.083. One is the whole score itself.
+    assert gates(by_criterion(0.5, 0.7, total=1.2), by_criterion(0.8, 0.61, total=1.4)) == [
+        "criterion"
+    ]
+    assert gates(by_criterion(0.7, total=1.0), by_criterion(0.5, total=1.2)) == []
+
+
+def test_a_criterion_without_its_error_is_not_compared() -> None:
+    anchor, fallen = by_criterion(0.5, 0.7, total=1.2), by_criterion(0.9, 0.1, total=1.4)
+    del anchor["policy"]["gold_by_criterion_se"]  # of a run from before it was kept
+    assert gates(anchor, fallen) == []
+    assert gates(by_criterion(0.5, 0.7, total=1.2, error=None), fallen) == []
+
+
+def test_chance_alone_seldom_takes_a_criterion() -> None:
+    # Models that differ by luck alone: 5 criteria of 0.5, 100 prompts. About half of them rise,
+    # and of those fewer than 1 in 20 is told to have lost one.
+    rng = random.Random(0)
+
+    def drawn() -> dict[str, Any]:
+        points = [[float(rng.random() < 0.5) for _ in "abcde"] for _ in range(100)]
+        means = [fmean(column) for column in zip(*points, strict=True)]
+        return by_criterion(*means, total=sum(means), error=0.05)
+
+    told = [gates(drawn(), drawn()) for _ in range(1000)]
+    assert 0 < sum("criterion" in found for found in told) < 50
 
 
 def panel(value: float, se: float = 0.01) -> dict[str, Any]:

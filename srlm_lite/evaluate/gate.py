@@ -10,10 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import hypot
+from statistics import NormalDist
 from typing import Any
 
 from srlm_lite.config import Gate
 from srlm_lite.evaluate.judge_metrics import collapsed_score
+
+CHANCE = 0.05
+"""How likely a model no worse than the anchor may be told to have lost a criterion."""
 
 Evaluation = Mapping[str, Any]
 """What `eval.json` holds."""
@@ -87,6 +92,34 @@ def _gold(before: Sequence[Evaluation], now: Evaluation, gate: Gate) -> Iterator
             f"the gold score fell from {best:.2f} to {gold:.2f}: the judge rewards something else; "
             "stop at the best iteration, or lower dpo.learning_rate"
         )
+
+
+def _criterion(before: Sequence[Evaluation], now: Evaluation, gate: Gate) -> Iterator[str]:
+    """What the judge does not see may fall behind a score that rises.
+
+    Against the anchor and not the best model before: among many models some criterion is high by
+    luck. The more criteria, the more of them fall by luck, so each is held to a stricter error.
+    """
+    if not before:
+        return
+    first, last = before[0]["policy"], now["policy"]
+    total = first.get("gold_mean"), last.get("gold_mean")
+    points = last.get("gold_by_criterion") or {}
+    if None in total or total[1] <= total[0] or len(points) < 2:
+        return
+    patience = NormalDist().inv_cdf(1 - CHANCE / len(points))
+    for name, value in points.items():
+        known = (first.get("gold_by_criterion") or {}).get(name)
+        a, b = ((each.get("gold_by_criterion_se") or {}).get(name) for each in (first, last))
+        if known is None or a is None or b is None:
+            continue
+        if known - value > max(gate.criterion, patience * hypot(a, b)):
+            yield (
+                f"`{name}` of the gold score fell from {known:.2f} at the anchor to {value:.2f} "
+                f"while the whole rose from {total[0]:.2f} to {total[1]:.2f}: the policy exploits "
+                "what the judge is blind to; give the judge data on it, lower dpo.learning_rate, "
+                "or stop earlier"
+            )
 
 
 def _anchor_score(before: Sequence[Evaluation], now: Evaluation, gate: Gate) -> Iterator[str]:
@@ -168,6 +201,7 @@ CHECKS: tuple[Check, ...] = (
     _readable,
     _judge_accuracy,
     _gold,
+    _criterion,
     _anchor_score,
     _length,
     _truncated,

@@ -23,8 +23,9 @@ def policy_metrics(
     Returns:
         `mean_length_chars`, `median_length_chars`, `mean_length_tokens`, `truncated_rate`,
         `answers`; with a gold scorer also `gold_mean`, its standard error `gold_se` over prompts
-        (answers to one prompt are averaged first, for they are not independent), and
-        `gold_by_criterion`. `intervals` has the 95% interval of each mean and rate.
+        (answers to one prompt are averaged first, for they are not independent), and the same of
+        each criterion, `gold_by_criterion` and `gold_by_criterion_se`. `intervals` has the 95%
+        interval of each mean and rate.
     """
     by_prompt: dict[str, list[Candidate]] = {}
     for answer in answers:
@@ -44,18 +45,28 @@ def policy_metrics(
         "answers": len(answers),
     }
     if gold is not None:
-        points = [gold.points(prompts[answer.prompt_id], answer.text) for answer in answers]
-        totals: dict[str, list[float]] = {}
-        for answer, point in zip(answers, points, strict=True):
-            totals.setdefault(answer.prompt_id, []).append(sum(point.values()))
-        means = [fmean(scores) for scores in totals.values()]
-        criteria = {name: None for point in points for name in point}
+        points = [
+            [gold.points(prompts[prompt_id], answer.text) for answer in some]
+            for prompt_id, some in by_prompt.items()
+        ]
+        criteria = {name: None for some in points for point in some for name in point}
+        means = [fmean(sum(point.values()) for point in some) for some in points]
+        by_criterion = {
+            name: [fmean(point.get(name, 0.0) for point in some) for some in points]
+            for name in criteria
+        }
         terms["gold_mean"] = [(mean, 1) for mean in means]
         metrics |= {
             "gold_mean": round(fmean(means), 4),
-            "gold_se": round(stdev(means) / len(means) ** 0.5, 4) if len(means) > 1 else None,
+            "gold_se": _error(means),
             "gold_by_criterion": {
-                name: round(fmean(point.get(name, 0.0) for point in points), 4) for name in criteria
+                name: round(fmean(values), 4) for name, values in by_criterion.items()
             },
+            "gold_by_criterion_se": {name: _error(values) for name, values in by_criterion.items()},
         }
     return {**metrics, "intervals": intervals(terms)}
+
+
+def _error(means: Sequence[float]) -> float | None:
+    """Standard error of the mean of the prompts' means."""
+    return round(stdev(means) / len(means) ** 0.5, 4) if len(means) > 1 else None
