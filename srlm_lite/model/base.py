@@ -13,6 +13,7 @@ import importlib.util
 import io
 import json
 import logging
+import math
 import re
 import shutil
 import tempfile
@@ -43,6 +44,7 @@ from srlm_lite.errors import UserError
 from srlm_lite.model import unsloth_backend
 from srlm_lite.model.cache import cache_dir
 from srlm_lite.model.checkpoint import Checkpoint, weight_files
+from srlm_lite.model.heap import give_back
 from srlm_lite.model.nf4 import nf4_settings
 from srlm_lite.model.sharding import load_shards
 
@@ -63,6 +65,8 @@ _ENDINGS = (".json", ".safetensors", ".model", ".jinja", ".txt")
 """What makes a base: configuration, weights, tokenizer and chat template."""
 _HUB_TIMEOUT_S = 5
 """For a question to the Hub that nothing waits for."""
+_READ_BEFORE_TRIM = 16 << 20
+"""Bytes of 16-bit tensors that may lie freed in the allocator's hands while a base is loaded."""
 _CONVERSION = 1
 """Part of the cache key: raise it when the conversion of a GGUF file changes."""
 
@@ -409,6 +413,7 @@ def load_nf4(
         quantization_config=nf4_settings(dtype),
         output_loading_info=True,
     )
+    give_back()
     model.name_or_path = model.config._name_or_path = str(folder)
     if (folder / "generation_config.json").is_file():
         model.generation_config = hf.GenerationConfig.from_pretrained(str(folder))
@@ -422,10 +427,41 @@ def _streamed(folder: Path) -> dict[str, Any]:
     one: of a base in NF4 the 16-bit files then stay in memory beside the 4-bit weights.
     """
     tensors: dict[str, Any] = {}
+    reading = _Reading()
     for file in weight_files(folder):
         opened: Any = safe_open(folder / file, framework="pt", backend="pread")
-        tensors |= {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+        for name in opened.keys():  # noqa: SIM118
+            tensors[name] = _Unread(opened.get_slice(name), reading)
     return tensors
+
+
+class _Reading:
+    """Tensors that are read one after the other, and freed in between."""
+
+    def __init__(self) -> None:
+        self._since = 0
+
+    def begins(self, nbytes: int) -> None:
+        """The next tensor has so many bytes; those before it may be free by now.
+
+        The 4-bit weights settle between the freed 16-bit ones, so that the allocator would keep
+        nearly all of those.
+        """
+        if self._since >= _READ_BEFORE_TRIM:
+            give_back()
+            self._since = 0
+        self._since += nbytes
+
+
+class _Unread:
+    """A tensor of a file; indexing it, with whatever index, is what reads it."""
+
+    def __init__(self, place: Any, reading: _Reading) -> None:
+        self._place, self._reading = place, reading
+
+    def __getitem__(self, index: Any) -> Any:
+        self._reading.begins(2 * math.prod(self._place.get_shape()))
+        return self._place[index]
 
 
 def _converted(file: Path, digest: str) -> Path:
