@@ -23,6 +23,8 @@ from srlm_lite.doctor.recipes import recipe_finding
 from srlm_lite.errors import ProofError, UserError
 from srlm_lite.model import base as base_module
 from srlm_lite.model.base import base_is_here
+from srlm_lite.planning import machine as planning
+from srlm_lite.planning.machine import plan_for
 from srlm_lite.training import selftest
 
 # --- packages ---------------------------------------------------------------------------------
@@ -109,6 +111,26 @@ def test_a_recipe_says_what_it_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "some-org/no-base is not here, and the Hub cannot be reached" in finding.text
     assert finding.text.endswith("no directory rows here")
     assert finding.way_out is not None and "srlm-lite data prepare" in finding.way_out
+
+
+def test_a_recipe_says_what_it_takes_and_whether_that_fits(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(planning, "machine_memory", lambda: 600_000_000)
+    recipe = load_recipe("tiny", ["base.device=cpu"])
+    finding = recipe_finding(recipe)
+    assert finding.state == "bad" and "does not fit" in finding.text
+    assert finding.way_out == "Name a smaller base, or a machine with more memory"
+    monkeypatch.setattr(planning, "machine_memory", lambda: 25_000_000_000)
+    finding = recipe_finding(recipe)
+    assert finding.state == "ok" and finding.facts is not None
+    assert finding.facts["fits"] is True
+    assert finding.facts["peak_bytes"] == plan_for(recipe).peak
+    slow = recipe_finding(load_recipe("llama3.1-8b", ["base.device=cpu"]))
+    assert "a CPU is too slow for 8B parameters" in slow.text
+    doctor.show(Console(), {"recipes": [finding]}, usable=True)
+    shown = capsys.readouterr().out
+    assert f"tiny {plan_for(recipe).peak / 1e9:.1f}" in shown and "of 25.0 here" in shown
 
 
 def cached(folder: Path, files: dict[str, str]) -> Path:

@@ -141,7 +141,7 @@ ALLOWED: dict[str, set[str]] = {
         "session",
         "stages",
     },
-    "doctor": {"config", "errors", "hardware", "model", "training"},
+    "doctor": {"config", "errors", "hardware", "model", "planning", "training"},
     "__main__": {"cli"},
 }
 """Part of the package to the parts it may import: the package's layers, from the bottom up."""

@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 from srlm_lite.config import Anchor, Base, Dpo, Lora, Recipe, load_recipe
 from srlm_lite.errors import UserError
 from srlm_lite.planning.lengths import lengths_of, longest
-from srlm_lite.planning.machine import plan_for, spread
+from srlm_lite.planning.machine import plan_for, settings_that_fit, shortfall, spread
 from srlm_lite.planning.memory import Held, leaf_room, sampling, training
-from srlm_lite.planning.plan import Hardware, advice, needs_sharding, parse_gpus
+from srlm_lite.planning.plan import Hardware, needs_sharding, parse_gpus
 from srlm_lite.planning.probe import probe, shape_of_base
 from srlm_lite.planning.rates import known_rates, remember
 from srlm_lite.planning.shapes import llama_config
@@ -182,23 +182,47 @@ def test_the_llama_recipes_fit_where_they_say(recipe: str, gpus: str) -> None:
     assert [phase.name for phase in plan.phases if not plan.fits(phase)] == []
 
 
-def test_what_does_not_fit_gets_settings_that_do() -> None:
-    recipe = load_recipe(
-        "llama3.1-8b",
-        ["dpo.micro_batch_size=8", "dpo.gradient_checkpointing=false", "rollout.batch_rows=256"],
-    )
-    plan = plan_for(recipe, parse_gpus("24GB"))
-    assert "DPO" in [phase.name for phase in plan.impossible()]
-    changes, suffice = advice(plan, lambda other: plan_for(other, plan.hardware, shape=plan.shape))
-    assert suffice
-    assert "dpo.gradient_checkpointing=true" in changes
-    changed = load_recipe("llama3.1-8b", ["dpo.micro_batch_size=8", *changes])
-    assert plan_for(changed, plan.hardware).impossible() == []
+@pytest.mark.parametrize(
+    ("recipe", "settings", "memory", "advised"),
+    [
+        (
+            "llama3.1-8b",
+            ["dpo.micro_batch_size=8", "dpo.gradient_checkpointing=false"],
+            "24GB",
+            {"dpo.gradient_checkpointing", "dpo.micro_batch_size"},
+        ),
+        ("llama3.1-8b", ["rollout.batch_rows=256"], "17GB", {"rollout.batch_rows"}),
+        # Logits of 128,000 tokens: only shorter sequences help, and answers have to fit in them.
+        ("llama3.1-8b", [], "12GB", {"base.window", "rollout.max_new_tokens"}),
+        # Smaller batches are tried first, and are needless in the end.
+        ("llama2-7b", ["base.quantization=none"], "16GB", {"base.quantization"}),
+    ],
+)
+def test_what_does_not_fit_gets_settings_that_do(
+    recipe: str, settings: list[str], memory: str, advised: set[str]
+) -> None:
+    plan = plan_for(load_recipe(recipe, settings), parse_gpus(memory))
+    assert not all(plan.fits(phase) for phase in plan.phases)
+    changes, suffice = settings_that_fit(plan)
+    assert suffice and {change.partition("=")[0] for change in changes} == advised
+    changed = load_recipe(recipe, [*settings, *changes])
+    assert changed.rollout.max_new_tokens <= changed.base.window // 2
+    again = plan_for(changed, plan.hardware)
+    assert all(again.fits(phase) for phase in again.phases)
+    assert shortfall(again) is None
+
+
+def test_what_nothing_makes_fit_is_said() -> None:
+    plan = plan_for(load_recipe("llama2-70b"), Hardware("cpu", "CPU", 24 * GB))
+    missing = shortfall(plan)
+    assert missing is not None and missing.phase in missing.what
+    assert missing.way_out == "Name a smaller base, or a machine with more memory"
+    assert needs_sharding(plan) is None  # no devices to spread it over
 
 
 def test_a_base_too_large_for_a_device_is_to_be_sharded() -> None:
     plan = plan_for(load_recipe("llama2-70b"), parse_gpus("4x24GB"))
-    assert advice(plan, lambda other: plan_for(other, plan.hardware, shape=plan.shape))[1] is False
+    assert settings_that_fit(plan)[1] is False
     assert needs_sharding(plan) == 2
     # Half a byte a weight of the layers is spread; of it three layers are whole at a time.
     spread_out = spread(plan)
@@ -222,7 +246,7 @@ def test_the_seed_data_bounds_the_lengths() -> None:
     assert lengths_of(without) == longest(without)
 
 
-@pytest.mark.parametrize("text", ["80", "0x80GB", "two", "2x0GB", ""])
+@pytest.mark.parametrize("text", ["80", "0x80GB", "two", "2x0GB", "", "2x", "80GB,24GB"])
 def test_odd_gpus_are_refused(text: str) -> None:
     with pytest.raises(UserError, match="2x80GB"):
         parse_gpus(text)
@@ -255,8 +279,11 @@ def test_the_command_prints_every_phase() -> None:
     assert list(row["phases"]) == names
     assert row["fits"] is True and row["change"] == []
     assert row["phases"]["DPO"]["bytes"] == sum(row["phases"]["DPO"]["parts"].values())
-    text = run("plan", "--recipe", "llama3.1-8b", "--gpus", "8GB").stdout
-    assert "NO" in text and "unknown" in text
+    text = run("plan", "--recipe", "llama2-70b", "--gpus", "1x24GB").stdout
+    assert "NO" in text and "time: unknown" in text
+    assert "one device cannot hold the base: it wants 2 of them" in text
+    table = text.split("GB at the longest")[0]
+    assert max(len(line.rstrip()) for line in table.splitlines()) <= 120
 
 
 def test_iterate_refuses_what_cannot_fit_before_it_writes(

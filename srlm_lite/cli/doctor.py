@@ -27,6 +27,9 @@ WORDS: dict[State, tuple[str, str]] = {
 SECTIONS_THAT_COUNT = ("machine", "packages", "proof of the stack")
 """A finding `bad` in one of these, and srlm-lite is of no use here."""
 
+_PEAK = "peak_bytes"
+"""The fact of a recipe that its plan gives."""
+
 Sections = dict[str, list[Finding]]
 
 
@@ -89,7 +92,7 @@ def show(console: Console, sections: Sections, *, usable: bool) -> None:
     """Print the report."""
     console.print(Text(f"srlm-lite {__version__}", style="bold"))
     for name, findings in sections.items():
-        console.print(Text(f"\n{name}", style="bold"))
+        console.print(Text(f"\n{name}", style="bold").append(_subtitle(findings), style="not bold"))
         lines = _together(findings) if name == "recipes" else findings
         width = min(24, max(len(finding.name) for finding in lines))
         for finding in lines:
@@ -102,12 +105,22 @@ def show(console: Console, sections: Sections, *, usable: bool) -> None:
     console.print(text)
 
 
+def _subtitle(findings: Sequence[Finding]) -> str:
+    """What the figures after the recipes' names are."""
+    memory = next((f.facts["memory_bytes"] for f in findings if f.facts and _PEAK in f.facts), None)
+    if memory is None:
+        return ""
+    return f", each with the GB that its largest phase takes, of {_gigabytes(memory)} here"
+
+
 def _together(findings: Sequence[Finding]) -> list[Finding]:
     """Recipes that lack the same, in one line."""
     groups: dict[tuple[State, str, str | None], list[str]] = {}
     for finding in findings:
         key = (finding.state, finding.text, finding.way_out)
-        groups.setdefault(key, []).append(finding.name)
+        peak = (finding.facts or {}).get(_PEAK)
+        name = finding.name if peak is None else f"{finding.name} {_gigabytes(peak)}"
+        groups.setdefault(key, []).append(name)
     merged = []
     for (state, text, way_out), names in groups.items():
         if len(names) == 1:
@@ -116,6 +129,10 @@ def _together(findings: Sequence[Finding]) -> list[Finding]:
             merged.append(Finding(state, text, ", ".join(names), way_out))
     order = list(WORDS)
     return sorted(merged, key=lambda finding: order.index(finding.state))
+
+
+def _gigabytes(count: object) -> str:
+    return f"{int(str(count)) / 1e9:.1f}"
 
 
 def _line(console: Console, finding: Finding, width: int) -> None:

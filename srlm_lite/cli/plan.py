@@ -13,8 +13,15 @@ from srlm_lite.cli.tables import plain_table
 from srlm_lite.config import Recipe, load_recipe
 from srlm_lite.errors import UserError
 from srlm_lite.hardware import device_name, pick_recipe
-from srlm_lite.planning.machine import hardware_found, plan_for, spread
-from srlm_lite.planning.plan import PARTS, Phase, Plan, advice, needs_sharding, parse_gpus
+from srlm_lite.planning.machine import (
+    SHARDING,
+    hardware_found,
+    plan_for,
+    settings_that_fit,
+    shortfall,
+    spread,
+)
+from srlm_lite.planning.plan import PARTS, Plan, needs_sharding, parse_gpus
 from srlm_lite.planning.rates import known_rates, rates_folder, rates_key
 
 _HEADS = {"kv_cache": "KV cache"}
@@ -29,7 +36,7 @@ def run_plan(
         recipe_name, why = pick_recipe()
         typer.echo(f"recipe {recipe_name}: {why}", err=True)
     plan = plan_for(load_recipe(recipe_name, overrides), hardware)
-    changes, suffice = advice(plan, lambda recipe: _again(plan, recipe))
+    changes, suffice = settings_that_fit(plan)
     if as_json:
         typer.echo(json.dumps(_row(plan, changes, suffice), indent=2, ensure_ascii=False))
         return
@@ -51,31 +58,13 @@ def refuse_what_cannot_fit(recipe: Recipe, *, shards: int = 1) -> None:
         plan = plan_for(recipe, replace(hardware_found(recipe), shards=shards))
     except UserError:
         return
-    impossible = plan.impossible()
-    if not impossible:
-        return
-    worst = max(impossible, key=lambda phase: phase.total)
-    changes, suffice = advice(plan, lambda other: _again(plan, other))
-    way_out = " ".join(f"--set {change}" for change in changes)
-    if not suffice:
-        sharded = needs_sharding(plan)
-        way_out = (
-            f"The base alone wants {sharded} such devices, over which FSDP2 spreads it "
-            f"(recipes/accelerate/{SHARDING})"
-            if sharded
-            else "Name a smaller base"
+    missing = shortfall(plan)
+    if missing is not None:
+        raise UserError(
+            missing.what,
+            where=f"recipe {recipe.name}",
+            way_out=f"{missing.way_out}; --no-plan runs it all the same",
         )
-    raise UserError(
-        f"{worst.name} needs {worst.total / 1e9:.1f} GB at its longest, and there are "
-        f"{plan.usable / 1e9:.1f} GB",
-        where=f"recipe {recipe.name}",
-        way_out=f"{'Try ' if suffice else ''}{way_out}; --no-plan runs it all the same",
-    )
-
-
-def _again(plan: Plan, recipe: Recipe) -> Plan:
-    """The plan of a changed recipe on the same base and hardware."""
-    return plan_for(recipe, plan.hardware, shape=plan.shape)
 
 
 def _times(plan: Plan) -> tuple[dict[str, float | None], str | None]:
@@ -131,10 +120,11 @@ def _text(plan: Plan, changes: Sequence[str], suffice: bool) -> str:
     rows = []
     for phase in plan.phases:
         cells = [_gigabytes(phase.parts.get(part, 0)) for part in PARTS]
-        verdict = "machine" if phase.on_host else "yes" if plan.fits(phase) else "NO"
+        verdict = "-" if phase.on_host else "yes" if plan.fits(phase) else "NO"
         tokens = "-" if phase.tokens is None else f"{phase.tokens:,}" if phase.tokens else ""
-        time = _duration(seconds[phase.name], phase)
+        time = _duration(seconds[phase.name])
         rows.append([phase.name, *cells, _gigabytes(phase.total), verdict, tokens, time])
+    on_host = any(phase.on_host for phase in plan.phases)
     columns = ["phase", *(_HEADS.get(part, part) for part in PARTS)]
     disk = ", ".join(f"{name} {count / 1e9:.1f}" for name, count in plan.disk.items())
     kind = "" if plan.recipe.base.quantization == "none" else f"{plan.recipe.base.quantization}, "
@@ -147,6 +137,7 @@ def _text(plan: Plan, changes: Sequence[str], suffice: bool) -> str:
         "",
         "GB at the longest that window and data admit, predicted from shapes; tokens at most, of "
         "the whole run",
+        *(["export runs on the machine, not on the device"] if on_host else []),
         f"time: {'at rates measured on ' + measured if measured else _NO_RATES}",
         f"disk, GB: {disk}",
     ]
@@ -167,7 +158,7 @@ def _text(plan: Plan, changes: Sequence[str], suffice: bool) -> str:
 def _sharding(plan: Plan) -> str:
     """What becomes of the plan where the processes share one base."""
     spread_out = spread(plan)
-    changes, suffice = advice(spread_out, lambda recipe: _again(spread_out, recipe))
+    changes, suffice = settings_that_fit(spread_out)
     worst = max((p for p in spread_out.phases if not p.on_host), key=lambda phase: phase.total)
     peak = f"{worst.name} needs most, {worst.total / 1e9:.1f} GB on each"
     settings = "".join(f" --set {one}" for one in changes)
@@ -181,10 +172,6 @@ def _sharding(plan: Plan) -> str:
     )
 
 
-SHARDING = "fsdp2-qlora.yaml"
-"""The configuration that spreads a base."""
-
-
 _NO_RATES = "unknown, no rate was measured on this device (`srlm-lite bench plan` measures them)"
 
 
@@ -192,9 +179,9 @@ def _gigabytes(count: int) -> str:
     return f"{count / 1e9:.2f}" if count >= 5_000_000 else ""
 
 
-def _duration(seconds: float | None, phase: Phase) -> str:
+def _duration(seconds: float | None) -> str:
     if seconds is None:
-        return "" if not phase.tokens else "unknown"
+        return ""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,4 +1,4 @@
-"""What each recipe lacks here."""
+"""What each recipe lacks here, and whether its plan fits this machine."""
 
 from __future__ import annotations
 
@@ -9,6 +9,13 @@ from pathlib import Path
 from srlm_lite.config import Base, Recipe, load_recipe, shipped_recipes
 from srlm_lite.doctor.finding import Finding, State
 from srlm_lite.errors import UserError
+from srlm_lite.planning.machine import plan_for, shortfall
+from srlm_lite.planning.memory import Shape
+from srlm_lite.planning.plan import Plan
+from srlm_lite.planning.probe import shape_of_base
+
+SLOW_ON_CPU = 1_000_000_000
+"""Parameters from which a recipe's tokens take a CPU weeks."""
 
 
 def recipe_findings(names: list[str] | None = None) -> list[Finding]:
@@ -28,13 +35,48 @@ def recipe_finding(recipe: Recipe) -> Finding:
     if "vllm" in engines and importlib.util.find_spec("vllm") is None:
         lacks.append(("bad", "vLLM is not installed", "pip install 'srlm-lite[vllm]'"))
     if not Path(recipe.data.dir).is_dir():
-        way_out = "Make it: srlm-lite data prepare"
+        way_out = "srlm-lite data prepare makes it"
         lacks.append(("warning", f"no directory {recipe.data.dir} here", way_out))
+    plan = _plan(recipe)
+    if plan is not None:
+        missing = shortfall(plan)
+        if missing is not None:
+            lacks.append(("bad", f"its {missing.phase} does not fit", missing.way_out))
+        elif plan.hardware.device == "cpu" and plan.shape.parameters > SLOW_ON_CPU:
+            size = plan.shape.parameters / 1e9
+            lacks.append(("warning", f"a CPU is too slow for {size:.0f}B parameters", None))
+    facts = _facts(plan)
     if not lacks:
-        return Finding("ok", recipe.name, "ready")
+        return Finding("ok", recipe.name, "ready", facts=facts)
     worst: State = "bad" if any(state == "bad" for state, _, _ in lacks) else "warning"
     ways = [way for _, _, way in lacks if way]
-    return Finding(worst, recipe.name, "; ".join(w for _, w, _ in lacks), ". ".join(ways) or None)
+    text = "; ".join(what for _, what, _ in lacks)
+    return Finding(worst, recipe.name, text, ". ".join(ways) or None, facts)
+
+
+def _plan(recipe: Recipe) -> Plan | None:
+    """What the recipe takes here; None where nothing is known of its base."""
+    shape = _shape(recipe.base)
+    return None if shape is None else plan_for(recipe, shape=shape)
+
+
+def _facts(plan: Plan | None) -> dict[str, object] | None:
+    if plan is None:
+        return None
+    return {
+        "peak_bytes": plan.peak,
+        "memory_bytes": plan.hardware.memory,
+        "device": plan.hardware.device,
+        "fits": not plan.impossible(),
+    }
+
+
+@cache
+def _shape(section: Base) -> Shape | None:
+    try:
+        return shape_of_base(section)
+    except UserError:
+        return None
 
 
 @cache

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from srlm_lite.config import Recipe
 from srlm_lite.hardware import gpus
 from srlm_lite.planning.lengths import Lengths, lengths_of
 from srlm_lite.planning.memory import Shape
-from srlm_lite.planning.plan import Hardware, Plan, make_plan
+from srlm_lite.planning.plan import Hardware, Plan, advice, make_plan, needs_sharding
 from srlm_lite.planning.probe import shape_of_base
+
+SHARDING = "fsdp2-qlora.yaml"
+"""The configuration of accelerate that spreads a base."""
 
 
 def hardware_found(recipe: Recipe) -> Hardware:
@@ -62,6 +65,44 @@ def spread(plan: Plan) -> Plan:
     """The same with the base spread over all devices there are (FSDP2)."""
     hardware = replace(plan.hardware, shards=plan.hardware.count)
     return plan_for(plan.recipe, hardware, shape=plan.shape, lengths=plan.lengths)
+
+
+@dataclass(frozen=True, slots=True)
+class Shortfall:
+    """Why a recipe cannot run on its hardware, and what could be done about it."""
+
+    phase: str
+    what: str
+    way_out: str
+
+
+def shortfall(plan: Plan) -> Shortfall | None:
+    """What stands in the way of a plan; None where every phase can be made to fit by itself."""
+    impossible = plan.impossible()
+    if not impossible:
+        return None
+    worst = max(impossible, key=lambda phase: phase.total)
+    changes, suffice = settings_that_fit(plan)
+    devices = needs_sharding(plan)
+    if suffice:
+        way_out = "Try " + " ".join(f"--set {change}" for change in changes)
+    elif devices:
+        way_out = (
+            f"The base alone wants {devices} such devices, over which FSDP2 spreads it "
+            f"(recipes/accelerate/{SHARDING})"
+        )
+    else:
+        way_out = "Name a smaller base, or a machine with more memory"
+    what = (
+        f"the phase {worst.name} needs {worst.total / 1e9:.1f} GB at its longest, and there are "
+        f"{plan.usable / 1e9:.1f} GB"
+    )
+    return Shortfall(worst.name, what, way_out)
+
+
+def settings_that_fit(plan: Plan) -> tuple[list[str], bool]:
+    """Settings, as `key=value`, with which more fits this hardware, and whether all then does."""
+    return advice(plan, lambda recipe: plan_for(recipe, plan.hardware, shape=plan.shape))
 
 
 def _itemsize(recipe: Recipe, hardware: Hardware) -> int:

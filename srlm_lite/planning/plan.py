@@ -31,6 +31,8 @@ from srlm_lite.planning.memory import (
 PARTS = ("base", "adapters", "optimizer", "activations", "kv_cache", "logits", "libraries")
 USABLE: Mapping[Device, float] = {"cuda": 0.95, "cpu": 1.0}
 """Share of a device's memory that a plan may fill; a GPU's allocator loses some to fragments."""
+_LEAST_WINDOW = 512
+"""Shorter ones are not advised: a judge's question takes most of that."""
 _TEXTS = 6
 _TEXT_TOKENS = 48
 """What an export is compared on, at most."""
@@ -380,7 +382,8 @@ class _Phases:
     def _export(self) -> Phase:
         parts = exporting(self.held, source_itemsize=2, texts=_TEXTS, text_tokens=_TEXT_TOKENS)
         whole = self._libraries(parts, "export")
-        return Phase("export", whole, sum(whole.values()), on_host=True)
+        on_host = self.hardware.device == "cuda"
+        return Phase("export", whole, sum(whole.values()), on_host=on_host)
 
 
 def _disk(recipe: Recipe, held: Held) -> dict[str, int]:
@@ -404,73 +407,96 @@ Changes = tuple[tuple[str, Any], ...]
 def advice(plan: Plan, remake: Callable[[Recipe], Plan]) -> tuple[list[str], bool]:
     """Settings, as `key=value`, with which more fits, and whether all does with them.
 
-    They are tried one after the other on the plan itself; what does not help is left out.
+    They are tried one after the other on the plan itself; what does not help is left out, and what
+    a later one has made needless.
     """
-    made: list[str] = []
+    made: dict[str, Any] = {}
+    recipe = plan.recipe
     for _ in range(40):
         tight = [phase for phase in plan.phases if not plan.fits(phase)]
         if not tight:
-            return made, True
+            break
+        names = {phase.name for phase in tight}
         before = sum(phase.total for phase in tight)
-        for key, value in _remedies(plan.recipe, tight[0]):
+        for changes in _remedies(plan.recipe, tight[0]):
             try:
-                tried = remake(with_setting(plan.recipe, key, value))
+                tried = remake(with_settings(plan.recipe, changes))
             except UserError:
                 continue
-            after = sum(p.total for p in tried.phases if p.name in {each.name for each in tight})
-            if after < before:
-                made = [one for one in made if not one.startswith(f"{key}=")]
-                made.append(f"{key}={str(value).lower() if isinstance(value, bool) else value}")
+            if sum(phase.total for phase in tried.phases if phase.name in names) < before:
+                made |= changes
                 plan = tried
                 break
         else:
-            return made, False
-    return made, False
+            break
+    fits = all(plan.fits(phase) for phase in plan.phases)
+    for key in [key for key in made if fits and not key.endswith(("window", "max_new_tokens"))]:
+        others = {name: value for name, value in made.items() if name != key}
+        without = remake(with_settings(recipe, others))
+        if all(without.fits(phase) for phase in without.phases):
+            made = others
+    return [f"{key}={_as_text(value)}" for key, value in made.items()], fits
 
 
-def with_setting(recipe: Recipe, key: str, value: Any) -> Recipe:
-    """The recipe with one setting changed.
+def _as_text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def with_settings(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
+    """The recipe with other settings.
 
     Raises:
         UserError: The recipe would not be valid.
     """
-    section, name = key.split(".")
     raw = recipe.model_dump()
-    raw[section][name] = value
-    return recipe_from(raw, where=f"{key}={value}")
+    for key, value in changes.items():
+        section, name = key.split(".")
+        raw[section][name] = value
+    return recipe_from(raw, where=", ".join(changes))
 
 
-def _remedies(recipe: Recipe, phase: Phase) -> Iterator[tuple[str, Any]]:
+def _remedies(recipe: Recipe, phase: Phase) -> Iterator[Mapping[str, Any]]:
     """What may make a phase smaller, the cheapest first."""
     if recipe.base.quantization == "none" and phase.name == "load":
-        yield "base.quantization", "nf4"
+        yield {"base.quantization": "nf4"}
     if phase.name in ("anchor SFT", "DPO"):
         section = "anchor" if phase.name == "anchor SFT" else "dpo"
         optim = recipe.anchor if section == "anchor" else recipe.dpo
         if not optim.gradient_checkpointing:
-            yield f"{section}.gradient_checkpointing", True
+            yield {f"{section}.gradient_checkpointing": True}
         if optim.micro_batch_size > 1:
             halves = [n for n in range(1, optim.micro_batch_size) if optim.batch_size % n == 0]
-            yield f"{section}.micro_batch_size", max(halves)
+            yield {f"{section}.micro_batch_size": max(halves)}
     elif phase.name != "load":
         for key, engine in (("rollout", recipe.rollout.engine), ("judge", recipe.judge.engine)):
             if engine == "vllm":
-                yield f"{key}.engine", "transformers"
+                yield {f"{key}.engine": "transformers"}
         rows = phase.shape["batch_rows"]
         if rows > phase.shape["samples"]:
-            yield "rollout.batch_rows", max(1, rows // 2)
+            yield {"rollout.batch_rows": max(1, rows // 2)}
         if recipe.rollout.fold:
-            yield "rollout.fold", False
+            yield {"rollout.fold": False}
     if recipe.base.quantization == "none":
-        yield "base.quantization", "nf4"
-    if recipe.base.window > 512 and phase.name != "load":
-        yield "base.window", max(512, recipe.base.window - 256)
+        yield {"base.quantization": "nf4"}
+    if recipe.base.window > _LEAST_WINDOW and phase.name != "load":
+        yield _shorter(recipe, max(_LEAST_WINDOW, recipe.base.window - 256))
+
+
+def _shorter(recipe: Recipe, window: int) -> Mapping[str, Any]:
+    """A shorter window, and answers that leave half of it to the prompt."""
+    sections = {"rollout": recipe.rollout, "judge": recipe.judge}
+    cut = {
+        f"{name}.max_new_tokens": window // 2
+        for name, section in sections.items()
+        if section.max_new_tokens > window // 2
+    }
+    return {"base.window": window, **cut}
 
 
 def needs_sharding(plan: Plan) -> int | None:
     """Devices over which the base has to be spread, where one cannot hold it; else None."""
     load = next(phase for phase in plan.phases if phase.name == "load")
-    if plan.fits(load):
+    if plan.hardware.device == "cpu" or plan.fits(load):
         return None
     room = plan.usable - (load.total - load.parts["base"])
     return math.ceil(load.parts["base"] / room) if room > 0 else None
