@@ -252,7 +252,11 @@ class Session:
 
     @contextmanager
     def leading(self) -> Iterator[None]:
-        """Tell the other processes the recipe, and at the end to go home."""
+        """Tell the other processes the recipe, and at the end to go home.
+
+        After an error it does not tell them: they may be in the midst of something, where no order
+        reaches them. `Processes.joined` ends them then.
+        """
         if self.processes.world > 1:
             self.processes.broadcast(self.recipe)
         yield

@@ -245,6 +245,36 @@ def test_a_mistake_is_said_once_and_ends_both(tmp_path: Path) -> None:
     ]
 
 
+BUG = """
+import sys, time
+from pathlib import Path
+from srlm_lite.config import load_recipe
+from srlm_lite.processes import Processes, place
+from srlm_lite.run_dir import RunDir
+from srlm_lite.session import Session, follow
+
+def busy(follower):
+    time.sleep(3600)
+
+processes = Processes(place())
+with processes.joined(cpu=True):
+    if not processes.place.leads:
+        follow(processes)
+    session = Session(load_recipe("tiny"), RunDir(Path(sys.argv[1])), None, processes)
+    with session.leading():
+        processes.broadcast(busy)
+        raise ZeroDivisionError("a bug")
+"""
+
+
+def test_a_bug_of_the_first_process_ends_a_busy_one(tmp_path: Path) -> None:
+    """It is in the midst of something for an hour; an order to go home would not reach it."""
+    both = started_as_two("-c", BUG, str(tmp_path))
+    said = [process.communicate() for process in both]
+    assert [process.returncode for process in both] == [1, 1]
+    assert "ZeroDivisionError: a bug" in said[0][1]
+
+
 @pytest.fixture(scope="module")
 def both_ways(
     request: pytest.FixtureRequest, tiny_base_dir: Path, tmp_path_factory: pytest.TempPathFactory
