@@ -48,9 +48,9 @@ def run_iterate(
         if not processes.place.leads:
             follow(processes)
             return
-        check_inputs(recipe)
         if processes.shards:
-            refuse_sharding(recipe)
+            refuse_sharding(recipe)  # before anybody installs what would be refused
+        check_inputs(recipe)
         if planned:
             refuse_what_cannot_fit(recipe, shards=processes.world if processes.shards else 1)
         facts = {
