@@ -692,6 +692,14 @@ class RunDir:
             else:
                 entry.unlink()
 
+    @property
+    def base_revision(self) -> str | None:
+        """The commit of a base from the Hub; None where it is from elsewhere, or not noted yet."""
+        if not self.base_json.is_file():
+            return None
+        revision: str | None = read_json(self.base_json).get("revision")
+        return revision
+
     def hold_to_base(self, source: dict[str, Any]) -> None:
         """Note which base the run is on, by hash or revision; refuse any other from then on.
 

@@ -61,6 +61,7 @@ class Session:
         self.reporter: Reporter = reporter or Silent()
         self.processes = processes or Processes()
         self._engines: dict[EngineName, Engine] = {}
+        self._revision: str | None = None
         self.pace: Pace | None = None
         """What keeps the processes of a sharded base in step, once it is loaded."""
         if recipe.base.backend == "unsloth":
@@ -77,8 +78,12 @@ class Session:
         from srlm_lite.model.base import load_base
 
         if self.processes.place.leads:
-            self._order(_LoadBase())  # so that all of them load at the same time
-        base = load_base(self.recipe.base, sharded=self.processes.shards)
+            self._revision = self.run.base_revision
+            self._order(_LoadBase(self._revision))  # so that all of them load at the same time
+        section = self.recipe.base
+        if self._revision is not None:  # the Hub's model may have moved on since the run began
+            section = section.model_copy(update={"revision": self._revision})
+        base = load_base(section, sharded=self.processes.shards)
         if self.processes.shards:
             from srlm_lite.model.sharding import Pace
 
@@ -298,7 +303,10 @@ def follow(processes: Processes) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _LoadBase:
+    revision: str | None
+
     def __call__(self, follower: Follower) -> dict[str, Any]:
+        follower.session._revision = self.revision
         return follower.session.base.source
 
 

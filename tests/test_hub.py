@@ -15,11 +15,12 @@ from hub_server import Hub, Repo, serving
 from huggingface_hub import constants, snapshot_download
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from srlm_lite.config import Base
+from srlm_lite.config import Base, recipe_from
 from srlm_lite.errors import UserError
 from srlm_lite.model.base import base_files, load_base
 from srlm_lite.model.checkpoint import Checkpoint
 from srlm_lite.run_dir import RunDir, read_json
+from srlm_lite.session import Session
 
 TOKEN = "hf_thistokenisnobodysbusiness"
 SHARDS = 4
@@ -238,7 +239,7 @@ def test_a_base_from_the_hub_is_the_run_s_and_stays_so(
 ) -> None:
     """A base in several files: loaded, exported from, and named in the card by its commit.
 
-    The Hub's model has moved on by the time of the export.
+    The Hub's model has moved on by the time that the run is gone on with, and of the export.
     """
     hub.publish("org/base", base)
     loaded = load_base(Base(name="org/base", quantization=quantization, device="cpu"))
@@ -254,6 +255,8 @@ def test_a_base_from_the_hub_is_the_run_s_and_stays_so(
 
     hub.publish("org/base", base)
     assert hub.repos["org/base"].revision != commit
+    recipe = recipe_from(run.facts()["recipe"], where="test")
+    assert Session(recipe, run).base.source["revision"] == commit
     out = tmp_path / "out"
     done = command("--adapters", run.path, "--out", out, "--onto", "original")
     assert done.returncode == 0, done.stderr

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from srlm_lite.config import Recipe, recipe_from
 from srlm_lite.errors import UserError
 from srlm_lite.records import Candidate, Prompt
-from srlm_lite.run_dir import RunDir, StageDir, read_json, read_records
+from srlm_lite.run_dir import RunDir, StageDir, read_records
 
 if TYPE_CHECKING:
     from srlm_lite.model.base import BaseFiles
@@ -68,8 +68,7 @@ class Source:
                 "is missing: nothing says which weights the run was on",
                 where=str(self.run.base_json),
             )
-        revision = read_json(self.run.base_json).get("revision")
-        files = base_files(self.recipe.base, revision=revision)
+        files = base_files(self.recipe.base, revision=self.run.base_revision)
         self.run.hold_to_base(files.source)
         return files
 
@@ -108,7 +107,7 @@ def _iteration(run: RunDir, which: str) -> int:
     if which.isdecimal() and int(which) in begun:
         return int(which)
     raise UserError(
-        f"has no iteration {which}" if which else "which iteration?",
+        f"has no iteration {which}" if which else "no iteration is named",
         where=str(run.path),
         way_out=f"It has: {', '.join(['anchor', *map(str, begun)])}",
     )
