@@ -15,6 +15,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from threading import Lock
 from typing import Any, Self
@@ -116,7 +117,8 @@ class Checkpoint:
         """One tensor, in memory of its own."""
         info = self.info(name)
         tensor = torch.empty(info.shape, dtype=info.dtype)
-        self._fill(name, 0, tensor.view(-1))
+        with self._opened(name) as file:
+            self._fill(file, name, 0, tensor.view(-1))
         return tensor
 
     def blocks(self, name: str, start: int, stop: int, *, size: int) -> Iterator[Tensor]:
@@ -125,24 +127,27 @@ class Checkpoint:
         Memory that is used again costs no page faults: they take longer than the copying.
         """
         buffer = torch.empty(min(size, stop - start), dtype=self.info(name).dtype)
-        for first in range(start, stop, size):
-            block = buffer[: stop - first]
-            self._fill(name, first, block)
-            yield block
+        with self._opened(name) as file:
+            for first in range(start, stop, size):
+                block = buffer[: stop - first]
+                self._fill(file, name, first, block)
+                yield block
 
-    def _fill(self, name: str, start: int, flat: Tensor) -> None:
+    def _opened(self, name: str) -> FileIO:
+        """The file that a tensor lies in."""
+        return (self.folder / self._places[name].file).open("rb", buffering=0)
+
+    def _fill(self, file: FileIO, name: str, start: int, flat: Tensor) -> None:
         """Read the elements from `start` on that a flat tensor has room for."""
-        place = self._places[name]
         if not flat.numel():
             return
         view, done = _bytes(flat), 0
-        with (self.folder / place.file).open("rb", buffering=0) as file:
-            file.seek(place.start + start * flat.itemsize)
-            while done < len(view):  # one call reads two gigabytes at most
-                count = file.readinto(view[done:])
-                if not count:
-                    raise UserError("is shorter than it was", where=str(self.folder / place.file))
-                done += count
+        file.seek(self._places[name].start + start * flat.itemsize)
+        while done < len(view):  # one call reads two gigabytes at most
+            count = file.readinto(view[done:])
+            if not count:
+                raise UserError("is shorter than it was", where=str(file.name))
+            done += count
 
 
 class ShardWriter:
