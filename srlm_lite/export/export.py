@@ -26,7 +26,7 @@ from srlm_lite.errors import ProofError, UserError
 from srlm_lite.export.card import write_card
 from srlm_lite.export.hub import files_of
 from srlm_lite.export.source import Source
-from srlm_lite.progress import Reporter, Task
+from srlm_lite.progress import Reporter, Silent, Task
 from srlm_lite.run_dir import read_json, write_json
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class Export:
         self.files: BaseFiles = source.base_files()
         self.stack: list[Adapter] = source.stack()
         self.onto = self._onto()
-        self._progress = _Megabytes(reporter.start("check", 0, "MB"))
+        self._progress = _Megabytes(Silent().start("parity", 0, "MB"))
 
     def _onto(self) -> Onto:
         if self.files.kind != "gguf":
