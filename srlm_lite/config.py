@@ -16,7 +16,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from srlm_lite.errors import UserError
 
@@ -345,6 +352,30 @@ class Evaluate(Section):
     gate: Gate = Gate()
 
 
+TrackerName = Literal["tensorboard", "wandb", "trackio"]
+
+
+class Tracking(Section):
+    """Who else is told a run's figures while it runs; decides nothing in a run. Needs the extra
+    `tracking`."""
+
+    report_to: tuple[TrackerName, ...] = ()
+    """What TRL logs at each step of each training, and the figures of each stage, go there: one
+    name or a list. One run here is one run there."""
+    project: str = "srlm-lite"
+    """Of W&B and trackio."""
+    name: str | None = None
+    """Of the run in W&B and trackio; default: the recipe's, the directory's, and a few letters
+    that tell runs apart."""
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return () if value == "none" else (value,)
+        return value
+
+
 class Compare(Section):
     """Head to head of two models, `srlm-lite compare`; decides nothing in a run."""
 
@@ -526,6 +557,7 @@ class Recipe(Section):
     pairing: Pairing = Pairing()
     dpo: Dpo = Dpo()
     evaluate: Evaluate = Evaluate()
+    tracking: Tracking = Tracking()
     compare: Compare = Compare()
     mt_bench: MtBench = MtBench()
     vllm: Vllm = Vllm()
@@ -604,11 +636,12 @@ class Recipe(Section):
         """What makes two runs the same run: every setting that decides what is computed.
 
         Leaves out `iterations` (a longer run continues a shorter one), the gates (which only look
-        at figures), name, description, what is for comparisons afterwards, and the sections of
-        other methods. A path counts by what the file holds, not by where it lies.
+        at figures), the tracking (which passes them on), name, description, what is for comparisons
+        afterwards, and the sections of other methods. A path counts by what the file holds, not by
+        where it lies.
         """
         others = {section for method, section in METHOD_SECTIONS.items() if method != self.method}
-        left_out = {"iterations", "name", "description", *AFTERWARDS, *others}
+        left_out = {"iterations", "name", "description", "tracking", *AFTERWARDS, *others}
         settings = self.model_dump(mode="json", exclude=left_out)
         del settings["evaluate"]["gate"]
         for section, key in PATH_KEYS:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 
@@ -49,4 +51,32 @@ class Silent:
         pass
 
     def warn(self, text: str) -> None:
+        pass
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """Which training of a run: of which iteration, 0 for what precedes the first, and of what."""
+
+    iteration: int
+    name: str
+
+
+class Tracker(Protocol):
+    """Passes a run's figures on to programs that draw them."""
+
+    def step(self, training: Training, step: int, logs: Mapping[str, float]) -> None:
+        """A step of the optimiser, counted from 1, with what the trainer logged of it."""
+
+    def stage(self) -> None:
+        """A stage has ended: `metrics.jsonl` has a new row."""
+
+
+class Untracked:
+    """Passes on nothing."""
+
+    def step(self, training: Training, step: int, logs: Mapping[str, float]) -> None:
+        pass
+
+    def stage(self) -> None:
         pass

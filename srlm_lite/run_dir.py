@@ -29,7 +29,7 @@ R = TypeVar("R", bound=Record)
 _LOCK = ".lock"
 _OWN = re.compile(
     r"run\.json|base\.json|metrics\.jsonl|anchor|base|reward|iter_\d{3,}|\.scratch|vllm\.log"
-    r"|compare|mt_bench|report\.html"
+    r"|compare|mt_bench|report\.html|tracking\.json|tensorboard|wandb"
 )
 
 
@@ -449,6 +449,11 @@ class IterationDir(StageDir):
         folder = self.path / "provisional"
         return DeltaPlace("provisional", folder, folder / "training.json")
 
+    @property
+    def delta_places(self) -> tuple[DeltaPlace, ...]:
+        """All three, whether or not there is anything."""
+        return self.delta_place, self.judge_place, self.provisional_place
+
 
 @dataclass(frozen=True, slots=True)
 class ComparisonsDir:
@@ -543,6 +548,16 @@ class RunDir:
     def report(self) -> Path:
         """Where a report goes that is not told another place."""
         return self.path / "report.html"
+
+    @property
+    def tracking(self) -> Path:
+        """What trackers have been told."""
+        return self.path / "tracking.json"
+
+    @property
+    def tensorboard(self) -> Path:
+        """What TensorBoard reads. W&B makes a directory of its own name beside it."""
+        return self.path / "tensorboard"
 
     @property
     def vllm_log(self) -> Path:
@@ -756,7 +771,7 @@ def _adapter_files(folder: Path) -> tuple[Path, ...]:
     return folder / "adapter_model.safetensors", folder / "adapter_config.json"
 
 
-_MAY_CHANGE = (("iterations",), ("evaluate", "gate"))
+_MAY_CHANGE = (("iterations",), ("evaluate", "gate"), ("tracking",))
 """What of a recipe may differ when a run goes on."""
 
 

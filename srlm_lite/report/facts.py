@@ -27,7 +27,6 @@ from srlm_lite.records import (
 )
 from srlm_lite.report.words import Words, words
 from srlm_lite.run_dir import (
-    DeltaPlace,
     IterationDir,
     RunDir,
     StageDir,
@@ -452,18 +451,13 @@ def _drops(place: IterationDir) -> dict[str, int]:
 
 
 def _curves(place: IterationDir) -> list[Curve]:
-    places: tuple[DeltaPlace, ...] = (
-        place.delta_place,
-        place.judge_place,
-        place.provisional_place,
-    )
     return [
         Curve(
             one.name,
             tuple(read_records(one.steps, TrainingStep)) if one.steps.is_file() else (),
             read_json(one.training),
         )
-        for one in places
+        for one in place.delta_places
         if one.training.is_file()
     ]
 

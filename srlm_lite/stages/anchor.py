@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from srlm_lite.config import Optim
 from srlm_lite.errors import UserError
 from srlm_lite.judging import Rubric, parse_score
+from srlm_lite.progress import Training
 from srlm_lite.records import Instruction, Judgement, RankedReply
 from srlm_lite.run_dir import read_json, write_json, write_records
 from srlm_lite.seeds import derive_seed
@@ -278,7 +279,15 @@ def _train(
     seed = derive_seed(session.recipe.seed, seed_name)
     start = session.slot.fresh(section.lora, seed=seed)
     return session.together(
-        Sft(start, examples, stage, seed, optim=section, dropout=section.lora.dropout)
+        Sft(
+            start,
+            examples,
+            stage,
+            Training(0, seed_name),
+            seed,
+            optim=section,
+            dropout=section.lora.dropout,
+        )
     )
 
 
@@ -289,6 +298,7 @@ class Sft:
     start: Adapter
     examples: Sequence[Example]
     stage: str
+    training: Training
     seed: int
     optim: Optim
     dropout: float = 0.0
@@ -305,6 +315,7 @@ class Sft:
         def on_step(step: int, steps: int, logs: dict[str, float]) -> None:
             task.advance()
             task.note(f"loss {logs['loss']:.3f}")
+            session.tracker.step(self.training, step, logs)
 
         return train_sft(
             session.slot,

@@ -15,6 +15,7 @@ from srlm_lite.errors import UserError
 from srlm_lite.evaluate.gold import load_gold
 from srlm_lite.evaluate.judge_metrics import judge_metrics
 from srlm_lite.pairing import Drops, replayed
+from srlm_lite.progress import Training
 from srlm_lite.records import (
     Candidate,
     FinishReason,
@@ -361,8 +362,9 @@ def delta(
     seed = derive_seed(recipe.seed, iteration.number, place.name)
     anchor, start, reference = _from_where(session, iteration, dpo, seed=seed, role=role)
     examples = [pair_example(session, pair) for pair in pairs]
+    training = Training(iteration.number, place.name)
     trained, (facts, curve) = session.together(
-        _Dpo(anchor, start, reference, examples, dpo, consistency, seed)
+        _Dpo(training, anchor, start, reference, examples, dpo, consistency, seed)
     )
     trained.save(place.adapter, base_name=recipe.base.name)
     write_records(place.steps, curve)
@@ -374,6 +376,7 @@ def delta(
 class _Dpo:
     """The training of a delta, in one process or in all."""
 
+    training: Training
     anchor: Adapter
     start: Adapter
     reference: Sequence[Adapter]
@@ -394,6 +397,7 @@ class _Dpo:
             curve.append(_training_step(step, logs))
             task.advance()
             task.note(f"loss {logs['loss']:.3f} margin {logs['rewards/margins']:+.2f}")
+            session.tracker.step(self.training, step, logs)
 
         trained, facts = train_dpo(
             session.slot,
@@ -447,8 +451,9 @@ def sft_delta(
         )
     seed = derive_seed(recipe.seed, iteration.number, place.name)
     start = session.slot.fresh(recipe.dpo.lora, seed=seed)
+    training = Training(iteration.number, f"{place.name} sft")
     trained, facts = session.together(
-        Sft(start, examples, "SFT", seed, optim=optim, below=session.stack(0))
+        Sft(start, examples, "SFT", training, seed, optim=optim, below=session.stack(0))
     )
     trained.save(place.adapter, base_name=recipe.base.name)
     told = {"answers": len(examples), "too_long": too_long, **facts}
@@ -473,10 +478,12 @@ def on_policy_delta(
     session.close_engines()
     steps = total_steps(len(prompts) * recipe.rollout.n, recipe.dpo)
     task = session.reporter.start("RLOO", steps, "steps")
+    training = Training(iteration.number, place.name)
 
     def on_step(step: int, steps: int, logs: dict[str, float]) -> None:
         task.advance()
         task.note(f"reward {logs['reward']:+.2f} divergence {logs['kl']:.3f}")
+        session.tracker.step(training, step, logs)
 
     trained, drawn, facts = train_rloo(
         session.slot,

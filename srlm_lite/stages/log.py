@@ -34,6 +34,7 @@ class StageLog:
             return result
         row = {"iteration": self._iteration, "stage": stage, "seconds": seconds, **facts}
         self._session.run.add_metrics(row)
+        self._session.tracker.stage()
         self._session.reporter.finish(self._iteration, stage, facts, seconds)
         return result
 

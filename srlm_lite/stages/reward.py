@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from srlm_lite.errors import UserError
 from srlm_lite.pairing import best_and_worst, told_apart
+from srlm_lite.progress import Training
 from srlm_lite.records import Candidate, Instruction, PreferencePair, Prompt, RankedReply
 from srlm_lite.run_dir import read_json
 from srlm_lite.seeds import derive_seed
@@ -79,6 +80,7 @@ def _train(session: Session) -> None:
     def on_step(step: int, steps: int, logs: dict[str, float]) -> None:
         task.advance()
         task.note(f"loss {logs['loss']:.3f} accuracy {logs['accuracy']:.2f}")
+        session.tracker.step(Training(0, "reward"), step, logs)
 
     model, facts = train_reward(
         session.slot,

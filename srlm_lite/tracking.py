@@ -1,0 +1,407 @@
+"""What TensorBoard, Weights & Biases and trackio are told of a run, while it runs.
+
+One run here is one run there, however many trainings it has. Of each stage they get the figures of
+`metrics.jsonl`, over iterations; of each training what TRL logs, over steps of the optimiser. Those
+are counted on from one iteration to the next, so that a curve goes on; but TensorBoard tells runs
+apart by directory, so there each training has one, and its curves lie over one another.
+
+transformers' own callbacks, behind the trainers' `report_to`, would begin a run with each training
+and call every loss `train/loss`. So the trainers report to the stage alone, and the stage to here.
+
+`tracking.json` notes what each has been told. A run that goes on tells nothing twice, and what they
+missed is told at its start: so even a finished run can be shown to them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import os
+import re
+import shlex
+import time
+import uuid
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Protocol
+
+from srlm_lite.config import Recipe, TrackerName
+from srlm_lite.errors import UserError
+from srlm_lite.progress import Training
+from srlm_lite.records import TrainingStep
+from srlm_lite.report.facts import gather, used_settings
+from srlm_lite.run_dir import RunDir, read_json, read_records, write_json
+
+ITERATION = "iteration"
+"""The axis of all figures but those of a training's steps."""
+
+FLUSH_S = 1.0
+"""Seconds between two times that steps are passed on: a note on the disk goes with each."""
+
+LEFT_OUT = {
+    *("intervals", "score_histogram", "bins"),
+    *("prompts", "pairs", "answers", "replies", "temperature"),
+}
+"""What of an evaluation is no curve over iterations, or the same in all of them."""
+
+Values = dict[str, float]
+
+
+def missing(report_to: Sequence[TrackerName]) -> list[TrackerName]:
+    """Those that are not installed."""
+    return [name for name in report_to if not _is_installed(name)]
+
+
+def check_installed(report_to: Sequence[TrackerName]) -> None:
+    """Refuse to go on without a tracker that the recipe names.
+
+    Raises:
+        UserError: One is not installed; says how.
+    """
+    for name in missing(report_to):
+        raise UserError(
+            "is not installed",
+            where=f"tracking.report_to = {name}",
+            way_out=f"pip install {name}, or all three: pip install 'srlm-lite[tracking]'",
+        )
+
+
+def _is_installed(name: str) -> bool:
+    # Not by looking for the module: W&B leaves a directory `wandb` wherever it runs.
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+class _Place(Protocol):
+    """A tracker at work."""
+
+    hint: str
+    """Where the figures can be looked at."""
+
+    def tell(self, values: Values, *, step: int, of: Training | None, before: int) -> None:
+        """Figures at an iteration or, of a training, at a step.
+
+        Args:
+            before: Steps of trainings of the same name in earlier iterations.
+        """
+
+    def close(self, failed: bool) -> None: ...
+
+
+class Tracking:
+    """The `Tracker` of a run: tells each of the trackers what it has not been told yet.
+
+    Args:
+        warn: Shows the user that a tracker has failed, and is left out from then on.
+    """
+
+    def __init__(self, run: RunDir, warn: Callable[[str], None]) -> None:
+        self._run, self._warn = run, warn
+        self._places: dict[TrackerName, _Place] = {}
+        self._waiting: list[tuple[Training, int, Values]] = []
+        self._flushed = time.monotonic()
+        self._notes: dict[str, Any] = {"id": uuid.uuid4().hex[:8], "name": None, "told": {}}
+        if run.tracking.is_file():
+            self._notes = read_json(run.tracking)
+
+    def is_wanted(self, recipe: Recipe) -> bool:
+        """Whether there is, or will be, anything to tell to anybody."""
+        names = recipe.tracking.report_to
+        if not names or not gather(self._run, texts=False).is_finished:
+            return bool(names)
+        rows, told = len(self._run.read_metrics()), self._notes["told"]
+        return any(name not in told or told[name]["stages"] < rows for name in names)
+
+    def open(self, recipe: Recipe) -> list[str]:
+        """Begin, or go on, with the trackers that the recipe names; where to look at each.
+
+        Raises:
+            UserError: One does not start.
+        """
+        section, key = recipe.tracking, self._notes["id"]
+        made_up = f"{recipe.name}-{self._run.path.absolute().name}-{key[:4]}"
+        name = self._notes["name"] = self._notes["name"] or section.name or made_up
+        for tracker in section.report_to:
+            told = self._notes["told"].setdefault(tracker, {"stages": 0, "steps": {}})
+            try:
+                self._places[tracker] = _open(
+                    tracker,
+                    self._run,
+                    project=section.project,
+                    name=name,
+                    key=key,
+                    resume=bool(told["stages"] or told["steps"]),
+                )
+            except Exception as error:  # each library has errors of its own
+                self.close(failed=True)
+                raise UserError(
+                    f"{tracker} does not start: {_first_line(error)}",
+                    where="tracking.report_to",
+                    way_out=WAYS_OUT.get(tracker, "Leave it out"),
+                ) from error
+        self._note()
+        self._tell_curves()
+        self.stage()
+        return [place.hint for place in self._places.values()]
+
+    def step(self, training: Training, step: int, logs: Mapping[str, float]) -> None:
+        """See `Tracker`."""
+        self._waiting.append((training, step, _numbers(logs, f"train/{_word(training.name)}")))
+        if time.monotonic() - self._flushed > FLUSH_S:
+            self._flush()
+
+    def stage(self) -> None:
+        """See `Tracker`."""
+        self._flush()
+        rows = self._run.read_metrics()
+        for tracker in list(self._places):
+            told = self._notes["told"][tracker]
+            for row in rows[told["stages"] :]:
+                told["stages"] += self._tell(tracker, stage_figures(row), step=int(row[ITERATION]))
+        self._note()
+
+    def close(self, failed: bool = False) -> None:
+        """Tell the rest, and let go of all trackers."""
+        self._flush()
+        for tracker, place in self._places.items():
+            try:
+                place.close(failed)
+            except Exception as error:
+                self._warn(f"{tracker}: {_first_line(error)}")
+
+    def _flush(self) -> None:
+        self._flushed = time.monotonic()
+        waiting, self._waiting = self._waiting, []
+        for training, step, values in waiting:
+            number = str(training.iteration)
+            for tracker in list(self._places):
+                # Of each training the last step, by name and iteration.
+                told = self._notes["told"][tracker]["steps"].setdefault(training.name, {})
+                if step <= told.get(number, 0):
+                    continue  # a killed training takes the same steps again
+                before = sum(n for t, n in told.items() if int(t) < training.iteration)
+                if self._tell(tracker, values, step=step, of=training, before=before):
+                    told[number] = step
+        if waiting:
+            self._note()
+
+    def _tell(
+        self,
+        tracker: TrackerName,
+        values: Values,
+        *,
+        step: int,
+        of: Training | None = None,
+        before: int = 0,
+    ) -> bool:
+        """Whether it has been told: not if it fails, or has failed before."""
+        place = self._places.get(tracker)
+        if place is None:
+            return False
+        try:
+            place.tell(values, step=step, of=of, before=before)
+        except Exception as error:  # a run must not die of those who look at it
+            del self._places[tracker]
+            self._warn(f"{tracker} is told no more: {_first_line(error)}")
+            return False
+        return True
+
+    def _note(self) -> None:
+        write_json(self._run.tracking, self._notes)
+
+    def _tell_curves(self) -> None:
+        """What the run has kept of trainings that are over."""
+        for iteration in self._run.iterations():
+            for place in iteration.delta_places:
+                if place.training.is_file() and place.steps.is_file():
+                    training = Training(iteration.number, place.name)
+                    for row in read_records(place.steps, TrainingStep):
+                        self.step(training, row.step, _logged(row))
+
+
+class Console(Protocol):
+    """What shows the user a line."""
+
+    def say(self, text: str) -> None: ...
+
+    def warn(self, text: str) -> None: ...
+
+
+@contextlib.contextmanager
+def tracked(recipe: Recipe, run: RunDir, console: Console) -> Iterator[Tracking | None]:
+    """The trackers of a recipe for as long as this context lasts.
+
+    None where it names none, or where the run is over and all of them know.
+
+    Raises:
+        UserError: One does not start.
+    """
+    tracking = Tracking(run, console.warn)
+    if not tracking.is_wanted(recipe):
+        yield None
+        return
+    for hint in tracking.open(recipe):
+        console.say(hint)
+    try:
+        yield tracking
+    except BaseException:
+        tracking.close(failed=True)
+        raise
+    tracking.close()
+
+
+def stage_figures(row: Mapping[str, Any]) -> Values:
+    """The figures of a row of `metrics.jsonl`, named in the way of trackers: `group/name`.
+
+    An evaluation's groups are its own: judge, policy, and so on.
+    """
+    stage = str(row["stage"])
+    facts = {key: value for key, value in row.items() if key not in (ITERATION, "stage", "seconds")}
+    values = _numbers(facts, "", LEFT_OUT) if stage == "evaluation" else _numbers(facts, stage)
+    return {**values, f"seconds/{stage}": float(row["seconds"])}
+
+
+def _numbers(facts: Mapping[str, Any], group: str, without: Collection[str] = ()) -> Values:
+    """All numbers in a mapping and the mappings in it, but for keys left out."""
+    found: Values = {}
+    for key, value in facts.items():
+        name = f"{group}/{key}" if group else key
+        if key in without:
+            continue
+        if isinstance(value, Mapping):
+            found.update(_numbers(value, name, without))
+        elif isinstance(value, int | float) and math.isfinite(value):
+            found[name] = float(value)
+    return found
+
+
+def _logged(row: TrainingStep) -> Values:
+    """A row of ours under TRL's names."""
+    named = {
+        "loss": row.loss,
+        "rewards/margins": row.reward_margin,
+        "rewards/accuracies": row.reward_accuracy,
+        "rewards/chosen": row.reward_chosen,
+        "rewards/rejected": row.reward_rejected,
+        "learning_rate": row.learning_rate,
+        "grad_norm": row.grad_norm,
+    }
+    return {name: value for name, value in named.items() if value is not None}
+
+
+def _word(name: str) -> str:
+    return re.sub(r"\W", "_", name)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+WAYS_OUT = {
+    "wandb": "Log in with `wandb login`, or keep it on this machine with WANDB_MODE=offline",
+    "trackio": "See its settings in the environment, TRACKIO_SPACE_ID above all, or leave it out",
+}
+
+
+def _open(
+    tracker: TrackerName, run: RunDir, *, project: str, name: str, key: str, resume: bool
+) -> _Place:
+    if tracker == "tensorboard":
+        return _TensorBoard(run)
+    settings = used_settings(gather(run, texts=False))
+    if tracker == "wandb":
+        return _Wandb(run, project=project, name=name, key=key, config=settings)
+    return _Trackio(project=project, name=name, config=settings, resume=resume)
+
+
+class _TensorBoard:
+    """A directory for the figures of stages, and one for each training."""
+
+    def __init__(self, run: RunDir) -> None:
+        self._run = run
+        self._writers: dict[str, Any] = {}
+        self.hint = f"TensorBoard: tensorboard --logdir {shlex.quote(str(run.tensorboard))}"
+
+    def tell(self, values: Values, *, step: int, of: Training | None, before: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        folder = "iterations" if of is None else _word(of.name)
+        if of is not None and of.iteration:
+            folder = f"{self._run.iteration(of.iteration).path.name}/{folder}"
+        if folder not in self._writers:
+            self._writers[folder] = SummaryWriter(self._run.tensorboard / folder)
+        for name, value in values.items():
+            self._writers[folder].add_scalar(name, value, step)
+        self._writers[folder].flush()
+
+    def close(self, failed: bool) -> None:
+        for writer in self._writers.values():
+            writer.close()
+
+
+class _Wandb:
+    """A run of W&B, which keeps its id."""
+
+    def __init__(
+        self, run: RunDir, *, project: str, name: str, key: str, config: dict[str, Any]
+    ) -> None:
+        import wandb
+
+        # It would say much, and take what the terminal shows, bars and all, for a log.
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", project),
+            name=name,
+            id=key,
+            resume="allow",
+            dir=str(run.path),
+            config=config,
+            settings=wandb.Settings(quiet=True, console=os.environ.get("WANDB_CONSOLE", "off")),
+        )
+        self._axes: set[str] = set()
+        folder = shlex.quote(os.path.relpath(Path(self._run.dir).parent))
+        self.hint = f"W&B: {f'wandb sync {folder}' if self._run.offline else self._run.url}"
+
+    def tell(self, values: Values, *, step: int, of: Training | None, before: int) -> None:
+        # Its own step only rises; each group of figures gets an axis of its own instead.
+        axis = ITERATION if of is None else f"train/{_word(of.name)}/step"
+        groups = {key.split("/")[0] for key in values} if of is None else {axis.rpartition("/")[0]}
+        for group in sorted(groups - self._axes):
+            self._run.define_metric(axis, hidden=True)
+            self._run.define_metric(f"{group}/*", step_metric=axis)
+        self._axes |= groups
+        self._run.log({**values, axis: step + before})
+
+    def close(self, failed: bool) -> None:
+        self._run.finish(exit_code=1 if failed else 0)
+
+
+class _Trackio:
+    """A run of trackio, known by its name."""
+
+    def __init__(self, *, project: str, name: str, config: dict[str, Any], resume: bool) -> None:
+        import trackio
+
+        with _silence():
+            self._run = trackio.init(
+                project, name=name, config=config, resume="allow" if resume else "never"
+            )
+        self.hint = f"trackio: trackio show --project {shlex.quote(project)}"
+
+    def tell(self, values: Values, *, step: int, of: Training | None, before: int) -> None:
+        self._run.log(values, step=step + before)
+
+    def close(self, failed: bool) -> None:
+        import trackio
+
+        with _silence():
+            trackio.finish()
+
+
+def _silence() -> contextlib.redirect_stdout[io.StringIO]:
+    """What trackio prints is no result of a command; our own line says where to look."""
+    return contextlib.redirect_stdout(io.StringIO())
