@@ -25,6 +25,7 @@ from reporting import (
 )
 from typer.testing import CliRunner
 
+from srlm_lite.cli.iterate import next_steps
 from srlm_lite.cli.main import app
 from srlm_lite.errors import UserError
 from srlm_lite.evaluate.judge_metrics import collapsed_score
@@ -623,3 +624,17 @@ def test_the_command_replaces_no_other_file(run: RunDir, tmp_path: Path) -> None
 
 def test_the_command_wants_a_run(tmp_path: Path) -> None:
     assert isinstance(invoke("--adapters", str(tmp_path)).exception, UserError)
+
+
+def test_the_end_of_a_run_says_what_to_type_next(tmp_path: Path) -> None:
+    run = new_run(tmp_path / "my out")
+    add_anchor(run)
+    assert next_steps(run) == [f"next: srlm-lite show run --adapters '{run.path}'"]
+    add_iteration(run, 1, some_pairs(2), measured=evaluation(gold=3.0))
+    add_iteration(run, 2, some_pairs(2), measured=evaluation(gold=2.5))
+    report, pairs, export = (line.partition("  # ")[0].strip() for line in next_steps(run))
+    there = f"--adapters '{run.path}'"
+    assert report == f"next: srlm-lite report {there}"
+    assert pairs == f"srlm-lite show pairs {there}"
+    # The first iteration is the better one.
+    assert export == f"srlm-lite export {there} --iteration 1 --out '{run.path}-m2'"

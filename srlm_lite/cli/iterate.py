@@ -18,7 +18,8 @@ from srlm_lite.errors import GateError
 from srlm_lite.hardware import pick_recipe
 from srlm_lite.loop import iterate
 from srlm_lite.processes import Processes, place
-from srlm_lite.report.words import words
+from srlm_lite.report.answer import best
+from srlm_lite.report.facts import gather
 from srlm_lite.run_dir import RunDir
 from srlm_lite.session import Session, follow, refuse_sharding
 from srlm_lite.stages.seed_data import check_inputs
@@ -77,10 +78,29 @@ def run_iterate(
     typer.echo(closing_table(run, recipe))
     if stopped is not None:
         raise stopped
-    show = "run"
-    if run.last_done():
-        show = "judgements" if words(recipe.model_dump()).why_no_pairs else "pairs"
-    console.say(f"next: srlm-lite show {show} --adapters {shlex.quote(str(directory))}")
+    for line in next_steps(run):
+        console.say(line)
+
+
+def next_steps(run: RunDir) -> list[str]:
+    """What to type now, and what for; the export is of the best iteration."""
+    there, last = f"--adapters {shlex.quote(str(run.path))}", run.last_done()
+    if not last:
+        return [f"next: srlm-lite show run {there}"]
+    facts = gather(run, texts=False)
+    found = best(facts)
+    number = last if found is None or found.number is None else found.number
+    out = shlex.quote(f"{run.path}-m{number + 1}")
+    rows = "judgements" if facts.words.why_no_pairs else "pairs"
+    steps = {
+        f"report {there}": "one page: did it improve, and by what",
+        f"show {rows} {there}": "what it learned from",
+        f"export {there} --iteration {number} --out {out}": "its best iteration, as weights",
+    }
+    return [
+        f"{'     ' if i else 'next:'} srlm-lite {command}  # {what}"
+        for i, (command, what) in enumerate(steps.items())
+    ]
 
 
 def _warn_of_idle(session: Session) -> None:
