@@ -16,6 +16,7 @@ from srlm_lite.evaluate.intervals import interval, ratio
 from srlm_lite.evaluate.judge_metrics import (
     calibration,
     collapsed_score,
+    disagreements,
     histogram,
     judge_metrics,
     share_in_gold_order,
@@ -437,3 +438,17 @@ def test_a_judge_s_grades_of_answers_to_different_prompts_beside_gold() -> None:
     # Unreadable: half right against each of the three others.
     assert share_in_gold_order({**scores, "a": None}, gold) == 0.6
     assert share_in_gold_order({"b": 1.0, "c": 2.0}, gold) is None
+
+
+def test_disagreements_are_pairs_in_the_other_order_the_widest_first() -> None:
+    ranks = {"a": 0, "b": 1, "c": 1, "d": 2}
+    group = [RankedReply("p", "q", name, name, rank) for name, rank in ranks.items()]
+    scores = {"a": 2.0, "b": 5.0, "c": 3.0, "d": None}
+    votes = [Judgement(name, 0, "", score) for name, score in scores.items()]
+    found = disagreements([group], votes)
+    # b and c are alike to people, d cannot be read.
+    assert [(one.better.response_id, one.worse.response_id, one.gap) for one in found] == [
+        ("a", "b", 3.0),
+        ("a", "c", 1.0),
+    ]
+    assert (found[0].better_score, found[0].worse_score) == (2.0, 5.0)

@@ -221,6 +221,39 @@ def _defined(correlation: Any, one: Sequence[Any], other: Sequence[Any]) -> floa
     return float(correlation(one, other).statistic) if defined else 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class Disagreement:
+    """Two replies to a prompt that the judge puts in the other order than people do."""
+
+    better: RankedReply
+    """To people."""
+    worse: RankedReply
+    better_score: float
+    worse_score: float
+
+    @property
+    def gap(self) -> float:
+        """Points by which the judge prefers the worse one."""
+        return self.worse_score - self.better_score
+
+
+def disagreements(
+    groups: Sequence[Sequence[RankedReply]], judgements: Sequence[Judgement]
+) -> list[Disagreement]:
+    """All of them, the widest gap first; ties and unreadable replies are none."""
+    scores = mean_scores(judgements, min_votes=1)
+    found = []
+    for group in groups:
+        for a, b in combinations(group, 2):
+            better, worse = sorted((a, b), key=lambda row: row.rank)
+            low, high = scores.get(better.response_id), scores.get(worse.response_id)
+            if better.rank == worse.rank or low is None or high is None:
+                continue
+            if high > low:
+                found.append(Disagreement(better, worse, low, high))
+    return sorted(found, key=lambda one: -one.gap)
+
+
 def calibration(
     groups: Sequence[Sequence[RankedReply]],
     judgements: Sequence[Judgement],

@@ -10,6 +10,7 @@ import io
 import math
 import re
 from typing import TYPE_CHECKING, Any
+from xml.sax.saxutils import escape
 
 from srlm_lite.report.charts import Chart, Series
 
@@ -81,6 +82,32 @@ def svg(chart: Chart) -> str:
         out = io.StringIO()
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
     return _embedded(out.getvalue(), chart)
+
+
+PAPER = {
+    **{"ink": "#1b1f24", "muted": "#57606a", "grid": "#dfe3e8", "card": "#ffffff"},
+    **{"series-1": "#0b62a4", "series-2": "#c2410c", "series-3": "#0f7b5f", "series-4": "#8e3a9d"},
+    **{"series-5": "#8a6100", "series-6": "#b5236b", "series-7": "#56616e", "series-8": "#3b7a0e"},
+}
+"""The page's colours in the light, by variable."""
+
+
+def picture(chart: Chart) -> str:
+    """The chart as an SVG file: on white, in colours and of a size of its own, with its title.
+
+    For where there is no page around it, such as a notebook.
+    """
+    text = re.sub(r"var\(--([\w-]+)\)", lambda match: PAPER[match[1]], svg(chart))
+    width, height = re.findall(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', text)[0]
+    head, rest = text.split(">", 1)
+    box = f'viewBox="0 -28 {width} {float(height) + 28:g}"'
+    head = re.sub(r'viewBox="[^"]+"', f'{box} width="{float(width) * 1.35:.0f}"', head)
+    title = (
+        f'<rect y="-28" width="100%" height="100%" fill="{PAPER["card"]}"/>'
+        f'<text x="8" y="-9" font-family="sans-serif" font-size="13" font-weight="bold" '
+        f'fill="{PAPER["ink"]}" id="{chart.slug}-title">{escape(chart.title)}</text>'
+    )
+    return f"{head}>{title}{rest}"
 
 
 def _height(chart: Chart) -> float:
