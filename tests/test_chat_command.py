@@ -76,9 +76,9 @@ def test_it_switches_without_loading_anything_again(
     loads = []
     right = base_module.load_base
 
-    def counted(section: Any) -> Any:
+    def counted(section: Any, **how: Any) -> Any:
         loads.append(section)
-        return right(section)
+        return right(section, **how)
 
     monkeypatch.setattr(base_module, "load_base", counted)
     out, err, code = talk(
