@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 import torch
 from scipy.stats import chisquare
+from transformers import LlamaConfig
 
 from srlm_lite.config import Base, Lora
+from srlm_lite.model import random_base as random_base_module
 from srlm_lite.model.base import LoadedBase, load_base
 from srlm_lite.model.chat import ChatFormat
+from srlm_lite.model.random_base import random_base
 from srlm_lite.model.stack import Adapter, Slot
 from srlm_lite.planning.memory import MOST_ROWS
 from srlm_lite.rollout import memory, transformers_engine, tree
@@ -346,15 +349,39 @@ def test_alternatives_are_the_models_own_probabilities(engine: TransformersEngin
             assert token.text == engine._chat.spell([sample.token_ids[place]])
 
 
+def test_a_model_that_carries_roundings_far_still_grows_a_tree(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Random weights, wide and deep, in bfloat16: it is as far from itself as from the tree."""
+    monkeypatch.setattr(random_base_module, "_SPREAD", 0.2)
+    shape = LlamaConfig(
+        vocab_size=2048,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=48,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+    )
+    wild = random_base(
+        shape, name="wild", device=torch.device("cpu"), dtype=torch.bfloat16, quantization="none"
+    )
+    engine = TransformersEngine(Slot(wild.model, targets=("q_proj",), rank=2), ChatFormat.of(wild))
+    prompt = tuple(range(100, 132))
+    with torch.inference_mode():
+        assert engine._branches_like_the_model(prompt)
+        monkeypatch.setattr(transformers_engine, "LIKE_ITSELF", 0)
+        assert not engine._branches_like_the_model(prompt)  # so it was this that let it pass
+
+
 def test_a_model_with_an_attention_of_its_own_is_sampled_with_plain_generate(
     base: LoadedBase, engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a bound that nothing meets, the proof fails as it would for such a model."""
+    """With a distance that no bound admits, the proof fails as it would for such a model."""
     prompts = requests(engine, n=2)
     limits = Limits(temperature=1.0, top_p=0.95, max_new_tokens=12, alternatives=2)
     expected = engine.sample(prompts, limits)
     careful = TransformersEngine(engine._slot, engine._chat, batch_rows=5)
-    monkeypatch.setattr(transformers_engine, "SAME", -1.0)  # nothing is the same
+    monkeypatch.setattr(transformers_engine, "_divergence", lambda *_: torch.tensor(torch.inf))
     found = careful.sample(prompts, limits)
     assert careful._branches is False
     assert ids(found) == ids(expected)
