@@ -66,10 +66,7 @@ class Session:
         self._revision: str | None = None
         self.pace: Pace | None = None
         """What keeps the processes of a sharded base in step, once it is loaded."""
-        if recipe.base.backend == "unsloth":
-            from srlm_lite.model.unsloth_backend import import_first
-
-            import_first()  # it rewrites what every other part is about to import
+        import_backend(recipe)
 
     @cached_property
     def rubric(self) -> Rubric:
@@ -344,6 +341,18 @@ class _PassBy:
     def __call__(self, follower: Follower) -> None:
         if follower.session.pace is not None:
             follower.session.pace.pass_by()
+
+
+def import_backend(recipe: Recipe) -> None:
+    """Import Unsloth, where the recipe has it, before anything imports what it rewrites.
+
+    Raises:
+        UserError: It is not installed, does not start, or comes too late.
+    """
+    if recipe.base.backend == "unsloth":
+        from srlm_lite.model.unsloth_backend import import_first
+
+        import_first()
 
 
 def refuse_sharding(recipe: Recipe) -> None:

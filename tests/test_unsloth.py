@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -124,6 +125,27 @@ def test_unsloth_after_transformers_is_refused(monkeypatch: pytest.MonkeyPatch) 
     assert "transformers" in sys.modules
     with pytest.raises(UserError, match="has to be imported before transformers"):
         unsloth_backend.import_first()
+
+
+def test_iterate_imports_it_before_it_plans(tmp_path: Path) -> None:
+    """A plan asks transformers for the base's shape."""
+    (tmp_path / "unsloth.py").write_text(
+        "import sys\nraise RuntimeError('late' if 'transformers' in sys.modules else 'in time')"
+    )
+    words = ["iterate", "--recipe", "tiny", "--set", "base.backend=unsloth", "--adapters", "out"]
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run(
+        [sys.executable, "-m", "srlm_lite", *words],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{root}"},
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == (
+        "srlm-lite: base.backend: Unsloth does not start: in time. Set base.backend=transformers"
+    )
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_unsloth_that_does_not_start_is_told_in_one_line(

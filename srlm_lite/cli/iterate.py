@@ -21,7 +21,7 @@ from srlm_lite.processes import Processes, place
 from srlm_lite.report.answer import best
 from srlm_lite.report.facts import gather
 from srlm_lite.run_dir import RunDir
-from srlm_lite.session import Session, follow, refuse_sharding
+from srlm_lite.session import Session, follow, import_backend, refuse_sharding
 from srlm_lite.stages.seed_data import check_inputs
 from srlm_lite.tracking import check_installed, tracked
 
@@ -54,6 +54,7 @@ def run_iterate(
             refuse_sharding(recipe)  # before anybody installs what would be refused
         check_inputs(recipe)
         check_installed(recipe.tracking.report_to)
+        import_backend(recipe)  # a plan imports transformers
         if planned:
             refuse_what_cannot_fit(recipe, shards=processes.world if processes.shards else 1)
         facts = {
