@@ -173,9 +173,9 @@ class Rollout(Sampling):
     """Sequences in one forward pass; `auto` goes by the device's memory. Halved by itself when
     memory runs out."""
     fold: bool = False
-    """Sample with the stack written into the weights: faster for small models, at the price of
-    a second copy of the weights and a rounding of the update. Not for quantized bases, which
-    ignore it."""
+    """Sample with the stack written into a second copy of the weights, in the compute dtype: faster
+    for small models, and for any on a GPU; the copy takes memory (of a quantized base as much as
+    the unquantized one), and the update is rounded."""
     chunk_prompts: Positive = 16
     """Prompts whose results reach the disk together; a killed run loses at most one chunk."""
 

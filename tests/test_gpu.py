@@ -62,10 +62,10 @@ def random_adapter(slot: Slot, seed: int) -> Adapter:
     return Adapter(4, 4.0, factors)
 
 
-@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize(("quantization", "fold"), [("none", False), ("nf4", False), ("nf4", True)])
 @pytest.mark.parametrize("device", ["cpu", GPU])
 def test_greedy_is_token_for_token_what_plain_generate_gives(
-    tiny_base_dir: Path, device: Any, quantization: Any
+    tiny_base_dir: Path, device: Any, quantization: Any, fold: bool
 ) -> None:
     """In float32, two adapters in the slot, ragged prompts, with and without a shared rubric."""
     section = Base(
@@ -74,12 +74,17 @@ def test_greedy_is_token_for_token_what_plain_generate_gives(
     base = load_base(section)
     slot, chat = Slot(base.model, targets=Lora().targets, rank=8), ChatFormat.of(base)
     engine = TransformersEngine(slot, chat, batch_rows=6)
-    engine.load([random_adapter(slot, 1), random_adapter(slot, 2)])
+    stack = [random_adapter(slot, 1), random_adapter(slot, 2)]
     model: Any = slot.model.get_base_model()
     for before in ("", RUBRIC):
         prompts = [tuple(chat.prompt_ids(before + text)) for text in TEXTS]
         limits = Limits(temperature=0.0, top_p=1.0, max_new_tokens=12, ignore_end=True)
+        slot.fold = fold
+        engine.load(stack)
         rows = engine.sample([Request(prompt, (1, 2)) for prompt in prompts], limits)
+        slot.fold = False
+        slot.load(())
+        slot.load(stack)
         for prompt, samples in zip(prompts, rows, strict=True):
             ids = torch.tensor([prompt], device=base.device)
             output = model.generate(

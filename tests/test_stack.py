@@ -180,8 +180,12 @@ def test_a_stack_is_copied_again_only_when_something_else_was_in_the_slot(
     assert torch.equal(logits(slot.model), expected)
 
 
-def test_folding_computes_the_same_and_leaves_no_trace(tiny_base_dir: Path) -> None:
-    bases = [load_base(Base(name=str(tiny_base_dir), dtype="float32")) for _ in range(2)]
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_folding_computes_the_same_and_leaves_no_trace(
+    tiny_base_dir: Path, quantization: Any
+) -> None:
+    section = Base(name=str(tiny_base_dir), dtype="float32", quantization=quantization)
+    bases = [load_base(section) for _ in range(2)]
     beside, folded = (
         Slot(base.model, targets=TARGETS, rank=10, fold=fold)
         for base, fold in zip(bases, (False, True), strict=True)
@@ -192,6 +196,8 @@ def test_folding_computes_the_same_and_leaves_no_trace(tiny_base_dir: Path) -> N
         beside.load(stack)
         folded.load(stack)
         torch.testing.assert_close(logits(folded.model), logits(beside.model), rtol=1e-4, atol=1e-5)
+        kinds = {type(layer.base_layer) is nn.Linear for layer in folded._layers.values()}
+        assert kinds == ({True} if stack or quantization == "none" else {False})
     folded.load([anchor, delta], train=True)
     after = dict(folded.model.named_parameters())
     for name, parameter in before.items():

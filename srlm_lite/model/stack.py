@@ -207,9 +207,10 @@ class Slot:
         base: The frozen model; it is wrapped once, and `model` is the wrapped one.
         targets: Names of the linear layers that carry an adapter.
         rank: Room for the whole stack: the anchor's rank plus the delta's.
-        fold: While nothing trains, write the stack's update into the weights instead of computing
-            it beside them. Faster for small models; the weights are kept twice, and the sum is
-            rounded to their dtype. Has no effect on a quantized or a sharded base.
+        fold: While nothing trains, compute on a copy of the weights that has the stack's update
+            written into it, in the compute dtype; 4-bit weights are expanded for it. Faster where
+            launching operations takes longer than they do: small models, and any on a GPU. The
+            copy takes memory, and the sum is rounded. Has no effect on a sharded base.
         backend: What the base was loaded with.
     """
 
@@ -238,8 +239,8 @@ class Slot:
             if isinstance(module, LoraLayer)
         }
         self.sharded = is_sharded(base)
-        self._fold = fold and not self.sharded and not getattr(base, "is_quantized", False)
-        self._bare: dict[str, Tensor] = {}
+        self.fold = fold and not self.sharded
+        self._bare: dict[str, nn.Module] = {}
         self._last_scaling = 1.0
         self._held: tuple[Adapter, ...] | None = None
         self.load(())
@@ -324,7 +325,7 @@ class Slot:
             layer.scaling[adapter] = scaling
         if adapter == _SLOT:
             self._unfold()
-            if self._fold and not train and dtype == self.compute_dtype:
+            if self.fold and not train and dtype == self.compute_dtype:
                 self._fold_in(fused)
             self._last_scaling = scaling
             self._held = tuple(stack) if runs_a_role else None
@@ -337,18 +338,18 @@ class Slot:
             layer._disable_adapters = True
             if module not in fused.factors:
                 continue
-            weight: Any = layer.get_base_layer().weight
+            bare: Any = layer.get_base_layer()
+            weight = bare.weight
             a, b = (factor.to(weight.device) for factor in fused.factors[module])
-            self._bare[module] = weight.data
-            update = fused.scaling * (b @ a)
-            weight.data = (weight.data.float() + update).to(weight.dtype)
+            folded = _expanded(weight).float() + fused.scaling * (b @ a)
+            self._bare[module] = bare
+            layer.base_layer = _linear(folded.to(self.compute_dtype), bare.bias)
 
     def _unfold(self) -> None:
         for layer in self._layers.values():
             layer._disable_adapters = False
         for module, bare in self._bare.items():
-            weight: Any = self._layers[module].get_base_layer().weight
-            weight.data = bare
+            self._layers[module].base_layer = bare
         self._bare.clear()
 
     def read(self, start: int, rank: int, modules: Sequence[str]) -> Adapter:
@@ -451,6 +452,26 @@ def _weight(part: Any, adapter: str) -> nn.Parameter:
     if not isinstance(weight, nn.Parameter):
         raise TypeError(f"adapter {adapter} has no weight")
     return weight
+
+
+def _expanded(weight: Any) -> Tensor:
+    """A weight in 16 or 32 bits, whatever it is kept in."""
+    if getattr(weight, "quant_state", None) is None:
+        expanded: Tensor = weight.data
+    else:
+        from bitsandbytes.functional import dequantize_4bit
+
+        expanded = dequantize_4bit(weight.data, weight.quant_state)
+    return expanded
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    with torch.device("meta"):
+        layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.data, requires_grad=False)
+    return layer
 
 
 def _same(held: tuple[Adapter, ...] | None, stack: Sequence[Adapter]) -> bool:
