@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import yaml
 from safetensors import SafetensorError
+from typer.main import get_command
 
 from srlm_lite import __version__
 from srlm_lite.cli import main
@@ -214,6 +215,16 @@ def test_a_wrong_override(cli: Cli, tmp_path: Path, override: str, message: str)
     line = mistake(cli("iterate", "--recipe", "toy", "--adapters", out, "--set", override))
     assert message in line
     assert not out.exists()
+
+
+def test_no_placeholder_is_its_options_name() -> None:
+    """typer 0.27 then calls the option itself so: `--GPUS` in place of `--gpus`."""
+    commands = [get_command(main.app)]
+    for command in commands:
+        commands += getattr(command, "commands", {}).values()
+        for option in command.params:
+            assert (option.metavar or "").lower() != option.name, (command.name, option.opts)
+    assert len(commands) > 20
 
 
 def test_a_negative_number_of_iterations(cli: Cli, tmp_path: Path) -> None:

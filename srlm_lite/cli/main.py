@@ -84,7 +84,7 @@ def plan(
     ] = None,
     gpus: Annotated[
         str | None,
-        typer.Option(help="Other hardware than this machine's: 2x80GB, 24GB.", metavar="GPUS"),
+        typer.Option(help="Other hardware than this machine's: 2x80GB, 24GB.", metavar="NxSIZE"),
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:
