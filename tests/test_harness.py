@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import lm_eval.tasks
 import pytest
 
 from srlm_lite.config import Base, Lora, recipes_dir
@@ -16,6 +15,8 @@ from srlm_lite.model.harness import harness_model, run_tasks, task_manager
 from srlm_lite.model.stack import Adapter, Slot
 from srlm_lite.training.likelihood import log_likelihoods
 from srlm_lite.training.sft import Example
+
+lm_eval_tasks = pytest.importorskip("lm_eval.tasks")
 
 TARGETS = Lora().targets
 TASK = """task: whales
@@ -112,9 +113,9 @@ def test_a_task_of_ones_own_on_local_files(toy: tuple[LoadedBase, Slot], tasks_d
 
 def test_an_unknown_task_is_refused(tasks_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The index of the harness's own tasks takes seconds to build; that of the folder does here.
-    real = lm_eval.tasks.TaskManager
+    real = lm_eval_tasks.TaskManager
     monkeypatch.setattr(
-        lm_eval.tasks,
+        lm_eval_tasks,
         "TaskManager",
         lambda include_path, **_: real(include_path=include_path, include_defaults=False),
     )

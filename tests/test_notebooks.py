@@ -7,15 +7,16 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import nbformat
 import pytest
-from nbclient import NotebookClient
 from reporting import add_anchor, add_iteration, evaluation, new_run, some_pairs
 
 from srlm_lite.config import load_recipe
 from srlm_lite.records import Judgement
 from srlm_lite.run_dir import RunDir, StageDir, write_records
 from srlm_lite.stages.seed_data import data_file, read_ranked
+
+nbformat: Any = pytest.importorskip("nbformat")
+nbclient: Any = pytest.importorskip("nbclient")
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 NAMES = sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))
@@ -25,7 +26,7 @@ def executed(name: str) -> str:
     """All that a notebook shows; a cell that fails fails the test."""
     notebook: Any = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
     resources = {"metadata": {"path": str(NOTEBOOKS)}}
-    NotebookClient(notebook, timeout=300, resources=resources).execute()
+    nbclient.NotebookClient(notebook, timeout=300, resources=resources).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
     return "\n".join(
         [str(output.text) for output in outputs if output.output_type == "stream"]
