@@ -23,6 +23,14 @@ BEGIN = "<!-- made by `make gpu`; do not edit: begin -->"
 END = "<!-- made by `make gpu`: end -->"
 
 SHAPES = ("tiny", "llama3.1-8b", "llama2-7b", "llama2-70b")
+WAYS = ("ours", "folded", "continuous", "plain")
+"""Each in a process of its own: one that fails, or runs out of time, takes no other with it."""
+NOT_FOLDED = "llama2-70b"
+"""No device holds its 16-bit copy beside it."""
+PLANS = ("llama3.1-8b", "llama2-70b")
+PHASES = ("DPO", "anchor SFT", "judge", "candidates", "evaluation", "load")
+SHORT = ("rollout.max_new_tokens=64", "judge.max_new_tokens=32", "rollout.chunk_prompts=8")
+"""As long as the window all the same: prompts fill what answers leave."""
 ROLLOUT = "ours,continuous,batched"
 
 
@@ -34,6 +42,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "gpu", help="for the JSON files")
     parser.add_argument("--into", type=Path, default=ROOT / "BENCHMARKS.md")
     parser.add_argument("--shapes", default=",".join(SHAPES), help="of bench gpu; empty for none")
+    parser.add_argument(
+        "--plans", default=",".join(PLANS), help="recipes of bench plan; empty for none"
+    )
     parser.add_argument("--device", default="cuda", help="cpu to try this script without a GPU")
     parser.add_argument("--no-tests", action="store_true")
     parser.add_argument("--no-rollout", action="store_true", help="leave out bench rollout")
@@ -53,10 +64,18 @@ def run(options: argparse.Namespace) -> bool:
     parts: dict[str, list[str]] = {"doctor": [*program, "doctor", "--json"]}
     for shape in filter(None, options.shapes.split(",")):
         words = ["bench", "gpu", "--shape", shape, "--device", options.device, "--json"]
-        parts[f"gpu-{shape}"] = [*program, *words]
+        for way in WAYS:
+            if (way, shape) != ("folded", NOT_FOLDED):
+                parts[f"gpu-{shape}-{way}"] = [*program, *words, "--ways", way]
         if importlib.util.find_spec("unsloth") is not None:
             unsloth = ["--backend", "unsloth", "--ways", "ours"]
             parts[f"gpu-{shape}-unsloth"] = [*program, *words, *unsloth]
+    for recipe in filter(None, options.plans.split(",")):
+        settings = [word for setting in SHORT for word in ("--set", setting)]
+        words = ["bench", "plan", "--recipe", recipe, "--random", *settings]
+        for phase in PHASES:
+            named = f"plan-{recipe}-{phase.replace(' ', '_')}"
+            parts[named] = [*program, *words, "--phases", phase, "--json"]
     if not options.no_rollout:
         parts["rollout"] = [*program, "bench", "rollout", "--engines", ROLLOUT, "--json"]
     ended_well = options.no_tests or run_tests(options.out, options.timeout)
@@ -128,6 +147,7 @@ def section(out: Path) -> str:
         *_head(files),
         *_tests(files.get("tests")),
         *_gpu(files),
+        *_plans(files),
         *_rollout(files.get("rollout")),
     ]
     return "\n".join(lines).strip() + "\n"
@@ -168,6 +188,7 @@ def _gpu(files: dict[str, Any]) -> list[str]:
         "|---|---|---|---|---|---|---|",
     ]
     notes = []
+    told = set()
     for name, result in sorted(found.items()):
         if "failed" in result:
             notes.append(f"- `{name.removeprefix('gpu-')}` failed: {result['failed']}")
@@ -182,6 +203,9 @@ def _gpu(files: dict[str, Any]) -> list[str]:
                     f"| {result['shape']} | {way}{held} | {label} | {took:.3g} | "
                     f"{row['tokens_per_s']:.0f} | {row['floor_share']:.3f} | {peak} |"
                 )
+        if (result["shape"], result.get("backend")) in told:
+            continue
+        told.add((result["shape"], result.get("backend")))
         base, rates = result["base"], result["machine_rates"]
         in_use = base["in_use_bytes"] or base["bytes"]
         best = max(rates["matmul_flops_per_s"].values()) / 1e12
@@ -195,6 +219,29 @@ def _gpu(files: dict[str, Any]) -> list[str]:
             f"{job['vote_tokens']}; {job['batch']} pairs a step, {job['micro_batch']} at once, "
             f"replies of {job['reply_tokens']} tokens."
         )
+    return [*lines, "", *notes, ""]
+
+
+def _plans(files: dict[str, Any]) -> list[str]:
+    found = {name: row for name, row in files.items() if name.startswith("plan-")}
+    if not found:
+        return []
+    lines = [
+        "`srlm-lite bench plan --random`: peaks of what torch allocates, predicted and measured.",
+        "",
+        "| recipe | phase | predicted GB | measured GB | error | s |",
+        "|---|---|---|---|---|---|",
+    ]
+    notes = []
+    for name, result in sorted(found.items()):
+        if "failed" in result:
+            notes.append(f"- `{name}` failed: {result['failed']}")
+            continue
+        for phase, row in result["phases"].items():
+            lines.append(
+                f"| {result['recipe']} | {phase} | {row['predicted_bytes'] / 1e9:.2f} | "
+                f"{row['measured_bytes'] / 1e9:.2f} | {row['error']:+.1%} | {row['seconds']:.0f} |"
+            )
     return [*lines, "", *notes, ""]
 
 

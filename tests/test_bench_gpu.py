@@ -149,16 +149,18 @@ def test_a_device_that_is_not_there_is_refused() -> None:
 def test_the_command(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["srlm-lite", "bench", "gpu", "--device", "cpu", "--json"])
+    words = ["bench", "gpu", "--device", "cpu", "--ways", "plain,ours,continuous,folded", "--json"]
+    monkeypatch.setattr(sys, "argv", ["srlm-lite", *words])
     with pytest.raises(SystemExit) as end:
         main.run()
     assert not end.value.code
     found = json.loads(capsys.readouterr().out)
     assert found["bench"] == "gpu" and found["shape"] == "tiny"
     assert found["base"]["bytes_per_linear_weight"] < 0.53
-    assert set(found["ways"]) == {"ours", "plain"}
-    for phases in found["ways"].values():
-        assert list(phases) == ["candidates", "judge", "dpo"]
+    assert list(found["ways"]) == ["ours", "folded", "continuous", "plain"]
+    for way, phases in found["ways"].items():
+        trains = ["dpo"] if way in ("ours", "plain") else []
+        assert list(phases) == ["candidates", "judge", *trains]
         assert phases["candidates"]["tokens"] == 2 * 2 * 8
         assert phases["judge"]["tokens"] == 2 * 2 * 2 * 8
         for phase in phases.values():

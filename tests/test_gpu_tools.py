@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import sys
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -48,6 +51,13 @@ TINY = {
         "reply_tokens": 512,
     },
 }
+PLAN = {
+    **HEAD,
+    "recipe": "llama2-70b",
+    "phases": {
+        "DPO": {"predicted_bytes": 54e9, "measured_bytes": 53e9, "error": 1 / 53, "seconds": 38.0}
+    },
+}
 
 
 def write(folder: Path, **files: Any) -> None:
@@ -58,7 +68,9 @@ def write(folder: Path, **files: Any) -> None:
 def test_the_section_says_what_was_measured_and_what_failed(tmp_path: Path) -> None:
     write(
         tmp_path,
-        **{"gpu-tiny": TINY, "gpu-llama2-70b": {"failed": "out of memory", "wall_s": 3.0}},
+        **{"gpu-tiny-ours": TINY, "gpu-llama2-70b": {"failed": "out of memory", "wall_s": 3.0}},
+        **{"gpu-tiny-plain": TINY | {"ways": {"plain": {"candidates": PHASE}}}},
+        **{"plan-llama2-70b-DPO": PLAN, "plan-llama2-70b-load": {"failed": "no CUDA device"}},
         tests={"passed": 9, "failed": ["tests.test_gpu::test_x"], "skipped": 1, "exit_code": 1},
         doctor={"machine": [{"name": "GPU 0", "text": "A GPU, 80 GB; CUDA 13.0, driver 580"}]},
     )
@@ -69,7 +81,10 @@ def test_the_section_says_what_was_measured_and_what_failed(tmp_path: Path) -> N
     assert "| tiny | ours | candidates | 2 | 512 | 0.250 | 5.00 |" in text
     assert "| tiny | ours | a DPO step | 1.5 | 512 | 0.250 | 5.00 |" in text
     assert "- `llama2-70b` failed: out of memory" in text
-    assert "7.00 billion weights built in 3.0 s, 4.00 GB in use" in text
+    assert "| tiny | plain | candidates | 2 | 512 | 0.250 | 5.00 |" in text
+    assert text.count("7.00 billion weights built in 3.0 s, 4.00 GB in use") == 1
+    assert "| llama2-70b | DPO | 54.00 | 53.00 | +1.9% | 38 |" in text
+    assert "- `plan-llama2-70b-load` failed: no CUDA device" in text
 
 
 def test_the_section_replaces_itself_and_nothing_else(tmp_path: Path) -> None:
@@ -110,6 +125,22 @@ def test_a_part_that_fails_is_kept_as_failed(
         assert found["a"] == 1
     else:
         assert found["failed"].startswith(failed)
+
+
+def test_no_test_file_needs_what_a_gpu_machine_lacks() -> None:
+    """All of them are imported there, for the few tests that run."""
+    there = set(wheels.closure(["srlm-lite", *wheels.TESTS], python="3.12", skip=[]))
+    owners = metadata.packages_distributions()
+    own = {path.stem for path in (ROOT / "tests").glob("*.py")} | {"srlm_lite"}
+    for path in sorted((ROOT / "tests").glob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in tree.body:
+            names = [node.module] if isinstance(node, ast.ImportFrom) else []
+            names = [one.name for one in node.names] if isinstance(node, ast.Import) else names
+            for top in {str(name).partition(".")[0] for name in names} - own:
+                if top not in sys.stdlib_module_names:
+                    needed = {canonicalize_name(name) for name in owners.get(top, [top])}
+                    assert needed & there, f"{path.name} imports {top}"
 
 
 def test_the_wheels_are_what_the_package_needs_and_no_cuda() -> None:

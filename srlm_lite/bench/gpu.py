@@ -3,11 +3,14 @@
 The base is random, in NF4, and built on the device one tensor at a time. On it, with an anchor and
 a delta in the slot as in any iteration, run
 
-    ours    candidates and judgements by our engine, then DPO steps with all their proofs
-    plain   the same numbers of tokens by batched `generate`, then DPO by a stock TRL trainer on a
-            LoRA of the same rank
+    ours        candidates and judgements by our engine, then DPO steps with all their proofs
+    folded      the sampling once more, on a 16-bit copy of the weights that has the stack in it
+                (`rollout.fold`)
+    continuous  the sampling by transformers' continuous batching
+    plain       the same numbers of tokens by batched `generate`, then DPO by a stock TRL trainer on
+                a LoRA of the same rank
 
-Both hold the same base in memory. Every sample has its full length, so the work is equal. The
+All have the same base in memory. Every sample has its full length, so the work is equal. The
 floor of each phase is `srlm_lite.bench.floor`'s at rates measured in the same run.
 """
 
@@ -28,6 +31,7 @@ import torch
 
 from srlm_lite.bench import floor
 from srlm_lite.bench.backend import Backend
+from srlm_lite.bench.continuous import ContinuousBatching
 from srlm_lite.bench.floor import Work
 from srlm_lite.bench.machine import peak_memory, resident, synchronise
 from srlm_lite.bench.plain import PlainGenerate
@@ -46,9 +50,12 @@ from srlm_lite.rollout.transformers_engine import TransformersEngine
 from srlm_lite.training.dpo import PairExample, train_dpo
 from srlm_lite.training.plain import train_plain_dpo
 
-Way = Literal["ours", "plain"]
-WAYS: tuple[Way, ...] = ("ours", "plain")
+Way = Literal["ours", "folded", "continuous", "plain"]
+WAYS: tuple[Way, ...] = get_args(Way)
 Device = Literal["auto", "cpu", "cuda"]
+
+_TRAIN = ("ours", "plain")
+"""Ways that have DPO steps of their own."""
 
 TINY = "tiny"
 _TINY_SHAPE: dict[str, Any] = {
@@ -62,6 +69,8 @@ _TINY_SHAPE: dict[str, Any] = {
 
 LORA = Lora()
 """Of the anchor, and of the delta."""
+
+_TEMPERATURE, _TOP_P = 0.7, 0.9
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +191,8 @@ def bench_gpu(
     section = Base(name=shape, device=device, quantization="nf4")
     where = torch.device("cuda", 0) if _on_cuda(device) else torch.device("cpu")
     dtype = compute_dtype(section)
-    task = reporter.start(shape, 1 + 3 * len(ways), "parts")
+    parts = 1 + sum(3 if way in _TRAIN else 2 for way in ways)
+    task = reporter.start(shape, parts, "parts")
     task.note("building the base")
     try:
         with _clock(where) as load:
@@ -289,16 +299,18 @@ class _Bench:
         )
 
     def phases(self, way: Way) -> Mapping[str, Callable[[], dict[str, Any]]]:
-        sample = self._ours if way == "ours" else self._plainly
-        job = self.job
-        return {
+        by = {"plain": self._plainly, "continuous": self._continuously}
+        sample, job = by.get(way, self._ours), self.job
+        self.slot.fold = way == "folded"
+        phases: dict[str, Callable[[], dict[str, Any]]] = {
             "candidates": lambda: self._sampled(sample, self.questions, job.n, job.answer_tokens),
             "judge": lambda: self._sampled(sample, self.grading, job.votes, job.vote_tokens),
-            "dpo": lambda: self._trained(way),
         }
+        return {**phases, "dpo": lambda: self._trained(way)} if way in _TRAIN else phases
 
     def clear(self) -> None:
         """Before the next way: its memory is its own."""
+        self.slot.fold = False
         self.slot.load(())
         gc.collect()
         if self.base.device.type == "cuda":
@@ -322,7 +334,7 @@ class _Bench:
     def _ours(self, prompts: list[tuple[int, ...]], n: int, new_tokens: int) -> None:
         engine = TransformersEngine(self.slot, self.chat)
         engine.load([self.anchor, self.delta])
-        limits = Limits(temperature=0.7, top_p=0.9, max_new_tokens=new_tokens, ignore_end=True)
+        limits = Limits(_TEMPERATURE, _TOP_P, max_new_tokens=new_tokens, ignore_end=True)
         requests = [Request(ids, tuple(range(n * i, n * i + n))) for i, ids in enumerate(prompts)]
         engine.sample(requests, limits)
         engine.close()
@@ -335,6 +347,15 @@ class _Bench:
             workload=Workload(),
         )
         plain.sample(prompts, n=n, new_tokens=new_tokens, on_samples=lambda count: None)
+
+    def _continuously(self, prompts: list[tuple[int, ...]], n: int, new_tokens: int) -> None:
+        engine = ContinuousBatching(
+            self.slot.model.get_base_model(),
+            pad_id=self.chat.pad_id,
+            temperature=_TEMPERATURE,
+            top_p=_TOP_P,
+        )
+        engine.sample(prompts, n=n, new_tokens=new_tokens, on_samples=lambda count: None)
 
     def _trained(self, way: Way) -> dict[str, Any]:
         ends: list[float] = []

@@ -4,7 +4,8 @@ Every phase gets what the plan counts with: prompts and answers as long as they 
 full, two optimiser steps, in the second of which the optimiser's states are there. Texts are random
 ids; the adapters are fresh. What is measured on a CPU is the most the process has held, libraries
 and mapped files included; on a GPU the most that torch has allocated, so there the plan's
-libraries do not count. An export's memory is the machine's everywhere.
+libraries do not count; what they take there is told beside it. An export's memory is the machine's
+everywhere. A base of random weights stands in for one whose files are not here.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from srlm_lite.bench.machine import apart, resident_peak, status_bytes
-from srlm_lite.config import Recipe
+from srlm_lite.config import Base, Recipe
 from srlm_lite.errors import UserError
 from srlm_lite.hardware import device_name
 from srlm_lite.planning.lengths import longest
@@ -28,7 +29,12 @@ from srlm_lite.planning.plan import Phase, Plan
 from srlm_lite.planning.rates import rates_key, remember
 from srlm_lite.progress import Reporter
 
+if TYPE_CHECKING:
+    from srlm_lite.model.base import LoadedBase
+
 TRAINED = ("anchor SFT", "DPO")
+OF_FILES = ("export",)
+"""What a base without files cannot do."""
 STEPS = 2
 
 
@@ -40,18 +46,21 @@ class Job:
     phase: str
     shape: Mapping[str, int]
     anchor_rank: int
+    random: bool
 
 
 def bench_plan(
-    recipe: Recipe, *, phases: Sequence[str] | None, reporter: Reporter
+    recipe: Recipe, *, phases: Sequence[str] | None, reporter: Reporter, random: bool = False
 ) -> dict[str, Any]:
     """Predicted and measured peaks of a recipe's phases, with the engine `transformers`.
 
     Args:
         phases: Their names; None: all.
+        random: On a base of the recipe's shape and random weights, built where it is going to lie.
+            What loading costs beside that, and the export, cannot be measured so.
 
     Raises:
-        UserError: A phase that this recipe does not have.
+        UserError: A phase that this recipe, or a base without files, does not have.
     """
     engines = {recipe.rollout.engine, recipe.judge.engine or recipe.rollout.engine}
     if engines != {"transformers"}:
@@ -60,17 +69,17 @@ def bench_plan(
         )
     hardware = hardware_found(recipe)
     plan = plan_for(recipe, hardware, lengths=longest(recipe))
-    known = [phase.name for phase in plan.phases]
+    known = [phase.name for phase in plan.phases if not (random and phase.name in OF_FILES)]
     if unknown := set(phases or ()) - set(known):
         raise UserError(
             f"no phase named {min(unknown)}", where="--phases", way_out=f"Known: {', '.join(known)}"
         )
-    chosen = [phase for phase in plan.phases if phases is None or phase.name in phases]
+    chosen = [phase for phase in plan.phases if phase.name in (phases or known)]
     task = reporter.start("plan", len(chosen), "phases")
     rows, rates = {}, {}
     for phase in chosen:
         task.note(phase.name)
-        job = Job(recipe, phase.name, dict(phase.shape), plan.anchor_rank)
+        job = Job(recipe, phase.name, dict(phase.shape), plan.anchor_rank, random)
         measured = apart(_run, job)
         rows[phase.name] = _row(plan, phase, measured)
         if measured["tokens"]:
@@ -84,6 +93,7 @@ def bench_plan(
     return {
         "recipe": recipe.name,
         "base": recipe.base.name,
+        "random": random,
         "quantization": recipe.base.quantization,
         "bits": 8 * plan.itemsize,
         "window": recipe.base.window,
@@ -107,6 +117,7 @@ def _row(plan: Plan, phase: Phase, measured: Mapping[str, Any]) -> dict[str, Any
         "error": None if peak is None else predicted / peak - 1,
         "parts": dict(phase.parts),
         "libraries_bytes": measured["libraries_bytes"],
+        "reserved_bytes": measured["reserved_bytes"],
         "seconds": measured["seconds"],
         "shape": dict(phase.shape),
     }
@@ -119,9 +130,18 @@ def _run(job: Job) -> dict[str, Any]:
 
 def _measured(libraries: int | None, begin: float, tokens: int, device: str) -> dict[str, Any]:
     seconds = time.monotonic() - begin
-    peak = torch.cuda.max_memory_allocated() if device == "cuda" else resident_peak()
+    reserved = None
+    if device == "cuda":
+        peak: int | None = torch.cuda.max_memory_allocated()
+        reserved = torch.cuda.max_memory_reserved()
+        free, total = torch.cuda.mem_get_info()
+        # What torch's allocator knows nothing of: the context, and the libraries' own.
+        libraries = total - free - torch.cuda.memory_reserved()
+    else:
+        peak = resident_peak()
     return {
         "peak_bytes": peak,
+        "reserved_bytes": reserved,
         "libraries_bytes": libraries,
         "seconds": seconds,
         "tokens": tokens,
@@ -134,7 +154,7 @@ def _stack(job: Job) -> tuple[Any, Any, list[Any]]:
     from srlm_lite.model.stack import Slot
 
     recipe = job.recipe
-    base = load_base(recipe.base)
+    base = _random(recipe.base) if job.random else load_base(recipe.base)
     lora = recipe.anchor.lora.model_copy(update={"rank": job.anchor_rank})
     targets = tuple(dict.fromkeys((*lora.targets, *recipe.dpo.lora.targets)))
     slot = Slot(
@@ -144,6 +164,21 @@ def _stack(job: Job) -> tuple[Any, Any, list[Any]]:
         fold=recipe.rollout.fold,
     )
     return base, slot, [slot.fresh(lora, seed=1), slot.fresh(recipe.dpo.lora, seed=2)]
+
+
+def _random(section: Base) -> LoadedBase:
+    from srlm_lite.model.base import compute_dtype
+    from srlm_lite.model.random_base import random_base
+    from srlm_lite.planning.probe import base_config
+
+    on_cuda = section.device != "cpu" and torch.cuda.is_available()
+    return random_base(
+        base_config(section),
+        name=section.name,
+        device=torch.device("cuda", 0) if on_cuda else torch.device("cpu"),
+        dtype=compute_dtype(section),
+        quantization=section.quantization,
+    )
 
 
 def _ids(generator: torch.Generator, vocabulary: int, count: int) -> tuple[int, ...]:

@@ -137,12 +137,20 @@ def gpu(
         str, typer.Option(help="llama2-70b, llama2-7b, llama3.1-8b, smollm2-135m, or tiny.")
     ] = "tiny",
     device: Annotated[str, typer.Option(help="auto, cpu, or cuda.")] = "auto",
-    ways: Annotated[str, typer.Option(help="ours, plain, or both.")] = "ours,plain",
+    ways: Annotated[
+        str,
+        typer.Option(
+            help="Which, separated by commas; there are `folded`, on 16-bit weights with the stack "
+            "in them, and `continuous`, transformers' continuous batching, as well.",
+            metavar="NAMES",
+        ),
+    ] = "ours,plain",
     backend: Annotated[
         Literal["transformers", "unsloth"], typer.Option(help="What holds the base.")
     ] = "transformers",
     prompts: Annotated[int | None, typer.Option(help="To sample answers to.", min=1)] = None,
     answer_tokens: Annotated[int | None, typer.Option(help="Of each answer.", min=2)] = None,
+    vote_tokens: Annotated[int | None, typer.Option(help="Of each judgement.", min=2)] = None,
     reply_tokens: Annotated[
         int | None, typer.Option(help="Of each reply of a pair.", min=2)
     ] = None,
@@ -167,6 +175,7 @@ def gpu(
         shape,
         prompts=prompts,
         answer_tokens=answer_tokens,
+        vote_tokens=vote_tokens,
         reply_tokens=reply_tokens,
         micro_batch=micro_batch,
         steps=steps,
@@ -262,6 +271,10 @@ def plan(
     phases: Annotated[
         str | None, typer.Option(help="Which, separated by commas.", metavar="NAMES")
     ] = None,
+    random: Annotated[
+        bool,
+        typer.Option("--random", help="Random weights of the base's shape; reads no file of it."),
+    ] = False,
     json_: Json = False,
 ) -> None:
     """Predicted against measured peak memory: each phase in a process of its own, at its longest.
@@ -275,7 +288,9 @@ def plan(
     names = [name.strip() for name in phases.split(",")] if phases else None
     console = Console()
     with console:
-        result = bench_plan(load_recipe(recipe, set_ or ()), phases=names, reporter=console)
+        result = bench_plan(
+            load_recipe(recipe, set_ or ()), phases=names, reporter=console, random=random
+        )
     show("plan", result, _plan_text, as_json=json_)
 
 
@@ -294,6 +309,7 @@ def _plan_text(result: dict[str, Any]) -> str:
         for name, row in result["phases"].items()
     ]
     quantized = "" if result["quantization"] == "none" else f"{result['quantization']}, "
+    quantized = f"random weights, {quantized}" if result["random"] else quantized
     return "\n".join(
         [
             f"{result['recipe']}: {result['base']}, {quantized}{result['bits']} bit, window "
