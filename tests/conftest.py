@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from chat_server import free_port, serving
+from commands import Cli, in_process
 from hypothesis import settings
 
 # A busy machine is slow, not wrong.
@@ -37,6 +38,12 @@ CORPUS = (
     "The reply answers the question. It is short and clear. It does not name the topic.",
     "user assistant system reply question Score: 0 Score: 1 Score: 2 Score: 3 Score: 4 Score: 5",
 )
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Cli:
+    """The command in this process: what `srlm-lite ARGS` prints and ends with."""
+    return in_process(monkeypatch, capfd)
 
 
 @pytest.fixture(scope="session")

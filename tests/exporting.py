@@ -3,51 +3,18 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
-from srlm_lite.cli import main
 from srlm_lite.config import recipe_from
 from srlm_lite.model.base import base_files
 from srlm_lite.model.stack import Adapter
 from srlm_lite.records import Candidate, Prompt
 from srlm_lite.run_dir import RunDir, StageDir, write_json, write_records
 
-
-@dataclass(frozen=True)
-class Done:
-    """How a command ended."""
-
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-Command = Callable[..., Done]
-
 TARGETS = ("q_proj", "v_proj", "down_proj")
-
-
-def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
-    """`srlm-lite export ARGS` in this process."""
-
-    def run_it(*args: str | Path) -> Done:
-        monkeypatch.setattr(sys, "argv", ["srlm-lite", "export", *map(str, args)])
-        capfd.readouterr()
-        try:
-            main.run()
-            code = 0
-        except SystemExit as end:
-            code = int(end.code or 0)
-        return Done(code, *capfd.readouterr())
-
-    return run_it
 
 
 def random_adapter(base: Path, *, seed: int, rank: int = 4, size: float = 0.05) -> Adapter:

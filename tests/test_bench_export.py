@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import Cli
 
 from srlm_lite.bench import export as bench
-from srlm_lite.cli import main
 from srlm_lite.model.checkpoint import Checkpoint
 from srlm_lite.progress import Silent
 
@@ -61,17 +60,12 @@ def test_what_is_left_of_an_update(base: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_command(
-    base: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command(base: Path, cli: Cli) -> None:
     def run(*args: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["srlm-lite", "bench", "export", *args])
-        with pytest.raises(SystemExit) as end:
-            main.run()
-        assert end.value.code == 0
-        out, err = capfd.readouterr()
-        assert err == ""  # of the processes that it starts, too
-        return out
+        done = cli("bench", "export", *args)
+        assert done.returncode == 0
+        assert done.stderr == ""  # of the processes that it starts, too
+        return done.stdout
 
     row: dict[str, Any] = json.loads(run("--base", str(base), "--json"))
     assert set(row["ways"]) == {"copy", "ours", "peft", "ours, 4-bit", "peft, 4-bit"}

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from commands import Cli
 from transformers import LlamaConfig
 
 from srlm_lite.bench.floor import Shape, decode, dpo_step, prefill
 from srlm_lite.bench.gpu import SMALL, TINY, Job, bench_gpu, job_of, shape_config, ways_of
 from srlm_lite.bench.roofline import shape_of
-from srlm_lite.cli import main
 from srlm_lite.config import Base
 from srlm_lite.errors import UserError
 from srlm_lite.model.base import load_base
@@ -146,15 +145,11 @@ def test_a_device_that_is_not_there_is_refused() -> None:
         bench_gpu(TINY, SMALL, Silent(), device="cuda")
 
 
-def test_the_command(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    words = ["bench", "gpu", "--device", "cpu", "--ways", "plain,ours,continuous,folded", "--json"]
-    monkeypatch.setattr(sys, "argv", ["srlm-lite", *words])
-    with pytest.raises(SystemExit) as end:
-        main.run()
-    assert not end.value.code
-    found = json.loads(capsys.readouterr().out)
+def test_the_command(cli: Cli, tmp_path: Path) -> None:
+    ways = "plain,ours,continuous,folded"
+    done = cli("bench", "gpu", "--device", "cpu", "--ways", ways, "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
     assert found["bench"] == "gpu" and found["shape"] == "tiny"
     assert found["base"]["bytes_per_linear_weight"] < 0.53
     assert list(found["ways"]) == ["ours", "folded", "continuous", "plain"]

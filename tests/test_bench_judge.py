@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from commands import Cli
 
 from srlm_lite.bench.judge import bench_judge
-from srlm_lite.cli import main
 from srlm_lite.config import recipe_from
 from srlm_lite.errors import UserError
 from srlm_lite.records import Candidate, Judgement, Prompt
@@ -91,15 +90,11 @@ def test_what_expected_scores_change(run: RunDir) -> None:
     }
 
 
-def test_the_command(
-    run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command(run: RunDir, cli: Cli) -> None:
     def command(*arguments: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["srlm-lite", "bench", "judge", *arguments])
-        with pytest.raises(SystemExit) as end:
-            main.run()
-        assert not end.value.code
-        return capsys.readouterr().out
+        done = cli("bench", "judge", *arguments)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
 
     found = json.loads(command("--adapters", str(run.path), "--json"))
     assert found["bench"] == "judge" and found["expected"]["pairs"] == 2

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from commands import Cli
 
 from srlm_lite.bench.floor import Shape, Work, decode, phases, prefill, shared_prefix
 from srlm_lite.bench.machine import peak_memory, resident
@@ -16,7 +16,6 @@ from srlm_lite.bench.plain import PlainGenerate
 from srlm_lite.bench.rollout import Settings, bench_rollout, ways_of
 from srlm_lite.bench.roofline import copy_bandwidth, matmul_rates, shape_of
 from srlm_lite.bench.workload import PROMPTS, Workload
-from srlm_lite.cli import main
 from srlm_lite.config import Base
 from srlm_lite.errors import UserError
 from srlm_lite.model.base import LoadedBase, load_base
@@ -170,15 +169,11 @@ def test_the_peak_of_memory_is_seen_after_it_has_been_given_back() -> None:
 # --- the command ------------------------------------------------------------------------------
 
 
-def test_the_command(
-    tiny_base_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = ["--base", str(tiny_base_dir), "--prompts", "1", "--votes", "2"]
-    monkeypatch.setattr(sys, "argv", ["srlm-lite", "bench", "rollout", *arguments, "--json"])
-    with pytest.raises(SystemExit) as end:
-        main.run()
-    assert not end.value.code
-    found = json.loads(capsys.readouterr().out)
+def test_the_command(tiny_base_dir: Path, cli: Cli) -> None:
+    arguments = ["--base", tiny_base_dir, "--prompts", "1", "--votes", "2"]
+    done = cli("bench", "rollout", *arguments, "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
     for key in ("one_by_one_s", "batched_generate_s", "ours_s", "floor_s"):
         assert found[key] > 0, key
     assert found["ratio_vs_batched_generate"] == pytest.approx(

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import Cli
 from exporting import make_run, random_adapter
 
-from srlm_lite.cli import chat, main
+from srlm_lite.cli import chat
 from srlm_lite.model import base as base_module
 from srlm_lite.model.chat import ChatFormat
 from srlm_lite.rollout.protocol import Limits, Request
@@ -28,21 +29,13 @@ def run(tiny_base_dir: Path, tmp_path: Path) -> RunDir:
 
 
 @pytest.fixture
-def talk(run: RunDir, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Any:
+def talk(run: RunDir, monkeypatch: pytest.MonkeyPatch, cli: Cli) -> Any:
     """The command with these lines on stdin: its stdout and stderr, and its exit code."""
 
     def command(*lines: str, iteration: str = "last") -> tuple[str, str, int]:
-        argv = ["srlm-lite", "chat", "--adapters", str(run.path), "--iteration", iteration]
-        monkeypatch.setattr(sys, "argv", argv)
         monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
-        capfd.readouterr()
-        try:
-            main.run()
-            code = 0
-        except SystemExit as end:
-            code = int(end.code or 0)
-        out, err = capfd.readouterr()
-        return out, err, code
+        done = cli("chat", "--adapters", run.path, "--iteration", iteration)
+        return done.stdout, done.stderr, done.returncode
 
     return command
 

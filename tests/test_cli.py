@@ -8,13 +8,12 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from commands import Cli, Done
 from safetensors import SafetensorError
 from typer.main import get_command
 
@@ -29,36 +28,6 @@ from srlm_lite.run_dir import IterationDir, RunDir, StageDir, write_json, write_
 from srlm_lite.stages.seed_data import check_inputs
 
 GOLD = "srlm_lite.tasks.toy:gold"
-
-
-@dataclass(frozen=True)
-class Done:
-    """How a command ended."""
-
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-Cli = Callable[..., Done]
-
-
-@pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Cli:
-    """The command in this process: what `srlm-lite ARGS` prints and ends with."""
-
-    def command(*args: str | Path) -> Done:
-        monkeypatch.setattr(sys, "argv", ["srlm-lite", *map(str, args)])
-        capfd.readouterr()
-        try:
-            main.run()
-            code = 0
-        except SystemExit as end:
-            code = int(end.code or 0)
-        out, err = capfd.readouterr()
-        return Done(code, out, err)
-
-    return command
 
 
 def shell(*args: str | Path, **env: str) -> Done:

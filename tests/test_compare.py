@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from chat_server import Reply, completion, scripted
+from commands import Cli
 from toy_run import make_toy_run
 
-from srlm_lite.cli import main
 from srlm_lite.errors import UserError
 from srlm_lite.evaluate.gold import load_gold
 from srlm_lite.evaluate.head_to_head import (
@@ -174,24 +173,17 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def compare(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Any:
+def compare(cli: Cli) -> Any:
     """The command: its result as read from stdout, or its one line of complaint."""
 
     def command(*args: str | Path) -> Any:
         as_json = "--annotations" not in args
-        argv = ["srlm-lite", "compare", *map(str, args), *(["--json"] if as_json else [])]
-        monkeypatch.setattr(sys, "argv", argv)
-        capfd.readouterr()
-        try:
-            main.run()
-            code = 0
-        except SystemExit as end:
-            code = int(end.code or 0)
-        out, err = capfd.readouterr()
-        if code:
-            assert (code, len(err.strip().splitlines()), out) == (2, 1, ""), err
-            return err.strip()
-        return json.loads(out)
+        done = cli("compare", *args, *(["--json"] if as_json else []))
+        if done.returncode:
+            line = done.stderr.strip()
+            assert (done.returncode, len(line.splitlines()), done.stdout) == (2, 1, ""), line
+            return line
+        return json.loads(done.stdout)
 
     return command
 
@@ -391,7 +383,7 @@ def test_what_a_server_says_unclearly_is_left_out(compare: Any, fresh: RunDir) -
     assert counted == found["prompts"] - len(unread)
 
 
-def test_a_server_that_goes_away_loses_nothing(compare: Any, fresh: RunDir) -> None:
+def test_a_server_that_goes_away_loses_nothing(compare: Any, cli: Cli, fresh: RunDir) -> None:
     """Down from its ninth question on; the second start asks only what was not answered."""
     sets = ["--set", "openai.parallel=1", "--set", "openai.retries=0"]
 
@@ -400,12 +392,7 @@ def test_a_server_that_goes_away_loses_nothing(compare: Any, fresh: RunDir) -> N
 
     with scripted(failing) as server:
         args = ["--adapters", fresh.path, "2", "anchor", "--judge", f"openai:j@{server.url}", *sets]
-        monkey = pytest.MonkeyPatch()
-        monkey.setattr(sys, "argv", ["srlm-lite", "compare", *map(str, args)])
-        with pytest.raises(SystemExit) as end:
-            main.run()
-        monkey.undo()
-        assert end.value.code == 1
+        assert cli("compare", *args).returncode == 1
         kept = len(read_jsonl(only(fresh, "*/verdicts.jsonl")))
         assert kept == 16
         server.reply = shorter
@@ -475,13 +462,10 @@ def test_prompts_that_no_model_has_room_for_are_counted(
     assert "none of the prompts fits the window of both models" in line
 
 
-def test_what_people_see(toy: RunDir, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
-    argv = ["srlm-lite", "compare", "--adapters", str(toy.path), "2", "anchor"]
-    monkeypatch.setattr(sys, "argv", argv)
-    with pytest.raises(SystemExit) as end:
-        main.run()
-    assert not end.value.code
-    out, err = capfd.readouterr()
+def test_what_people_see(toy: RunDir, cli: Cli) -> None:
+    done = cli("compare", "--adapters", toy.path, "2", "anchor")
+    assert done.returncode == 0, done.stderr
+    out, err = done.stdout, done.stderr
     assert "iteration 2 against anchor, 12 prompts (held-out prompts of the run)" in out
     assert "judge: iteration 2, pointwise, rubric toy, 2 votes on each reply alone" in out
     assert "length-controlled" in out and "\ngold: " in out

@@ -5,17 +5,17 @@ from __future__ import annotations
 import io
 import json
 import shutil
-import sys
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from commands import Cli
 from packaging.requirements import Requirement
 from rich.console import Console
 
-from srlm_lite.cli import doctor, main
+from srlm_lite.cli import doctor
 from srlm_lite.config import Base, load_recipe
 from srlm_lite.doctor import machine, packages, proof
 from srlm_lite.doctor.finding import Finding
@@ -193,16 +193,10 @@ def test_a_proof_that_fails_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch)
 # --- the command ------------------------------------------------------------------------------
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["srlm-lite", "doctor", *arguments])
-    with pytest.raises(SystemExit) as end:
-        main.run()
-    return int(end.value.code or 0)
-
-
-def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(monkeypatch, "--json") == 0
-    found = json.loads(capsys.readouterr().out)
+def test_the_command(cli: Cli) -> None:
+    done = cli("doctor", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
     assert found["usable"] is True
     assert set(found) > {"packages", "extras", "machine", "proof of the stack", "recipes"}
     plain, nf4 = found["proof of the stack"]
@@ -216,21 +210,24 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
 
 
 def test_where_a_part_of_it_is_bad_it_ends_with_1(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, cli: Cli
 ) -> None:
     bad = Finding("bad", "unquantized", "first loss 0.669600")
     monkeypatch.setattr(proof, "proof_findings", lambda: [bad])
     monkeypatch.setattr(packages, "package_findings", lambda: [Finding("ok", "versions", "all")])
-    assert run(monkeypatch) == 1
-    shown = capsys.readouterr().out
+    done = cli("doctor")
+    shown = done.stdout
+    assert done.returncode == 1
     assert "fails   unquantized" in shown and shown.rstrip().endswith("not usable like this")
 
 
-def test_a_torch_that_does_not_start_ends_the_visit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_torch_that_does_not_start_ends_the_visit(
+    monkeypatch: pytest.MonkeyPatch, cli: Cli
+) -> None:
     bad = Finding("bad", "torch", "cannot be imported: libcudart.so.13")
     monkeypatch.setattr(packages, "package_findings", lambda: [bad])
     monkeypatch.setattr(machine, "machine_findings", lambda folder: pytest.fail("went on"))
-    assert run(monkeypatch) == 1
+    assert cli("doctor").returncode == 1
 
 
 def test_the_screen_is_wide_enough_for_80_columns() -> None:

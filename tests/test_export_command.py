@@ -7,12 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import exporting
 import pytest
 import torch
-from exporting import Command, make_run, random_adapter
+from commands import Cli
+from exporting import make_run, random_adapter
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from srlm_lite.export.export import Export, Wish
@@ -24,9 +26,9 @@ COMMAND = (sys.executable, "-m", "srlm_lite", "export")
 
 
 @pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
-    """`srlm-lite export ARGS` in this process."""
-    return exporting.command(monkeypatch, capfd)
+def command(cli: Cli) -> Cli:
+    """`srlm-lite export ARGS`."""
+    return partial(cli, "export")
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +38,7 @@ def run(tiny_base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDir
     return make_run(path, tiny_base_dir, adapters=adapters, dtype="float32")
 
 
-def test_it_prints_parity_and_leaves_a_model(run: RunDir, command: Command, tmp_path: Path) -> None:
+def test_it_prints_parity_and_leaves_a_model(run: RunDir, command: Cli, tmp_path: Path) -> None:
     done = command("--adapters", run.path, "--out", tmp_path / "out", "--dtype", "bfloat16")
     assert done.returncode == 0, done.stderr
     assert "same most probable token" in done.stdout and "tolerance" in done.stdout

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import exporting
 import pytest
 import torch
-from exporting import Command, make_run, random_adapter
+from commands import Cli
+from exporting import make_run, random_adapter
 from hub_server import Hub, Repo, serving
 from huggingface_hub import constants, snapshot_download
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -72,13 +74,13 @@ def at_the_server(hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 
 
 @pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
-    """`srlm-lite export ARGS` in this process."""
-    return exporting.command(monkeypatch, capfd)
+def command(cli: Cli) -> Cli:
+    """`srlm-lite export ARGS`."""
+    return partial(cli, "export")
 
 
 @pytest.fixture
-def push(run: RunDir, out: Path, command: Command, at_the_server: None) -> Command:
+def push(run: RunDir, out: Path, command: Cli, at_the_server: None) -> Cli:
     """`srlm-lite export --push-to-hub REPO`."""
 
     def pushing(repo: str, *args: str) -> exporting.Done:
@@ -94,7 +96,7 @@ def without_xet(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("without_xet")
 @pytest.mark.parametrize("how", ["refuses", "dies"])
-def test_an_upload_that_breaks_off_goes_on(hub: Hub, out: Path, push: Command, how: str) -> None:
+def test_an_upload_that_breaks_off_goes_on(hub: Hub, out: Path, push: Cli, how: str) -> None:
     """Two of four files arrive; the same command sends the other two, and then commits."""
     hub.puts_allowed, hub.dies = 2, how == "dies"
     broken = push("me/model")
@@ -121,7 +123,7 @@ def test_an_upload_that_breaks_off_goes_on(hub: Hub, out: Path, push: Command, h
 
 
 def test_an_upload_by_xet_that_breaks_off_goes_on(
-    hub: Hub, out: Path, push: Command, tmp_path: Path
+    hub: Hub, out: Path, push: Cli, tmp_path: Path
 ) -> None:
     """What the client does where the Hub offers it. The storage's chunks are packed and cannot be
     looked into; the same client puts the files together again."""
@@ -142,7 +144,7 @@ def test_an_upload_by_xet_that_breaks_off_goes_on(
     assert files == {file.name: file.read_bytes() for file in out.iterdir()}
 
 
-def test_a_hub_without_xet_is_said(hub: Hub, push: Command) -> None:
+def test_a_hub_without_xet_is_said(hub: Hub, push: Cli) -> None:
     done = push("me/model")
     assert done.returncode == 2
     line = done.stderr.splitlines()[-1]
@@ -152,7 +154,7 @@ def test_a_hub_without_xet_is_said(hub: Hub, push: Command) -> None:
 @pytest.mark.usefixtures("without_xet")
 @pytest.mark.parametrize("status", [401, 403, 500, 302])
 def test_the_token_is_in_no_message(
-    hub: Hub, out: Path, push: Command, tmp_path: Path, status: int
+    hub: Hub, out: Path, push: Cli, tmp_path: Path, status: int
 ) -> None:
     """Not even where the Hub quotes it, and the client what the Hub says."""
     hub.status = status
@@ -172,7 +174,7 @@ def test_the_token_is_in_no_message(
 
 
 @pytest.mark.usefixtures("without_xet")
-def test_what_is_public_was_asked_to_be(hub: Hub, push: Command) -> None:
+def test_what_is_public_was_asked_to_be(hub: Hub, push: Cli) -> None:
     assert push("me/open", "--public").returncode == 0
     assert not hub.repos["me/open"].private
     again = push("me/open")
@@ -184,7 +186,7 @@ def test_what_is_public_was_asked_to_be(hub: Hub, push: Command) -> None:
 
 
 @pytest.mark.usefixtures("without_xet")
-def test_weights_of_another_kind_are_not_left_beside_ours(hub: Hub, push: Command) -> None:
+def test_weights_of_another_kind_are_not_left_beside_ours(hub: Hub, push: Cli) -> None:
     """transformers would load `model.safetensors` before it looks at an index."""
     hub.repos["me/model"] = Repo(private=True, files={"model.safetensors": b"", "README.md": b""})
     done = push("me/model")
@@ -194,7 +196,7 @@ def test_weights_of_another_kind_are_not_left_beside_ours(hub: Hub, push: Comman
 
 @pytest.mark.usefixtures("without_xet")
 def test_a_dry_run_lists_and_touches_nothing(
-    run: RunDir, hub: Hub, push: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    run: RunDir, hub: Hub, push: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     elsewhere = ("--out", str(tmp_path / "other"))  # the last one counts
     monkeypatch.delenv("HF_TOKEN")  # a list needs none
@@ -223,7 +225,7 @@ def test_a_dry_run_lists_and_touches_nothing(
     ],
 )
 def test_what_the_hub_would_refuse_is_one_line(
-    push: Command, monkeypatch: pytest.MonkeyPatch, repo: str, token: str, said: str
+    push: Cli, monkeypatch: pytest.MonkeyPatch, repo: str, token: str, said: str
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", token)
     done = push(repo)
@@ -235,7 +237,7 @@ def test_what_the_hub_would_refuse_is_one_line(
 @pytest.mark.usefixtures("at_the_server")
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_a_base_from_the_hub_is_the_run_s_and_stays_so(
-    base: Path, hub: Hub, command: Command, tmp_path: Path, quantization: str
+    base: Path, hub: Hub, command: Cli, tmp_path: Path, quantization: str
 ) -> None:
     """A base in several files: loaded, exported from, and named in the card by its commit.
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from chat_server import Reply, completion, scripted
+from commands import Cli
 from exporting import make_run, random_adapter
 
-from srlm_lite.cli import main
 from srlm_lite.config import recipe_from
 from srlm_lite.errors import UserError
 from srlm_lite.evaluate.mt_bench import TEMPERATURES, Grade, mt_bench, read_rating
@@ -164,28 +163,19 @@ def run(tiny_base_dir: Path, tmp_path: Path) -> RunDir:
 
 
 @pytest.fixture
-def command(
-    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> Any:
+def command(run: RunDir, tmp_path: Path, cli: Cli) -> Any:
     """The command on the three questions: its stdout, and stderr where it complains."""
     questions = write(tmp_path / "question.jsonl", QUESTIONS)
     references = write(tmp_path / "reference.jsonl", REFERENCES)
 
     def call(*args: str) -> Any:
-        argv = ["srlm-lite", "mt-bench", "--adapters", str(run.path)]
-        argv += ["--questions", str(questions), "--references", str(references), *args]
-        monkeypatch.setattr(sys, "argv", argv)
-        capfd.readouterr()
-        try:
-            main.run()
-            code = 0
-        except SystemExit as end:
-            code = int(end.code or 0)
-        out, err = capfd.readouterr()
-        if code:
-            assert (code, len(err.strip().splitlines())) == (2, 1), err
-            return err.strip()
-        return json.loads(out) if "--json" in args else out
+        files = ("--questions", questions, "--references", references)
+        done = cli("mt-bench", "--adapters", run.path, *files, *args)
+        if done.returncode:
+            line = done.stderr.strip()
+            assert (done.returncode, len(line.splitlines())) == (2, 1), line
+            return line
+        return json.loads(done.stdout) if "--json" in args else done.stdout
 
     return call
 
