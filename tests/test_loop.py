@@ -6,12 +6,9 @@ import hashlib
 import json
 import math
 import os
-import random
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -237,43 +234,20 @@ def test_the_paper_s_chain_starts_each_delta_from_the_one_before(
 
 def test_a_killed_run_ends_with_the_same_bytes(finished: RunDir, tmp_path: Path) -> None:
     """Killed ten times, at moments drawn at random, then left to finish."""
-    rng = random.Random(7)
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "srlm_lite", "iterate", "--recipe", "tiny", "--adapters"]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    kills = 0
-    while kills < 10:
-        process = subprocess.Popen(
-            [*command, str(out)],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env=environment,
-        )
-        # Importing the libraries takes seconds, in which there is nothing to lose.
-        before = size(out)
-        while size(out) == before and process.poll() is None:
-            time.sleep(0.02)
-        time.sleep(rng.uniform(0, 1.5))
-        if process.poll() is not None:
-            break
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        kills += 1
-    subprocess.run([*command, str(out)], check=True, capture_output=True, env=environment)
+    options: dict[str, Any] = {
+        "env": {**os.environ, "HF_HUB_OFFLINE": "1"},
+        "check": True,
+        "capture_output": True,
+        "text": True,
+    }
+    killer = Path(__file__).with_name("killing.py")
+    kills = int(subprocess.run([sys.executable, str(killer), str(out)], **options).stdout)
     assert kills >= 5, "the run was over before it could be killed often enough to tell"
+    assert not (out / "iter_002" / "done.json").exists()
+    command = [sys.executable, "-m", "srlm_lite", "iterate", "--recipe", "tiny", "--adapters"]
+    subprocess.run([*command, str(out)], **options)
     assert artefacts(RunDir(out)) == artefacts(finished)
-
-
-def size(path: Path) -> int:
-    """Bytes below a path; files may come and go meanwhile."""
-    total = 0
-    for folder, _, files in os.walk(path):
-        for name in files:
-            try:
-                total += os.stat(os.path.join(folder, name)).st_size
-            except FileNotFoundError:
-                continue
-    return total
 
 
 def test_too_few_pairs_stop_the_run_with_the_counts(tmp_path: Path) -> None:

@@ -39,8 +39,9 @@ def test_the_demo_in_small(tmp_path: Path) -> None:
     out = tmp_path / "out"
     table = srlm_lite(
         *("iterate", "--recipe", "smollm2-135m-demo", "--adapters", out, "--iterations", 1),
-        *("--set", "prompts.per_iteration=6", "--set", "pairing.min_pairs=2"),
-        *("--set", "evaluate.policy_prompts=6", "--set", "evaluate.eft_prompts=4"),
+        *("--set", "prompts.per_iteration=4", "--set", "pairing.min_pairs=2"),
+        *("--set", "judge.votes=2", "--set", "judge.min_votes=1", "--set", "dpo.epochs=1"),
+        *("--set", "evaluate.policy_prompts=3", "--set", "evaluate.eft_prompts=4"),
     )
     assert "M1, anchor" in table and "M2, iteration 1" in table
     run = RunDir(out)
@@ -55,11 +56,8 @@ def test_the_demo_in_small(tmp_path: Path) -> None:
     assert "chosen" in shown and "rejected" in shown and "Score:" in shown
 
 
-@pytest.mark.parametrize("quantization", ["none", "nf4"])
-def test_one_iteration_on_human_scored_replies(
-    shared_data: Path, tmp_path: Path, quantization: str
-) -> None:
-    """From `data prepare` on ranked human replies to the judge metrics against human order."""
+def test_one_iteration_on_human_scored_replies(shared_data: Path, tmp_path: Path) -> None:
+    """In NF4, from `data prepare` on ranked human replies to the judge against human order."""
     data, out, rubric = tmp_path / "data", tmp_path / "out", tmp_path / "short.yaml"
     rubric.write_text(
         "min: 0\nmax: 5\ntemplate: |-\n  Grade the reply from 0 to 5. Question: {{prompt}}\n"
@@ -75,7 +73,7 @@ def test_one_iteration_on_human_scored_replies(
     assert counts["files"]["eft_eval.jsonl"]["rows"] == 316
     srlm_lite(
         *("iterate", "--recipe", "smollm2-135m", "--adapters", out, "--iterations", 1),
-        *("--set", f"data.dir={data}", "--set", f"base.quantization={quantization}"),
+        *("--set", f"data.dir={data}", "--set", "base.quantization=nf4"),
         *("--set", f"prompts.file={shared_data / 'prompts_generated.jsonl'}"),
         *("--set", "prompts.per_iteration=4", "--set", "pairing.min_pairs=1"),
         *("--set", "anchor.ift_limit=2", "--set", "anchor.eft_prompts=8"),
@@ -103,8 +101,8 @@ def test_self_instruct_writes_new_prompts(tmp_path: Path) -> None:
         [
             f"data.dir={demo.data.dir}",
             "prompts.source=self-instruct",
-            "prompts.per_iteration=4",
-            "rollout.chunk_prompts=4",
+            "prompts.per_iteration=2",
+            "rollout.chunk_prompts=2",
         ],
     )
     run = RunDir(tmp_path)
@@ -115,7 +113,7 @@ def test_self_instruct_writes_new_prompts(tmp_path: Path) -> None:
     fresh.save(run.anchor.adapter, base_name=recipe.base.name)
     prompts, facts = write_prompts(session, run.iteration(1))
     texts = [prompt.text for prompt in prompts]
-    assert len(set(texts)) == 4
+    assert len(set(texts)) == 2
     assert not set(texts) & {row.prompt for row in read_ift(recipe)}
     assert {prompt.source for prompt in prompts} == {"self-instruct"}
     assert isinstance(facts["filtered"], dict)
