@@ -235,11 +235,13 @@ def test_the_screen_is_wide_enough_for_80_columns() -> None:
     console = Console(file=out, force_terminal=True, width=80, color_system="standard")
     long = Finding("warning", "GPU", "word " * 40, "a way out")
     same = [Finding("ok", name, "ready") for name in ("tiny", "toy")]
+    same += [Finding("bad", name, "its base is not here " * 3) for name in ("large", "huge")]
     doctor.show(console, {"machine": [long], "recipes": same}, usable=True)
     lines = out.getvalue().splitlines()
     assert "\x1b[33mwarning" in out.getvalue() and "\x1b[32mok" in out.getvalue()
     plain = [Console(file=io.StringIO(), width=200).render_str(line).plain for line in lines]
     assert any("tiny, toy" in line for line in plain)
+    assert any("2 recipes  large, huge: its base is" in line for line in plain)
     import re
 
     assert max(len(re.sub(r"\x1b\[[0-9;]*m", "", line)) for line in lines) <= 80

@@ -125,8 +125,11 @@ def _together(findings: Sequence[Finding]) -> list[Finding]:
     for (state, text, way_out), names in groups.items():
         if len(names) == 1:
             merged.append(Finding(state, names[0], text, way_out))
-        else:
+        elif state == "ok":
             merged.append(Finding(state, text, ", ".join(names), way_out))
+        else:
+            several = f"{', '.join(names)}: {text}"
+            merged.append(Finding(state, f"{len(names)} recipes", several, way_out))
     order = list(WORDS)
     return sorted(merged, key=lambda finding: order.index(finding.state))
 
