@@ -287,6 +287,19 @@ def slugs(facts: Facts) -> set[str]:
     return {chart.slug for group in groups(facts) for chart in group.charts}
 
 
+def test_a_judge_behind_a_server_is_no_models_own(tmp_path: Path) -> None:
+    server = ("judge.engine=openai", "openai.model=j", "openai.url=http://127.0.0.1:9/v1")
+    for name, settings in (("own", ()), ("external", server)):
+        run = new_run(tmp_path / name, *settings)
+        add_anchor(run)
+        made = {group.slug: group for group in groups(gather(run))}
+        external = name == "external"
+        title = made["scores"].charts[0].title
+        assert title == ("the judge, at M1" if external else "M1 as judge")
+        for slug in ("scores", "judging"):
+            assert ("the judge, a server" in made[slug].intro) is external
+
+
 def test_a_run_of_rlhf(tmp_path: Path) -> None:
     """Rewards have no words and no scale, there are no pairs, and RLOO is no DPO."""
     run = new_run(tmp_path / "out", "method=rlhf")

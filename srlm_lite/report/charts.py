@@ -97,7 +97,7 @@ def number(value: float | None, digits: int = 2) -> str:
 
 def groups(facts: Facts) -> list[Group]:
     """All charts of which the run has the values."""
-    score = facts.words.judgement
+    score, external = facts.words.judgement, facts.words.external
     found = [
         Group(
             "answers",
@@ -115,14 +115,15 @@ def groups(facts: Facts) -> list[Group]:
         Group(
             "judging",
             "Judging",
-            "Of each model, as judge, on the same replies that humans or a gold scorer put in "
-            "order.",
+            f"Of {'the judge, a server' if external else 'each model, as judge'}, on the same "
+            "replies that humans or a gold scorer put in order.",
             _drawn(_agreement(facts), _correlation(facts), _lost_votes(facts)),
         ),
         Group(
             "scores",
             "Scores",
-            "What each model gave, as judge, to held-out replies, whose quality does not change"
+            f"What {'the judge, a server, gave' if external else 'each model gave, as judge,'} to "
+            "held-out replies, whose quality does not change"
             + (", and to its own candidates" if any(it.votes for it in facts.iterations) else "")
             + ". One tall bar means that grades say little.",
             _drawn(*_histograms(facts)),
@@ -418,7 +419,7 @@ def _histograms(facts: Facts) -> list[Chart]:
         charts.append(
             Chart(
                 f"scores-{model.name}",
-                f"{model.name} as judge",
+                facts.words.as_judge(model.name),
                 "bars",
                 "score",
                 "share of votes",

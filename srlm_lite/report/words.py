@@ -29,6 +29,12 @@ class Words:
     """What trains a delta."""
     own_accuracy: str = "on own candidates, by gold"
     """Whose pairwise accuracy by gold a run of the method measures on candidates."""
+    external: bool = False
+    """Whether a server judges, the same for all models."""
+
+    def as_judge(self, model: str) -> str:
+        """Who judged when a model was evaluated."""
+        return f"the judge, at {model}" if self.external else f"{model} as judge"
 
     def score_of(self, origin: str) -> str | None:
         """The figure of a pair's replies, by where the pair is from."""
@@ -62,6 +68,9 @@ def words(settings: Mapping[str, Any]) -> Words:
         found = Words("log-likelihood above the base's", "their likelihood ranks them")
     else:
         found = _BY_METHOD.get(str(method), Words())
+    engine = (settings.get("judge") or {}).get("engine")
+    engine = engine or (settings.get("rollout") or {}).get("engine")
+    found = replace(found, external=engine == "openai")
     if found.score == "score" and (settings.get("pairing") or {}).get("source") == "gold":
         return replace(found, score="gold score")
     return found
