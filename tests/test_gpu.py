@@ -205,6 +205,34 @@ def test_a_loop_and_an_export_on_the_gpu(tmp_path: Path) -> None:
     assert (merged / "parity.json").is_file()
 
 
+SMALL = (
+    "base.device=cuda",
+    "prompts.per_iteration=16",
+    "pairing.min_pairs=1",
+    "anchor.ift_limit=64",
+    "anchor.eft_prompts=32",
+    "anchor.epochs=1",
+    "evaluate.policy_prompts=4",
+    "evaluate.eft_prompts=2",
+)
+METHODS = ("cream", "dno", "dpo", "meta", "rlaif", "rlhf", "scir", "spin", "temporal")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_runs_on_the_gpu(method: str, tmp_path: Path) -> None:
+    """Likelihoods, labels, reward models, losses of their own: all meet the device here."""
+    out = tmp_path / "run"
+    settings = [word for each in SMALL for word in ("--set", each)]
+    words = ("--recipe", f"toy-{method}", "--iterations", "1", "--adapters", str(out))
+    done = command("iterate", *words, *settings)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    [delta] = [row for row in rows if row["stage"] == "delta"]
+    assert delta.get("step0_loss", 0.693147) == pytest.approx(0.693147, abs=1e-3)
+    assert (out / "iter_001" / "done.json").is_file()
+
+
 @pytest.mark.gpu
 def test_the_doctor_knows_the_gpu() -> None:
     finding = gpu_findings()[0]
