@@ -11,20 +11,26 @@ from xml.etree import ElementTree
 
 import pytest
 
+from srlm_lite.bench.lending import same_evaluation, same_first_grades
 from srlm_lite.bench.methods import (
     ANCHORS,
     CASES,
     GROUPS,
+    SHARED,
     SMALLER,
+    Case,
     Settings,
     bench_methods,
     cases_of,
     summary,
 )
 from srlm_lite.bench.methods_plot import COLORS, apart, plot
-from srlm_lite.config import load_recipe
+from srlm_lite.config import Recipe, load_recipe
 from srlm_lite.errors import UserError
+from srlm_lite.loop import iterate
 from srlm_lite.methods import METHODS
+from srlm_lite.run_dir import RunDir, read_json
+from srlm_lite.session import Session
 
 
 def model(gold: float, **more: Any) -> dict[str, Any]:
@@ -43,6 +49,28 @@ def test_every_case_is_a_recipe_and_every_method_has_a_case() -> None:
                 other.anchor,
                 other.data.extra,
             ), name
+
+
+def test_what_cases_have_in_common() -> None:
+    """The anchor's evaluation, and the first answers with their grades."""
+
+    def recipe(case: Case, *more: str) -> Recipe:
+        return load_recipe(case.recipe, [*SMALLER, *case.overrides, *more])
+
+    shared = recipe(ANCHORS[SHARED])
+    users = {name: recipe(case) for name, case in CASES.items() if case.anchor == SHARED}
+    measured_apart = {name for name, one in users.items() if not same_evaluation(shared, one)}
+    assert measured_apart == {"dno"}  # five answers to a prompt: batches of another size
+    alike = {name for name, one in users.items() if same_first_grades(shared, one)}
+    apart = {"dpo", "spin", "rlhf", "cream", "cream, judge", "temporal", "dno"}
+    assert alike == set(users) - apart  # those have stages of their own
+    # What such a stage reads makes a difference, what it does not read makes none.
+    toy = CASES["self-rewarding"]
+    for setting in ("seed=1", "rollout.n=3", "judge.votes=3", "evaluate.samples=2"):
+        assert not same_evaluation(shared, recipe(toy, setting)), setting
+    for setting in ("prompts.per_iteration=50", "pairing.drop_truncated=false"):
+        assert not same_first_grades(shared, recipe(toy, setting)), setting
+    assert same_first_grades(shared, recipe(toy, "dpo.beta=0.3", "pairing.rho=0.3", "iterations=1"))
 
 
 def test_cases_by_name() -> None:
@@ -100,28 +128,28 @@ def test_labels_keep_apart_in_their_order() -> None:
     )
 
 
+SMALL = ("anchor.ift_limit=48", "anchor.eft_prompts=48", "anchor.epochs=1",
+         "anchor.lora.rank=4", "anchor.lora.alpha=8", "prompts.per_iteration=6",
+         "pairing.min_pairs=1", "judge.votes=2", "judge.min_votes=1",
+         "rollout.max_new_tokens=32", "pairing.drop_truncated=false",
+         "evaluate.policy_prompts=3", "evaluate.eft_prompts=2")  # fmt: skip
+
+
 def test_the_bench_runs_and_goes_on(tmp_path: Path) -> None:
-    small = ["anchor.ift_limit=48", "anchor.eft_prompts=48", "anchor.epochs=1",
-             "anchor.lora.rank=4", "anchor.lora.alpha=8", "prompts.per_iteration=6",
-             "pairing.min_pairs=1", "judge.votes=2", "judge.min_votes=1",
-             "rollout.max_new_tokens=32", "pairing.drop_truncated=false",
-             "evaluate.policy_prompts=3", "evaluate.eft_prompts=2"]  # fmt: skip
+    names = ("self-rewarding", "random pairs", "dpo")
     command = [sys.executable, "-m", "srlm_lite", "bench", "methods", "--json", "--iterations", "1",
-               "--jobs", "2", "--out", str(tmp_path / "out"), "--cases", "self-rewarding; dpo",
+               "--jobs", "2", "--out", str(tmp_path / "out"), "--cases", "; ".join(names),
                "--plot", str(tmp_path / "plot.svg")]  # fmt: skip
-    for setting in small:
+    for setting in SMALL:
         command += ["--set", setting]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     first = json.loads(done.stdout)
     # Goes on, in this process: the runs are done, and only read.
-    names = ("self-rewarding", "dpo")
-    second = bench_methods(
-        Settings(tmp_path / "out", cases=names, iterations=1, overrides=tuple(small))
-    )
+    second = bench_methods(Settings(tmp_path / "out", cases=names, iterations=1, overrides=SMALL))
     again = json.loads(json.dumps(second))
     assert (first["cases"], first["base"]) == (again["cases"], again["base"])
-    assert set(first["cases"]) == {"self-rewarding", "dpo"}
-    one, other = (first["cases"][name]["runs"][0]["models"] for name in first["cases"])
+    assert set(first["cases"]) == set(names)
+    one, _, other = (first["cases"][name]["runs"][0]["models"] for name in first["cases"])
     assert one[0]["gold"] == other[0]["gold"]  # the same anchor
     assert one[1]["pairs"] >= 1 and one[0]["ranker_accuracy"] is not None
     assert other[0]["ranker_accuracy"] is None  # humans have ranked
@@ -133,3 +161,24 @@ def test_the_bench_runs_and_goes_on(tmp_path: Path) -> None:
     assert 0 <= one[1]["consistency"] <= 1
     assert first["cold_anchor"]["gold"][0] is not None
     assert "<svg" in (tmp_path / "plot.svg").read_text()
+    _is_as_if_run_alone(tmp_path / "out", "random-pairs-0", tmp_path / "alone")
+
+
+def _is_as_if_run_alone(out: Path, name: str, alone: Path) -> None:
+    """A case that took files from the run of its anchor has the bytes that it would have made."""
+    case, own = CASES["random pairs"], (f"anchor.init={out}/anchor-0/anchor", "iterations=1")
+    recipe = load_recipe(case.recipe, [*SMALLER, *case.overrides, *SMALL, *own])
+    run = RunDir(alone)
+    run.open(recipe, {})
+    iterate(Session(recipe, run))
+    lent = RunDir(out / name)
+    for mine, its in ((run.anchor, lent.anchor), (run.iteration(1), lent.iteration(1))):
+        assert read_json(mine.done)["sha256"] == read_json(its.done)["sha256"]
+    shared = RunDir(out / "anchor-0").read_metrics()
+    stages = {row["stage"]: row for row in lent.read_metrics() if row["iteration"] == 1}
+    for row in shared:
+        if row["iteration"] == 1:
+            assert stages[row["stage"]] == row  # with the seconds that it took there
+    assert [row["stage"] for row in lent.read_metrics()] == [
+        row["stage"] for row in run.read_metrics()
+    ]

@@ -2,8 +2,9 @@
 
 Every case is an ordinary run in a directory of its own, so a stopped bench goes on. Gold is never
 seen while training (but in the case that says so). Cases of one seed share an anchor, unless the
-case is about the anchor or its method needs to be taught more; each seed has another. M0, the bare
-base, is measured once for each seed.
+case is about the anchor or its method needs to be taught more; each seed has another. What that
+anchor says and grades in several cases alike is computed once. M0, the bare base, is measured once
+for each seed.
 """
 
 from __future__ import annotations
@@ -19,17 +20,25 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, TypeVar
 
+from srlm_lite.bench.lending import (
+    lend_evaluation,
+    lend_first_grades,
+    same_evaluation,
+    same_first_grades,
+)
 from srlm_lite.config import Gate, Recipe, load_recipe
 from srlm_lite.errors import UserError
 from srlm_lite.evaluate.gate import findings
 from srlm_lite.judging import mean_scores
-from srlm_lite.loop import iterate
+from srlm_lite.loop import iterate, make_anchor
 from srlm_lite.methods.cream import consistencies
+from srlm_lite.methods.self_rewarding import SelfRewarding
 from srlm_lite.progress import Reporter, Silent
 from srlm_lite.records import Candidate, Judgement
 from srlm_lite.run_dir import RunDir, StageDir, read_json, read_records
 from srlm_lite.session import Session
 from srlm_lite.stages.evaluation import evaluation
+from srlm_lite.stages.log import StageLog
 
 B = TypeVar("B")
 
@@ -147,14 +156,19 @@ def bench_methods(settings: Settings, reporter: Reporter | None = None) -> dict[
     """Run every case for every seed, as far as that has not been done; all that was measured."""
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in settings.cases}
     bare, cold = [], []
-    with _workers(settings, reporter) as work:
+    with _workers(settings, reporter) as begin:
         for seed in range(settings.seeds):
-            needed = sorted({CASES[name].anchor or SHARED for name in settings.cases} | {SHARED})
-            trained = work(partial(_train_anchor, settings, seed), needed)
-            anchors = dict(zip(needed, trained, strict=True))
             names = sorted([BARE, COLDER, *runs], key=_is_short)
-            done = work(partial(_measure, settings, seed, anchors), names)
-            found = dict(zip(names, done, strict=True))
+            alone = [name for name in names if name in CASES and CASES[name].anchor is None]
+            needed = sorted({CASES[name].anchor or SHARED for name in settings.cases} | {SHARED})
+            training = {name: begin(_train_anchor, settings, seed, name) for name in needed}
+            # What waits for no anchor fills the time of those that do.
+            begun = {name: begin(_measure, settings, seed, None, name) for name in alone}
+            anchors = {name: result() for name, result in training.items()}
+            for name in names:
+                if name not in begun:
+                    begun[name] = begin(_measure, settings, seed, anchors[_anchor_of(name)], name)
+            found = {name: result() for name, result in begun.items()}
             bare.append({"seed": seed, **found[BARE]})
             cold.append(found[COLDER]["gold"])
             for name, rows in runs.items():
@@ -180,22 +194,24 @@ def bench_methods(settings: Settings, reporter: Reporter | None = None) -> dict[
     }
 
 
-Work = Callable[[Callable[[str], Any], Sequence[str]], list[Any]]
-"""Does something for each of several names; the results in their order."""
-
-Job = Callable[[Reporter | None, str], B]
+Begin = Callable[..., Callable[[], Any]]
+"""Begins a job with its arguments; what it gives is waited for by a call."""
 
 
 @contextmanager
-def _workers(settings: Settings, reporter: Reporter | None) -> Iterator[Any]:
-    """A function that does a job for each of several names: here, or in processes of their own."""
+def _workers(settings: Settings, reporter: Reporter | None) -> Iterator[Begin]:
+    """What does jobs: here and at once, or in processes of their own, in the order given."""
     if settings.jobs == 1:
-        yield lambda job, names: [job(reporter, name) for name in names]
+        yield lambda job, *given: partial(_given, job(reporter, *given))
         return
     # Not forked: a fork inherits the locks of torch's threads, and hangs in them.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(settings.jobs, context, initializer=_one_thread) as pool:
-        yield lambda job, names: list(pool.map(partial(job, None), names))
+        yield lambda job, *given: pool.submit(job, None, *given).result
+
+
+def _given(value: B) -> B:
+    return value
 
 
 def _is_short(name: str) -> bool:
@@ -209,27 +225,47 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def _train_anchor(settings: Settings, seed: int, reporter: Reporter | None, name: str) -> Path:
-    return _run(settings, ANCHORS[name], name, seed, None, 0, reporter).anchor.path
+def _anchor_of(name: str) -> str:
+    return (CASES[name].anchor if name in CASES else None) or SHARED
+
+
+def _train_anchor(reporter: Reporter | None, settings: Settings, seed: int, name: str) -> RunDir:
+    """An anchor, with its evaluation, and what several cases draw and grade first."""
+    place = _run(reporter, settings, ANCHORS[name], name, seed, None, 0)
+    recipe = _recipe(settings, ANCHORS[name], seed, None, 0)
+    sharing = [
+        case
+        for case in (CASES[other] for other in settings.cases)
+        if case.anchor == name
+        and same_first_grades(recipe, _recipe(settings, case, seed, place.anchor.path, 0))
+    ]
+    if settings.iterations and len(sharing) > 1:
+        _draw_and_grade(Session(recipe, place, reporter or Silent()))
+    return place
+
+
+def _draw_and_grade(session: Session) -> None:
+    """The first iteration as far as its grades."""
+    method, directory = SelfRewarding(), session.run.iteration(1)
+    with session.run.locked():
+        log = StageLog(session, directory, iteration=1)
+        prompts = log.run("prompts", lambda: method.prompts(session, directory))
+        answers = log.run("candidates", lambda: method.candidates(session, directory, prompts))
+        log.run("judgements", lambda: method.judgements(session, directory, prompts, answers))
 
 
 def _measure(
-    settings: Settings,
-    seed: int,
-    anchors: Mapping[str, Path],
-    reporter: Reporter | None,
-    name: str,
+    reporter: Reporter | None, settings: Settings, seed: int, anchor: RunDir | None, name: str
 ) -> dict[str, Any]:
     """A case, run and read."""
     if name == BARE:
         return _bare_base(settings, seed, reporter)
     if name == COLDER:
         case = Case("toy", (f"evaluate.temperature={COLD}",))
-        place = _run(settings, case, name, seed, anchors[SHARED], 0, reporter)
+        place = _run(reporter, settings, case, name, seed, anchor, 0)
         return _figures(read_json(place.anchor.evaluation))
     case = CASES[name]
-    anchor = None if case.anchor is None else anchors[case.anchor]
-    return measured(_run(settings, case, name, seed, anchor, settings.iterations, reporter))
+    return measured(_run(reporter, settings, case, name, seed, anchor, settings.iterations))
 
 
 def _bare_base(settings: Settings, seed: int, reporter: Reporter | None) -> dict[str, Any]:
@@ -256,19 +292,30 @@ def _place(settings: Settings, name: str, seed: int) -> RunDir:
 
 
 def _run(
+    reporter: Reporter | None,
     settings: Settings,
     case: Case,
     name: str,
     seed: int,
-    anchor: Path | None,
+    anchor: RunDir | None,
     iterations: int,
-    reporter: Reporter | None,
 ) -> RunDir:
-    recipe = _recipe(settings, case, seed, anchor, iterations)
+    """A case's run, without what the run of its anchor has done already."""
+    path = None if anchor is None else anchor.anchor.path
+    recipe = _recipe(settings, case, seed, path, iterations)
     place = _place(settings, name, seed)
     with place.locked():
         place.open(recipe, {"bench": name})
-        iterate(Session(recipe, place, reporter or Silent()))
+        session = Session(recipe, place, reporter or Silent())
+        if anchor is not None and case.anchor is not None:
+            other = _recipe(settings, ANCHORS[case.anchor], seed, None, 0)
+            if same_evaluation(recipe, other):
+                lend_evaluation(anchor, place)
+            make_anchor(session)
+            has_grades = anchor.iteration(1).judgements.is_file()
+            if iterations and has_grades and same_first_grades(recipe, other):
+                lend_first_grades(anchor, place)
+        iterate(session)
     return place
 
 

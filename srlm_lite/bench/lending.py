@@ -1,0 +1,85 @@
+"""Work that runs have in common, done once: what M1 says and grades, in the bench of the methods.
+
+Runs that begin with the same anchor evaluate the same M1, and many of them draw and grade the same
+answers in their first iteration. A run that finds such files in its directory does not compute
+them, so they are copied there from a run that has them: byte for byte what it would have written.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from srlm_lite.config import METHOD_SECTIONS, Recipe
+from srlm_lite.methods import METHODS
+from srlm_lite.methods.self_rewarding import SelfRewarding
+from srlm_lite.run_dir import RunDir
+
+FIRST_STAGES = ("prompts", "candidates", "judgements")
+"""Of the first iteration, what can be the same in several runs."""
+
+
+def same_evaluation(one: Recipe, other: Recipe) -> bool:
+    """Whether two recipes measure an anchor alike, given that it is the same."""
+    return _measuring(one) == _measuring(other)
+
+
+def same_first_grades(one: Recipe, other: Recipe) -> bool:
+    """Whether two recipes draw and grade the same answers first, given the same anchor."""
+    return (
+        all(_is_plain(recipe) for recipe in (one, other))
+        and one.prompts.source == "file"  # written ones come with files of their own
+        and (one.prompts, one.pairing.drop_truncated)
+        == (other.prompts, other.pairing.drop_truncated)
+        and same_evaluation(one, other)
+    )
+
+
+def _measuring(recipe: Recipe) -> dict[str, Any]:
+    """All settings but those that an anchor's evaluation surely does not read."""
+    told = recipe.identity()
+    unread = ("method", "anchor", "prompts", "pairing", *METHOD_SECTIONS.values())
+    kept = {section: value for section, value in told.items() if section not in unread}
+    # The rank is the slot's, and with it the rounding's.
+    kept["dpo"] = kept["dpo"]["lora"]
+    kept["data"] = {k: v for k, v in kept["data"].items() if k not in ("ranked", "extra")}
+    return kept
+
+
+def _is_plain(recipe: Recipe) -> bool:
+    method = METHODS[recipe.method]
+    return all(getattr(method, stage) is getattr(SelfRewarding, stage) for stage in FIRST_STAGES)
+
+
+def lend_evaluation(lender: RunDir, borrower: RunDir) -> None:
+    """Give a run the evaluation of the anchor that another run has, if it has none yet."""
+    if borrower.anchor.evaluation.is_file():
+        return
+    for file in sorted(lender.anchor.evaluation_dir.iterdir()):
+        _copy(file, borrower.anchor.evaluation_dir / file.name)
+    # Last: where it is, the evaluation is whole.
+    _copy(lender.anchor.evaluation, borrower.anchor.evaluation)
+
+
+def lend_first_grades(lender: RunDir, borrower: RunDir) -> None:
+    """Give a run another one's first answers and grades, with the seconds that they took there.
+
+    Its anchor is done; an iteration that has begun is left as it is.
+    """
+    place, mine = lender.iteration(1), borrower.iteration(1)
+    if not mine.prompts.is_file():
+        _copy(place.candidates, mine.candidates)
+        _copy(place.judgements, mine.judgements)
+        _copy(place.prompts, mine.prompts)  # last: where they are, the others are
+    noted = {row["stage"] for row in borrower.read_metrics() if row["iteration"] == 1}
+    for row in lender.read_metrics():
+        if row["iteration"] == 1 and row["stage"] in FIRST_STAGES and row["stage"] not in noted:
+            borrower.add_metrics(row)
+
+
+def _copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.tmp")
+    shutil.copyfile(source, temporary)
+    temporary.replace(target)
