@@ -479,9 +479,11 @@ class Scir(Section):
 class MetaRewarding(Section):
     """Method `meta-rewarding`: the model also judges its judgements, and learns from that."""
 
-    schedule: tuple[Literal["both", "policy"], ...] = ("both", "both", "policy")
-    """What each iteration trains, the last entry those after it: `both` policy and judge, or the
-    policy alone. The paper stops training the judge after two iterations."""
+    schedule: tuple[Literal["both", "policy", "judge"], ...] = ("both", "both", "policy")
+    """What each iteration trains, the last entry those after it: `both` policy and judge, or one
+    of them alone. The paper stops training the judge after two iterations. Where the judge trains
+    alone, a delta for both roles learns from its pairs, and the policy changes along; of deltas
+    for one role each the policy's stays as it is."""
     roles: Literal["shared", "separate"] = "shared"
     """One delta for policy and judge, or one each."""
     template: str = "meta-judge"

@@ -53,7 +53,7 @@ from srlm_lite.records import (
     Reply,
     Revision,
 )
-from srlm_lite.run_dir import RunDir, read_records, write_records
+from srlm_lite.run_dir import RunDir, read_json, read_records, write_records
 from srlm_lite.session import Session
 from srlm_lite.stages.likelihood import candidate_likelihoods
 from srlm_lite.stages.reward import ranked_pairs, reward_model
@@ -401,20 +401,28 @@ def test_scores_can_be_hidden_and_quotes_end_no_tag() -> None:
 
 def test_the_schedule_says_what_trains() -> None:
     assert [scheduled(("both", "policy"), t) for t in (1, 2, 3)] == ["both", "policy", "policy"]
+    entries = load_recipe(
+        "tiny", ["method=meta-rewarding", "meta_rewarding.schedule=[judge, policy, both]"]
+    ).meta_rewarding.schedule
+    assert [scheduled(entries, t) for t in (1, 2, 3, 4)] == ["judge", "policy", "both", "both"]
+    assert scheduled((), 1) == "policy"
+
+
+# The toy anchor knows no verdict; last lines that it does write stand for the two.
+META = ("method=meta-rewarding", "judge.votes=4", "judge.temperature=1.0", "base.window=512",
+        "meta_rewarding.template=toy-meta",
+        "meta_rewarding.verdicts=['topic: 1', 'topic: 2']", "meta_rewarding.max_new_tokens=16",
+        "dpo.init=previous", "iterations=2")  # fmt: skip
 
 
 @pytest.mark.parametrize("roles", ["shared", "separate"])
 def test_meta_rewarding_trains_the_judge_where_the_schedule_says(
     roles: str, anchor: Path, tmp_path: Path
 ) -> None:
-    """The toy anchor knows no verdict; last lines that it does write stand for the two."""
     recipe = load_recipe(
         "tiny",
-        [*SMALL, "method=meta-rewarding", f"anchor.init={anchor}", f"meta_rewarding.roles={roles}",
-         "judge.votes=4", "judge.temperature=1.0", "base.window=512",
-         "meta_rewarding.template=toy-meta",
-         "meta_rewarding.verdicts=['topic: 1', 'topic: 2']", "meta_rewarding.max_new_tokens=16",
-         "meta_rewarding.schedule=[both, policy]", "dpo.init=previous", "iterations=2"],
+        [*SMALL, *META, f"anchor.init={anchor}", f"meta_rewarding.roles={roles}",
+         "meta_rewarding.schedule=[both, policy]"],
     )  # fmt: skip
     directory = run(tmp_path / "out", recipe)
     first, second = (read_records(directory.iteration(t).pairs, PreferencePair) for t in (1, 2))
@@ -439,6 +447,54 @@ def test_meta_rewarding_trains_the_judge_where_the_schedule_says(
         policy, judge = session.stack(2), session.stack(2, "judge")
         assert judge[1].differs_from(policy[1])
         assert not judge[1].differs_from(session.stack(1, "judge")[1])
+
+
+@pytest.mark.parametrize(
+    ("roles", "schedule"),
+    [("shared", "[judge, policy]"), ("separate", "[judge, policy]"), ("separate", "[both, judge]")],
+)
+def test_an_iteration_may_train_the_judge_alone(
+    roles: str, schedule: str, anchor: Path, tmp_path: Path
+) -> None:
+    recipe = load_recipe(
+        "tiny",
+        [*SMALL, *META, f"anchor.init={anchor}", f"meta_rewarding.roles={roles}",
+         f"meta_rewarding.schedule={schedule}", "pairing.replay=[1.0]"],
+    )  # fmt: skip
+    directory = run(tmp_path / "out", recipe)
+    it = directory.iteration(1 if schedule.startswith("[judge") else 2)
+    assert {one.origin for one in read_records(it.pairs, PreferencePair)} == {"judge"}
+    rows = {r["stage"]: r for r in directory.read_metrics() if r["iteration"] == it.number}
+    assert (rows["pairs"]["pairs"], "chosen_chars" in rows["pairs"]) == (0, False)
+    assert rows["pairs"]["judge_pairs"] == len(read_records(it.pairs, PreferencePair))
+    assert rows["delta"]["step0_loss"] == pytest.approx(math.log(2), abs=1e-3)
+    assert read_json(it.drops).keys() >= {"undisputed"}
+    session = Session(recipe, directory)
+    before, now = (session.stack(t) for t in (it.number - 1, it.number))
+    judges = [session.stack(t, "judge") for t in (it.number - 1, it.number)]
+    if roles == "shared":
+        assert now[1].differs_from(session.slot.fresh(recipe.dpo.lora, seed=0))
+    else:  # the policy stays, the judge does not
+        assert read_json(it.delta_place.training) == {"same_as_iteration": it.number - 1}
+        if it.number == 1:
+            assert all(not second.any() for _, second in now[1].factors.values())
+        else:
+            assert not now[1].differs_from(before[1])
+            assert judges[1][1].differs_from(judges[0][1])
+        assert len(judges[0]) == it.number and judges[1][1].differs_from(now[1])
+    _goes_on_with_the_same_bytes(
+        directory, recipe, within=it.replies, keep=[it.prompts, it.candidates, it.judgements]
+    )
+
+
+def test_too_few_pairs_of_judgements_say_why(anchor: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(
+        "tiny",
+        [*SMALL, *META, f"anchor.init={anchor}", "meta_rewarding.schedule=[judge]",
+         "meta_rewarding.verdicts=['never said', 'nor this']"],
+    )  # fmt: skip
+    with pytest.raises(UserError, match=r"has 0 preference pairs.*no_verdict"):
+        run(tmp_path / "out", recipe)
 
 
 # --- RLAIF ------------------------------------------------------------------------------------

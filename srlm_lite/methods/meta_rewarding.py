@@ -10,8 +10,8 @@ Source: Wu et al. 2024, arXiv:2407.19594, sections 2.1 and 2.2: K = 7 answers, N
 rho 0, 0.32, 0.32, 0.4, the judge trained in the first two iterations only, for the meta-judge
 comes to prefer the higher score (97.7% in the second). The printed learning rates (5e-8 and 5e-6)
 look odd and are not taken over. The prior of the ratings is our addition: without one a judgement
-that never loses has no finite rating. `hide_scores`, and a delta each for policy and judge, are
-too.
+that never loses has no finite rating. `hide_scores`, a delta each for policy and judge, and
+iterations that train the judge alone are too.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Any
 
 from srlm_lite.judging import fill, load_template, plain_lines
 from srlm_lite.methods.self_rewarding import MadePairs, SelfRewarding
-from srlm_lite.pairing import JUDGE, at_iteration
+from srlm_lite.pairing import JUDGE, Drops, at_iteration
 from srlm_lite.records import Candidate, Judgement, PreferencePair, Prompt, Reply
 from srlm_lite.run_dir import IterationDir
 from srlm_lite.session import Session
@@ -125,7 +125,23 @@ def without_score(judgement: str) -> str:
 
 
 class MetaRewarding(SelfRewarding):
-    """Pairs of judgements beside the policy's."""
+    """Pairs of judgements beside the policy's, or in their place."""
+
+    def pairs(
+        self,
+        session: Session,
+        iteration: IterationDir,
+        prompts: Sequence[Prompt],
+        candidates: Sequence[Candidate],
+        judgements: Sequence[Judgement],
+    ) -> tuple[list[PreferencePair], dict[str, Any]]:
+        """What to learn from; enough of it for the role that the iteration is about."""
+        made, drops, facts = self.make_pairs(session, iteration, prompts, candidates, judgements)
+        alone = _trained(session, iteration) == "judge"
+        kept, counts = stages.keep_pairs(
+            session, iteration, made, drops, origin=JUDGE if alone else ""
+        )
+        return kept, {**counts, **facts}
 
     def make_pairs(
         self,
@@ -135,7 +151,10 @@ class MetaRewarding(SelfRewarding):
         candidates: Sequence[Candidate],
         judgements: Sequence[Judgement],
     ) -> MadePairs:
-        """The policy's pairs, and the judge's where the schedule has it."""
+        """The policy's pairs, the judge's, or both, as the schedule has it."""
+        trained = _trained(session, iteration)
+        if trained == "judge":
+            return _judge_pairs(session, iteration, prompts, candidates, judgements)
         pairs, drops, facts = super().make_pairs(
             session, iteration, prompts, candidates, judgements
         )
@@ -143,10 +162,11 @@ class MetaRewarding(SelfRewarding):
         cap = at_iteration(meta.answer_caps, iteration.number)
         short = [one for one in pairs if not cap or len(one.chosen) <= cap]
         drops.prompts["long_chosen"] += len(pairs) - len(short)
-        if scheduled(meta.schedule, iteration.number) == "policy":
+        if trained == "policy":
             return short, drops, facts
-        own, told = _judge_pairs(session, iteration, prompts, candidates, judgements)
-        return [*short, *own], drops, {**facts, **told}
+        own, undone, told = _judge_pairs(session, iteration, prompts, candidates, judgements)
+        left = {reason: count for reason, count in undone.prompts.items() if count}
+        return [*short, *own], drops, {**facts, "judge_drops": left, **told}
 
     def delta(
         self, session: Session, iteration: IterationDir, pairs: Sequence[PreferencePair]
@@ -155,8 +175,14 @@ class MetaRewarding(SelfRewarding):
         if not session.recipe.judge_has_deltas:
             return stages.delta(session, iteration, pairs)
         of_judge = [one for one in pairs if one.origin == JUDGE]
+        facts: dict[str, Any] = {}
         if of_judge:
-            stages.delta(session, iteration, of_judge, place=iteration.judge_place, role="judge")
+            _, facts = stages.delta(
+                session, iteration, of_judge, place=iteration.judge_place, role="judge"
+            )
+        if _trained(session, iteration) == "judge":
+            stages.same_delta(session, iteration)
+            return None, facts
         return stages.delta(session, iteration, [one for one in pairs if one.origin != JUDGE])
 
 
@@ -165,13 +191,17 @@ def scheduled(schedule: Sequence[str], iteration: int) -> str:
     return schedule[min(iteration, len(schedule)) - 1] if schedule else "policy"
 
 
+def _trained(session: Session, iteration: IterationDir) -> str:
+    return scheduled(session.recipe.meta_rewarding.schedule, iteration.number)
+
+
 def _judge_pairs(
     session: Session,
     iteration: IterationDir,
     prompts: Sequence[Prompt],
     candidates: Sequence[Candidate],
     judgements: Sequence[Judgement],
-) -> tuple[list[PreferencePair], dict[str, Any]]:
+) -> MadePairs:
     recipe, t = session.recipe, iteration.number
     disputed = _disputed(session, iteration, candidates, judgements)
     answers = {row.candidate_id: row for row in candidates}
@@ -195,10 +225,7 @@ def _judge_pairs(
             answer = answers[rows[0].candidate_id].text
             question = session.rubric.render(prompt=texts[prompt_id], response=answer)
             pairs.append(_pair(prompt_id, question, rows[best], rows[worst], ratings))
-    return pairs, {
-        "judge_drops": {reason: count for reason, count in drops.items() if count},
-        **_biases(disputed, battles),
-    }
+    return pairs, Drops(prompts=drops), _biases(disputed, battles)
 
 
 def _pair(

@@ -238,9 +238,17 @@ def on_policy_accuracy(
 
 
 def keep_pairs(
-    session: Session, iteration: IterationDir, made: Sequence[PreferencePair], drops: Drops
+    session: Session,
+    iteration: IterationDir,
+    made: Sequence[PreferencePair],
+    drops: Drops,
+    *,
+    origin: str = "",
 ) -> tuple[list[PreferencePair], dict[str, Any]]:
     """The method's preference pairs that fit the window, and older ones to replay.
+
+    Args:
+        origin: Of the pairs that the iteration is about, and that `drops` tells of.
 
     Raises:
         UserError: Fewer new ones than `pairing.min_pairs`; says why prompts gave none.
@@ -248,9 +256,10 @@ def keep_pairs(
     recipe = session.recipe
     fitting = fitting_pairs(session, made)
     own = [pair for pair in fitting if not pair.origin]
-    drops.prompts["too_long"] += sum(not pair.origin for pair in made) - len(own)
+    main = [pair for pair in fitting if pair.origin == origin]
+    drops.prompts["too_long"] += sum(pair.origin == origin for pair in made) - len(main)
     write_json(iteration.drops, drops.to_json())
-    _refuse_too_few(session, own, drops, iteration)
+    _refuse_too_few(session, main, drops, iteration)
     older = [
         read_records(session.run.iteration(t).pairs, PreferencePair)
         for t in range(iteration.number - 1, 0, -1)[: len(recipe.pairing.replay)]
@@ -267,9 +276,15 @@ def keep_pairs(
         **({"judge_pairs": len(fitting) - len(own)} if len(fitting) > len(own) else {}),
         **({"replayed": len(replays)} if replays else {}),
         "drops": {reason: count for reason, count in drops.prompts.items() if count},
+        **(_own_facts(recipe.evaluate.gold, own) if own else {}),
+    }
+
+
+def _own_facts(gold_name: str | None, own: Sequence[PreferencePair]) -> dict[str, Any]:
+    return {
         "chosen_chars": _mean_length([pair.chosen for pair in own]),
         "rejected_chars": _mean_length([pair.rejected for pair in own]),
-        **_gold_agreement(recipe.evaluate.gold, own),
+        **_gold_agreement(gold_name, own),
     }
 
 
@@ -427,6 +442,22 @@ def _training_step(step: int, logs: dict[str, float]) -> TrainingStep:
         learning_rate=logs.get("learning_rate"),
         grad_norm=logs.get("grad_norm"),
     )
+
+
+def same_delta(session: Session, iteration: IterationDir) -> None:
+    """The policy's last delta once more, for an iteration that trains another role alone.
+
+    Before any training it is one that changes nothing.
+    """
+    place = iteration.delta_place
+    if place.training.is_file():
+        return
+    recipe, last = session.recipe, iteration.number - 1
+    seed = derive_seed(recipe.seed, iteration.number, place.name)
+    _, *deltas = session.stack(last)
+    delta = deltas[0] if deltas else session.slot.fresh(recipe.dpo.lora, seed=seed)
+    delta.save(place.adapter, base_name=recipe.base.name)
+    write_json(place.training, {"same_as_iteration": last})
 
 
 def sft_delta(
