@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -116,6 +118,43 @@ def test_the_plot_names_every_case_in_the_panel_of_its_group() -> None:
     assert texts.count("self-rewarding") == len(GROUPS)
     assert texts.count("dpo") == 1
     assert max(map(len, GROUPS.values())) <= len(COLORS)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from srlm_lite.bench.methods import Settings, _workers
+
+def worker(reporter):
+    return os.getpid()
+
+if __name__ == "__main__":
+    with _workers(Settings(Path("unused"), jobs=2), None) as begin:
+        print(begin(worker)(), flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_no_worker_outlives_a_killed_bench(tmp_path: Path) -> None:
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == -signal.SIGKILL
+    worker = int(done.stdout)
+    deadline = time.monotonic() + 20
+    while _is_running(worker) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not _is_running(worker)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
 
 
 def test_labels_keep_apart_in_their_order() -> None:

@@ -10,6 +10,8 @@ for each seed.
 from __future__ import annotations
 
 import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -206,7 +208,7 @@ def _workers(settings: Settings, reporter: Reporter | None) -> Iterator[Begin]:
         return
     # Not forked: a fork inherits the locks of torch's threads, and hangs in them.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(settings.jobs, context, initializer=_one_thread) as pool:
+    with ProcessPoolExecutor(settings.jobs, context, initializer=_begin_work) as pool:
         yield lambda job, *given: pool.submit(job, None, *given).result
 
 
@@ -219,10 +221,19 @@ def _is_short(name: str) -> bool:
     return name not in CASES or CASES[name].recipe not in LONG
 
 
-def _one_thread() -> None:
+def _begin_work() -> None:
     import torch
 
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with_the_bench, daemon=True).start()
+
+
+def _end_with_the_bench() -> None:
+    """A worker would wait for its next job for ever when the bench has been killed."""
+    bench = multiprocessing.parent_process()
+    if bench is not None:
+        bench.join()
+        os._exit(1)
 
 
 def _anchor_of(name: str) -> str:
