@@ -38,7 +38,7 @@ MARKERS = "osD^vP"
 BESIDE = ("self-rewarding", "random pairs")
 """What every panel shows in grey, to compare with."""
 
-LABEL_HEIGHT = 0.048
+LABEL_HEIGHT = 0.053
 """Of a label, as a share of a panel's height."""
 
 
@@ -123,7 +123,7 @@ def _panel(axes: Axes, title: str, names: Sequence[str], cases: Mapping[str, _Li
         ends[name] = gold[-1], color
     axes.set_xticks(range(models), [f"M{t}" for t in range(models)])
     # Room for the labels to the right of the last model.
-    axes.set_xlim(-0.25, (models - 1) * 1.65)
+    axes.set_xlim(-0.25, (models - 1) * 1.72)
     bottom, top = axes.get_ylim()
     places = apart({name: gold for name, (gold, _) in ends.items()}, LABEL_HEIGHT * (top - bottom))
     for name, (value, color) in ends.items():
