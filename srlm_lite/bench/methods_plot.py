@@ -123,17 +123,24 @@ def _panel(axes: Axes, title: str, names: Sequence[str], cases: Mapping[str, _Li
         ends[name] = gold[-1], color
     axes.set_xticks(range(models), [f"M{t}" for t in range(models)])
     # Room for the labels to the right of the last model.
-    axes.set_xlim(-0.25, (models - 1) * 1.72)
+    axes.set_xlim(-0.25, (models - 1) * 1.75)
     bottom, top = axes.get_ylim()
     places = apart({name: gold for name, (gold, _) in ends.items()}, LABEL_HEIGHT * (top - bottom))
     for name, (value, color) in ends.items():
         axes.annotate(
             name,
-            (models - 0.85, value),
-            xytext=(models - 0.65, places[name]),
+            (models - 0.8, value),
+            xytext=(models - 0.55, places[name]),
             color=color,
             va="center",
-            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.6},
+            # From the label's left edge: from its middle the line would cross its neighbours.
+            arrowprops={
+                "arrowstyle": "-",
+                "color": color,
+                "linewidth": 0.6,
+                "relpos": (0.0, 0.5),
+                "shrinkA": 0,
+            },
         )
 
 
