@@ -25,7 +25,7 @@ test: $(INSTALLED)  ## All tests that need neither a GPU nor an extra. One file:
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal \
 		-m "not gpu and not vllm and not unsloth and not browser" $(ARGS)
 
-gpu: $(INSTALLED)  ## What only a GPU can show: tests and benchmarks, into out/gpu and BENCHMARKS.md.
+gpu: $(INSTALLED)  ## What only a GPU can show, into out/gpu and BENCHMARKS.md. In 15 minutes: ARGS="--budget 900"
 	$(BIN)/python .ci/gpu_report.py $(ARGS)
 
 wheels: $(INSTALLED)  ## Collect in wheels/ what a GPU machine without a network needs, torch apart.

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import subprocess
 import sys
 import time
@@ -22,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BEGIN = "<!-- made by `make gpu`; do not edit: begin -->"
 END = "<!-- made by `make gpu`: end -->"
 
-SHAPES = ("tiny", "llama3.1-8b", "llama2-7b", "llama2-70b")
+SHAPES = ("llama3.1-8b", "llama2-70b", "llama2-7b", "tiny")
 WAYS = ("ours", "folded", "continuous", "plain")
 """Each in a process of its own: one that fails, or runs out of time, takes no other with it."""
 NOT_FOLDED = "llama2-70b"
@@ -49,6 +50,9 @@ def main() -> int:
     parser.add_argument("--no-tests", action="store_true")
     parser.add_argument("--no-rollout", action="store_true", help="leave out bench rollout")
     parser.add_argument("--timeout", type=float, default=1800, help="seconds for each part")
+    parser.add_argument(
+        "--budget", type=float, help="seconds for all of it; what does not fit is told as such"
+    )
     parser.add_argument("--render-only", action="store_true")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -59,29 +63,50 @@ def main() -> int:
 
 
 def run(options: argparse.Namespace) -> bool:
-    """Run every part that was asked for."""
-    program = [sys.executable, "-m", "srlm_lite"]
-    parts: dict[str, list[str]] = {"doctor": [*program, "doctor", "--json"]}
-    for shape in filter(None, options.shapes.split(",")):
-        words = ["bench", "gpu", "--shape", shape, "--device", options.device, "--json"]
-        for way in WAYS:
-            if (way, shape) != ("folded", NOT_FOLDED):
-                parts[f"gpu-{shape}-{way}"] = [*program, *words, "--ways", way]
-        if importlib.util.find_spec("unsloth") is not None:
-            unsloth = ["--backend", "unsloth", "--ways", "ours"]
-            parts[f"gpu-{shape}-unsloth"] = [*program, *words, *unsloth]
-    for recipe in filter(None, options.plans.split(",")):
-        settings = [word for setting in SHORT for word in ("--set", setting)]
-        words = ["bench", "plan", "--recipe", recipe, "--random", *settings]
-        for phase in PHASES:
-            named = f"plan-{recipe}-{phase.replace(' ', '_')}"
-            parts[named] = [*program, *words, "--phases", phase, "--json"]
-    if not options.no_rollout:
-        parts["rollout"] = [*program, "bench", "rollout", "--engines", ROLLOUT, "--json"]
-    ended_well = options.no_tests or run_tests(options.out, options.timeout)
-    for name, command in parts.items():
-        ended_well &= run_part(name, command, options.out / f"{name}.json", options.timeout)
+    """Run every part that was asked for, the most telling first."""
+    end = math.inf if options.budget is None else time.monotonic() + options.budget
+
+    def left() -> float:
+        return min(options.timeout, max(0.0, end - time.monotonic()))
+
+    ended_well = options.no_tests or run_tests(options.out, left())
+    for name, words in parts_of(options).items():
+        command = [sys.executable, "-m", "srlm_lite", *words, "--json"]
+        ended_well &= run_part(name, command, options.out / f"{name}.json", left())
     return ended_well
+
+
+def parts_of(options: argparse.Namespace) -> dict[str, list[str]]:
+    """The benchmarks by name: the words of each command."""
+    shapes, plans = (list(filter(None, one.split(","))) for one in (options.shapes, options.plans))
+    parts = {"doctor": ["doctor"]}
+    for shape in shapes:
+        parts |= _shape_parts(shape, options.device)
+        if shape in plans:
+            parts |= _plan_parts(shape)
+    for recipe in plans:
+        if recipe not in shapes:
+            parts |= _plan_parts(recipe)
+    if not options.no_rollout:
+        parts["rollout"] = ["bench", "rollout", "--engines", ROLLOUT]
+    return parts
+
+
+def _shape_parts(shape: str, device: str) -> dict[str, list[str]]:
+    words = ["bench", "gpu", "--shape", shape, "--device", device]
+    ways = [way for way in WAYS if (way, shape) != ("folded", NOT_FOLDED)]
+    parts = {f"gpu-{shape}-{way}": [*words, "--ways", way] for way in ways}
+    if importlib.util.find_spec("unsloth") is not None:
+        parts[f"gpu-{shape}-unsloth"] = [*words, "--backend", "unsloth", "--ways", "ours"]
+    return parts
+
+
+def _plan_parts(recipe: str) -> dict[str, list[str]]:
+    settings = [word for setting in SHORT for word in ("--set", setting)]
+    words = ["bench", "plan", "--recipe", recipe, "--random", *settings]
+    return {
+        f"plan-{recipe}-{phase.replace(' ', '_')}": [*words, "--phases", phase] for phase in PHASES
+    }
 
 
 def run_tests(out: Path, timeout: float) -> bool:
@@ -114,6 +139,8 @@ def run_part(name: str, command: list[str], file: Path, timeout: float) -> bool:
     say(name)
     begin = time.monotonic()
     try:
+        if not timeout:
+            raise subprocess.TimeoutExpired(command, timeout)
         done = subprocess.run(
             command,
             cwd=ROOT,

@@ -6,6 +6,7 @@ import ast
 import importlib.util
 import json
 import sys
+from argparse import Namespace
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +14,9 @@ from typing import Any
 
 import pytest
 from packaging.utils import canonicalize_name
+from typer.main import get_command
+
+from srlm_lite.cli.main import app
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -87,6 +91,21 @@ def test_the_section_says_what_was_measured_and_what_failed(tmp_path: Path) -> N
     assert "- `plan-llama2-70b-load` failed: no CUDA device" in text
 
 
+def test_every_part_is_a_command_that_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is parsed as the command line would parse it, and not run."""
+    monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: object())
+    wanted = Namespace(shapes="tiny,llama2-70b", plans="llama2-70b", device="cpu", no_rollout=False)
+    parts = report.parts_of(wanted)
+    assert "gpu-tiny-folded" in parts and "gpu-llama2-70b-folded" not in parts
+    assert list(parts).index("plan-llama2-70b-DPO") < list(parts).index("rollout")
+    for words in parts.values():
+        command: Any = get_command(app)
+        rest = [*words, "--json"]
+        while hasattr(command, "commands"):
+            command = command.commands[rest.pop(0)]
+        command.make_context(words[-1], rest)
+
+
 def test_the_section_replaces_itself_and_nothing_else(tmp_path: Path) -> None:
     file = tmp_path / "BENCHMARKS.md"
     file.write_text(f"before\n\n{report.BEGIN}\nold\n{report.END}\n\nafter\n")
@@ -112,6 +131,7 @@ def test_benchmarks_has_a_place_for_it() -> None:
         ("print('{\"a\": 1}')", 60, None),
         ("import sys; sys.exit('srlm-lite: no CUDA device was found')", 60, "srlm-lite: no CUDA"),
         ("import time; time.sleep(60)", 0.5, "did not end in 0 s"),
+        ("print('{}')", 0.0, "did not end in 0 s"),  # the budget was used up before
     ],
 )
 def test_a_part_that_fails_is_kept_as_failed(
