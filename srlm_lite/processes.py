@@ -11,6 +11,7 @@ machine that is gone stops the run within `PATIENCE_S`, whatever call the others
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
@@ -52,7 +53,7 @@ _KNOWN_SHARDING = {
 }
 """What a launcher's configuration of FSDP may say where it matters here."""
 _met = threading.Event()
-_ENDED, _HEARD = "ended", "heard"
+_ENDED, _HEARD, _READ = "ended", "heard", "read"
 _CLOSED = ("closed by peer", "connection reset", "broken pipe", "socket closed")
 
 
@@ -92,6 +93,7 @@ class Processes:
         """Whether the base is spread over them, as the launcher's configuration says (FSDP)."""
         self._group: Any = None
         self._watch: _Watch | None = None
+        self._failed_with: int | None = None
 
     @property
     def world(self) -> int:
@@ -151,6 +153,7 @@ class Processes:
         shared = dist.PrefixStore(f"srlm-lite/{attempt}", store)
         self._watch = _Watch(shared, self.place, say=_say_over_bar, end=os._exit)
         self._watch.start()
+        atexit.register(self._end)  # last of all that is registered from here on
         _met.set()
         signal.signal(signal.SIGTERM, _terminated)
 
@@ -172,6 +175,17 @@ class Processes:
         line = line if code == 2 else f"stopped: {line}"
         if not self._watch.tell(line, code) and self.place.local_rank == 1:
             _say(line)
+        self._failed_with = code
+
+    def _end(self) -> None:
+        """After a failure, end before gloo misses the others and aborts with a code of its own."""
+        if self._failed_with is None or self._watch is None:
+            return
+        self._watch.see_off()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(self._failed_with)
 
     def broadcast(self, value: Any = None) -> Any:
         """The first process's value, in all of them."""
@@ -287,13 +301,25 @@ class _Watch(threading.Thread):
             return False
         return True
 
+    def see_off(self) -> None:
+        """The first process keeps the store: wait until the others have read why it ends."""
+        end = time.monotonic() + 3 * self._beat_s
+        with contextlib.suppress(RuntimeError, ConnectionError):
+            while self._place.leads and time.monotonic() < end:
+                if self._store.add(_READ, 0) >= self._place.world - 1:
+                    return
+                time.sleep(self._beat_s / 20)
+
     def _end_with(self, ended: dict[str, Any]) -> None:
         if self._place.leads:
             self._say(ended["line"])
             with contextlib.suppress(RuntimeError, ConnectionError):
                 self._store.set(_HEARD, "1")
-        elif self._place.speaks:  # on a machine where the first process cannot be seen
-            self._say(ended["line"])
+        else:
+            if self._place.speaks:  # on a machine where the first process cannot be seen
+                self._say(ended["line"])
+            with contextlib.suppress(RuntimeError, ConnectionError):
+                self._store.add(_READ, 1)
         self._end(ended["code"])
 
     def _lost(self, line: str) -> None:
