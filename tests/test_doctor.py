@@ -245,3 +245,15 @@ def test_the_screen_is_wide_enough_for_80_columns() -> None:
     import re
 
     assert max(len(re.sub(r"\x1b\[[0-9;]*m", "", line)) for line in lines) <= 80
+
+
+def test_a_recipe_s_figure_stays_on_its_line() -> None:
+    facts = {"peak_bytes": 1_400_000_000, "memory_bytes": 25_000_000_000}
+    names = [f"toy-{'abcdefghij'[:n]}" for n in range(1, 11)]
+    found = [Finding("ok", name, "ready", facts=dict(facts)) for name in names]
+    for width in range(60, 90):
+        out = io.StringIO()
+        console = Console(file=out, force_terminal=True, width=width, color_system=None)
+        doctor.show(console, {"recipes": found}, usable=True)
+        for name in names:
+            assert f"{name} 1.4" in out.getvalue(), (width, name)

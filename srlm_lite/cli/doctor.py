@@ -30,6 +30,9 @@ SECTIONS_THAT_COUNT = ("machine", "packages", "proof of the stack")
 _PEAK = "peak_bytes"
 """The fact of a recipe that its plan gives."""
 
+_GLUE = "\N{NO-BREAK SPACE}"
+"""Between a name and its figure, which stay on one line."""
+
 Sections = dict[str, list[Finding]]
 
 
@@ -119,7 +122,7 @@ def _together(findings: Sequence[Finding]) -> list[Finding]:
     for finding in findings:
         key = (finding.state, finding.text, finding.way_out)
         peak = (finding.facts or {}).get(_PEAK)
-        name = finding.name if peak is None else f"{finding.name} {_gigabytes(peak)}"
+        name = finding.name if peak is None else f"{finding.name}{_GLUE}{_gigabytes(peak)}"
         groups.setdefault(key, []).append(name)
     merged = []
     for (state, text, way_out), names in groups.items():
@@ -141,7 +144,7 @@ def _gigabytes(count: object) -> str:
 def _line(console: Console, finding: Finding, width: int) -> None:
     word, style = WORDS[finding.state]
     head = Text("  ").append(f"{word:<8}", style=style)
-    head.append(f"{finding.name:<{width}}  ")
+    head.append(f"{finding.name.replace(_GLUE, ' '):<{width}}  ")
     indent = len(head)
     body = finding.text if finding.way_out is None else f"{finding.text}. {finding.way_out}"
     room = max(30, (console.width if console.is_terminal else 100) - indent)
@@ -153,7 +156,8 @@ def _line(console: Console, finding: Finding, width: int) -> None:
 def _wrapped(text: str, room: int) -> Iterable[str]:
     import textwrap
 
-    return textwrap.wrap(text, room, break_long_words=False, break_on_hyphens=False) or [""]
+    lines = textwrap.wrap(text, room, break_long_words=False, break_on_hyphens=False) or [""]
+    return [line.replace(_GLUE, " ") for line in lines]
 
 
 def _note(text: str) -> None:
