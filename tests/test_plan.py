@@ -286,6 +286,21 @@ def test_the_command_prints_every_phase() -> None:
     assert max(len(line.rstrip()) for line in table.splitlines()) <= 120
 
 
+def test_in_80_columns_the_table_comes_in_two() -> None:
+    from srlm_lite.cli.plan import _text
+
+    for gpus in ("2x80GB", "4x24GB"):
+        plan = plan_for(load_recipe("llama2-70b"), parse_gpus(gpus))
+        advice = settings_that_fit(plan)
+        narrow, wide = (_text(plan, *advice, width=width) for width in (80, 120))
+        assert max(len(line) for line in narrow.splitlines()) <= 80
+        assert max(len(line) for line in wide.splitlines()) <= 120
+        figures = (f"{plan.peak / 1e9:.2f}", "12,288,000", "fsdp2" if gpus == "4x24GB" else "disk")
+        for text in (narrow, wide):
+            assert all(figure in text for figure in figures)
+        assert narrow.count(" DPO ") == 2 and wide.count(" DPO ") == 1
+
+
 def test_iterate_refuses_what_cannot_fit_before_it_writes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

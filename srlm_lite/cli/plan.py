@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -25,6 +28,15 @@ from srlm_lite.planning.plan import PARTS, Plan, needs_sharding, parse_gpus
 from srlm_lite.planning.rates import known_rates, rates_folder, rates_key
 
 _HEADS = {"kv_cache": "KV cache"}
+_SHORT_HEADS = {
+    "adapters": "adapt.",
+    "optimizer": "optim.",
+    "activations": "activ.",
+    "kv_cache": "KV",
+    "libraries": "libs.",
+}
+_WIDE = 120
+"""Columns of a terminal that hold the whole table; in a narrower one it comes in two."""
 
 
 def run_plan(
@@ -40,7 +52,8 @@ def run_plan(
     if as_json:
         typer.echo(json.dumps(_row(plan, changes, suffice), indent=2, ensure_ascii=False))
         return
-    typer.echo(_text(plan, changes, suffice))
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    typer.echo(_text(plan, changes, suffice, width=width))
 
 
 def refuse_what_cannot_fit(recipe: Recipe, *, shards: int = 1) -> None:
@@ -115,26 +128,23 @@ def _row(plan: Plan, changes: Sequence[str], suffice: bool) -> dict[str, Any]:
     }
 
 
-def _text(plan: Plan, changes: Sequence[str], suffice: bool) -> str:
-    seconds, measured = _times(plan)
-    rows = []
-    for phase in plan.phases:
-        cells = [_gigabytes(phase.parts.get(part, 0)) for part in PARTS]
-        verdict = "-" if phase.on_host else "yes" if plan.fits(phase) else "NO"
-        tokens = "-" if phase.tokens is None else f"{phase.tokens:,}" if phase.tokens else ""
-        time = _duration(seconds[phase.name])
-        rows.append([phase.name, *cells, _gigabytes(phase.total), verdict, tokens, time])
+def _text(plan: Plan, changes: Sequence[str], suffice: bool, *, width: int | None = None) -> str:
+    """All of it for a person.
+
+    Args:
+        width: Columns of the terminal; None: no line is broken.
+    """
+    _, measured = _times(plan)
     on_host = any(phase.on_host for phase in plan.phases)
-    columns = ["phase", *(_HEADS.get(part, part) for part in PARTS)]
     disk = ", ".join(f"{name} {count / 1e9:.1f}" for name, count in plan.disk.items())
     kind = "" if plan.recipe.base.quantization == "none" else f"{plan.recipe.base.quantization}, "
     size = f"{plan.shape.parameters / 1e9:.2f}B parameters"
     each = ", each process on one of them" if plan.hardware.count > 1 else ""
-    lines = [
+    head = (
         f"{plan.recipe.name}: {plan.recipe.base.name}, {size}, {kind}{8 * plan.itemsize} bit; on "
-        f"{plan.hardware}{each}",
-        plain_table([*columns, "total GB", "fits", "tokens", "time"], rows),
-        "",
+        f"{plan.hardware}{each}"
+    )
+    lines = [
         "GB at the longest that window and data admit, predicted from shapes; tokens at most, of "
         "the whole run",
         *(["export runs on the machine, not on the device"] if on_host else []),
@@ -152,7 +162,52 @@ def _text(plan: Plan, changes: Sequence[str], suffice: bool) -> str:
         )
         if wanted and plan.hardware.count > 1:
             lines.append(_sharding(plan))
-    return "\n".join(lines)
+    narrow = width is not None and width < _WIDE
+    return "\n".join(
+        [
+            _broken(head, width),
+            *_tables(plan, narrow=narrow),
+            "",
+            *(_broken(line, width) for line in lines),
+        ]
+    )
+
+
+def _broken(text: str, width: int | None) -> str:
+    """A line, broken between words where the terminal would break it within one."""
+    if width is None or len(text) <= width:
+        return text
+    return textwrap.fill(
+        text, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+    )
+
+
+def _tables(plan: Plan, *, narrow: bool) -> list[str]:
+    """Bytes by part, tokens and time of each phase: one table, or two narrow ones."""
+    seconds, _ = _times(plan)
+    names, memory, work = [], [], []
+    for phase in plan.phases:
+        names.append(phase.name)
+        cells = [_gigabytes(phase.parts.get(part, 0)) for part in PARTS]
+        verdict = "-" if phase.on_host else "yes" if plan.fits(phase) else "NO"
+        memory.append([*cells, _gigabytes(phase.total), verdict])
+        tokens = "-" if phase.tokens is None else f"{phase.tokens:,}" if phase.tokens else ""
+        work.append([tokens, _duration(seconds[phase.name])])
+    if narrow:
+        parts = [_SHORT_HEADS.get(part, part) for part in PARTS]
+        return [
+            plain_table(
+                ["phase, GB", *parts, "total", "fits"],
+                [[name, *cells] for name, cells in zip(names, memory, strict=True)],
+            ),
+            plain_table(
+                ["phase", "tokens", "time"],
+                [[name, *cells] for name, cells in zip(names, work, strict=True)],
+            ),
+        ]
+    parts = [_HEADS.get(part, part) for part in PARTS]
+    rows = [[a, *b, *c] for a, b, c in zip(names, memory, work, strict=True)]
+    return [plain_table(["phase", *parts, "total GB", "fits", "tokens", "time"], rows)]
 
 
 def _sharding(plan: Plan) -> str:
