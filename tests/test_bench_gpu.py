@@ -31,6 +31,19 @@ CPU = torch.device("cpu")
 F32 = torch.float32
 
 
+def test_a_base_larger_than_the_machine_is_refused_before_it_is_built(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """36.4 GB, and 16 bytes a weight of an MLP projection, 8192 x 28672, are 40.1; 0.7 is ours."""
+    from srlm_lite.bench import gpu
+    from srlm_lite.planning import machine
+
+    monkeypatch.setattr(machine, "machine_memory", lambda: 40 * 10**9)
+    monkeypatch.setattr(gpu, "random_base", None)  # nothing is built
+    with pytest.raises(UserError, match=r"--shape llama2-70b: .* 40\.8 GB .* has 40\.0 GB"):
+        bench_gpu("llama2-70b", Job(), Silent(), device="cpu")
+
+
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_a_random_base_is_built_as_a_real_one_is_loaded(
     tiny_base_dir: Path, quantization: str

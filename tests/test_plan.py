@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from srlm_lite.config import Anchor, Base, Dpo, Lora, Recipe, load_recipe
 from srlm_lite.errors import UserError
 from srlm_lite.planning.lengths import lengths_of, longest
 from srlm_lite.planning.machine import plan_for, settings_that_fit, shortfall, spread
-from srlm_lite.planning.memory import Held, leaf_room, sampling, training
+from srlm_lite.planning.memory import ROUNDING, Held, leaf_room, sampling, training
 from srlm_lite.planning.plan import Hardware, needs_sharding, parse_gpus
 from srlm_lite.planning.probe import probe, shape_of_base
 from srlm_lite.planning.rates import known_rates, remember
@@ -153,6 +154,44 @@ def test_sampling_holds_what_the_shapes_say(wide_base: Path) -> None:
     parts = sampling(held, prompts=48, samples=4, prompt_tokens=100, new_tokens=70)
     assert parts["kv_cache"] > 0.8 * sum(parts.values())
     assert sum(parts.values()) - 4 * held.slot == pytest.approx(live.peak, rel=0.06)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_rounding_a_tensor_on_a_cpu_takes_16_bytes_a_weight() -> None:
+    """9.4 million weights: its blocks of float32 are too large for the allocator's heap."""
+    import torch
+    from bitsandbytes.nn import Params4bit
+
+    from srlm_lite.bench.machine import resident_peak, status_bytes
+    from srlm_lite.model.heap import give_back
+
+    Params4bit(torch.ones(64, 64).bfloat16(), requires_grad=False).to("cpu")  # the code is there
+    weight = torch.ones(3072, 3072).bfloat16()
+    give_back()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts here
+    except OSError:
+        pytest.skip("the system does not let us reset the peak of memory")
+    without = status_bytes("VmRSS") - weight.nbytes
+    Params4bit(weight, requires_grad=False, quant_type="nf4").to("cpu")
+    taken = (resident_peak() - without) / weight.numel()
+    assert taken == pytest.approx(ROUNDING["cpu"], rel=0.06)
+
+
+@pytest.mark.parametrize(("device", "bytes_each"), [("cpu", 16), ("cuda", 2)])
+def test_loading_in_nf4_counts_the_largest_tensor_on_its_way(device: Any, bytes_each: int) -> None:
+    """Of Llama-2 7B an MLP projection, 4096 x 11008: 0.72 GB on a CPU, more than a first token."""
+    recipe = load_recipe("llama2-7b", ["base.dtype=bfloat16"])
+    load = plan_for(recipe, Hardware(device, "", 80 * GB)).phases[0]
+    rounding = bytes_each * 4096 * 11008
+    if device == "cpu":
+        assert load.parts["activations"] == rounding
+        assert load.total == load.parts["base"] + rounding + load.parts["libraries"]
+    else:
+        assert load.total > load.parts["base"] + rounding + load.parts["libraries"]
+    in_16_bits = load_recipe("llama2-7b", ["base.quantization=none", "base.dtype=bfloat16"])
+    whole = plan_for(in_16_bits, Hardware(device, "", 80 * GB)).phases[0]
+    assert whole.parts["activations"] < 10e6
 
 
 def test_a_leaf_grows_by_doubling() -> None:

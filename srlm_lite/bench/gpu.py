@@ -43,6 +43,7 @@ from srlm_lite.model.base import LoadedBase, compute_dtype, load_base
 from srlm_lite.model.chat import ChatFormat
 from srlm_lite.model.random_base import random_base
 from srlm_lite.model.stack import Adapter, Slot
+from srlm_lite.planning.machine import refuse_base
 from srlm_lite.planning.shapes import SHAPES, llama_config
 from srlm_lite.progress import Reporter
 from srlm_lite.rollout.protocol import Limits, Request
@@ -191,6 +192,8 @@ def bench_gpu(
     section = Base(name=shape, device=device, quantization="nf4")
     where = torch.device("cuda", 0) if _on_cuda(device) else torch.device("cpu")
     dtype = compute_dtype(section)
+    if where.type == "cpu":
+        refuse_base(config, itemsize=dtype.itemsize, where=f"--shape {shape}")
     parts = 1 + sum(3 if way in _TRAIN else 2 for way in ways)
     task = reporter.start(shape, parts, "parts")
     task.note("building the base")

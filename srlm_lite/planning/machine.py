@@ -7,13 +7,15 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from srlm_lite.config import Recipe
+from srlm_lite.errors import UserError
 from srlm_lite.hardware import gpus
 from srlm_lite.planning.lengths import Lengths, lengths_of
-from srlm_lite.planning.memory import Shape
+from srlm_lite.planning.memory import LIBRARIES, Held, Shape, loading
 from srlm_lite.planning.plan import Hardware, Plan, advice, make_plan, needs_sharding
-from srlm_lite.planning.probe import shape_of_base
+from srlm_lite.planning.probe import probe, shape_of_base
 
 SHARDING = "fsdp2-qlora.yaml"
 """The configuration of accelerate that spreads a base."""
@@ -98,6 +100,29 @@ def shortfall(plan: Plan) -> Shortfall | None:
         f"{plan.usable / 1e9:.1f} GB"
     )
     return Shortfall(worst.name, what, way_out)
+
+
+def refuse_base(settings: Any, *, itemsize: int, where: str) -> None:
+    """Stop before a base in NF4 fills this machine's memory: no error would come of that.
+
+    Args:
+        settings: The base's configuration.
+        itemsize: Bytes of the compute dtype.
+        where: What named the base.
+
+    Raises:
+        UserError: The base alone takes more than there is.
+    """
+    held = Held(probe(settings), nf4=True, itemsize=itemsize, device="cpu", targets=(), rank=0)
+    needed = sum(loading(held).values()) + LIBRARIES["cpu"]["sampling"]
+    there = machine_memory()
+    if needed > there:
+        raise UserError(
+            f"the base in NF4 takes {needed / 1e9:.1f} GB while it is built, and this machine has "
+            f"{there / 1e9:.1f} GB",
+            where=where,
+            way_out="Name a smaller shape",
+        )
 
 
 def settings_that_fit(plan: Plan) -> tuple[list[str], bool]:

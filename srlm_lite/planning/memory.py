@@ -27,6 +27,10 @@ code, mapped files included. Of a CPU: measured with SmolLM2. Of a GPU, the CUDA
 libraries' workspaces: measured on an H100 that trained a base of 70B, and taken for sampling as
 well. An export runs on the CPU."""
 
+ROUNDING: Mapping[Device, int] = {"cpu": 16, "cuda": 2}
+"""Bytes a weight that rounding a tensor to NF4 takes. A GPU has the tensor in 16 bits, and one
+kernel. A CPU has it once more and scaled, both in float32, its codes in 32 bits and in 8, and two
+halves of the packed result."""
 MOST_ROWS = 256
 """Of a batch that is sized by memory. More rows at once gain nothing: the weights' share of the
 time is small by then."""
@@ -161,6 +165,12 @@ class Held:
         return self.itemsize * max(sizes, default=0) if self.nf4 else 0
 
     @property
+    def rounding(self) -> int:
+        """NF4: the largest tensor on its way there, while the rest of the base is loaded."""
+        sizes = [one.inputs * one.outputs for one in self.shape.linears if one.quantized]
+        return ROUNDING[self.device] * max(sizes, default=0) if self.nf4 else 0
+
+    @property
     def mixed(self) -> bool:
         """Adapters in float32, products in 16 bits: mixed precision."""
         return self.itemsize < 4
@@ -200,6 +210,11 @@ def rows_within(memory: int, *, weights: int, row: int) -> int:
 def leaf_room(new_tokens: int) -> int:
     """Tokens that a sample's keys and values have room for at its end."""
     return LEAST_ROOM << max(0, math.ceil(math.log2(new_tokens / LEAST_ROOM)))
+
+
+def loading(held: Held) -> dict[str, int]:
+    """The base when its largest tensor is the last to come; nothing else is there yet."""
+    return {"base": held.base, "activations": held.rounding}
 
 
 def sampling(

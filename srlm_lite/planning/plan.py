@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from srlm_lite.config import Recipe, recipe_from
@@ -23,6 +23,7 @@ from srlm_lite.planning.memory import (
     drawing_bytes,
     exporting,
     kv_bytes,
+    loading,
     rows_within,
     sampling,
     training,
@@ -185,7 +186,7 @@ class _Phases:
 
     def all(self) -> Iterator[Phase]:
         recipe = self.recipe
-        yield self._sampling("load", prompts=1, samples=1, prompt_tokens=8, new=1, tokens=0)
+        yield self._load()
         if recipe.iterations:
             if recipe.prompts.source == "self-instruct":
                 yield self._prompts()
@@ -198,6 +199,14 @@ class _Phases:
             yield self._dpo()
         yield self._evaluation()
         yield self._export()
+
+    def _load(self) -> Phase:
+        """The base, read and rounded, or its first token: the larger of both."""
+        first = self._sampling("load", prompts=1, samples=1, prompt_tokens=8, new=1, tokens=0)
+        coming = self._libraries(loading(self.held), "sampling")
+        if sum(coming.values()) <= first.total:
+            return first
+        return replace(first, parts=coming, least=sum(coming.values()))
 
     def _libraries(self, parts: Mapping[str, int], kind: str) -> dict[str, int]:
         where: Device = "cpu" if kind == "export" else self.held.device
