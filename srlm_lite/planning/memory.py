@@ -31,6 +31,14 @@ ROUNDING: Mapping[Device, int] = {"cpu": 16, "cuda": 2}
 """Bytes a weight that rounding a tensor to NF4 takes. A GPU has the tensor in 16 bits, and one
 kernel. A CPU has it once more and scaled, both in float32, its codes in 32 bits and in 8, and two
 halves of the packed result."""
+HOLES = 0.5
+"""Of the activations of a training on a CPU: what the C library's heap loses between them. A pass
+frees tensors of many sizes between those that it keeps, and the next ones fit only in part. By
+Knuth's fifty-percent rule (The Art of Computer Programming 1, 2.5) such a heap has half as many
+free blocks as used ones; here they count as equally large."""
+MAPPED = 32 << 20
+"""Bytes from which glibc keeps a block outside of its heap, by itself: there are no holes. Logits
+are nearly always that large."""
 MOST_ROWS = 256
 """Of a batch that is sized by memory. More rows at once gain nothing: the weights' share of the
 time is small by then."""
@@ -373,6 +381,15 @@ def training(
         "activations": kept + (0 if logits > within else within),
         "logits": logits if logits > within else 0,
     }
+
+
+def holes(held: Held, activations: int, *, count: int) -> int:
+    """What training loses on a CPU between activations of `count` tokens.
+
+    Nothing where a layer's tensors, the hidden states and larger ones, are mapped one by one.
+    """
+    on_heap = held.device == "cpu" and count * held.itemsize * held.shape.hidden < MAPPED
+    return int(HOLES * activations) if on_heap else 0
 
 
 def exporting(held: Held, *, source_itemsize: int, texts: int, text_tokens: int) -> dict[str, int]:

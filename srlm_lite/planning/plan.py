@@ -22,6 +22,7 @@ from srlm_lite.planning.memory import (
     Shape,
     drawing_bytes,
     exporting,
+    holes,
     kv_bytes,
     loading,
     rows_within,
@@ -348,6 +349,8 @@ class _Phases:
             accumulates=section.batch_size > section.micro_batch_size,
             dropout=section.lora.dropout > 0,
         )
+        count = rows * section.micro_batch_size * tokens
+        parts["activations"] += holes(self.held, parts["activations"], count=count)
         whole = self._libraries(parts, "training")
         shape = {
             "sequences": rows * section.micro_batch_size,
