@@ -302,6 +302,15 @@ def test_a_base_too_large_for_a_device_is_to_be_sharded() -> None:
     assert "spread over all 4" in shown and "fsdp2-qlora.yaml" in shown
 
 
+@pytest.mark.parametrize("gpus", ["5x24GB", "8x24GB", "2x40GB"])
+def test_what_is_advised_for_a_spread_base_fits_when_it_is_followed(gpus: str) -> None:
+    spread_out = spread(plan_for(load_recipe("llama2-70b"), parse_gpus(gpus)))
+    changes, suffice = settings_that_fit(spread_out)
+    assert suffice and changes
+    again = plan_for(load_recipe("llama2-70b", changes), spread_out.hardware)
+    assert all(again.fits(phase) for phase in again.phases)
+
+
 def test_the_seed_data_bounds_the_lengths() -> None:
     """The longest prompt of the demo has 45 bytes or so, and answers have 96 tokens at most."""
     recipe = load_recipe("smollm2-135m-demo")
