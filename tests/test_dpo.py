@@ -135,6 +135,30 @@ def test_training_is_the_same_twice(
     assert same(once(), once())
 
 
+def test_sft_on_a_frozen_anchor_leaves_it_as_it_was(
+    base: LoadedBase, slot: Slot, anchor: Adapter, tmp_path: Path
+) -> None:
+    """Of an NF4 base TRL rounds all adapters to bf16, those that are not to change as well."""
+    chat = ChatFormat.of(base)
+    examples = [
+        Example(tuple(chat.prompt_ids(f"question {i}")), tuple(chat.target_ids("It is grey.")))
+        for i in range(4)
+    ]
+    trained, _ = train_sft(
+        slot,
+        base,
+        slot.fresh(LORA, seed=2),
+        examples,
+        below=[anchor],
+        optim=Anchor(learning_rate=1e-2, epochs=2, batch_size=4, micro_batch_size=4),
+        dropout=0.0,
+        scratch=tmp_path,
+        seed=1,
+    )
+    slot.assert_unchanged([anchor])
+    assert any(torch.count_nonzero(b) for _, b in trained.factors.values())
+
+
 def test_going_on_from_the_previous_delta(
     base: LoadedBase, slot: Slot, anchor: Adapter, tmp_path: Path
 ) -> None:
