@@ -355,6 +355,21 @@ def import_backend(recipe: Recipe) -> None:
         import_first()
 
 
+def refuse_several(recipe: Recipe, processes: int) -> None:
+    """Stop a run of a method that computes in one process, where there are several.
+
+    Raises:
+        UserError: Says which method.
+    """
+    if recipe.method == "rlhf" and processes > 1:
+        # What the policy draws while it learns is not dealt out between them.
+        raise UserError(
+            f"rlhf trains in one process, and there are {processes}",
+            where="method",
+            way_out="Start it without a launcher",
+        )
+
+
 def refuse_sharding(recipe: Recipe) -> None:
     """Stop a run that needs the base whole, where it is to be spread over the processes.
 

@@ -25,7 +25,7 @@ from srlm_lite.loop import iterate
 from srlm_lite.model.base import load_base
 from srlm_lite.model.stack import Adapter
 from srlm_lite.processes import Place, Processes, of_one_process, place
-from srlm_lite.run_dir import RunDir, read_json
+from srlm_lite.run_dir import RunDir, read_json, read_jsonl
 from srlm_lite.session import Session, refuse_sharding
 
 HERE = Path(__file__).parent
@@ -202,12 +202,14 @@ def test_two_gpus_do_what_one_does(config: str, device: str, anchor: Path, tmp_p
     same_as_alone(RunDir(out), alone)
 
 
+@pytest.mark.parametrize("config", ["ddp-2.yaml", "fsdp2-qlora.yaml"])
 def test_a_killed_process_ends_the_run_and_the_rest_goes_on_from_there(
-    alone: RunDir, anchor: Path, tmp_path: Path
+    config: str, alone: RunDir, anchor: Path, tmp_path: Path
 ) -> None:
+    """Whether each holds the base or a part of it, which the other then lacks in its next pass."""
     out = tmp_path / "out"
     port = str(free_port())
-    launcher = accelerate("ddp-2.yaml", "--main_process_port", port, run=arguments(out, anchor))
+    launcher = accelerate(config, "--main_process_port", port, run=arguments(out, anchor))
     candidates = RunDir(out).iteration(1).candidates
     while not candidates.exists() or not candidates.stat().st_size:
         assert launcher.poll() is None, launcher.communicate()
@@ -243,6 +245,61 @@ def test_a_mistake_is_said_once_and_ends_both(tmp_path: Path) -> None:
         f"srlm-lite: {tmp_path}: holds files, but no run (no run.json). "
         "Choose an empty or new directory for --adapters"
     ]
+
+
+def test_rlhf_is_refused_at_once_where_there_are_several_processes(tmp_path: Path) -> None:
+    both = started_as_two(
+        *("-m", "srlm_lite", "iterate", "--recipe", "toy-rlhf", "--adapters", str(tmp_path / "out"))
+    )
+    said = [process.communicate() for process in both]
+    assert [process.returncode for process in both] == [2, 2]
+    lines = [line for _, errors in said for line in errors.splitlines() if "srlm-lite:" in line]
+    assert lines == [
+        "srlm-lite: method: rlhf trains in one process, and there are 2. "
+        "Start it without a launcher"
+    ]
+    assert not (tmp_path / "out").exists()
+
+
+RLAIF = (
+    "method=rlaif",
+    "iterations=2",
+    "dpo.init=previous",
+    "rlaif.principles=toy",
+    "rlaif.max_new_tokens=72",
+    "rlaif.sft.learning_rate=1e-3",
+    "rollout.max_new_tokens=72",
+    "prompts.per_iteration=6",
+    "prompts.reuse=true",
+    "evaluate.policy_prompts=0",
+)
+
+
+def test_two_processes_revise_and_label_as_one_does(anchor: Path, tmp_path: Path) -> None:
+    """With `rlaif` all bytes up to the first training, and to rounding what comes of that."""
+    settings = [*overrides(anchor), *RLAIF]
+    recipe, alone = load_recipe("tiny", settings), RunDir(tmp_path / "alone")
+    alone.open(recipe, {})
+    iterate(Session(recipe, alone))
+    two = RunDir(tmp_path / "two")
+    sets = [part for one in settings for part in ("--set", one)]
+    both = started_as_two(
+        *("-m", "srlm_lite", "iterate", "--recipe", "tiny", "--adapters", str(two.path), *sets)
+    )
+    said = [process.communicate() for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    names = ("prompts.jsonl", "candidates.jsonl", "revisions.jsonl", "drops.json")
+    for name in names:
+        one, other = ((run.iteration(1).path / name).read_bytes() for run in (alone, two))
+        assert one == other, name
+    for number in (1, 2):
+        deltas = [Adapter.load(run.iteration(number).delta) for run in (alone, two)]
+        assert distance(*deltas) < 1e-3
+    labels = [read_jsonl(run.iteration(2).labels) for run in (alone, two)]
+    assert len(labels[0]) == len(labels[1]) > 0
+    for one, other in zip(*labels, strict=True):
+        by_one, by_two = one.pop("p_first"), other.pop("p_first")
+        assert other == one and by_two == pytest.approx(by_one, abs=1e-3)
 
 
 BUG = """

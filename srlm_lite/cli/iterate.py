@@ -21,7 +21,7 @@ from srlm_lite.processes import Processes, place
 from srlm_lite.report.answer import best
 from srlm_lite.report.facts import gather
 from srlm_lite.run_dir import RunDir
-from srlm_lite.session import Session, follow, import_backend, refuse_sharding
+from srlm_lite.session import Session, follow, import_backend, refuse_several, refuse_sharding
 from srlm_lite.stages.seed_data import check_inputs
 from srlm_lite.tracking import check_installed, tracked
 
@@ -45,6 +45,7 @@ def run_iterate(
     if iterations is not None:
         overrides = [*overrides, f"iterations={iterations}"]
     recipe = load_recipe(recipe_name, overrides)
+    refuse_several(recipe, processes.world)  # each of them knows, so none has to be told
     stopped: GateError | None = None
     with processes.joined(cpu=recipe.base.device == "cpu"):
         if not processes.place.leads:

@@ -20,7 +20,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from srlm_lite.errors import UserError
 from srlm_lite.methods.self_rewarding import SelfRewarding
 from srlm_lite.pairing import Drops
 from srlm_lite.records import Candidate, Judgement, PreferencePair, Prompt
@@ -32,22 +31,6 @@ from srlm_lite.stages.reward import reward_model
 
 class Rlhf(SelfRewarding):
     """Everything happens while the delta trains; the stages before it prepare that."""
-
-    def prompts(
-        self, session: Session, iteration: IterationDir
-    ) -> tuple[list[Prompt], dict[str, Any]]:
-        """New prompts.
-
-        Raises:
-            UserError: There are several processes: what they draw is not dealt out between them.
-        """
-        if session.processes.world > 1:
-            raise UserError(
-                f"trains in one process, and there are {session.processes.world}",
-                where="method = rlhf",
-                way_out="Start it without a launcher",
-            )
-        return super().prompts(session, iteration)
 
     def candidates(
         self, session: Session, iteration: IterationDir, prompts: Sequence[Prompt]
