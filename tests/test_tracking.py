@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from reporting import add_anchor, add_iteration, evaluation, new_run, some_pairs
 from test_processes import anchor as anchor  # the fixture
+from test_processes import started_as_two
 
 from srlm_lite import tracking
 from srlm_lite.cli.iterate import run_iterate
@@ -277,6 +278,16 @@ SMALL = (
 )
 
 
+ONLY_ALONE = {
+    "entropy",
+    "logits/chosen",
+    "logits/rejected",
+    "mean_token_accuracy",
+    "num_tokens",
+}
+"""What TRL's DPO loss notes, and ours does not."""
+
+
 class StopsAt(Silent):
     """Interrupts the DPO training at a step, as Ctrl-C does."""
 
@@ -349,6 +360,41 @@ def test_a_run_that_is_watched_is_the_same_run(
     assert late["iterations"].keys() == found["iterations"].keys()
     assert late["iter_001/delta"]["train/delta/loss"] == of_training["train/delta/loss"]
     assert artefacts(shown) == before
+
+
+def test_one_of_two_processes_tells_what_one_alone_would(anchor: Path, tmp_path: Path) -> None:
+    """Each figure once, from the first process; those of a training but for rounding.
+
+    Where processes share a step, the loss is ours, and what TRL's own notes beside it is missing.
+    """
+    pytest.importorskip("tensorboard")
+    settings = [*SMALL, f"anchor.init={anchor}", "tracking.report_to=[tensorboard]"]
+    alone, two = run_tiny(tmp_path / "alone", *settings), RunDir(tmp_path / "two")
+    sets = [part for one in [*settings, "base.device=cpu"] for part in ("--set", one)]
+    both = started_as_two(
+        *("-m", "srlm_lite", "iterate", "--recipe", "tiny", "--adapters", str(two.path), *sets)
+    )
+    said = [process.communicate() for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    expected, found = read_tensorboard(alone), read_tensorboard(two)
+    assert found.keys() == expected.keys() == {"iterations", "iter_001/delta"}
+    # Of which process a file is stands in its name; there is one of each directory.
+    assert len(list(two.tensorboard.rglob("events.*"))) == len(found)
+    for folder, curves in expected.items():
+        missing = {
+            name.removeprefix("train/delta/") for name in curves.keys() - found[folder].keys()
+        }
+        assert missing == (ONLY_ALONE if folder == "iter_001/delta" else set())
+        assert found[folder].keys() <= curves.keys()
+        for name, points in curves.items():
+            if name.removeprefix("train/delta/") in missing:
+                continue
+            other = found[folder][name]
+            assert [step for step, _ in other] == [step for step, _ in points], name
+            if not name.startswith("seconds/"):
+                values = [value for _, value in points]
+                told = [value for _, value in other]
+                assert told == pytest.approx(values, rel=1e-3, abs=1e-3), name
 
 
 def test_only_the_leading_process_tells(tmp_path: Path) -> None:
