@@ -202,7 +202,9 @@ def test_two_gpus_do_what_one_does(config: str, device: str, anchor: Path, tmp_p
     same_as_alone(RunDir(out), alone)
 
 
-@pytest.mark.parametrize("config", ["ddp-2.yaml", "fsdp2-qlora.yaml"])
+@pytest.mark.parametrize(
+    "config", ["ddp-2.yaml", pytest.param("fsdp2-qlora.yaml", marks=pytest.mark.slow)]
+)
 def test_a_killed_process_ends_the_run_and_the_rest_goes_on_from_there(
     config: str, alone: RunDir, anchor: Path, tmp_path: Path
 ) -> None:
