@@ -640,7 +640,8 @@ class Recipe(Section):
         Leaves out `iterations` (a longer run continues a shorter one), the gates (which only look
         at figures), the tracking (which passes them on), name, description, what is for comparisons
         afterwards, and the sections of other methods. A path counts by what the file holds, not by
-        where it lies.
+        where it lies; that of a shipped base by its place among the recipes, so that a run goes on
+        from another installation (`RunDir.hold_to_base` holds it to the weights).
         """
         others = {section for method, section in METHOD_SECTIONS.items() if method != self.method}
         left_out = {"iterations", "name", "description", "tracking", *AFTERWARDS, *others}
@@ -652,6 +653,7 @@ class Recipe(Section):
             value = settings[section][key]
             if isinstance(value, str) and (section, key) != ("base", "name"):
                 settings[section][key] = _content_digest(section, key, value)
+        settings["base"]["name"] = place_of_base(self.base.name)
         return settings
 
     def digest(self) -> str:
@@ -729,6 +731,20 @@ def recipes_dir() -> Path:
     """The directory of the shipped recipes: inside an installed package, or of a checkout."""
     packaged = Path(str(resources.files("srlm_lite"))) / "recipes"
     return packaged if packaged.is_dir() else packaged.parent.parent / "recipes"
+
+
+def place_of_base(name: str) -> str:
+    """A base by its place among the recipes, where it is shipped with them; else as it is named.
+
+    The recipes need not be this installation's.
+    """
+    folders = Path(name).parts
+    if "recipes" in folders:
+        last = len(folders) - 1 - folders[::-1].index("recipes")
+        inside = Path(*folders[last + 1 :])
+        if inside.parts and (recipes_dir() / inside).is_dir():
+            return f"recipes/{inside.as_posix()}"
+    return name
 
 
 def shipped_recipes() -> list[str]:

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from srlm_lite.config import Recipe
+from srlm_lite.config import Recipe, place_of_base
 from srlm_lite.errors import UserError
 from srlm_lite.records import Record
 
@@ -642,16 +642,17 @@ class RunDir:
             self._write_run(recipe, facts)
             return
         before = self.facts()
-        differing = _differences(before["identity"], recipe.identity())
+        begun = before["identity"]
+        begun["base"]["name"] = place_of_base(begun["base"]["name"])
+        differing = _differences(begun, recipe.identity())
         if differing:
             raise UserError(
                 f"holds a run of another configuration; differing: {'; '.join(differing)}",
                 where=str(self.path),
                 way_out="Use another directory, undo the difference, or start over with --fresh",
             )
-        now = recipe.model_dump(mode="json")
-        if any(_at(before["recipe"], key) != _at(now, key) for key in _MAY_CHANGE):
-            self._write_run(recipe, facts)
+        if before["recipe"] != recipe.model_dump(mode="json"):
+            self._write_run(recipe, facts)  # more iterations, other gates, the same files elsewhere
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -769,17 +770,6 @@ def _existing(*paths: Path) -> list[Path]:
 
 def _adapter_files(folder: Path) -> tuple[Path, ...]:
     return folder / "adapter_model.safetensors", folder / "adapter_config.json"
-
-
-_MAY_CHANGE = (("iterations",), ("evaluate", "gate"), ("tracking",))
-"""What of a recipe may differ when a run goes on."""
-
-
-def _at(recipe: dict[str, Any], keys: Sequence[str]) -> Any:
-    value: Any = recipe
-    for key in keys:
-        value = value.get(key) if isinstance(value, dict) else None
-    return value
 
 
 def _differences(before: Any, now: Any, prefix: str = "") -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from srlm_lite.config import Recipe, load_recipe, recipe_from
+from srlm_lite.config import Recipe, load_recipe, recipe_from, recipes_dir
 from srlm_lite.errors import UserError
 from srlm_lite.records import Candidate, Judgement, Prompt, RankedReply
 from srlm_lite.run_dir import (
@@ -496,3 +496,23 @@ def test_a_run_stays_on_the_weights_it_was_begun_on(tmp_path: Path) -> None:
         run.hold_to_base({**source, "revision": "def"})
     with pytest.raises(UserError, match=r"\(sha256"):
         run.hold_to_base({**source, "sha256": "0" * 64})
+
+
+def test_a_run_goes_on_from_another_installation(tmp_path: Path) -> None:
+    """The shipped base lies elsewhere then; what was noted of it is where it lies now."""
+    recipe, run = load_recipe("toy"), RunDir(tmp_path)
+    run.open(recipe, {})
+    here = str(recipes_dir())
+    run.run_json.write_text(run.run_json.read_text().replace(here, "/another/place/recipes"))
+    assert run.facts()["recipe"]["base"]["name"] == "/another/place/recipes/toy/base"
+    run.open(recipe, {})
+    assert run.facts()["recipe"]["base"]["name"] == recipe.base.name
+    # As runs were noted before: by the whole path.
+    facts = run.facts()
+    facts["identity"]["base"]["name"] = "/another/place/recipes/toy/base"
+    write_json(run.run_json, facts)
+    run.open(recipe, {})
+    facts["identity"]["base"]["name"] = "/another/place/base"
+    write_json(run.run_json, facts)
+    with pytest.raises(UserError, match=r"another configuration; differing: base\.name"):
+        run.open(recipe, {})
