@@ -647,7 +647,7 @@ class RunDir:
         differing = _differences(begun, recipe.identity())
         if differing:
             raise UserError(
-                f"holds a run of another configuration; differing: {'; '.join(differing)}",
+                f"holds a run of another configuration; differing: {_some(differing)}",
                 where=str(self.path),
                 way_out="Use another directory, undo the difference, or start over with --fresh",
             )
@@ -770,6 +770,16 @@ def _existing(*paths: Path) -> list[Path]:
 
 def _adapter_files(folder: Path) -> tuple[Path, ...]:
     return folder / "adapter_model.safetensors", folder / "adapter_config.json"
+
+
+_SHOWN = 6
+"""Differing settings that a refusal names."""
+
+
+def _some(lines: Sequence[str]) -> str:
+    """The first few in one line, and how many more there are."""
+    more = len(lines) - _SHOWN
+    return "; ".join([*lines[:_SHOWN], *([f"and {more} more"] if more > 0 else [])])
 
 
 def _differences(before: Any, now: Any, prefix: str = "") -> list[str]:

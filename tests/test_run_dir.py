@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -333,6 +334,16 @@ def test_another_configuration_is_refused_by_its_keys(tmp_path: Path) -> None:
     assert "--fresh" in message
     assert "\n" not in message
     assert run.run_json.read_bytes() == before
+
+
+def test_of_many_differences_a_few_are_named(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    run.open(recipe(), {})
+    with pytest.raises(UserError) as caught:
+        run.open(load_recipe("toy-meta"), {})
+    message = str(caught.value)
+    assert re.search(r"; and \d+ more\. ", message)
+    assert message.count(" there, ") == 6
 
 
 def test_fresh_deletes_the_run_and_starts_over(tmp_path: Path) -> None:
