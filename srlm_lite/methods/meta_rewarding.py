@@ -127,21 +127,9 @@ def without_score(judgement: str) -> str:
 class MetaRewarding(SelfRewarding):
     """Pairs of judgements beside the policy's, or in their place."""
 
-    def pairs(
-        self,
-        session: Session,
-        iteration: IterationDir,
-        prompts: Sequence[Prompt],
-        candidates: Sequence[Candidate],
-        judgements: Sequence[Judgement],
-    ) -> tuple[list[PreferencePair], dict[str, Any]]:
-        """What to learn from; enough of it for the role that the iteration is about."""
-        made, drops, facts = self.make_pairs(session, iteration, prompts, candidates, judgements)
-        alone = _trained(session, iteration) == "judge"
-        kept, counts = stages.keep_pairs(
-            session, iteration, made, drops, origin=JUDGE if alone else ""
-        )
-        return kept, {**counts, **facts}
+    def origin_of_pairs(self, session: Session, iteration: IterationDir) -> str:
+        """The judge's, where it trains alone."""
+        return JUDGE if _trained(session, iteration) == "judge" else ""
 
     def make_pairs(
         self,

@@ -65,8 +65,13 @@ class SelfRewarding:
     ) -> tuple[list[PreferencePair], dict[str, Any]]:
         """What to learn from; methods change `make_pairs`."""
         made, drops, facts = self.make_pairs(session, iteration, prompts, candidates, judgements)
-        kept, counts = stages.keep_pairs(session, iteration, made, drops)
+        about = self.origin_of_pairs(session, iteration)
+        kept, counts = stages.keep_pairs(session, iteration, made, drops, origin=about)
         return kept, {**counts, **facts}
+
+    def origin_of_pairs(self, session: Session, iteration: IterationDir) -> str:
+        """Origin of the pairs that an iteration must have enough of: the policy's own."""
+        return ""
 
     def make_pairs(
         self,
