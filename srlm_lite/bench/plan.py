@@ -167,15 +167,14 @@ def _stack(job: Job) -> tuple[Any, Any, list[Any]]:
 
 
 def _random(section: Base) -> LoadedBase:
-    from srlm_lite.model.base import compute_dtype
+    from srlm_lite.model.base import compute_device, compute_dtype
     from srlm_lite.model.random_base import random_base
     from srlm_lite.planning.probe import base_config
 
-    on_cuda = section.device != "cpu" and torch.cuda.is_available()
     return random_base(
         base_config(section),
         name=section.name,
-        device=torch.device("cuda", 0) if on_cuda else torch.device("cpu"),
+        device=compute_device(section.device),
         dtype=compute_dtype(section),
         quantization=section.quantization,
     )

@@ -221,7 +221,7 @@ def load_base(section: config.Base, *, sharded: bool = False) -> LoadedBase:
         UserError: It cannot be found, fetched, read or placed; says which and what to do.
     """
     kind, location = _locate(section.name)
-    device = _device(section.device)
+    device = compute_device(section.device)
     dtype = _dtype(section.dtype, device)
     if section.quantization == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(
@@ -250,7 +250,7 @@ def load_base(section: config.Base, *, sharded: bool = False) -> LoadedBase:
 
 def compute_dtype(section: config.Base) -> torch.dtype:
     """What the section's `dtype` means on this machine."""
-    return _dtype(section.dtype, _device(section.device))
+    return _dtype(section.dtype, compute_device(section.device))
 
 
 def check_targets(model: torch.nn.Module, targets: Iterable[str]) -> None:
@@ -309,7 +309,12 @@ def _local_files(kind: Kind, location: str) -> tuple[str, str]:
     return location, _sha256(_base_files(Path(location)))
 
 
-def _device(wanted: str) -> torch.device:
+def compute_device(wanted: str) -> torch.device:
+    """The device that `base.device` names.
+
+    Raises:
+        UserError: CUDA is wanted, and there is none.
+    """
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
