@@ -239,7 +239,7 @@ class Slot:
             if isinstance(module, LoraLayer)
         }
         self.sharded = is_sharded(base)
-        self.fold = fold and not self.sharded
+        self.fold = fold
         self._bare: dict[str, nn.Module] = {}
         self._last_scaling = 1.0
         self._held: tuple[Adapter, ...] | None = None
@@ -325,7 +325,8 @@ class Slot:
             layer.scaling[adapter] = scaling
         if adapter == _SLOT:
             self._unfold()
-            if self.fold and not train and dtype == self.compute_dtype:
+            folds = self.fold and not self.sharded and not train
+            if folds and dtype == self.compute_dtype:
                 self._fold_in(fused)
             self._last_scaling = scaling
             self._held = tuple(stack) if runs_a_role else None

@@ -113,7 +113,6 @@ def train_sft(
         if slot.sharded:
             share_adapters(trainer)
         # TRL has cast a quantized base's adapters to bf16: what is below would not be what it was.
-        slot.to_float32()
         slot.load((*below, adapter), train=True)
         trainer.train()
     slot.set_dropout(0.0)
