@@ -229,7 +229,12 @@ def test_a_method_runs_on_the_gpu(method: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     [delta] = [row for row in rows if row["stage"] == "delta"]
-    assert delta.get("step0_loss", 0.693147) == pytest.approx(0.693147, abs=1e-3)
+    if method == "rlhf":  # on-policy: its proof is of the divergence
+        assert delta["step0_kl"] == pytest.approx(0, abs=1e-3)
+    elif method == "rlaif":  # its first delta is SFT on the revisions
+        assert 0 < delta["last_loss"] < 4.9  # a guess among the base's 140 tokens is at 4.94
+    else:
+        assert delta["step0_loss"] == pytest.approx(0.693147, abs=1e-3)
     assert (out / "iter_001" / "done.json").is_file()
 
 

@@ -16,6 +16,7 @@ import pytest
 from packaging.utils import canonicalize_name
 from typer.main import get_command
 
+from srlm_lite.bench.gpu import WAYS
 from srlm_lite.cli.main import app
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -98,6 +99,7 @@ def test_every_part_is_a_command_that_there_is(monkeypatch: pytest.MonkeyPatch) 
     parts = report.parts_of(wanted)
     assert "gpu-tiny-folded" in parts and "gpu-llama2-70b-folded" not in parts
     assert list(parts).index("plan-llama2-70b-DPO") < list(parts).index("rollout")
+    assert report.WAYS == WAYS
     for words in parts.values():
         command: Any = get_command(app)
         rest = [*words, "--json"]
