@@ -207,7 +207,8 @@ def test_a_cpu_s_heap_loses_half_of_the_activations_again() -> None:
     assert holes(here, 100, count=512) == 50
     assert holes(here, 100, count=29_127) == 50 and holes(here, 100, count=29_128) == 0
     assert holes(there, 100, count=512) == 0
-    recipe = load_recipe("smollm2-135m", ["base.window=128", "base.dtype=bfloat16"])
+    settings = ["base.window=128", "base.dtype=bfloat16", "dpo.micro_batch_size=4"]
+    recipe = load_recipe("smollm2-135m", settings)
     plan = plan_for(recipe, Hardware("cpu", "CPU", 24 * GB), lengths=longest(recipe))
     dpo = next(phase for phase in plan.phases if phase.name == "DPO")
     tensors = training(
