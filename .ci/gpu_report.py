@@ -24,7 +24,7 @@ BEGIN = "<!-- made by `make gpu`; do not edit: begin -->"
 END = "<!-- made by `make gpu`: end -->"
 
 SHAPES = ("llama3.1-8b", "llama2-70b", "llama2-7b", "tiny")
-WAYS = ("ours", "folded", "continuous", "plain")
+WAYS = ("ours", "folded", "eager", "continuous", "plain")
 """Each in a process of its own: one that fails, or runs out of time, takes no other with it."""
 NOT_FOLDED = "llama2-70b"
 """No device holds its 16-bit copy beside it."""

@@ -172,7 +172,9 @@ class Session:
             )
         from srlm_lite.rollout.transformers_engine import TransformersEngine
 
-        return TransformersEngine(self.slot, self.chat, batch_rows=rows)
+        return TransformersEngine(
+            self.slot, self.chat, batch_rows=rows, cuda_graphs=recipe.rollout.cuda_graphs
+        )
 
     def close_engines(self) -> None:
         """Give back the memory of sampling, before a training needs it."""

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from scipy.stats import chisquare
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig
 
 from srlm_lite.config import Base, Lora
@@ -18,10 +20,11 @@ from srlm_lite.model.chat import ChatFormat
 from srlm_lite.model.random_base import random_base
 from srlm_lite.model.stack import Adapter, Slot
 from srlm_lite.planning.memory import MOST_ROWS
-from srlm_lite.rollout import memory, transformers_engine, tree
+from srlm_lite.rollout import memory, steps, transformers_engine, tree
 from srlm_lite.rollout.attention import attention, merged, plain_attention
 from srlm_lite.rollout.nucleus import draw, largest, most_probable, uniforms
 from srlm_lite.rollout.protocol import Limits, Request, Sample
+from srlm_lite.rollout.steps import Steps
 from srlm_lite.rollout.transformers_engine import TransformersEngine
 from srlm_lite.rollout.tree import shared_prefix
 
@@ -265,16 +268,16 @@ def test_the_batch_is_halved_when_memory_runs_out(
     prompts = requests(engine, n=3)
     expected = ids(engine.sample(prompts, WARM))
     small = TransformersEngine(engine._slot, engine._chat, batch_rows=12)
-    step, sizes = TransformersEngine._next_logits, []
+    step, sizes = Steps.next_logits, []
 
-    def hungry(self: TransformersEngine, tree: Any, last: Any) -> Any:
-        sizes.append(len(last))
+    def hungry(self: Steps, ids: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(ids))
         # Halfway through, as keys and values grow.
-        if len(last) > 3 and len(sizes) > 3:
+        if len(ids) > 3 and len(sizes) > 3:
             raise torch.OutOfMemoryError("out of memory")
-        return step(self, tree, last)
+        return step(self, ids)
 
-    monkeypatch.setattr(TransformersEngine, "_next_logits", hungry)
+    monkeypatch.setattr(Steps, "next_logits", hungry)
     finished: list[int] = []
     assert ids(small.sample(prompts, WARM, on_samples=finished.append)) == expected
     assert sum(finished) == 12
@@ -294,7 +297,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(
     def broken(*args: Any) -> Any:
         raise RuntimeError("shape mismatch")
 
-    monkeypatch.setattr(TransformersEngine, "_next_logits", broken)
+    monkeypatch.setattr(Steps, "next_logits", broken)
     with pytest.raises(RuntimeError, match="shape mismatch"):
         engine.sample(requests(engine, n=2), WARM)
 
@@ -381,13 +384,124 @@ def test_a_model_with_an_attention_of_its_own_is_sampled_with_plain_generate(
     limits = Limits(temperature=1.0, top_p=0.95, max_new_tokens=12, alternatives=2)
     expected = engine.sample(prompts, limits)
     careful = TransformersEngine(engine._slot, engine._chat, batch_rows=5)
-    monkeypatch.setattr(transformers_engine, "_divergence", lambda *_: torch.tensor(torch.inf))
+    monkeypatch.setattr(transformers_engine, "divergence", lambda *_: torch.tensor(torch.inf))
     found = careful.sample(prompts, limits)
     assert careful._branches is False
     assert ids(found) == ids(expected)
     for row, other in zip(found, expected, strict=True):
         for one, two in zip(row, other, strict=True):
             assert [t.text for t in one.tokens] == [t.text for t in two.tokens]
+
+
+# --- steps from a graph -----------------------------------------------------------------------
+
+
+class Tape(TorchDispatchMode):
+    """What a CUDA graph is, on a CPU: the same operations on the same memory, once more.
+
+    Numbers that Python has read of a tensor are constants of it; a graph cannot even be captured
+    where Python reads one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[tuple[Any, Any, Any, Any]] = []
+        self.replays = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero)
+        result = func(*args, **(kwargs or {}))
+        self.operations.append((func, args, kwargs or {}, result))
+        return result
+
+    def replay(self) -> None:
+        self.replays += 1
+        for func, args, kwargs, result in self.operations:
+            again = func(*args, **kwargs)
+            for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+@pytest.fixture
+def tapes(engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
+    """The graphs that are captured from now on."""
+    made: list[Tape] = []
+
+    def captured(work: Any, *, after: Tape | None) -> tuple[Tape, torch.Tensor]:
+        assert after is (made[-1] if made else None)  # it keeps the memory of the one before
+        with Tape() as tape:
+            logits = work()
+        engine._tree.step_back()  # a capture computes nothing
+        made.append(tape)
+        return tape, logits
+
+    monkeypatch.setattr(steps, "captured", captured)
+    monkeypatch.setattr(engine, "_captures", True)
+    return made
+
+
+@pytest.mark.parametrize("limits", [GREEDY, WARM], ids=["greedy", "sampled"])
+def test_replayed_steps_are_the_steps(
+    engine: TransformersEngine, tapes: list[Tape], monkeypatch: pytest.MonkeyPatch, limits: Limits
+) -> None:
+    """Rows enter and leave, leaves outgrow their room and what a graph attends to."""
+    monkeypatch.setattr(steps, "HELD", 24)
+    monkeypatch.setattr(engine._chat, "stop_ids", tuple(range(2, 600, 40)))
+    monkeypatch.setattr(engine, "_most_rows", 9)
+    limits = replace(limits, max_new_tokens=80)
+    prompts = [
+        Request(tuple(engine._chat.prompt_ids(f"{text} {i}")), tuple(range(i, i + 1 + i % 3)))
+        for i in range(4)
+        for text in TEXTS
+    ]
+    found = engine.sample(prompts, limits)
+    assert engine._captures
+    assert len(tapes) > 3
+    assert sum(tape.replays for tape in tapes) > 100
+    monkeypatch.setattr(engine, "_captures", False)
+    assert found == engine.sample(prompts, limits)
+
+
+def test_a_step_that_cannot_be_captured_is_computed(
+    engine: TransformersEngine,
+    tapes: list[Tape],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def impossible(work: Any, *, after: Any) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    prompts, limits = requests(engine, n=2), replace(WARM, max_new_tokens=80)
+    monkeypatch.setattr(steps, "captured", impossible)
+    found = engine.sample(prompts, limits)
+    assert not engine._captures
+    assert found == engine.sample(prompts, limits)
+    [said] = caplog.messages
+    assert "(operation not permitted when stream is capturing); sampling without" in said
+
+
+def test_a_graph_that_gives_something_else_is_not_used(
+    engine: TransformersEngine,
+    tapes: list[Tape],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As of a model whose code counts its passes: a graph does not count."""
+    right = Tape.replay
+
+    def wrong(self: Tape) -> None:
+        right(self)
+        self.operations[-1][-1].neg_()
+
+    monkeypatch.setattr(Tape, "replay", wrong)
+    prompts, limits = requests(engine, n=2), replace(WARM, max_new_tokens=80)
+    found = engine.sample(prompts, limits)
+    assert not engine._captures
+    assert [tape.replays for tape in tapes] == [1]
+    assert found == engine.sample(prompts, limits)
+    [said] = caplog.messages
+    assert "nats of another distribution" in said
 
 
 def test_soft_caps_and_sliding_windows_are_refused_by_the_tree(engine: TransformersEngine) -> None:

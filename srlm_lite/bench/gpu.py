@@ -6,6 +6,7 @@ a delta in the slot as in any iteration, run
     ours        candidates and judgements by our engine, then DPO steps with all their proofs
     folded      the sampling once more, on a 16-bit copy of the weights that has the stack in it
                 (`rollout.fold`)
+    eager       the sampling with every kernel launched by itself (without `rollout.cuda_graphs`)
     continuous  the sampling by transformers' continuous batching
     plain       the same numbers of tokens by batched `generate`, then DPO by a stock TRL trainer on
                 a LoRA of the same rank
@@ -51,7 +52,7 @@ from srlm_lite.rollout.transformers_engine import TransformersEngine
 from srlm_lite.training.dpo import PairExample, train_dpo
 from srlm_lite.training.plain import train_plain_dpo
 
-Way = Literal["ours", "folded", "continuous", "plain"]
+Way = Literal["ours", "folded", "eager", "continuous", "plain"]
 WAYS: tuple[Way, ...] = get_args(Way)
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -274,7 +275,7 @@ class _Bench:
         self.chat = ChatFormat.of(base)
         self.shape = shape_of(base.model)
         self.slot = Slot(base.model, targets=LORA.targets, rank=2 * LORA.rank, backend=backend)
-        self.engine = TransformersEngine(self.slot, self.chat)
+        self.engine = self._engine("ours")
         self.anchor = _random(self.slot.fresh(LORA, seed=1))
         self.delta = _random(self.slot.fresh(LORA, seed=2))
         draw = random.Random(0)
@@ -306,11 +307,15 @@ class _Bench:
         by = {"plain": self._plainly, "continuous": self._continuously}
         sample, job = by.get(way, self._ours), self.job
         self.slot.fold = way == "folded"
+        self.engine = self._engine(way)
         phases: dict[str, Callable[[], dict[str, Any]]] = {
             "candidates": lambda: self._sampled(sample, self.questions, job.n, job.answer_tokens),
             "judge": lambda: self._sampled(sample, self.grading, job.votes, job.vote_tokens),
         }
         return {**phases, "dpo": lambda: self._trained(way)} if way in _TRAIN else phases
+
+    def _engine(self, way: Way) -> TransformersEngine:
+        return TransformersEngine(self.slot, self.chat, cuda_graphs=way != "eager")
 
     def clear(self) -> None:
         """Before the next way: its memory is its own."""

@@ -192,7 +192,12 @@ def _sample(job: Job) -> dict[str, Any]:
     libraries = status_bytes("VmRSS")
     base, slot, stack = _stack(job)
     chat, shape = ChatFormat.of(base, template=job.recipe.base.chat_template), job.shape
-    engine = TransformersEngine(slot, chat, batch_rows=shape["batch_rows"])
+    engine = TransformersEngine(
+        slot,
+        chat,
+        batch_rows=shape["batch_rows"],
+        cuda_graphs=job.recipe.rollout.cuda_graphs,
+    )
     generator, vocabulary = torch.Generator().manual_seed(0), base.model.config.vocab_size
     n = shape["samples"]
     requests = [

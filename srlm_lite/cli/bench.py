@@ -141,7 +141,8 @@ def gpu(
         str,
         typer.Option(
             help="Which, separated by commas; there are `folded`, on 16-bit weights with the stack "
-            "in them, and `continuous`, transformers' continuous batching, as well.",
+            "in them, `eager`, without CUDA graphs, and `continuous`, transformers' continuous "
+            "batching, as well.",
             metavar="NAMES",
         ),
     ] = "ours,plain",

@@ -22,6 +22,7 @@ from srlm_lite.rollout.memory import rows_that_fit
 from srlm_lite.rollout.nucleus import Alternatives, draw, most_probable, uniforms
 from srlm_lite.rollout.plain import generate
 from srlm_lite.rollout.protocol import Limits, Request, Sample, Token
+from srlm_lite.rollout.steps import SAME, Steps, divergence
 from srlm_lite.rollout.tree import (
     Tree,
     UnsupportedAttention,
@@ -37,9 +38,6 @@ LEAST_TRUNK = 16
 
 PRUNE = 1 / 8
 """Share of ended rows at which they leave the batch, and waiting ones enter it."""
-
-SAME = 0.05
-"""Nats between two ways to compute one token's distribution that rounding explains."""
 
 LIKE_ITSELF = 30
 """Times what a model differs from itself, computed with its own cache. Seen on models that carry
@@ -91,14 +89,23 @@ class TransformersEngine:
     Args:
         slot: Around the base.
         batch_rows: Samples in the batch at most; None goes by the device's memory.
+        cuda_graphs: Replay steps from CUDA graphs, where there is CUDA and the base is whole.
     """
 
-    def __init__(self, slot: Slot, chat: ChatFormat, *, batch_rows: int | None = None) -> None:
+    def __init__(
+        self,
+        slot: Slot,
+        chat: ChatFormat,
+        *,
+        batch_rows: int | None = None,
+        cuda_graphs: bool = True,
+    ) -> None:
         self._slot, self._chat = slot, chat
         self._most_rows, self._batch_rows = batch_rows, 0
         self._model: Any = slot.model.get_base_model()
         may = may_branch(self._model) and not slot.has_own_attention
         self._branches: bool | None = None if may else False
+        self._captures = cuda_graphs and self._device.type == "cuda" and not slot.sharded
         self._tree, self._trunk = Tree(), tuple[int, ...]()
         self._ends = Ends(chat)
 
@@ -167,15 +174,17 @@ class TransformersEngine:
     ) -> None:
         """Draw token after token for the rows in the batch, until none is left or waiting."""
         tree = self._rooted([group[0].prompt_ids for group in waiting])
+        steps = Steps(self._model, tree, capture=self._captures)
         live: list[Row] = []
         with attending(self._model, tree):
             while waiting or live:
                 live += self._admitted(tree, waiting, self._batch_rows - len(live))
-                on_samples(self._step(tree, live, limits))
+                on_samples(self._step(steps, live, limits))
                 going = [i for i, row in enumerate(live) if row.finish_reason is None]
                 if not going or len(going) <= (1 - PRUNE) * len(live):
                     tree.keep(torch.tensor(going, dtype=torch.long, device=self._device))
                     live = [live[i] for i in going]
+        self._captures = steps.captures
 
     def _rooted(self, prompts: Sequence[tuple[int, ...]]) -> Tree:
         """A tree whose trunk these prompts share: the one there is, or a new one.
@@ -228,20 +237,10 @@ class TransformersEngine:
             use_cache=True,
         )
 
-    def _next_logits(self, tree: Tree, last: Sequence[int]) -> Tensor:
-        """(B, V) for each row's next token, from its last one."""
-        ids = torch.tensor(last, device=self._device).unsqueeze(1)
-        positions = tree.positions
-        with tree.growing_leaves():
-            output = self._model(
-                input_ids=ids, position_ids=positions, past_key_values=tree, use_cache=True
-            )
-        logits: Tensor = output.logits[:, -1]
-        return logits
-
-    def _step(self, tree: Tree, live: Sequence[Row], limits: Limits) -> int:
+    def _step(self, steps: Steps, live: Sequence[Row], limits: Limits) -> int:
         """One more token for every row; returns how many rows have ended with it."""
-        logits = self._next_logits(tree, [row.last for row in live])
+        last = torch.tensor([row.last for row in live], device=self._device)
+        logits = steps.next_logits(last.unsqueeze(1))
         numbers = torch.tensor([row.number for row in live], dtype=torch.float64)
         tokens = draw(logits, numbers, temperature=limits.temperature, top_p=limits.top_p)
         others = most_probable(logits, limits.alternatives)
@@ -305,17 +304,17 @@ class TransformersEngine:
                 with tree.growing_branches(rest):
                     self._prefill(tree, ids[:, half:-1])
                 tree.add_leaves(torch.tensor([1], device=self._device))
-                found = self._next_logits(tree, prompt[-1:])
+                found = Steps(self._model, tree, capture=False).next_logits(ids[:, -1:])
         except UnsupportedAttention:
             return False
-        apart = _divergence(expected, found)
+        apart = divergence(expected, found)
         if apart < SAME:
             return True
         past = None
         for part in (ids[:, :half], ids[:, half:-1], ids[:, -1:]):
             own = self._model(input_ids=part, past_key_values=past, use_cache=True)
             past = own.past_key_values
-        return bool(apart < LIKE_ITSELF * _divergence(expected, own.logits[:, -1]))
+        return bool(apart < LIKE_ITSELF * divergence(expected, own.logits[:, -1]))
 
     def _back_off(self) -> None:
         self._batch_rows = self._most_rows = max(1, self._batch_rows // 2)
@@ -344,12 +343,6 @@ class TransformersEngine:
             n_tokens=len(row.tokens),
             tokens=tuple(pieces),
         )
-
-
-def _divergence(expected: Tensor, found: Tensor) -> Tensor:
-    """Kullback-Leibler, in nats, of two rows of logits."""
-    true, other = expected.float().log_softmax(-1), found.float().log_softmax(-1)
-    return (true.exp() * (true - other)).sum()
 
 
 def _is_unfinished(group: Group) -> bool:

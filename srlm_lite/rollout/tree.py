@@ -80,6 +80,7 @@ class Tree(Cache):
         self._branch_bias: Tensor | None = None
         self._leaf_bias: Tensor | None = None
         self._longest = 0
+        self._held: int | None = None
         self._seat: Tensor | None = None
         self._seats = 1
 
@@ -178,6 +179,7 @@ class Tree(Cache):
 
     def _take_seats(self) -> None:
         """Seat each row beside the others of its branch, for one attention a branch."""
+        self._held = None
         counts = self._branch_of.bincount(minlength=len(self._branch_lengths))
         self._seat, self._seats = None, int(counts.max())
         if self._seats * len(counts) != len(self._branch_of):
@@ -191,18 +193,59 @@ class Tree(Cache):
         before = self.get_seq_length() + self._branch_lengths[self._branch_of]
         return (before + self._lengths).unsqueeze(1)
 
+    @property
+    def is_held(self) -> bool:
+        """Whether `hold` still holds: a change of the rows ends it."""
+        return self._held is not None
+
+    def hold(self, steps: int) -> int:
+        """Let the next passes be the same operations on the same memory, whatever has grown.
+
+        They attend to a fixed number of places of every leaf, and a bias hides those that are not
+        written yet.
+
+        Args:
+            steps: Passes at most.
+
+        Returns:
+            Passes that may follow before it has to be called again, at least 1.
+        """
+        longest = int(self._lengths.max())
+        self._make_room(longest + 1)
+        self._held = min(self._leaf_room, longest + steps)
+        return self._held - longest
+
+    def release(self) -> None:
+        """Undo `hold`."""
+        self._held = None
+
+    @property
+    def _leaf_room(self) -> int:
+        return self._leaves[0][0].shape[2]
+
+    def _make_room(self, tokens: int) -> None:
+        room = self._leaf_room
+        if tokens > room:
+            _change(self._leaves, lambda states: _widened(states, 2 * room))
+
     @contextmanager
     def growing_leaves(self) -> Iterator[None]:
         """A forward pass within adds one token to every leaf."""
-        self._grows, self._longest = "leaves", int(self._lengths.max()) + 1
-        room = self._leaves[0][0].shape[2]
-        if self._longest > room:
-            _change(self._leaves, lambda states: _widened(states, 2 * room))
-        even = bool((self._lengths == self._longest - 1).all())
+        self._grows, even = "leaves", False
+        if self._held is None:
+            self._longest = int(self._lengths.max()) + 1
+            self._make_room(self._longest)
+            even = bool((self._lengths == self._longest - 1).all())
+        else:
+            self._longest = self._held
         dtype = self._leaves[0][0].dtype
         self._leaf_bias = None if even else _bias(self._longest, self._lengths + 1, dtype)
         yield
-        self._lengths = self._lengths + 1
+        self._lengths += 1  # in place: a pass that is captured goes on from itself
+
+    def step_back(self) -> None:
+        """Take every leaf's newest token away."""
+        self._lengths -= 1
 
     # What the model's attention does with it.
 
