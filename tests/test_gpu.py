@@ -78,7 +78,7 @@ def test_greedy_is_token_for_token_what_plain_generate_gives(
     model: Any = slot.model.get_base_model()
     for before in ("", RUBRIC):
         prompts = [tuple(chat.prompt_ids(before + text)) for text in TEXTS]
-        limits = Limits(temperature=0.0, top_p=1.0, max_new_tokens=12, ignore_end=True)
+        limits = Limits(temperature=0.0, top_p=1.0, max_new_tokens=40, ignore_end=True)
         slot.fold = fold
         engine.load(stack)
         rows = engine.sample([Request(prompt, (1, 2)) for prompt in prompts], limits)
@@ -91,7 +91,7 @@ def test_greedy_is_token_for_token_what_plain_generate_gives(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 do_sample=False,
-                max_new_tokens=12,
+                max_new_tokens=40,
                 eos_token_id=None,
                 pad_token_id=chat.pad_id,
             )
