@@ -136,6 +136,8 @@ def captured(
             result = work()
         finally:
             graph.capture_end()
+            # cuBLAS would keep its workspace for this stream, in the graph's memory, for good.
+            torch._C._cuda_clearCublasWorkspaces()
     torch.cuda.current_stream().wait_stream(stream)
     return graph, result
 
