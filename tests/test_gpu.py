@@ -97,6 +97,7 @@ def test_greedy_is_token_for_token_what_plain_generate_gives(
             )
             expected = output[0, ids.shape[1] :].tolist()
             assert [list(sample.token_ids) for sample in samples] == [expected, expected]
+    assert engine._captures == (device == "cuda")  # it was graphs, to the end
 
 
 # --- memory -----------------------------------------------------------------------------------

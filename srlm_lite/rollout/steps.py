@@ -48,7 +48,9 @@ class Steps:
         """Whether steps are captured; false from the first failure on."""
         self._left = 0
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._is_current = False
+        """The one for the steps that follow now."""
+        self._before: torch.cuda.CUDAGraph | None = None
+        """The newest, kept for its memory."""
         self._ids = self._logits = torch.empty(0)
 
     def next_logits(self, ids: Tensor) -> Tensor:
@@ -60,13 +62,12 @@ class Steps:
         if not self.captures:
             return self._computed(ids)
         if not self._tree.is_held or not self._left:
-            self._left, self._is_current = self._tree.hold(HELD), False
+            self._left, self._graph = self._tree.hold(HELD), None
             self._ids = self._logits = torch.empty(0)
             logits = self._computed(ids)
-        elif self._is_current or self._capture(ids):
-            logits = self._replayed(ids)
         else:
-            logits = self._computed(ids)
+            self._graph = self._graph or self._capture(ids)
+            logits = self._replayed(self._graph, ids) if self._graph else self._computed(ids)
         self._left -= 1
         return logits
 
@@ -79,38 +80,37 @@ class Steps:
         logits: Tensor = output.logits[:, -1]
         return logits
 
-    def _replayed(self, ids: Tensor) -> Tensor:
+    def _replayed(self, graph: torch.cuda.CUDAGraph, ids: Tensor) -> Tensor:
         self._ids.copy_(ids)
-        assert self._graph is not None
-        self._graph.replay()
+        graph.replay()
         return self._logits
 
-    def _capture(self, ids: Tensor) -> bool:
-        """Whether the next step is a graph now. The tree is where it was."""
+    def _capture(self, ids: Tensor) -> torch.cuda.CUDAGraph | None:
+        """The next step as a graph, if it can be one. The tree is where it was."""
         self._ids = ids.clone()
         try:
-            graph, self._logits = captured(lambda: self._computed(self._ids), after=self._graph)
+            graph, self._logits = captured(lambda: self._computed(self._ids), after=self._before)
         except RuntimeError as error:
-            return self._give_up(str(error.__context__ or error).partition("\n")[0])
-        is_first, self._graph = self._graph is None, graph
+            self._give_up(str(error.__context__ or error).partition("\n")[0])
+            return None
+        is_first, self._before = self._before is None, graph
         if is_first:
             expected = self._computed(ids)
             self._tree.step_back()
-            apart = float(divergence(expected, self._replayed(ids)))
+            apart = float(divergence(expected, self._replayed(graph, ids)))
             self._tree.step_back()
             if not apart < SAME:
-                return self._give_up(f"it gives {apart:.2g} nats of another distribution")
-        self._is_current = True
-        return True
+                self._give_up(f"its distribution is {apart:.2g} nats from the model's")
+                return None
+        return graph
 
-    def _give_up(self, reason: str) -> bool:
+    def _give_up(self, reason: str) -> None:
         logger.warning(
             "a step of this model does not go into a CUDA graph (%s); sampling without, slower",
             reason,
         )
-        self.captures, self._graph = False, None
+        self.captures, self._graph, self._before = False, None, None
         self._tree.release()
-        return False
 
 
 def captured(
