@@ -177,9 +177,8 @@ class Rollout(Sampling):
     for small models, and for any on a GPU; the copy takes memory (of a quantized base as much as
     the unquantized one), and the update is rounded."""
     cuda_graphs: bool = True
-    """Launch each step of sampling as one CUDA graph, where the base is whole on a GPU: several
-    times faster, as Python launches kernels more slowly than a GPU computes them. Nothing changes
-    on a CPU."""
+    """Launch each step of sampling as one CUDA graph, where the base is whole on a GPU: faster, as
+    Python launches kernels more slowly than a GPU computes them. Nothing changes on a CPU."""
     chunk_prompts: Positive = 16
     """Prompts whose results reach the disk together; a killed run loses at most one chunk."""
 

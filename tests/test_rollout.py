@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from srlm_lite.rollout.attention import attention, merged, plain_attention
 from srlm_lite.rollout.nucleus import draw, largest, most_probable, uniforms
 from srlm_lite.rollout.protocol import Limits, Request, Sample
 from srlm_lite.rollout.steps import Steps
-from srlm_lite.rollout.transformers_engine import TransformersEngine
+from srlm_lite.rollout.transformers_engine import Row, TransformersEngine
 from srlm_lite.rollout.tree import shared_prefix
 
 TEXTS = ("moon", "How do I look after a bicycle?", "Read the reply and judge it, please.", "a b c")
@@ -39,11 +40,19 @@ def base(tiny_base_dir: Path) -> LoadedBase:
 
 
 @pytest.fixture(scope="module")
-def engine(base: LoadedBase) -> TransformersEngine:
+def shared_engine(base: LoadedBase) -> TransformersEngine:
     slot = Slot(base.model, targets=("q_proj", "v_proj"), rank=4)
     engine = TransformersEngine(slot, ChatFormat.of(base), batch_rows=64)
-    engine.load([noisy_adapter(slot)])
+    # The proof that the model may grow on a tree is made here, and in no test's count of passes.
+    engine.sample([Request((3, 4, 5), (0,))], Limits(0.0, 1.0, max_new_tokens=1))
     return engine
+
+
+@pytest.fixture
+def engine(shared_engine: TransformersEngine) -> TransformersEngine:
+    """With the same stack for every test, whatever the one before has loaded."""
+    shared_engine.load([noisy_adapter(shared_engine._slot)])
+    return shared_engine
 
 
 def noisy_adapter(slot: Slot, *, seed: int = 0) -> Adapter:
@@ -396,6 +405,16 @@ def test_a_model_with_an_attention_of_its_own_is_sampled_with_plain_generate(
 # --- steps from a graph -----------------------------------------------------------------------
 
 
+aten = torch.ops.aten
+READS = (
+    aten.item.default,
+    aten.is_nonzero.default,
+    aten.nonzero.default,
+    aten._local_scalar_dense.default,
+)
+"""Operations that wait for the device; the first two are how inference mode has the last."""
+
+
 class Tape(TorchDispatchMode):
     """What a CUDA graph is, on a CPU: the same operations on the same memory, once more.
 
@@ -409,7 +428,7 @@ class Tape(TorchDispatchMode):
         self.replays = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero)
+        assert func not in READS
         result = func(*args, **(kwargs or {}))
         self.operations.append((func, args, kwargs or {}, result))
         return result
@@ -441,11 +460,38 @@ def tapes(engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch) -> list[T
     return made
 
 
+def logits_by_prefix(
+    call: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> dict[tuple[Any, ...], torch.Tensor]:
+    """What a call draws each token from: by the prompt, the sample and the tokens before."""
+    found: dict[tuple[Any, ...], torch.Tensor] = {}
+    step = TransformersEngine._step
+
+    def spied(self: TransformersEngine, steps: Steps, live: list[Row], limits: Limits) -> int:
+        def kept(ids: torch.Tensor) -> torch.Tensor:
+            logits = Steps.next_logits(steps, ids)
+            for row, row_logits in zip(live, logits, strict=True):
+                key = (row.prompt_ids, row.numbers[0], *row.tokens)
+                found[key] = row_logits.clone()
+            return logits
+
+        monkeypatch.setattr(steps, "next_logits", kept)
+        return step(self, steps, live, limits)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TransformersEngine, "_step", spied)
+        call()
+    return found
+
+
 @pytest.mark.parametrize("limits", [GREEDY, WARM], ids=["greedy", "sampled"])
 def test_replayed_steps_are_the_steps(
     engine: TransformersEngine, tapes: list[Tape], monkeypatch: pytest.MonkeyPatch, limits: Limits
 ) -> None:
-    """Rows enter and leave, leaves outgrow their room and what a graph attends to."""
+    """Rows enter and leave, leaves outgrow their room and what a graph attends to.
+
+    The samples themselves may part where two tokens tie: a held tree is rounded in its own way.
+    """
     monkeypatch.setattr(steps, "HELD", 24)
     monkeypatch.setattr(engine._chat, "stop_ids", tuple(range(2, 600, 40)))
     monkeypatch.setattr(engine, "_most_rows", 9)
@@ -455,12 +501,16 @@ def test_replayed_steps_are_the_steps(
         for i in range(4)
         for text in TEXTS
     ]
-    found = engine.sample(prompts, limits)
+    found = logits_by_prefix(lambda: engine.sample(prompts, limits), monkeypatch)
     assert engine._captures
     assert len(tapes) > 3
     assert sum(tape.replays for tape in tapes) > 100
     monkeypatch.setattr(engine, "_captures", False)
-    assert found == engine.sample(prompts, limits)
+    expected = logits_by_prefix(lambda: engine.sample(prompts, limits), monkeypatch)
+    shared = found.keys() & expected.keys()
+    assert len(shared) > 0.75 * len(expected) > 400
+    for prefix in shared:
+        torch.testing.assert_close(found[prefix], expected[prefix], atol=1e-5, rtol=0)
 
 
 def test_a_step_that_cannot_be_captured_is_computed(
@@ -472,7 +522,7 @@ def test_a_step_that_cannot_be_captured_is_computed(
     def impossible(work: Any, *, after: Any) -> Any:
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
-    prompts, limits = requests(engine, n=2), replace(WARM, max_new_tokens=80)
+    prompts, limits = requests(engine, n=2), replace(GREEDY, max_new_tokens=80)
     monkeypatch.setattr(steps, "captured", impossible)
     found = engine.sample(prompts, limits)
     assert not engine._captures
@@ -492,10 +542,10 @@ def test_a_graph_that_gives_something_else_is_not_used(
 
     def wrong(self: Tape) -> None:
         right(self)
-        self.operations[-1][-1].neg_()
+        self.operations[-1][-1].mul_(100)
 
     monkeypatch.setattr(Tape, "replay", wrong)
-    prompts, limits = requests(engine, n=2), replace(WARM, max_new_tokens=80)
+    prompts, limits = requests(engine, n=2), replace(GREEDY, max_new_tokens=80)
     found = engine.sample(prompts, limits)
     assert not engine._captures
     assert [tape.replays for tape in tapes] == [1]

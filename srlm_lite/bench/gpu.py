@@ -275,7 +275,6 @@ class _Bench:
         self.chat = ChatFormat.of(base)
         self.shape = shape_of(base.model)
         self.slot = Slot(base.model, targets=LORA.targets, rank=2 * LORA.rank, backend=backend)
-        self.engine = self._engine("ours")
         self.anchor = _random(self.slot.fresh(LORA, seed=1))
         self.delta = _random(self.slot.fresh(LORA, seed=2))
         draw = random.Random(0)
@@ -307,15 +306,12 @@ class _Bench:
         by = {"plain": self._plainly, "continuous": self._continuously}
         sample, job = by.get(way, self._ours), self.job
         self.slot.fold = way == "folded"
-        self.engine = self._engine(way)
+        self.engine = TransformersEngine(self.slot, self.chat, cuda_graphs=way != "eager")
         phases: dict[str, Callable[[], dict[str, Any]]] = {
             "candidates": lambda: self._sampled(sample, self.questions, job.n, job.answer_tokens),
             "judge": lambda: self._sampled(sample, self.grading, job.votes, job.vote_tokens),
         }
         return {**phases, "dpo": lambda: self._trained(way)} if way in _TRAIN else phases
-
-    def _engine(self, way: Way) -> TransformersEngine:
-        return TransformersEngine(self.slot, self.chat, cuda_graphs=way != "eager")
 
     def clear(self) -> None:
         """Before the next way: its memory is its own."""

@@ -24,7 +24,7 @@ SAME = 0.05
 
 HELD = 64
 """Steps that one graph is good for at most. More would attend to more places in vain, fewer would
-capture more often; a capture takes about as long as a step without a graph."""
+capture more often; a capture launches every kernel once, as a step without a graph does."""
 SPARE = 2 << 30
 """Bytes free on the device under which cached ones are freed before a capture, which cannot."""
 
