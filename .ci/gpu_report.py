@@ -33,6 +33,8 @@ PHASES = ("DPO", "anchor SFT", "judge", "candidates", "evaluation", "load")
 SHORT = ("rollout.max_new_tokens=64", "judge.max_new_tokens=32", "rollout.chunk_prompts=8")
 """As long as the window all the same: prompts fill what answers leave."""
 ROLLOUT = "ours,continuous,batched"
+EXTRAS = ("vllm", "unsloth")
+"""Packages that have `gpu` tests of their own, and are their marker's name."""
 
 
 def main() -> int:
@@ -96,7 +98,7 @@ def _shape_parts(shape: str, device: str) -> dict[str, list[str]]:
     words = ["bench", "gpu", "--shape", shape, "--device", device]
     ways = [way for way in WAYS if (way, shape) != ("folded", NOT_FOLDED)]
     parts = {f"gpu-{shape}-{way}": [*words, "--ways", way] for way in ways}
-    if importlib.util.find_spec("unsloth") is not None:
+    if is_installed("unsloth"):
         parts[f"gpu-{shape}-unsloth"] = [*words, "--backend", "unsloth", "--ways", "ours"]
     return parts
 
@@ -109,12 +111,20 @@ def _plan_parts(recipe: str) -> dict[str, list[str]]:
     }
 
 
+def marks() -> str:
+    """Of the tests; an extra, which has an environment of its own, counts where it is installed."""
+    return " and not ".join(["gpu", *(extra for extra in EXTRAS if not is_installed(extra))])
+
+
+def is_installed(extra: str) -> bool:
+    """Without importing it."""
+    return importlib.util.find_spec(extra) is not None
+
+
 def run_tests(out: Path, timeout: float) -> bool:
     """The tests marked `gpu`, and how many passed, failed and were skipped."""
     report = out / "tests.xml"
-    # Not those that also need an extra: each extra has an environment of its own.
-    marks = "gpu and not vllm and not unsloth"
-    command = [sys.executable, "-m", "pytest", "-q", "-m", marks, f"--junitxml={report}"]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", marks(), f"--junitxml={report}"]
     say("tests")
     try:
         code = subprocess.run(command, cwd=ROOT, timeout=timeout, check=False).returncode

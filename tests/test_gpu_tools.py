@@ -122,6 +122,13 @@ def test_the_section_replaces_itself_and_nothing_else(tmp_path: Path) -> None:
     assert file.read_text() == "no marks"
 
 
+def test_tests_of_an_extra_run_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "is_installed", lambda extra: False)
+    assert report.marks() == "gpu and not vllm and not unsloth"
+    monkeypatch.setattr(report, "is_installed", lambda extra: extra == "vllm")
+    assert report.marks() == "gpu and not unsloth"
+
+
 def test_benchmarks_has_a_place_for_it() -> None:
     text = (ROOT / "BENCHMARKS.md").read_text(encoding="utf-8")
     assert text.index(report.BEGIN) < text.index(report.END)
