@@ -599,6 +599,10 @@ def test_what_does_not_fit_is_cut_and_then_left_out() -> None:
     roomy, tight = pack(pairs, room=100_000), pack(pairs, room=300)
     assert (roomy.shown, roomy.text_limit) == (64, None)
     assert tight.total == 64 and 1 <= tight.shown < 64 and tight.text_limit == 120
+    short = [Pair(i, replace(record, prompt=f"why {i}?")) for i in range(1000)]
+    few = pack(short, room=2000)  # no text is long enough to be cut
+    assert few.total == 1000 and 1 <= few.shown < 1000 and few.text_limit is None
+    assert len(few.data) <= 2000
     assert shortened("x" * 90 + "the end", 30) == "x" * 20 + " [... 67 characters ...] xxxthe end"
     assert shortened("short", 30) == "short"
 

@@ -113,7 +113,8 @@ def _page(facts: Facts) -> dict[str, Any]:
         "versions": facts.run.get("versions") or {},
         "hardware": hardware(facts),
         "digest": facts.run.get("digest"),
-        "show_command": f"srlm-lite show pairs --adapters {shlex.quote(facts.where.name or '.')}",
+        "show_command": f"srlm-lite show pairs --adapters {shlex.quote(facts.where.name or '.')} "
+        "--limit 0 --iteration T",
     }
 
 

@@ -47,13 +47,13 @@ def pack(pairs: Sequence[Pair], *, room: int, gold: GoldScores | None = None) ->
     """
     rows = [_row(pair, gold) for pair in pairs]
     longest = max((len(text) for row in rows for text in _texts(row)), default=0)
-    for limit in TEXT_LIMITS:
-        if (limit is not None and limit >= longest) or _hopeless(rows, limit, room):
+    limits = [limit for limit in TEXT_LIMITS if limit is None or limit < longest]
+    for limit in limits:
+        if limit != limits[-1] and _hopeless(rows, limit, room):
             continue
         data = _encoded([_cut(row, limit) for row in rows])
         if len(data) <= room:
-            return Packed(data, len(rows), len(pairs), limit)
-    limit = TEXT_LIMITS[-1]
+            break
     while len(data) > room and len(rows) > 1:
         rows = rows[::2]
         data = _encoded([_cut(row, limit) for row in rows])
@@ -98,7 +98,7 @@ def _finite(value: float) -> float | None:
 def _hopeless(rows: Sequence[dict[str, Any]], limit: int | None, room: int) -> bool:
     """Whether every 25th row says that all of them, packed, are far too much: packing is slow."""
     some = rows[::25]
-    if len(some) < 40 or limit == TEXT_LIMITS[-1]:
+    if len(some) < 40:
         return False
     return len(_encoded([_cut(row, limit) for row in some])) * len(rows) / len(some) > 1.2 * room
 
