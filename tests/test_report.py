@@ -429,14 +429,17 @@ def test_without_gold_the_anchor_s_grades_are_told_as_such(tmp_path: Path) -> No
     )
 
 
-def add_duel(run: RunDir, name: str, judge: str, low: float, high: float) -> None:
-    """M2 against the anchor, with a win rate of 60 percent."""
-    rate = {"value": 60.0, "low": low, "high": high}
+def add_duel(
+    run: RunDir, name: str, judge: str, low: float, high: float, *, value: float = 60.0, n: int = 20
+) -> None:
+    """M2 against the anchor, on n prompts."""
+    rate = {"value": value, "low": low, "high": high}
     result = {
         "model": "iteration 1",
         "baseline": "anchor",
         "judge": {"name": judge},
         "source": "held-out prompts of the run",
+        "prompts": n,
         "wins": {"count": 10},
         "ties": {"count": 4},
         "losses": {"count": 6},
@@ -478,6 +481,18 @@ def test_without_gold_a_head_to_head_answers(tmp_path: Path) -> None:
     assert chart.table[1][:3] == ("M2", "60.0", "40.0 to 75.0")
     page = html(facts)
     assert "10 / 4 / 6" in page and "60.0 (51.0 to 69.0)" in page
+
+
+def test_of_two_head_to_heads_the_one_on_more_prompts_answers(tmp_path: Path) -> None:
+    run = new_run(tmp_path / "out", "evaluate.gold=null")
+    add_anchor(run, evaluation(gold=None))
+    add_iteration(run, 1, some_pairs(5), measured=evaluation(gold=None))
+    for name, value, n in (("a", 90.0, 4), ("b", 60.0, 200), ("c", 100.0, 8)):
+        add_duel(run, name, "gpt@https://judge.example/v1", 51.0, 99.0, value=value, n=n)
+    facts = gather(run)
+    assert answer(facts).headline.startswith("Yes: M2 wins 60% of the prompts")
+    chart = next(c for g in groups(facts) for c in g.charts if c.slug == "duels-1")
+    assert chart.table[1][1] == "60.0"
 
 
 def test_a_gold_scorer_that_is_gone_is_said(tmp_path: Path) -> None:
@@ -589,6 +604,7 @@ def test_ten_thousand_pairs_fit_in_five_megabytes(tmp_path: Path) -> None:
     rows = packed_rows(page)
     assert len(rows) == 10_000
     assert "cut in the middle" in page
+    assert "srlm-lite show pairs --adapters out --limit 0 --iteration T" in page
     # The lengths are of the whole texts.
     assert rows[0]["cl"] == len(facts.pairs[0].record.chosen) > len(rows[0]["c"]) - 40
 

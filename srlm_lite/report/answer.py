@@ -126,10 +126,13 @@ def _by_grades(
 
 
 def _duel(facts: Facts, model: Model) -> Duel | None:
-    """A head to head of the model with the anchor: by a judge from outside, if there is one."""
+    """A head to head of the model with the anchor: by a judge from outside, if there is one.
+
+    Of several by such judges, the one on the most prompts: a trial on a few tells least.
+    """
     found = [one for one in facts.duels if one.iteration == model.number]
     found = [one for one in found if one.baseline == "anchor" and one.win_rate]
-    return min(found, key=_is_of_the_run, default=None)
+    return min(found, key=lambda one: (_is_of_the_run(one), -one.prompts), default=None)
 
 
 def _is_of_the_run(duel: Duel) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 from statistics import fmean
 from typing import Any, Literal
@@ -284,10 +284,13 @@ def _lengths(facts: Facts) -> Chart | None:
 
 
 def _duels(facts: Facts) -> list[Chart]:
-    """For each baseline, the win rates of the run's iterations against it by each judge."""
+    """For each baseline, the win rates of the run's iterations against it by each judge.
+
+    Where a judge has decided on the same two models twice, the one on more prompts counts.
+    """
     several = len({duel.result.get("source") for duel in facts.duels}) > 1
     against: dict[str, dict[str, dict[int, Estimate]]] = {}
-    for duel in facts.duels:
+    for duel in sorted(facts.duels, key=lambda one: one.prompts):
         if duel.iteration is None:
             continue
         judge = f"by {duel.judge}" + (f", {duel.result.get('source')}" if several else "")
@@ -359,16 +362,7 @@ def _agreement(facts: Facts) -> Chart | None:
     if chart is None or not own:
         return chart
     series = Series(facts.words.own_accuracy, *map(tuple, zip(*own, strict=True)))
-    return Chart(
-        chart.slug,
-        chart.title,
-        chart.kind,
-        chart.x_label,
-        chart.y_label,
-        (*chart.series, series),
-        chart.note,
-        chart.y_range,
-    )
+    return replace(chart, series=(*chart.series, series))
 
 
 def _correlation(facts: Facts) -> Chart | None:

@@ -239,6 +239,11 @@ class Duel:
         return int(match[1]) if match else None
 
     @property
+    def prompts(self) -> int:
+        """That both have answered."""
+        return int(self.result.get("prompts", 0))
+
+    @property
     def win_rate(self) -> Estimate | None:
         """A tie is half a win."""
         return _rate(self.result.get("win_rate"))
