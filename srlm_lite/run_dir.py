@@ -86,12 +86,17 @@ def read_records(path: Path, kind: type[R]) -> list[R]:
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file so that it is either the old one or the new one, never half."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
+    draft = _draft(path)
+    with draft.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    temporary.replace(path)
+    draft.replace(path)
+
+
+def _draft(path: Path) -> Path:
+    """Where a file is written before it gets its name."""
+    return path.with_name(f".{path.name}.tmp")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -696,11 +701,14 @@ class RunDir:
     def _entries(self) -> list[Path]:
         if not self.path.is_dir():
             return []
-        return [entry for entry in self.path.iterdir() if entry.name != _LOCK]
+        # A draft of run.json is left by a run that was killed, or found the disk full, there.
+        not_yet = (_LOCK, _draft(self.run_json).name)
+        return [entry for entry in self.path.iterdir() if entry.name not in not_yet]
 
     def _clear(self) -> None:
-        # What a run writes, and nothing that somebody has put beside it.
-        for entry in self._entries():
+        # What a run writes, and nothing that somebody has put beside it. Its run.json last: when
+        # this is killed, it is still a run that can be started over.
+        for entry in sorted(self._entries(), key=lambda entry: entry == self.run_json):
             if not _OWN.fullmatch(entry.name):
                 continue
             if entry.is_dir() and not entry.is_symlink():

@@ -355,6 +355,37 @@ def test_fresh_deletes_the_run_and_starts_over(tmp_path: Path) -> None:
     assert run.facts()["seed"] == 1
 
 
+def test_fresh_starts_over_after_a_kill_while_it_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunDir(tmp_path / "out")
+    run.open(recipe(), {})
+    for name in ("anchor", "iter_001"):
+        (run.path / name).mkdir()
+    entries = RunDir._entries
+
+    def killed(path: Path) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RunDir, "_entries", lambda run: sorted(entries(run), reverse=True))
+        patched.setattr("shutil.rmtree", killed)
+        with pytest.raises(Killed):
+            run.open(recipe(seed=1), {}, fresh=True)
+    run.open(recipe(seed=1), {}, fresh=True)
+    assert [path.name for path in run.path.iterdir()] == ["run.json"]
+
+
+def test_a_run_killed_while_it_first_wrote_begins_again(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "out")
+    with run.locked():
+        (run.path / ".run.json.tmp").write_text('{"recipe": ')
+    with run.locked():
+        run.open(recipe(seed=7), {})
+    assert run.facts()["seed"] == 7
+    assert sorted(path.name for path in run.path.iterdir()) == [".lock", "run.json"]
+
+
 @pytest.mark.parametrize("fresh", [False, True])
 def test_a_directory_of_other_files_is_left_alone(tmp_path: Path, fresh: bool) -> None:
     (tmp_path / "thesis.tex").write_text("precious")
