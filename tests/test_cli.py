@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from typer.main import get_command
 
 from srlm_lite import __version__
-from srlm_lite.cli import main
+from srlm_lite.cli import iterate, main
 from srlm_lite.cli.progress import _duration, summary
 from srlm_lite.cli.tables import closing_table
 from srlm_lite.config import load_recipe, recipe_from, recipes_dir, shipped_recipes
@@ -156,6 +156,26 @@ def test_what_the_disk_refuses_is_the_users_to_put_right(
 ) -> None:
     refused = main.refused_by_the_disk(error)
     assert (refused and str(refused)) == line
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ((), "interrupted; the same command goes on from here"),
+        (("--fresh",), "interrupted; the same command without --fresh goes on from here"),
+    ],
+)
+def test_an_interruption_says_how_to_go_on(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], told: str
+) -> None:
+    """Of `--fresh`, the same command would delete what is done."""
+
+    def interrupted(**given: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(iterate, "run_iterate", interrupted)
+    done = cli("iterate", "--adapters", tmp_path / "out", *options)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", f"\nsrlm-lite: {told}\n")
 
 
 def test_a_disk_that_refuses_is_one_line_in_a_real_shell(tmp_path: Path) -> None:
@@ -569,6 +589,7 @@ def test_version(cli: Cli) -> None:
 def test_help_names_every_command(cli: Cli) -> None:
     done = cli("--help")
     assert done.returncode == 0
+    assert cli("--verbose").stdout.strip() == done.stdout.strip()
     for command in ("iterate", "data", "evaluate", "show", "recipes"):
         assert re.search(rf"\b{command}\b", done.stdout)
 

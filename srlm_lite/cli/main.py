@@ -8,9 +8,10 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
+from typer.core import TyperGroup
 
 from srlm_lite.cli import bench, data, recipes, show
 from srlm_lite.errors import SrlmError, UserError
@@ -19,8 +20,27 @@ from srlm_lite.processes import place, say
 IN_MANY_PROCESSES = ("iterate", "evaluate")
 """Commands that share their work out when a launcher starts them several times."""
 
+
+class Commands(TyperGroup):
+    """The commands, and what their interruption looks like: typer itself would end in silence."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            typer.echo(err=True)
+            say(f"interrupted; {same_command()} goes on from here")
+            raise SystemExit(130) from None
+
+
+def same_command() -> str:
+    """What goes on with what this command has begun: with `--fresh` it would delete it."""
+    return "the same command" + (" without --fresh" if "--fresh" in sys.argv else "")
+
+
 app = typer.Typer(
     name="srlm-lite",
+    cls=Commands,
     help="Self-Rewarding Language Models on one machine.",
     no_args_is_help=True,
     add_completion=False,
@@ -199,7 +219,6 @@ def compare(
     What was answered and judged is kept in DIR; a stopped comparison goes on.
     """
     from srlm_lite.cli.compare import Wish, run_annotations, run_compare
-    from srlm_lite.errors import UserError
 
     if annotations is not None:
         if model is not None:
@@ -404,11 +423,13 @@ def main(
 
         typer.echo(__version__)
         raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 REFUSALS = {
-    errno.ENOSPC: "Free some space; the same command goes on from here",
-    errno.EDQUOT: "Free some space; the same command goes on from here",
+    errno.ENOSPC: "Free some space; {same} goes on from here",
+    errno.EDQUOT: "Free some space; {same} goes on from here",
     errno.EACCES: "Allow it, or choose another place",
     errno.EPERM: "Allow it, or choose another place",
     errno.EROFS: "Choose another place",
@@ -430,12 +451,14 @@ def refused_by_the_disk(error: Exception) -> UserError | None:
     if number not in REFUSALS:
         return None
     return UserError(
-        os.strerror(number), where=None if where is None else str(where), way_out=REFUSALS[number]
+        os.strerror(number),
+        where=None if where is None else str(where),
+        way_out=REFUSALS[number].format(same=same_command()),
     )
 
 
 def run() -> None:
-    """Entry point: a user's mistake is one line and exit code 2, an interruption 130."""
+    """Entry point: a user's mistake is one line and exit code 2."""
     # Fork-based tokenizer workers warn, and datasets draws bars of its own.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
@@ -453,7 +476,3 @@ def run() -> None:
             raise
         say(str(refused))
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        typer.echo(err=True)
-        say("interrupted; the same command goes on from here")
-        raise SystemExit(130) from None
