@@ -814,7 +814,7 @@ def _read_recipe(path: Path, *below: Path) -> dict[str, Any]:
         raise UserError("`extends` names one recipe", where=str(path))
     beside = path.parent / extended
     found = beside if beside.is_file() else find_recipe(extended)
-    if found in (path, *below):
+    if any(found.samefile(each) for each in (path, *below)):
         raise UserError("extends itself", where=str(path))
     return _merged(_read_recipe(found, path, *below), raw)
 

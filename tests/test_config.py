@@ -238,7 +238,12 @@ def test_a_recipe_extends_another(written: Path) -> None:
 
 @pytest.mark.parametrize(
     ("extended", "message"),
-    [("child.yaml", "extends itself"), ("toyy", "no such recipe"), ("[a]", "names one recipe")],
+    [
+        ("child.yaml", "extends itself"),
+        ("../mine/child.yaml", "extends itself"),  # by another way
+        ("toyy", "no such recipe"),
+        ("[a]", "names one recipe"),
+    ],
 )
 def test_what_cannot_be_extended_is_one_line(written: Path, extended: str, message: str) -> None:
     child = written.with_name("child.yaml")
