@@ -642,9 +642,10 @@ class Recipe(Section):
 
         Leaves out `iterations` (a longer run continues a shorter one), the gates (which only look
         at figures), the tracking (which passes them on), name, description, what is for comparisons
-        afterwards, and the sections of other methods. A path counts by what the file holds, not by
-        where it lies; that of a shipped base by its place among the recipes, so that a run goes on
-        from another installation (`RunDir.hold_to_base` holds it to the weights).
+        afterwards, the sections of other methods, and how a server is reached (a run that it has
+        stopped goes on with more patience). A path counts by what the file holds, not by where it
+        lies; that of a shipped base by its place among the recipes, so that a run goes on from
+        another installation (`RunDir.hold_to_base` holds it to the weights).
         """
         others = {section for method, section in METHOD_SECTIONS.items() if method != self.method}
         left_out = {"iterations", "name", "description", "tracking", *AFTERWARDS, *others}
@@ -656,8 +657,7 @@ class Recipe(Section):
             value = settings[section][key]
             if isinstance(value, str) and (section, key) != ("base", "name"):
                 settings[section][key] = _content_digest(section, key, value)
-        settings["base"]["name"] = place_of_base(self.base.name)
-        return settings
+        return as_noted_now(settings)
 
     def digest(self) -> str:
         """SHA-256 of the identity."""
@@ -680,6 +680,9 @@ default. They are refused, or a run that is called a control would be none."""
 
 AFTERWARDS = ("compare", "mt_bench")
 """Sections that a run does not read."""
+
+REACHING = ("key_variable", "parallel", "timeout_s", "retries")
+"""Settings of the section `openai` that say how a server is reached, not what it is asked."""
 
 METHOD_SECTIONS = {
     "dpo": "offline",
@@ -748,6 +751,16 @@ def place_of_base(name: str) -> str:
         if inside.parts and (recipes_dir() / inside).is_dir():
             return f"recipes/{inside.as_posix()}"
     return name
+
+
+def as_noted_now(identity: dict[str, Any]) -> dict[str, Any]:
+    """The same identity, which an earlier version may have noted, without what decides nothing."""
+    base, server = identity["base"], identity.get("openai", {})
+    return {
+        **identity,
+        "base": {**base, "name": place_of_base(base["name"])},
+        "openai": {key: value for key, value in server.items() if key not in REACHING},
+    }
 
 
 def shipped_recipes() -> list[str]:

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from srlm_lite.config import Recipe, place_of_base
+from srlm_lite.config import Recipe, as_noted_now
 from srlm_lite.errors import UserError
 from srlm_lite.records import Record
 
@@ -647,9 +647,7 @@ class RunDir:
             self._write_run(recipe, facts)
             return
         before = self.facts()
-        begun = before["identity"]
-        begun["base"]["name"] = place_of_base(begun["base"]["name"])
-        differing = _differences(begun, recipe.identity())
+        differing = _differences(as_noted_now(before["identity"]), recipe.identity())
         if differing:
             raise UserError(
                 f"holds a run of another configuration; differing: {_some(differing)}",

@@ -400,6 +400,14 @@ def test_identity_leaves_out_what_changes_nothing() -> None:
     assert recipe().digest() == recipe(iterations=9, name="other", description="words").digest()
 
 
+def test_identity_leaves_out_how_a_server_is_reached() -> None:
+    """A run whose server was too slow goes on with more patience; another model is another run."""
+    server = {"url": "http://127.0.0.1:1/v1", "model": "m"}
+    patient = {"timeout_s": 900, "retries": 9, "parallel": 1, "key_variable": "MY_KEY"}
+    assert recipe(openai={**server, **patient}).digest() == recipe(openai=server).digest()
+    assert recipe(openai={**server, "model": "n"}).digest() != recipe(openai=server).digest()
+
+
 @pytest.mark.parametrize(
     "changes",
     [
