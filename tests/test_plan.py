@@ -364,12 +364,13 @@ def test_the_command_prints_every_phase() -> None:
 
 
 def test_in_80_columns_the_table_comes_in_two() -> None:
-    from srlm_lite.cli.plan import _text
+    from srlm_lite.cli.plan import plan_text, times_of
 
     for gpus in ("2x80GB", "4x24GB"):
         plan = plan_for(load_recipe("llama2-70b"), parse_gpus(gpus))
         advice = settings_that_fit(plan)
-        narrow, wide = (_text(plan, *advice, width=width) for width in (80, 120))
+        times = times_of(plan)
+        narrow, wide = (plan_text(plan, times, advice, width=width) for width in (80, 120))
         assert max(len(line) for line in narrow.splitlines()) <= 80
         assert max(len(line) for line in wide.splitlines()) <= 120
         figures = (f"{plan.peak / 1e9:.2f}", "12,288,000", "fsdp2" if gpus == "4x24GB" else "disk")

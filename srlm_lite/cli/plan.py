@@ -6,8 +6,8 @@ import json
 import shutil
 import sys
 import textwrap
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import typer
@@ -35,6 +35,9 @@ _SHORT_HEADS = {
     "kv_cache": "KV",
     "libraries": "libs.",
 }
+Advice = tuple[list[str], bool]
+"""Settings with which more fits, and whether all then does."""
+
 _WIDE = 120
 """Columns of a terminal that hold the whole table; in a narrower one it comes in two."""
 
@@ -48,12 +51,12 @@ def run_plan(
         recipe_name, why = pick_recipe()
         typer.echo(f"recipe {recipe_name}: {why}", err=True)
     plan = plan_for(load_recipe(recipe_name, overrides), hardware)
-    changes, suffice = settings_that_fit(plan)
+    times, advice = times_of(plan), settings_that_fit(plan)
     if as_json:
-        typer.echo(json.dumps(_row(plan, changes, suffice), indent=2, ensure_ascii=False))
+        typer.echo(json.dumps(_row(plan, times, advice), indent=2, ensure_ascii=False))
         return
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    typer.echo(_text(plan, changes, suffice, width=width))
+    typer.echo(plan_text(plan, times, advice, width=width))
 
 
 def refuse_what_cannot_fit(recipe: Recipe, *, shards: int = 1) -> None:
@@ -80,8 +83,17 @@ def refuse_what_cannot_fit(recipe: Recipe, *, shards: int = 1) -> None:
         )
 
 
-def _times(plan: Plan) -> tuple[dict[str, float | None], str | None]:
-    """Seconds of each phase, where its rate was measured on this device; and when that was."""
+@dataclass(frozen=True, slots=True)
+class Times:
+    """Seconds of each phase, None where its rate was not measured on this device."""
+
+    seconds: Mapping[str, float | None]
+    measured: str | None
+    """The date of the rates."""
+
+
+def times_of(plan: Plan) -> Times:
+    """How long each phase takes at the rates that are known."""
     device = plan.hardware.name
     if plan.hardware.device == "cpu":
         device = device_name("cpu")
@@ -92,11 +104,11 @@ def _times(plan: Plan) -> tuple[dict[str, float | None], str | None]:
     for phase in plan.phases:
         rate = rates.get("candidates" if phase.name == "prompts" else phase.name)
         seconds[phase.name] = phase.tokens / rate if phase.tokens and rate else None
-    return seconds, known[1] if known else None
+    return Times(seconds, known[1] if known else None)
 
 
-def _row(plan: Plan, changes: Sequence[str], suffice: bool) -> dict[str, Any]:
-    seconds, measured = _times(plan)
+def _row(plan: Plan, times: Times, advice: Advice) -> dict[str, Any]:
+    changes, suffice = advice
     return {
         "recipe": plan.recipe.name,
         "base": plan.recipe.base.name,
@@ -114,7 +126,7 @@ def _row(plan: Plan, changes: Sequence[str], suffice: bool) -> dict[str, Any]:
                 "fits": plan.fits(phase),
                 "on_host": phase.on_host,
                 "tokens": phase.tokens,
-                "seconds": seconds[phase.name],
+                "seconds": times.seconds[phase.name],
                 "batch": dict(phase.shape),
             }
             for phase in plan.phases
@@ -124,17 +136,17 @@ def _row(plan: Plan, changes: Sequence[str], suffice: bool) -> dict[str, Any]:
         "change": list(changes),
         "change_suffices": suffice,
         "devices_for_the_base": needs_sharding(plan) or 1,
-        "rates_measured": measured,
+        "rates_measured": times.measured,
     }
 
 
-def _text(plan: Plan, changes: Sequence[str], suffice: bool, *, width: int | None = None) -> str:
+def plan_text(plan: Plan, times: Times, advice: Advice, *, width: int | None = None) -> str:
     """All of it for a person.
 
     Args:
         width: Columns of the terminal; None: no line is broken.
     """
-    _, measured = _times(plan)
+    (changes, suffice), measured = advice, times.measured
     on_host = any(phase.on_host for phase in plan.phases)
     disk = ", ".join(f"{name} {count / 1e9:.1f}" for name, count in plan.disk.items())
     kind = "" if plan.recipe.base.quantization == "none" else f"{plan.recipe.base.quantization}, "
@@ -166,7 +178,7 @@ def _text(plan: Plan, changes: Sequence[str], suffice: bool, *, width: int | Non
     return "\n".join(
         [
             _broken(head, width),
-            *_tables(plan, narrow=narrow),
+            *_tables(plan, times, narrow=narrow),
             "",
             *(_broken(line, width) for line in lines),
         ]
@@ -182,9 +194,8 @@ def _broken(text: str, width: int | None) -> str:
     )
 
 
-def _tables(plan: Plan, *, narrow: bool) -> list[str]:
+def _tables(plan: Plan, times: Times, *, narrow: bool) -> list[str]:
     """Bytes by part, tokens and time of each phase: one table, or two narrow ones."""
-    seconds, _ = _times(plan)
     names, memory, work = [], [], []
     for phase in plan.phases:
         names.append(phase.name)
@@ -192,7 +203,7 @@ def _tables(plan: Plan, *, narrow: bool) -> list[str]:
         verdict = "-" if phase.on_host else "yes" if plan.fits(phase) else "NO"
         memory.append([*cells, _gigabytes(phase.total), verdict])
         tokens = "-" if phase.tokens is None else f"{phase.tokens:,}" if phase.tokens else ""
-        work.append([tokens, _duration(seconds[phase.name])])
+        work.append([tokens, _duration(times.seconds[phase.name])])
     if narrow:
         parts = [_SHORT_HEADS.get(part, part) for part in PARTS]
         return [
