@@ -319,8 +319,42 @@ def test_the_seed_data_bounds_the_lengths() -> None:
     assert lengths.prompt < 128 < recipe.base.window
     assert lengths.pair == lengths.prompt + 96 + 4
     assert lengths.graded == 40
+    # 400 IFT rows, 800 EFT rows, and 400 more that show it how to compare judgements.
+    assert [lengths_of(load_recipe(name)).examples for name in ("toy", "toy-meta")] == [1200, 1600]
+    # The model that writes the targets learns the 400 first.
+    assert lengths_of(load_recipe("toy", ["anchor.eft_targets=self"])).examples == 1600
     without = load_recipe("llama3.1-8b", ["data.dir=/nowhere"])
     assert lengths_of(without) == longest(without)
+
+
+def test_the_tokens_of_an_evaluation_by_hand() -> None:
+    """`tiny`: 3 models, each with 8 sampled and 8 greedy answers of 48 tokens and 2 votes of 64 on
+    16 replies. Each grades its own 8 sampled ones, and the anchor those of the other two."""
+
+    def tokens(*settings: str) -> int | None:
+        plan = plan_for(load_recipe("tiny", settings), parse_gpus("24GB"))
+        return next(phase.tokens for phase in plan.phases if phase.name == "evaluation")
+
+    assert lengths_of(load_recipe("tiny")).graded == 16
+    assert tokens() == 3 * 16 * 48 + (3 * 16 + 5 * 8) * 2 * 64
+    assert tokens("evaluate.judged_answers=3") == 3 * 16 * 48 + (3 * 16 + 5 * 3) * 2 * 64
+    server = ("openai.url=http://127.0.0.1:1/v1", "openai.model=m", "judge.engine=openai")
+    assert tokens(*server) == 3 * 16 * 48 + (3 * 16 + 3 * 8) * 2 * 64
+    assert tokens("evaluate.tasks=[piqa]") is None
+
+
+def test_replayed_pairs_count() -> None:
+    """2 iterations of 12 prompts, a pair each: 24, and half as many again."""
+    recipe = load_recipe("tiny", ["pairing.replay=[0.3, 0.2]"])
+    plan = plan_for(recipe, parse_gpus("24GB"))
+    dpo = next(phase for phase in plan.phases if phase.name == "DPO")
+    assert dpo.tokens == 36 * 2 * dpo.shape["tokens"]
+
+
+def test_another_method_is_said_to_be_counted_otherwise() -> None:
+    note = "counted for the method self-rewarding: what rlhf samples and trains on differs"
+    assert note in run("plan", "--recipe", "toy-rlhf", "--gpus", "24GB").stdout
+    assert "counted for" not in run("plan", "--recipe", "toy", "--gpus", "24GB").stdout
 
 
 @pytest.mark.parametrize("text", ["80", "0x80GB", "two", "2x0GB", "", "2x", "80GB,24GB"])

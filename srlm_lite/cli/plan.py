@@ -158,7 +158,8 @@ def plan_text(plan: Plan, times: Times, advice: Advice, *, width: int | None = N
     )
     lines = [
         "GB at the longest that window and data admit, predicted from shapes; tokens at most, of "
-        "the whole run",
+        "the whole run, votes asked again apart",
+        *_of_another_method(plan.recipe),
         *(["export runs on the machine, not on the device"] if on_host else []),
         f"time: {'at rates measured on ' + measured if measured else _NO_RATES}",
         f"disk, GB: {disk}",
@@ -183,6 +184,16 @@ def plan_text(plan: Plan, times: Times, advice: Advice, *, width: int | None = N
             *(_broken(line, width) for line in lines),
         ]
     )
+
+
+def _of_another_method(recipe: Recipe) -> list[str]:
+    """That a plan knows the stages of one method alone."""
+    if recipe.method == "self-rewarding":
+        return []
+    return [
+        "counted for the method self-rewarding: what "
+        f"{recipe.method} samples and trains on differs from that"
+    ]
 
 
 def _broken(text: str, width: int | None) -> str:

@@ -36,7 +36,7 @@ class Lengths:
     example: int
     pair: int
     examples: int | None = None
-    """Rows of the anchor's SFT."""
+    """Rows of the anchor's SFT, and of the one before it where that writes the EFT targets."""
     graded: int | None = None
     """Replies that each evaluation judges."""
 
@@ -57,6 +57,7 @@ def lengths_of(recipe: Recipe) -> Lengths:
         prompts = _rows(_prompt_file(recipe)) if recipe.prompts.source == "file" else None
         held_out = _rows(Path(recipe.data.dir) / "eval_prompts.jsonl", missing=[])
         ift = _rows(Path(recipe.data.dir) / "ift.jsonl", missing=[])
+        extra = _rows(Path(recipe.data.extra)) if recipe.data.extra else []
         eft = _rows(Path(recipe.data.dir) / "eft_train.jsonl", missing=[])
         graded = _rows(Path(recipe.data.dir) / "eft_eval.jsonl", missing=[])
     except (OSError, ValueError, UserError):
@@ -72,11 +73,13 @@ def lengths_of(recipe: Recipe) -> Lengths:
     own = judged + prompt + 4 * new  # an answer, written out in the judge's question
     given = judged + _most([*eft, *graded], "prompt", "response")
     example = 2 * TEMPLATE + max(
-        _most(ift, "prompt", "response"),
+        _most([*ift, *extra], "prompt", "response"),
         judged + _most(eft, "prompt", "response", "target") + recipe.judge.max_new_tokens,
     )
-    shipped = recipe.anchor.init != "base"
-    count = len(ift) * recipe.anchor.use_ift + len(eft) * recipe.anchor.use_eft
+    anchor, shipped = recipe.anchor, recipe.anchor.init != "base"
+    count = len(ift) * anchor.use_ift + len(extra) + len(eft) * anchor.use_eft
+    if anchor.use_eft and anchor.eft_targets == "self":
+        count += len(ift) * anchor.use_ift  # the model that writes the targets learns them first
     return Lengths(
         prompt=min(window, prompt),
         judge_prompt=min(window, max(own, given)),

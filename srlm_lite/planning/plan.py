@@ -65,7 +65,8 @@ class Phase:
 
     `parts` are bytes on the device (of an export, on the machine); `least` the bytes that it cannot
     do without, where it can make do with smaller batches by itself. `tokens` are those drawn, or
-    trained on, by the whole phase in the whole run; None where the data is not there to count.
+    trained on, by the whole phase in the whole run, votes asked again apart; None where the data is
+    not there to count, and where IFEval or a capability panel come on top.
     """
 
     name: str
@@ -333,7 +334,7 @@ class _Phases:
     def _dpo(self) -> Phase:
         section, recipe = self.recipe.dpo, self.recipe
         tokens = min(self.lengths.pair, recipe.base.window)
-        pairs = recipe.iterations * recipe.prompts.per_iteration
+        pairs = recipe.iterations * recipe.prompts.per_iteration * (1 + sum(recipe.pairing.replay))
         trained = math.ceil(pairs * section.epochs) * 2 * tokens
         return self._training("DPO", "dpo", section, tokens, trained, rows=2)
 
@@ -364,13 +365,16 @@ class _Phases:
         recipe = self.recipe
         votes = recipe.evaluate.votes or recipe.judge.votes
         chunk = recipe.rollout.chunk_prompts
-        models = recipe.iterations + 1
-        drawn = recipe.evaluate.policy_prompts * (recipe.evaluate.samples + 1)
-        tokens = models * drawn * recipe.rollout.max_new_tokens
-        if self.lengths.graded is None:
-            total = None
-        else:
-            total = tokens + models * self.lengths.graded * votes * recipe.judge.max_new_tokens
+        models, section = recipe.iterations + 1, recipe.evaluate
+        drawn = models * section.policy_prompts * (section.samples + 1)
+        total = None
+        if self.lengths.graded is not None and not (section.ifeval or section.tasks):
+            # A model's own answers are graded by itself and by the anchor, the anchor's by itself.
+            own = min(section.judged_answers, section.policy_prompts * section.samples)
+            external = (recipe.judge.engine or recipe.rollout.engine) == "openai"
+            judges = models if external else 2 * models - 1
+            voted = (models * self.lengths.graded + judges * own) * votes
+            total = drawn * recipe.rollout.max_new_tokens + voted * recipe.judge.max_new_tokens
         as_judge = self._sampling(
             "evaluation",
             prompts=chunk * recipe.rollout.n,
