@@ -16,7 +16,7 @@ from srlm_lite.cli import chat
 from srlm_lite.model import base as base_module
 from srlm_lite.model.chat import ChatFormat
 from srlm_lite.rollout.protocol import Limits, Request
-from srlm_lite.run_dir import RunDir
+from srlm_lite.run_dir import RunDir, write_json
 from srlm_lite.session import Session
 
 QUESTION = "How do I look after a bicycle?"
@@ -110,6 +110,24 @@ def test_the_model_grades_its_last_answer(
     assert code == 0
     assert "there is no answer to judge yet" in err and "score 4" in err
     assert QUESTION in asked[-1] and out.splitlines()[0] in asked[-1]
+
+
+def test_where_the_judge_has_a_delta_of_its_own_that_one_grades(
+    tiny_base_dir: Path, run: RunDir, talk: Any
+) -> None:
+    facts = run.facts()
+    facts["recipe"] |= {"method": "meta-rewarding", "meta_rewarding": {"roles": "separate"}}
+    facts["recipe"]["judge"] |= {"temperature": 0.0}
+    facts["recipe"]["base"]["window"] = 2048
+    write_json(run.run_json, facts)
+    place = run.iteration(2).judge_place
+    before = talk(QUESTION, "/judge")[0]  # it has learned nothing: the judge is the anchor
+    random_adapter(tiny_base_dir, seed=7, size=0.1).save(place.adapter, base_name="tiny")
+    write_json(place.training, {})
+    after = talk(QUESTION, "/judge")[0]
+    answer = greedy(run, 2, [user(QUESTION)])
+    assert before.startswith(f"{answer}\n") and after.startswith(f"{answer}\n")
+    assert before != after
 
 
 def test_slips_do_not_end_it(talk: Any) -> None:

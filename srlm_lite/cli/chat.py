@@ -28,14 +28,15 @@ def run_chat(*, directory: Path, which: str, temperature: float | None) -> None:
     """Read lines from stdin until it ends; the model speaks on stdout, all else is on stderr."""
     run = RunDir(directory)
     recipe = _in_process(recipe_from(run.facts()["recipe"], where=str(run.run_json)))
-    conversation = Conversation(Session(recipe, run), temperature=temperature)
-    _switch(conversation, run, which)
+    session = Session(recipe, run)
+    conversation = Conversation(session, temperature=temperature)
+    _switch(conversation, session, which)
     _say("/help lists the commands; Ctrl-C stops an answer")
     if isinstance(sys.stdin, TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
     while (line := _read()) is not None and line != "/quit":
         try:
-            _take(conversation, run, line)
+            _take(conversation, session, line)
         except UserError as error:  # a slip is no reason to lose the conversation
             _say(str(error))
         except KeyboardInterrupt:  # nor is an answer that grows too long
@@ -43,7 +44,7 @@ def run_chat(*, directory: Path, which: str, temperature: float | None) -> None:
             _say("stopped, and forgotten")
 
 
-def _take(conversation: Conversation, run: RunDir, line: str) -> None:
+def _take(conversation: Conversation, session: Session, line: str) -> None:
     command, _, rest = line.partition(" ")
     if not line:
         return
@@ -57,7 +58,7 @@ def _take(conversation: Conversation, run: RunDir, line: str) -> None:
         typer.echo()
         _say("no score can be read from this" if score is None else f"score {score:g}")
     elif command == "/iter":
-        _switch(conversation, run, rest.strip())
+        _switch(conversation, session, rest.strip())
     elif command == "/reset":
         conversation.reset()
         _say("the conversation is forgotten")
@@ -67,14 +68,17 @@ def _take(conversation: Conversation, run: RunDir, line: str) -> None:
         raise UserError(f"no command {command}", way_out="/help lists them")
 
 
-def _switch(conversation: Conversation, run: RunDir, which: str) -> None:
+def _switch(conversation: Conversation, session: Session, which: str) -> None:
+    place = session.run.path
     if which == "base":
         conversation.use([])
-        _say(f"the base of {run.path}")
+        _say(f"the base of {place}")
         return
-    source = find_source(run.path, which)
-    conversation.use(source.stack())
-    _say(f"M{source.iteration + 1} of {run.path}")
+    source = find_source(place, which)
+    own = session.recipe.judge_has_deltas
+    judge = session.stack(source.iteration, "judge") if own else None
+    conversation.use(source.stack(), judge=judge)
+    _say(f"M{source.iteration + 1} of {place}")
 
 
 def _in_process(recipe: Recipe) -> Recipe:

@@ -33,13 +33,18 @@ class Conversation:
         changes = {} if temperature is None else {"temperature": temperature}
         self._sampling: Sampling = session.recipe.rollout.model_copy(update=changes)
         self._stack: Sequence[Adapter] = ()
+        self._judge: Sequence[Adapter] = ()
         self._messages: list[dict[str, str]] = []
         self._drawn = 0
 
-    def use(self, stack: Sequence[Adapter]) -> None:
-        """From here on this stack answers and judges; an empty one is the bare base."""
+    def use(self, stack: Sequence[Adapter], *, judge: Sequence[Adapter] | None = None) -> None:
+        """From here on this stack answers and judges; an empty one is the bare base.
+
+        Args:
+            judge: The stack in the judge's role, where that is another one.
+        """
         self._session.engine(stack)
-        self._stack = stack
+        self._stack, self._judge = stack, stack if judge is None else judge
 
     def reset(self) -> None:
         """Forget all turns."""
@@ -59,7 +64,7 @@ class Conversation:
                 raise UserError(f"the message is too long: {len(ids)} tokens, and {room} fit")
             del messages[:2]
             forgotten += 1
-        reply = self._sample(ids, limits_of(self._sampling), show)
+        reply = self._sample(self._stack, ids, limits_of(self._sampling), show)
         self._messages = [*messages, {"role": "assistant", "content": reply}]
         return forgotten
 
@@ -76,9 +81,11 @@ class Conversation:
         ids = self._session.chat.prompt_ids(rubric.render(prompt=prompt, response=reply))
         if len(ids) + judge.max_new_tokens > self._session.recipe.base.window:
             raise UserError("the answer is too long to be judged")
-        return parse_score(self._sample(ids, limits_of(judge), show), rubric)
+        return parse_score(self._sample(self._judge, ids, limits_of(judge), show), rubric)
 
-    def _sample(self, ids: Sequence[int], limits: Limits, show: Show) -> str:
+    def _sample(
+        self, stack: Sequence[Adapter], ids: Sequence[int], limits: Limits, show: Show
+    ) -> str:
         self._drawn += 1
         seed = derive_seed(self._session.recipe.seed, "chat", self._drawn)
         shown = 0
@@ -90,7 +97,7 @@ class Conversation:
             return False
 
         request = Request(prompt_ids=tuple(ids), seeds=(seed,))
-        engine = self._session.engine(self._stack)
+        engine = self._session.engine(stack)
         # Engines ask a stop rule whenever a line is complete: the place to show it.
         [[sample]] = engine.sample([request], replace(limits, stop=more))
         more(sample.text)
