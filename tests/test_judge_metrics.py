@@ -253,7 +253,7 @@ def test_expected_scores_are_taken_by_order_rounded_for_the_histogram_and_never_
 
 def test_the_histogram_counts_single_votes() -> None:
     votes = [4.0, 0.0, None, 4.0, 3.5, 10.0, None]
-    assert list(histogram(votes).items()) == [
+    assert list(histogram([Judgement("a", i, "", v) for i, v in enumerate(votes)]).items()) == [
         ("0", 1),
         ("3.5", 1),
         ("4", 2),
@@ -263,7 +263,8 @@ def test_the_histogram_counts_single_votes() -> None:
 
 
 def test_the_histogram_loses_no_vote_to_rounding() -> None:
-    assert histogram([3.3333333, 3.33333334, 3.0]) == {"3": 1, "3.33333": 2, "unreadable": 0}
+    votes = [Judgement("a", i, "", v) for i, v in enumerate((3.3333333, 3.33333334, 3.0))]
+    assert histogram(votes) == {"3": 1, "3.33333": 2, "unreadable": 0}
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ def judge_metrics(
     return {
         **{name: ratio(values) for name, values in terms.items()},
         "length_correlation": _length_correlation(groups, scores),
-        "score_histogram": histogram([_binned(judgement) for judgement in judgements]),
+        "score_histogram": histogram(judgements),
         "prompts": len(groups),
         "pairs": sum(bool(pair.human) for group in groups for pair in _pairs(group, scores)),
         **({"intervals": intervals(terms)} if with_intervals else {}),
@@ -305,8 +305,12 @@ def calibration(
     }
 
 
-def histogram(votes: Sequence[float | None]) -> dict[str, int]:
-    """How often each score was given, in ascending order, and `unreadable` last."""
+def histogram(judgements: Sequence[Judgement]) -> dict[str, int]:
+    """How often each score was given, in ascending order, and `unreadable` last.
+
+    An expected score counts as the whole number that is next to it.
+    """
+    votes = [_binned(judgement) for judgement in judgements]
     result = Counter(f"{score:g}" for score in sorted(vote for vote in votes if vote is not None))
     return {**result, "unreadable": sum(vote is None for vote in votes)}
 

@@ -399,16 +399,9 @@ def _iteration(
         pairs=tuple(_pairs(place, read_records(place.pairs, PreferencePair), votes)),
         drops=_drops(place),
         scored=tuple((chars, score) for chars, score in scored if score is not None),
-        votes=histogram([binned(judgement) for judgement in judged]) if is_graded else {},
+        votes=histogram(judged) if is_graded else {},
         curves=curves,
     )
-
-
-def binned(judgement: Judgement) -> float | None:
-    """The score of a vote for a histogram: an expected one is rounded to a whole number."""
-    if judgement.score is None or judgement.sampled_score is None:
-        return judgement.score
-    return float(round(judgement.score))
 
 
 def iteration_pairs(run: RunDir, number: int) -> list[Pair]:
