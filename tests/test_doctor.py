@@ -25,6 +25,7 @@ from srlm_lite.model import base as base_module
 from srlm_lite.model.base import base_is_here
 from srlm_lite.planning import machine as planning
 from srlm_lite.planning.machine import plan_for
+from srlm_lite.rollout.memory import memory_of
 from srlm_lite.training import selftest
 
 # --- packages ---------------------------------------------------------------------------------
@@ -87,6 +88,22 @@ def test_without_a_gpu(
     [finding] = machine.gpu_findings()
     assert finding.state == state and finding.text.startswith(text)
     assert (finding.way_out is None) == (driver is None)
+
+
+def test_a_container_s_limit_counts_as_the_machine_s_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the plan, in the batch that an engine forms by itself, and here."""
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(planning, "LIMIT", limit)
+    for said, counts in (("1000000000\n", 10**9), ("max\n", None)):
+        limit.write_text(said)
+        memory = planning.machine_memory()
+        assert memory == counts if counts else memory > 10**9
+        assert memory_of(torch.device("cpu")) == memory
+        facts = machine.memory_finding().facts
+        assert facts is not None and facts["total_bytes"] == memory
+        assert int(str(facts["free_bytes"])) <= memory
 
 
 @pytest.mark.parametrize(("free", "state"), [(1e9, "bad"), (9e9, "warning"), (90e9, "ok")])

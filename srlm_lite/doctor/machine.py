@@ -10,6 +10,7 @@ from typing import Any
 
 from srlm_lite.doctor.finding import Finding
 from srlm_lite.hardware import gpus
+from srlm_lite.planning.machine import machine_memory
 
 LEAST_DISK = 2e9
 LITTLE_DISK = 20e9
@@ -34,9 +35,9 @@ def processor_finding() -> Finding:
 
 
 def memory_finding() -> Finding:
-    """Of the whole machine, and what is free."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    free = _available()
+    """Of the whole machine, or what a container may have of it; and what is free."""
+    total, free = machine_memory(), _available()
+    free = None if free is None else min(free, total)
     facts: dict[str, object] = {"total_bytes": total, "free_bytes": free}
     text = f"{total / 1e9:.0f} GB" + ("" if free is None else f", {free / 1e9:.0f} GB free")
     if free is not None and free < LITTLE_MEMORY:

@@ -20,6 +20,9 @@ from srlm_lite.planning.probe import probe, shape_of_base
 SHARDING = "fsdp2-qlora.yaml"
 """The configuration of accelerate that spreads a base."""
 
+LIMIT = Path("/sys/fs/cgroup/memory.max")
+"""Where Linux says how much a container may have."""
+
 
 def hardware_found(recipe: Recipe) -> Hardware:
     """What the recipe would run on here: the GPUs, or the machine's memory."""
@@ -34,7 +37,7 @@ def machine_memory() -> int:
     """Bytes that this machine, or the group it limits us to, has."""
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
+        limit = LIMIT.read_text(encoding="ascii").strip()
     except OSError:
         return whole
     return min(whole, int(limit)) if limit.isdigit() else whole

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
 
 from srlm_lite.model.sharding import held, is_sharded
+from srlm_lite.planning.machine import machine_memory
 from srlm_lite.planning.memory import GATHERED, drawing_bytes, kv_bytes, rows_within
 
 
@@ -37,7 +37,7 @@ def rows_that_fit(model: Any, *, tokens: int) -> int:
 
 
 def memory_of(device: torch.device) -> int:
-    """All the memory of a GPU, or of the machine."""
+    """All the memory of a GPU, or of the machine, as far as we may have it."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return machine_memory()
