@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from email import message_from_bytes
@@ -114,6 +116,26 @@ def test_the_wheel_carries_nothing_else(names: set[str]) -> None:
     assert [str(path) for path in paths if CACHES.intersection(path.parts)] == []
     assert [str(path) for path in paths if path.suffix in {".pyc", ".pyo"}] == []
     assert "srlm_lite/py.typed" in names
+
+
+def test_the_source_distribution_carries_what_it_speaks_of(wheel: Path) -> None:
+    """What its texts link to, what make runs, and what its tests read."""
+    [file] = wheel.parent.glob("*.tar.gz")
+    with tarfile.open(file) as archive:
+        carried = {name.partition("/")[2] for name in archive.getnames()}
+    linked = {
+        link
+        for text in REPOSITORY.glob("*.md")
+        for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", text.read_text(encoding="utf-8"))
+    }
+    run = set(re.findall(r"\.ci/\w+\.py", (REPOSITORY / "Makefile").read_text(encoding="utf-8")))
+    assert {"BENCHMARKS.md", ".ci/gpu_report.py"} <= linked | run
+    missing = [
+        name
+        for name in (*linked, *run, ".ci/run", "pyproject.toml", "LICENSE")
+        if not any(path == name.rstrip("/") for path in carried)
+    ]
+    assert missing == []
 
 
 def test_the_wheel_carries_the_tested_versions(wheel: Path) -> None:
