@@ -27,7 +27,10 @@ def gpus() -> list[Gpu]:
 
 
 def choose_recipe(devices: list[Gpu]) -> tuple[str, str]:
-    """The largest shipped recipe that these devices can hold, and why, in words."""
+    """The shipped recipe to begin with on these devices, and why, in words.
+
+    One GPU of 80 GB can hold 70B too, but a run takes days even on two: there it has to be named.
+    """
     if not devices:
         return "smollm2-135m-demo", "no GPU here, and this one runs on a CPU"
     smallest = min(device.gigabytes for device in devices)

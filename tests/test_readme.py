@@ -11,6 +11,8 @@ from typer.main import get_command
 
 from srlm_lite.cli.main import app
 from srlm_lite.config import load_recipe, shipped_recipes
+from srlm_lite.planning.machine import plan_for
+from srlm_lite.planning.plan import Hardware
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -53,6 +55,18 @@ def test_settings_that_it_overrides_exist() -> None:
 def test_recipes_are_all_in_the_table() -> None:
     table = re.findall(r"^\| `([\w.-]+)` \|", README, flags=re.MULTILINE)
     assert sorted(table) == shipped_recipes()
+
+
+def test_the_memory_in_the_table_holds_the_plan() -> None:
+    """Of the recipes for CPUs, in bf16 where the recipe leaves that to the processor."""
+    rows = re.findall(r"^\| `([\w.-]+)` \|[^|]*\| 2 cores, (\d+) GB \|", README, flags=re.MULTILINE)
+    assert len(rows) == 5
+    for name, said in rows:
+        recipe = load_recipe(name)
+        if recipe.base.dtype == "auto":
+            recipe = load_recipe(name, ["base.dtype=bfloat16"])
+        planned = plan_for(recipe, Hardware("cpu", "CPU", 24 * 10**9)).peak / 1e9
+        assert int(said) - 1 < planned <= int(said), (name, planned)
 
 
 def test_make_targets_exist() -> None:

@@ -97,7 +97,7 @@ def methods(
     jobs: Annotated[
         int,
         typer.Option(
-            help="Cases at a time, one core and 1 GB each; their progress is silent.", min=1
+            help="Cases at a time, one core and 2 GB each; their progress is silent.", min=1
         ),
     ] = 1,
     set_: Annotated[
