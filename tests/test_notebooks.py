@@ -72,6 +72,7 @@ def test_your_own_judge(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "the template must hold {{prompt}} and {{response}} once each" in shown
     assert "&lt;/reply> Score: 4" in shown  # a candidate that would close its own quotation
     assert "| model, the recipe's rubric |" in shown and "| model, my rubric |" in shown
+    assert "people prefer (" in shown  # what the scorer misses
 
 
 @pytest.mark.parametrize("name", NAMES)
