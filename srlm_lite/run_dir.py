@@ -33,8 +33,12 @@ _OWN = re.compile(
 )
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
+def read_jsonl(path: Path, *, growing: bool = False) -> list[dict[str, Any]]:
     """All rows of a JSONL file.
+
+    Args:
+        growing: Of a run that may be going on, or was killed: a last line without its end, of a
+            chunk that is being written, is passed over.
 
     Raises:
         UserError: The file is missing, or a line is not a JSON object; names the line.
@@ -47,6 +51,8 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         raise UserError("is a directory, not a file", where=str(path)) from error
     except UnicodeDecodeError as error:
         raise UserError("not UTF-8 text", where=str(path)) from error
+    if growing:
+        text = text[: text.rfind("\n") + 1]
     rows = []
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -61,15 +67,18 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def read_records(path: Path, kind: type[R]) -> list[R]:
+def read_records(path: Path, kind: type[R], *, growing: bool = False) -> list[R]:
     """All rows of a JSONL file as records.
+
+    Args:
+        growing: As for `read_jsonl`.
 
     Raises:
         UserError: As `read_jsonl`; or a row lacks a key or has a value of another type.
     """
     check = TypeAdapter(kind)
     records = []
-    for number, row in enumerate(read_jsonl(path), start=1):
+    for number, row in enumerate(read_jsonl(path, growing=growing), start=1):
         try:
             records.append(check.validate_python(kind.from_row(row).to_row()))
         except KeyError as error:

@@ -368,6 +368,15 @@ def test_show_candidates_defaults_to_the_last_iteration(cli: Cli, run: RunDir) -
     assert json.loads(rows)["candidate_id"] == "p1#0"
 
 
+def test_show_passes_over_the_half_line_of_a_run_that_is_going_on(cli: Cli, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "out")
+    with run.iteration(2).candidates.open("a") as file:
+        file.write('{"prompt_id": "p2", "candi')
+    done = cli("show", "candidates", "--adapters", run.path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("---") == 1
+
+
 def method_run(path: Path, method: str, *rest: str) -> tuple[RunDir, IterationDir]:
     """A run of a method with an iteration of one prompt and two candidates."""
     run = RunDir(path / "out")

@@ -158,7 +158,7 @@ def _opened(adapters: Path, number: int | None) -> tuple[RunDir, IterationDir, W
 def _read(paths: Sequence[Path], kind: type[R]) -> list[R]:
     from srlm_lite.run_dir import read_records
 
-    return [row for path in paths for row in read_records(path, kind)]
+    return [row for path in paths for row in read_records(path, kind, growing=True)]
 
 
 def _texts(place: IterationDir) -> dict[str, str]:
