@@ -188,6 +188,12 @@ def test_the_bench_runs_and_goes_on(tmp_path: Path) -> None:
     again = json.loads(json.dumps(second))
     assert (first["cases"], first["base"]) == (again["cases"], again["base"])
     assert set(first["cases"]) == set(names)
+    # Of fewer iterations than there are, no more is told.
+    fewer = bench_methods(Settings(tmp_path / "out", cases=names, iterations=0, overrides=SMALL))
+    for name, case in fewer["cases"].items():
+        [only] = case["runs"][0]["models"]
+        assert only["gold"] == first["cases"][name]["runs"][0]["models"][0]["gold"]
+        assert case["runs"][0]["seconds"] == 0
     one, _, other = (first["cases"][name]["runs"][0]["models"] for name in first["cases"])
     assert one[0]["gold"] == other[0]["gold"]  # the same anchor
     assert one[1]["pairs"] >= 1 and one[0]["ranker_accuracy"] is not None

@@ -17,7 +17,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, TypeVar
@@ -276,7 +276,8 @@ def _measure(
         place = _run(reporter, settings, case, name, seed, anchor, 0)
         return _figures(read_json(place.anchor.evaluation))
     case = CASES[name]
-    return measured(_run(reporter, settings, case, name, seed, anchor, settings.iterations))
+    iterations = settings.iterations
+    return measured(_run(reporter, settings, case, name, seed, anchor, iterations), iterations)
 
 
 def _bare_base(settings: Settings, seed: int, reporter: Reporter | None) -> dict[str, Any]:
@@ -330,11 +331,14 @@ def _run(
     return place
 
 
-def measured(run: RunDir) -> dict[str, Any]:
-    """What a finished run says of its models, M1 (the anchor) first."""
-    places: list[StageDir] = [run.anchor, *run.iterations()]
+def measured(run: RunDir, iterations: int) -> dict[str, Any]:
+    """What a run says of its models, M1 (the anchor) first, as far as so many iterations.
+
+    It may hold more, of an earlier bench in the same place.
+    """
+    places: list[StageDir] = [run.anchor, *islice(run.iterations(), iterations)]
     evaluations = [read_json(place.evaluation) for place in places]
-    rows = run.read_metrics()
+    rows = [row for row in run.read_metrics() if row["iteration"] <= iterations]
     facts = {(row["iteration"], row["stage"]): row for row in rows}
     models = []
     for t, found in enumerate(evaluations):
