@@ -199,6 +199,7 @@ def _ours(job: Job) -> dict[str, Any]:
     check = parity.TensorCheck(merges, stack, export)
     texts = [list(range(7 * i, 7 * i + 48)) for i in range(6)]
     ours, _ = parity.logits(model, check.reading(weights.read), texts, stacks=[stack, stack[:-1]])
+    check.rest(weights.read)
     (theirs,) = parity.logits(model, export.read, texts)
     row = parity.compare(ours, theirs)
     return {
