@@ -63,12 +63,13 @@ def test_the_base_with_intervals(evaluate: Evaluate, out: Path) -> None:
 
 def test_ifeval_on_an_existing_run(evaluate: Evaluate, out: Path, tmp_path: Path) -> None:
     path = ifeval_file(tmp_path)
+    before = set((out / "base").glob("eval_on/*"))
     done = evaluate("--set", f"evaluate.ifeval={path}", "--json")
     assert done.exit_code == 0, done.output
     result = json.loads(done.stdout)["ifeval"]
     assert (result["prompts"], result["instructions"]) == (1, 2)
     assert result["max_new_tokens"] > 200  # the toy's window is 256, and its prompt short
-    [place] = (out / "base" / "eval_on").glob("set-*")
+    [place] = set((out / "base").glob("eval_on/set-*")) - before
     [answer] = (place / "eval" / "answers_ifeval.jsonl").read_text(encoding="utf-8").splitlines()
     text = json.loads(answer)["text"]
     assert result["instruction_strict"] == (("," not in text) + ("<<" in text)) / 2

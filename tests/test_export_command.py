@@ -146,5 +146,4 @@ def test_memory_stays_small_whatever_the_size(
         check=True,
     )
     (before, small), (after, large) = json.loads(done.stdout.splitlines()[-1])
-    print(after - before, large - small)
     assert after - before < (large - small) / 3
