@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from chat_server import Reply, completion, scripted
 from commands import Cli
 from toy_run import make_toy_run
 
+from srlm_lite.cli.compare import head_to_head_text
 from srlm_lite.errors import UserError
 from srlm_lite.evaluate.gold import load_gold
 from srlm_lite.evaluate.head_to_head import (
@@ -104,6 +106,15 @@ def test_a_head_to_head_by_hand() -> None:
     half = z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
     assert found["wins"]["low"] == pytest.approx(centre - half, abs=1e-4)
     assert found["wins"]["high"] == pytest.approx(centre + half, abs=1e-4)
+
+
+def test_the_table_has_intervals_in_percent() -> None:
+    """2 of 4 wins by Wilson: (1/2 + z²/8 ± z √(1/16 + z²/64)) / (1 + z²/4), z = 1.96."""
+    outcomes = [Outcome(value, 10, 20) for value in (1.0, 1.0, 0.5, 0.0)]
+    lines = head_to_head_text(head_to_head(outcomes)).splitlines()
+    told = [re.split(r"\s{2,}", line.strip()) for line in lines]
+    assert ["wins", "2", "50.0", "15.0 to 85.0"] in told
+    assert any(row[:2] == ["win rate", "62.50"] for row in told)
 
 
 def test_nothing_readable_gives_no_rate() -> None:
