@@ -66,6 +66,7 @@ def evaluation(gold: float | None, accuracy: float | None = 0.75) -> dict[str, A
         "tie_rate": 0.125,
         "parse_rate": 0.98,
         "score_histogram": {"3": 4, "unreadable": 1},
+        "calibration": None,  # of data without a human quality
     }
     return {"judge": judge, "policy": policy}
 
@@ -536,6 +537,7 @@ def test_evaluate_prints_what_has_been_measured(cli: Cli, run: RunDir) -> None:
     done = cli("evaluate", "--adapters", run.path, "--iteration", "anchor")
     assert re.search(r"^policy gold_mean +2\.5$", done.stdout, re.MULTILINE)
     assert re.search(r"^judge scores +3: 4  unreadable: 1$", done.stdout, re.MULTILINE)
+    assert "calibration" not in done.stdout and "human quality" not in done.stdout
 
 
 # --- the closing table ------------------------------------------------------------------------

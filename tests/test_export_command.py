@@ -62,6 +62,26 @@ def test_it_prints_parity_and_leaves_a_model(run: RunDir, command: Cli, tmp_path
     assert "has no iteration 7. It has: anchor, 1" in again.stderr
 
 
+def test_a_delta_that_rounding_drowns_is_said(
+    run: RunDir, tiny_base_dir: Path, command: Cli, tmp_path: Path
+) -> None:
+    """Updates of a millionth; bfloat16 rounds weights to three digits or so."""
+    adapters = [
+        random_adapter(tiny_base_dir, seed=0),
+        random_adapter(tiny_base_dir, seed=1, size=1e-6),
+    ]
+    small = make_run(tmp_path / "run", tiny_base_dir, adapters=adapters, dtype="float32")
+    for of, dtype, drowns in (
+        (small, "bfloat16", True),
+        (small, "float32", False),
+        (run, "bfloat16", False),
+    ):
+        out = tmp_path / f"{of is small}-{dtype}"
+        done = command("--adapters", of.path, "--out", out, "--dtype", dtype)
+        told = f"warning: rounding to {dtype} moves the logits more than the last adapter does"
+        assert done.returncode == 0 and (told in done.stderr) is drowns, (dtype, done.stderr)
+
+
 def wide_run(folder: Path, tokenizer: Path, *, layers: int) -> RunDir:
     """On a base of 25 MB a layer, in files of up to 10 MB."""
     torch.manual_seed(0)
