@@ -128,7 +128,7 @@ def test_a_replayed_pair_has_the_votes_of_its_own_iteration(run: RunDir) -> None
     facts = gather(run)
     assert facts.pairs[-1].chosen_votes == facts.pairs[0].chosen_votes != ()
     assert facts.iterations[1].paired_prompts == 20  # a replay is no prompt with a new pair
-    assert facts.iterations[1].origins == {"": 20, "replay, 1 back": 1}
+    assert [pair.source for pair in facts.iterations[1].pairs] == [""] * 20 + ["replay, 1 back"]
 
 
 # --- the answer --------------------------------------------------------------------------------

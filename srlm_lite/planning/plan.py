@@ -10,9 +10,9 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
-from srlm_lite.config import Recipe, recipe_from
+from srlm_lite.config import Anchor, Dpo, Recipe, recipe_from
 from srlm_lite.errors import UserError
 from srlm_lite.planning.lengths import Lengths
 from srlm_lite.planning.memory import (
@@ -339,8 +339,16 @@ class _Phases:
         return self._training("DPO", "dpo", section, tokens, trained, rows=2)
 
     def _training(
-        self, name: str, kind: Any, section: Any, tokens: int, trained: int | None, *, rows: int
+        self,
+        name: str,
+        kind: Literal["sft", "dpo"],
+        section: Anchor | Dpo,
+        tokens: int,
+        trained: int | None,
+        *,
+        rows: int,
     ) -> Phase:
+        """A training; `rows` are the sequences of one example."""
         parts = training(
             self.held,
             kind=kind,
@@ -415,9 +423,6 @@ def _disk(recipe: Recipe, held: Held) -> dict[str, int]:
         "run": models * adapter + _WRITTEN * drawn,
         "export": 2 * held.shape.parameters,
     }
-
-
-Changes = tuple[tuple[str, Any], ...]
 
 
 def advice(plan: Plan, remake: Callable[[Recipe], Plan]) -> tuple[list[str], bool]:

@@ -7,7 +7,6 @@ meanwhile; what an older run does not have is left empty.
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -142,11 +141,6 @@ class Iteration:
     def paired_prompts(self) -> int:
         """Prompts that gave at least one new pair of answers."""
         return len({pair.record.prompt_id for pair in self.pairs if not pair.record.origin})
-
-    @property
-    def origins(self) -> dict[str, int]:
-        """Pairs by where they are from; empty is this iteration's answers."""
-        return dict(Counter(pair.record.origin for pair in self.pairs))
 
 
 @dataclass(frozen=True, slots=True)

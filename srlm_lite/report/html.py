@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import shlex
+from collections.abc import Callable
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -150,13 +151,16 @@ def _state(facts: Facts) -> str:
     return text + ". Run the report again later for the rest."
 
 
-def _columns(facts: Facts) -> list[tuple[str, Any]]:
+Cell = Callable[[Model], str]
+
+
+def _columns(facts: Facts) -> list[tuple[str, Cell]]:
     """Columns of the table of models: a name, and the cell of a model."""
 
-    def judged(key: str) -> Any:
+    def judged(key: str) -> Cell:
         return lambda model: number(model.judge.get(key))
 
-    columns: list[tuple[str, Any]] = []
+    columns: list[tuple[str, Cell]] = []
     if facts.gold_name:
         columns += [("gold", lambda m: _with_bounds(m.gold))]
         columns += [("gold, greedy", lambda m: _with_bounds(m.greedy_gold))]
