@@ -397,7 +397,15 @@ def test_a_missing_shipped_file_lists_what_there_is(kind: str) -> None:
 
 
 def test_identity_leaves_out_what_changes_nothing() -> None:
-    assert recipe().digest() == recipe(iterations=9, name="other", description="words").digest()
+    plain = recipe().digest()
+    for changes in (
+        {"iterations": 9, "name": "other", "description": "words"},
+        {"evaluate": {"gate": {"action": "stop", "length": 0.1}}},
+        {"tracking": {"report_to": "tensorboard"}},
+        {"compare": {"temperature": 0.3}, "mt_bench": {"max_new_tokens": 9}},
+        {"spin": {"answers": 2}},  # of another method
+    ):
+        assert recipe(**changes).digest() == plain, changes
 
 
 def test_identity_leaves_out_how_a_server_is_reached() -> None:

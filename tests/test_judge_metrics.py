@@ -362,6 +362,8 @@ def test_prompts_are_drawn_with_all_their_pairs() -> None:
     # Of 2 and 6 pairs: (2 + 0) / (2 + 6) = .25. Drawn twice, the first gives 4 / 4, the other 0.
     assert ratio([(2, 2), (0, 6)]) == 0.25
     assert interval([(2, 2), (0, 6)]) == [0.0, 1.0]
+    # A prompt's numerator stays with its denominator: the ratio of each is one half.
+    assert interval([(1, 2), (10, 20), (3, 6), (40, 80)]) == [0.5, 0.5]
 
 
 def test_what_does_not_count_is_not_drawn_and_one_prompt_has_no_interval() -> None:

@@ -145,7 +145,13 @@ def test_yes_with_the_best_not_the_last(facts: Facts) -> None:
 
 @pytest.mark.parametrize(
     ("gold", "error", "improved"),
-    [(2.2, 0.1, "unclear"), (1.5, 0.1, "no"), (2.5, None, "unclear"), (None, None, "unknown")],
+    [
+        (2.2, 0.1, "unclear"),
+        (1.9, 0.1, "unclear"),
+        (1.5, 0.1, "no"),
+        (2.5, None, "unclear"),
+        (None, None, "unknown"),
+    ],
 )
 def test_no_more_is_said_than_was_measured(
     tmp_path: Path, gold: float | None, error: float | None, improved: str

@@ -144,6 +144,9 @@ def test_length_may_grow_as_the_score_does() -> None:
     assert gates(anchor, model(anchor_score=4.0, mean_length_chars=160.0)) == []
     assert gates(anchor, model(anchor_score=2.5, mean_length_chars=160.0)) == ["length"]
     assert gates(anchor, model(anchor_score=2.5, mean_length_chars=160.0), length=1.0) == []
+    # A score that falls makes a growth of 20% no longer: that it falls is for another gate.
+    worse = model(anchor_score=1.0, anchor_score_se=1.0, mean_length_chars=120.0)
+    assert gates(anchor, worse) == []
     # Two iterations of 20% each are one growth of 44%.
     steps = [model(anchor_score=2.0, mean_length_chars=chars) for chars in (100.0, 120.0, 144.0)]
     assert gates(*steps[:2]) == []
