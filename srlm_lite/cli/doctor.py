@@ -64,14 +64,9 @@ def run_doctor(*, as_json: bool, folder: Path | None = None) -> None:
 
 def is_usable(sections: Sections) -> bool:
     """Whether runs can start here: nothing that counts is bad."""
-    looked = "proof of the stack" in sections
-    bad = [
-        finding
-        for name in SECTIONS_THAT_COUNT
-        for finding in sections.get(name, ())
-        if finding.state == "bad"
-    ]
-    return looked and not bad
+    return not any(
+        finding.state == "bad" for name in SECTIONS_THAT_COUNT for finding in sections.get(name, ())
+    )
 
 
 def _as_json(sections: Sections, usable: bool) -> dict[str, object]:
