@@ -79,6 +79,35 @@ def test_a_row_of_metrics_becomes_figures_in_groups() -> None:
     assert not figures.keys() & {"judge/prompts", "judge/pairs", "policy/answers"}
 
 
+def test_steps_are_counted_on_through_the_iterations(tmp_path: Path) -> None:
+    """Of trainings of one name: 4 and 3 steps make 7, and what was told is told no more."""
+    told: list[tuple[str, int, int]] = []
+
+    class Place:
+        hint = ""
+
+        def tell(self, values: Any, *, step: int, of: Training | None, before: int) -> None:
+            told.append((of.name if of else "", step, before))
+
+        def close(self, failed: bool) -> None: ...
+
+    tracking = Tracking(new_run(tmp_path / "out"), lambda text: None)
+    tracking._notes["told"]["wandb"] = {"stages": 0, "steps": {}}
+    tracking._places["wandb"] = Place()
+    for iteration, name, steps in (
+        (1, "delta", 4),
+        (2, "judge", 2),
+        (2, "delta", 3),
+        (2, "delta", 3),
+    ):
+        for step in range(1, steps + 1):
+            tracking.step(Training(iteration, name), step, {"loss": 1.0})
+    tracking.close()
+    deltas = [(1, 0), (2, 0), (3, 0), (4, 0), (1, 4), (2, 4), (3, 4)]
+    assert [(step, before) for name, step, before in told if name == "delta"] == deltas
+    assert [(step, before) for name, step, before in told if name == "judge"] == [(1, 0), (2, 0)]
+
+
 # --- each tracker, on a run of files ------------------------------------------------------------
 
 
