@@ -280,6 +280,20 @@ def test_what_does_not_fit_gets_settings_that_do(
     assert shortfall(again) is None
 
 
+@pytest.mark.parametrize(("device", "stands_in_the_way"), [("cpu", True), ("cuda", False)])
+def test_a_batch_too_large_halves_on_a_gpu_alone(device: Any, stands_in_the_way: bool) -> None:
+    recipe = load_recipe("llama3.1-8b", ["base.dtype=bfloat16", "rollout.batch_rows=256"])
+
+    def plan(memory: int) -> Any:
+        return plan_for(recipe, Hardware(device, "", memory))
+
+    phase = next(one for one in plan(80 * GB).phases if one.name == "candidates")
+    assert phase.least < phase.total
+    tight = plan((phase.least + phase.total) // 2)
+    assert not tight.fits(phase)
+    assert ("candidates" in [one.name for one in tight.impossible()]) is stands_in_the_way
+
+
 def test_what_nothing_makes_fit_is_said() -> None:
     plan = plan_for(load_recipe("llama2-70b"), Hardware("cpu", "CPU", 24 * GB))
     missing = shortfall(plan)
