@@ -199,6 +199,29 @@ def test_a_wrong_reference_stops_the_run(
     assert list(slot.model.peft_config) == ["default"]
 
 
+def test_a_loss_that_is_no_number_is_no_proof(
+    base: LoadedBase, slot: Slot, anchor: Adapter, tmp_path: Path
+) -> None:
+    """As of a base whose activations overflow: NaN is neither too far from ln 2 nor near it."""
+    broken = Adapter(
+        anchor.rank,
+        anchor.alpha,
+        {module: (a, torch.full_like(b, torch.nan)) for module, (a, b) in anchor.factors.items()},
+    )
+    with pytest.raises(ProofError, match=r"loss is nan \(must be ln 2"):
+        train_dpo(
+            slot,
+            base,
+            anchor=[broken],
+            delta=slot.fresh(LORA, seed=2),
+            reference=[broken],
+            pairs=pairs(base, 4),
+            dpo=DPO,
+            scratch=tmp_path,
+            seed=2,
+        )
+
+
 def test_training_weights_are_float32(
     base: LoadedBase, slot: Slot, anchor: Adapter, tmp_path: Path
 ) -> None:

@@ -333,7 +333,8 @@ class _Proof(TrainerCallback):
         self._slot.load(self._reference, adapter=_REFERENCE, dtype=torch.float32)
         self._slot.load(self._reference, train=True)
         loss, margin = self._compare()
-        if abs(loss - LN2) > PROOF_TOLERANCE or abs(margin) > 2 * PROOF_TOLERANCE:
+        # Asked so that NaN, which is above nothing, is refused too.
+        if not (abs(loss - LN2) <= PROOF_TOLERANCE and abs(margin) <= 2 * PROOF_TOLERANCE):
             raise ProofError(
                 f"before the first step DPO's loss is {loss:.6f} (must be ln 2 = {LN2:.6f}) and "
                 f"the reward margin {margin:.6f} (must be 0): the reference is not the intended "
