@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from srlm_lite.config import Anchor, Base, Dpo, Lora, Scir
-from srlm_lite.errors import ProofError
+from srlm_lite.errors import ProofError, UserError
 from srlm_lite.model.base import LoadedBase, load_base
 from srlm_lite.model.chat import ChatFormat
 from srlm_lite.model.stack import Adapter, Slot
@@ -220,6 +220,14 @@ def test_a_loss_that_is_no_number_is_no_proof(
             scratch=tmp_path,
             seed=2,
         )
+
+
+def test_a_training_that_diverges_is_said_to(
+    base: LoadedBase, slot: Slot, anchor: Adapter, tmp_path: Path
+) -> None:
+    """Clipped by a norm that is no number, every gradient is none, the anchor's zeros as well."""
+    with pytest.raises(UserError, match=r"learning_rate: training has diverged.* Lower it"):
+        trained_on(pairs(base, 4), base, slot, anchor, tmp_path, learning_rate=1e30)
 
 
 def test_training_weights_are_float32(

@@ -354,9 +354,13 @@ class Slot:
         self._bare.clear()
 
     def read(self, start: int, rank: int, modules: Sequence[str]) -> Adapter:
-        """The part of the slot that holds one adapter: `rank` rows from `start` on.
+        """What training has made of one adapter of the stack: `rank` rows from `start` on.
 
         Exact for the stack's last adapter, whose scaling is the slot's.
+
+        Raises:
+            UserError: Training has diverged: a weight is infinite or no number. Those of the rows
+                that were to stay are then none either, so ask this before `assert_unchanged`.
         """
         end = start + rank
         factors: dict[str, Factors] = {}
@@ -364,6 +368,12 @@ class Slot:
             layer = self._layers[module]
             a, b = _weight(layer.lora_A, _SLOT), _weight(layer.lora_B, _SLOT)
             factors[module] = (a.data[:end].float().cpu(), b.data[:, :end].float().cpu())
+            if not all(bool(factor.isfinite().all()) for factor in factors[module]):
+                raise UserError(
+                    f"training has diverged: weights of {module} are infinite or no numbers",
+                    where="learning_rate",
+                    way_out="Lower it, or set base.dtype=float32 if it is float16",
+                )
         fused = Adapter(rank=end, alpha=self._last_scaling * end, factors=factors)
         ranks = [start, rank] if start else [rank]
         return split(fused, ranks, [fused.scaling] * len(ranks))[-1]

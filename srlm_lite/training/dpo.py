@@ -287,8 +287,8 @@ def train_dpo(
             proof = _Proof(trainer, slot, reference=reference, stack=stack)
             trainer.add_callback(proof)
             trainer.train()
-            slot.assert_unchanged(anchor)
             trained = slot.read(start, delta.rank, list(delta.factors))
+            slot.assert_unchanged(anchor)
     finally:
         if _REFERENCE in slot.model.peft_config:
             slot.model.delete_adapter(_REFERENCE)

@@ -160,8 +160,8 @@ def train_reward(
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-        slot.assert_unchanged(anchor)
         trained = slot.read(start, adapter.rank, list(adapter.factors))
+        slot.assert_unchanged(anchor)
     if not trained.differs_from(adapter):
         raise ProofError("the reward model's training changed nothing")
     rows = listener.rows

@@ -116,8 +116,8 @@ def train_sft(
         slot.load((*below, adapter), train=True)
         trainer.train()
     slot.set_dropout(0.0)
-    slot.assert_unchanged(below)
     trained = slot.read(start, adapter.rank, list(adapter.factors))
+    slot.assert_unchanged(below)
     if not trained.differs_from(adapter):
         raise ProofError("SFT changed nothing: the adapter received no gradient")
     rows = listener.rows
