@@ -15,7 +15,7 @@ from srlm_lite.model.base import LoadedBase, load_base
 from srlm_lite.model.chat import ChatFormat
 from srlm_lite.model.stack import Adapter, Slot
 from srlm_lite.training import dpo as dpo_module
-from srlm_lite.training.arguments import total_steps
+from srlm_lite.training.arguments import early_mean, late_mean, total_steps
 from srlm_lite.training.dpo import PairExample, train_dpo
 from srlm_lite.training.sft import Example, train_sft
 
@@ -398,6 +398,12 @@ def test_the_number_of_steps() -> None:
     assert total_steps(64, optim) == 8
     assert total_steps(65, optim) == 9  # 130 / 16 = 8.1: the last pairs get a step too
     assert total_steps(1, optim) == 1
+
+
+def test_first_and_last_are_means_over_a_quarter_of_the_steps() -> None:
+    rows = [{"loss": float(loss)} for loss in (9, 7, 5, 5, 4, 4, 3, 1)]
+    assert (early_mean(rows, "loss"), late_mean(rows, "loss")) == (8, 2)
+    assert (early_mean(rows[:3], "loss"), late_mean(rows[:3], "loss")) == (9, 5)
 
 
 def test_the_tolerance_catches_what_stock_trl_did() -> None:

@@ -112,8 +112,13 @@ class Listener(TrainerCallback):
         self._on_step(state.global_step, state.max_steps, row)
 
 
+def early_mean(rows: Sequence[dict[str, float]], key: str) -> float:
+    """Mean of a logged value over the first quarter of the steps: one step alone is noise."""
+    return fmean(row[key] for row in rows[: max(1, len(rows) // 4)])
+
+
 def late_mean(rows: Sequence[dict[str, float]], key: str) -> float:
-    """Mean of a logged value over the last quarter of the steps: one step alone is noise."""
+    """The same over the last quarter."""
     return fmean(row[key] for row in rows[-max(1, len(rows) // 4) :])
 
 

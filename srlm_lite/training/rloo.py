@@ -30,6 +30,7 @@ from srlm_lite.training.arguments import (
     Listener,
     OnStep,
     common_arguments,
+    early_mean,
     late_mean,
     one_adapter_in_training,
     one_device,
@@ -162,8 +163,8 @@ def train_rloo(
 
     Returns:
         The trained delta; all replies that were drawn, in order; and the facts of the training:
-        `step0_kl`, steps, and reward and divergence (nats a token) of the first and the last
-        quarter of the steps.
+        `step0_kl`, steps, the reward of the first and the last quarter of the steps, and of the
+        last the divergence (nats a token) and the share of replies that ran into the limit.
 
     Raises:
         UserError: No reply had a reward.
@@ -232,14 +233,13 @@ def train_rloo(
     if not trained.differs_from(delta):
         raise ProofError("RLOO changed nothing: the delta received no gradient")
     rows = listener.rows
-    first = rows[: max(1, len(rows) // 4)]
     return (
         trained,
         judge.drawn,
         {
             **proof.facts,
             "steps": len(rows),
-            "first_reward": late_mean(first, "reward"),
+            "first_reward": early_mean(rows, "reward"),
             "last_reward": late_mean(rows, "reward"),
             "kl": late_mean(rows, "kl"),
             "clipped": late_mean(rows, "completions/clipped_ratio"),

@@ -21,6 +21,7 @@ from srlm_lite.training.arguments import (
     OnStep,
     common_arguments,
     deal_of,
+    early_mean,
     late_mean,
     one_adapter_in_training,
     one_device,
@@ -123,6 +124,6 @@ def train_sft(
     rows = listener.rows
     return trained, {
         "steps": len(rows),
-        "first_loss": late_mean(rows[: max(1, len(rows) // 4)], "loss"),
+        "first_loss": early_mean(rows, "loss"),
         "last_loss": late_mean(rows, "loss"),
     }
