@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -396,8 +398,33 @@ def test_pairs_of_no_weight_teach_nothing(
 def test_the_number_of_steps() -> None:
     optim = Dpo(epochs=2, batch_size=16)
     assert total_steps(64, optim) == 8
-    assert total_steps(65, optim) == 9  # 130 / 16 = 8.1: the last pairs get a step too
-    assert total_steps(1, optim) == 1
+    assert total_steps(65, optim) == 10  # 5 an epoch, the last one of a single pair
+    assert total_steps(10, optim) == 2  # less than a batch is a step too
+    assert total_steps(1, Dpo(epochs=0.1, batch_size=16)) == 1
+    assert total_steps(160, Dpo(epochs=1.1, batch_size=16)) == 11  # 11.000000000000002 of a float
+
+
+def test_every_pair_is_seen_once_an_epoch(
+    base: LoadedBase,
+    slot: Slot,
+    anchor: Adapter,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Five pairs in batches of four: a step of one pair ends each of three epochs."""
+    seen: Counter[tuple[int, ...]] = Counter()
+    compute = dpo_module._PairTrainer._compute_loss
+
+    def noting(self: Any, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        if torch.is_grad_enabled():  # the proof's passes do not train
+            chosen = inputs["input_ids"].chunk(2)[0]
+            seen.update(tuple(row.tolist()) for row in chosen)
+        return compute(self, model, inputs, return_outputs)
+
+    monkeypatch.setattr(dpo_module._PairTrainer, "_compute_loss", noting)
+    _, facts = trained_on(pairs(base, 5), base, slot, anchor, tmp_path, epochs=3)
+    assert facts["steps"] == 6
+    assert list(seen.values()) == [3] * 5
 
 
 def test_first_and_last_are_means_over_a_quarter_of_the_steps() -> None:

@@ -16,6 +16,7 @@ from srlm_lite.model.base import LoadedBase, load_base
 from srlm_lite.model.chat import ChatFormat
 from srlm_lite.model.stack import Adapter, Slot
 from srlm_lite.training import rloo as rloo_module
+from srlm_lite.training.arguments import total_steps
 from srlm_lite.training.dpo import PairExample
 from srlm_lite.training.likelihood import log_likelihoods
 from srlm_lite.training.reward import RewardModel, Scorer, reward_replies, train_reward
@@ -277,6 +278,13 @@ def test_replies_without_an_end_have_no_reward(
             slot, base, anchor, trained[0], tmp_path,
             delta=slot.fresh(LORA, seed=5), drop_truncated=True,
         )  # fmt: skip
+
+
+def test_an_epoch_of_rloo_is_of_whole_steps() -> None:
+    # 7 prompts of 4 replies are 28, and 3 steps of 8; the 4 replies of the last prompt fill none.
+    optim = Dpo(epochs=2, batch_size=8)
+    assert rloo_module.answers_of_epoch(7, optim, ROLLOUT) == 24
+    assert total_steps(rloo_module.answers_of_epoch(7, optim, ROLLOUT), optim) == 6
 
 
 def test_every_end_ends_a_reply() -> None:

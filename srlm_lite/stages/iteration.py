@@ -501,13 +501,13 @@ def on_policy_delta(
     judgement is the reward.
     """
     from srlm_lite.training.arguments import total_steps
-    from srlm_lite.training.rloo import train_rloo
+    from srlm_lite.training.rloo import answers_of_epoch, train_rloo
 
     recipe, place = session.recipe, iteration.delta_place
     seed = derive_seed(recipe.seed, iteration.number, place.name)
     anchor, start, reference = _from_where(session, iteration, recipe.dpo, seed=seed)
     session.close_engines()
-    steps = total_steps(len(prompts) * recipe.rollout.n, recipe.dpo)
+    steps = total_steps(answers_of_epoch(len(prompts), recipe.dpo, recipe.rollout), recipe.dpo)
     task = session.reporter.start("RLOO", steps, "steps")
     training = Training(iteration.number, place.name)
 

@@ -25,8 +25,13 @@ OnStep = Callable[[int, int, dict[str, float]], None]
 
 
 def total_steps(n_examples: int, optim: Optim) -> int:
-    """Optimiser steps of a training: at least one."""
-    return max(1, math.ceil(n_examples / optim.batch_size * optim.epochs))
+    """Optimiser steps of a training, at least one.
+
+    What does not fill a batch at the end of an epoch is a smaller step, so that an epoch is a pass
+    over all examples.
+    """
+    of_epoch = math.ceil(n_examples / optim.batch_size)
+    return max(1, math.ceil(round(of_epoch * optim.epochs, 6)))
 
 
 def deal_of(optim: Optim, n_examples: int) -> Deal:

@@ -129,6 +129,11 @@ class _Reward:
         return found
 
 
+def answers_of_epoch(n_prompts: int, optim: Dpo, rollout: Rollout) -> int:
+    """Replies that are drawn in an epoch: TRL leaves out the prompts that do not fill a step."""
+    return n_prompts * rollout.n // optim.batch_size * optim.batch_size
+
+
 def train_rloo(
     slot: Slot,
     base: LoadedBase,
@@ -159,7 +164,8 @@ def train_rloo(
         reference: The stack that the divergence is taken from.
         prompts: Ids; there are enough to fill a step.
         drop_truncated: Replies that ran into the limit have no reward.
-        optim: The section `dpo`: optimiser, steps and batches. An epoch is a pass over the prompts.
+        optim: The section `dpo`: optimiser, steps and batches. An epoch is a pass over the prompts,
+            less those that do not fill a step.
 
     Returns:
         The trained delta; all replies that were drawn, in order; and the facts of the training:
@@ -177,7 +183,7 @@ def train_rloo(
     dataset = Dataset.from_list(
         [{"prompt": list(ids), "number": number} for number, ids in enumerate(prompts)]
     )
-    answers = len(prompts) * rollout.n
+    answers = answers_of_epoch(len(prompts), optim, rollout)
     arguments = common_arguments(optim, base, n_examples=answers, scratch=scratch, seed=seed)
     stack = [*anchor, delta]
     start = sum(adapter.rank for adapter in anchor)
