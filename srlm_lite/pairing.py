@@ -230,6 +230,11 @@ def replayed(
     return chosen
 
 
+def has_tag(candidate_id: str, tag: str) -> bool:
+    """Whether a candidate's name, `<prompt_id>#<tag><i>`, has this tag; a prompt's may spell it."""
+    return candidate_id.rpartition("#")[2].startswith(tag)
+
+
 def replay_age(pair: PreferencePair) -> int:
     """How many iterations ago the pair was new: 0 unless it is a replay."""
     match = re.fullmatch(r"replay, (\d+) back", pair.origin)

@@ -194,6 +194,20 @@ def test_the_rejected_is_anchored_in_the_first_model() -> None:
     assert drops.prompts == {"tied": 2}
 
 
+def test_a_prompt_may_be_called_what_marks_a_candidate() -> None:
+    """Ids of prompts are the user's: `teacher-3` is no teacher's answer."""
+    usable = {
+        name: [scored(f"{name}#0", "best", 5), scored(f"{name}#1", "next", 4)]
+        for name in ("past-7", "teacher-3")
+    }
+    past, teacher = Prompt("past-7", "?"), Prompt("teacher-3", "?")
+    [pair] = anchored_pairs([past], usable, Drops())
+    assert (pair.chosen_id, pair.rejected_id) == ("past-7#0", "past-7#1")
+    # The policy's own 5 needs a gap of 1; the teacher's would need 2.
+    [pair] = margin_pairs([teacher], usable, Drops(), DNO)
+    assert (pair.chosen_id, pair.rejected_id) == ("teacher-3#0", "teacher-3#1")
+
+
 def test_the_chosen_is_guided_by_the_next_model() -> None:
     def made(name: str) -> PreferencePair:
         return PreferencePair(name, name, f"{name}#0", f"{name}#1", "now", "bad", 3.0, 1.0)

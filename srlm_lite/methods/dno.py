@@ -15,6 +15,7 @@ learning rate (5e-5) looks odd and is not taken over.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import permutations
 from pathlib import Path
@@ -25,7 +26,7 @@ from srlm_lite.config import Dno as Section
 from srlm_lite.errors import UserError
 from srlm_lite.judging import load_template, plain_lines
 from srlm_lite.methods.self_rewarding import MadePairs, SelfRewarding, judged
-from srlm_lite.pairing import Drops, Scored, length_penalty, pair
+from srlm_lite.pairing import Drops, Scored, has_tag, length_penalty, pair
 from srlm_lite.records import Candidate, Judgement, PreferencePair, Prompt
 from srlm_lite.run_dir import IterationDir, read_jsonl, write_records
 from srlm_lite.session import Session
@@ -63,7 +64,7 @@ def margin_pairs(
     for prompt in (prompt for prompt in prompts if prompt.prompt_id in usable):
         found = []
         for winner, loser in permutations(usable[prompt.prompt_id], 2):
-            of_teacher = TEACHER in winner[0].candidate_id
+            of_teacher = has_tag(winner[0].candidate_id, TEACHER)
             margin = section.margin if of_teacher else section.own_margin
             gap = winner[1] - loser[1]
             longer = len(winner[0].text) - len(loser[0].text)
@@ -80,8 +81,8 @@ def margin_pairs(
 def repeats(text: str, section: Section) -> bool:
     """Whether a run of `repeated_words` words occurs three times, overlapping ones included."""
     words, n = text.lower().split(), section.repeated_words
-    runs = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
-    return any(runs.count(run) >= 3 for run in set(runs))
+    runs = Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
+    return max(runs.values(), default=0) >= 3
 
 
 def read_scores(reply: str, n: int) -> list[float | None]:

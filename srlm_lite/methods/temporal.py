@@ -25,6 +25,7 @@ from srlm_lite.pairing import (
     Scored,
     at_iteration,
     best_and_worst,
+    has_tag,
     length_penalty,
     pair,
 )
@@ -79,8 +80,8 @@ class Temporal(SelfRewarding):
             pairs,
             drops,
             {
-                "from_past": sum(PAST in one.rejected_id for one in pairs),
-                "from_future": sum(FUTURE in one.chosen_id for one in pairs),
+                "from_past": sum(has_tag(one.rejected_id, PAST) for one in pairs),
+                "from_future": sum(has_tag(one.chosen_id, FUTURE) for one in pairs),
             },
         )
 
@@ -101,7 +102,7 @@ def anchored_pairs(
     pairs = []
     for prompt in prompts:
         group = usable.get(prompt.prompt_id, ())
-        own = [one for one in group if PAST not in one[0].candidate_id]
+        own = [one for one in group if not has_tag(one[0].candidate_id, PAST)]
         if not own:
             drops.prompts["tied"] += bool(group)
             continue
