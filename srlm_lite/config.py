@@ -10,7 +10,7 @@ import difflib
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -34,7 +34,13 @@ Probability = Annotated[float, Field(gt=0, le=1)]
 class Section(BaseModel):
     """A part of a recipe. Frozen, and closed: an unknown key is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        # No setting means anything as NaN or infinity, and bounds let both pass here and there.
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+    )
 
 
 class Base(Section):
@@ -66,7 +72,7 @@ class Lora(Section):
     alpha: Annotated[float, Field(gt=0)] = 32.0
     """The update is scaled by alpha / rank."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    targets: tuple[str, ...] = (
+    targets: Annotated[tuple[str, ...], Field(min_length=1)] = (
         "q_proj",
         "k_proj",
         "v_proj",
@@ -814,7 +820,7 @@ def overridden(raw: Mapping[str, Any], overrides: Sequence[str], *, where: str) 
 
 def _read_recipe(path: Path, *below: Path) -> dict[str, Any]:
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = parse_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"not readable as YAML ({error})", where=str(path)) from error
     if not isinstance(raw, dict):
@@ -839,7 +845,7 @@ def recipe_from(raw: Mapping[str, Any], *, where: str) -> Recipe:
         UserError: Names the first offending key, and for an unknown one the nearest known.
     """
     try:
-        return Recipe.model_validate(raw)
+        recipe = Recipe.model_validate(raw)
     except ValidationError as error:
         # A misspelt key is unknown under its name and missing under the right one.
         found = sorted(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
@@ -855,6 +861,24 @@ def recipe_from(raw: Mapping[str, Any], *, where: str) -> Recipe:
         message = first["msg"].removeprefix("Value error, ")
         at = f"`{key}`{shown}: " if key else ""  # two sections that do not go together
         raise UserError(f"{at}{message}", where=where) from error
+    for key, text in _texts(recipe.model_dump()):
+        if "\0" in text or text != text.encode("utf-8", "replace").decode("utf-8"):
+            raise UserError(
+                f"`{key}` (is {text!r}): holds a character that no file can", where=where
+            )
+    return recipe
+
+
+def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """All texts at and below a setting, with their dotted keys."""
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, Mapping):
+        for name, below in value.items():
+            yield from _texts(below, f"{key}.{name}".lstrip("."))
+    elif isinstance(value, tuple):
+        for one in value:
+            yield from _texts(one, key)
 
 
 def _suggestion(location: list[str]) -> str:
@@ -897,9 +921,42 @@ def _apply(target: dict[str, Any], override: str) -> None:
         if not isinstance(target, dict):
             raise UserError("a key cannot be both a value and a section", where=f"--set {override}")
     try:
-        target[last] = yaml.safe_load(value)
+        target[last] = parse_yaml(value)
     except yaml.YAMLError as error:
         raise UserError("the value is not valid YAML", where=f"--set {override}") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as `safe_load` reads it, but a key that stands twice is an error.
+
+    Of a section pasted in twice the first would be lost without a word.
+    """
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        seen: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.value == "<<":
+                continue
+            if (key.tag, key.value) in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key `{key.value}` stands here twice", problem_mark=key.start_mark
+                )
+            seen.add((key.tag, key.value))
+        return node
+
+
+def parse_yaml(text: str) -> Any:
+    """What a YAML text says.
+
+    Raises:
+        yaml.YAMLError: It is none, a key stands twice, or a value cannot be had: a day that no
+            month has, a number of thousands of digits.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (ValueError, RecursionError) as error:
+        raise yaml.YAMLError(str(error)) from error
 
 
 def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Annotated, Protocol
 import yaml
 from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
 
-from srlm_lite.config import SHIPPED, shipped_file
+from srlm_lite.config import SHIPPED, parse_yaml, shipped_file
 from srlm_lite.errors import UserError
 from srlm_lite.records import FinishReason, Judgement
 
@@ -108,7 +108,7 @@ def fill(template: str, texts: Mapping[str, str], *, tags: Sequence[str]) -> str
 
 def _read_rubric(path: Path) -> Rubric:
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = parse_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError("not readable as YAML", where=str(path)) from error
     if not isinstance(raw, dict):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from srlm_lite.config import SHIPPED, shipped_file
+from srlm_lite.config import SHIPPED, parse_yaml, shipped_file
 from srlm_lite.errors import UserError
 
 _PLACES = {
@@ -59,7 +59,7 @@ def load_principles(name_or_path: str) -> Principles:
     """
     path = shipped_file(*SHIPPED["rlaif", "principles"], name=name_or_path)
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = parse_yaml(path.read_text(encoding="utf-8"))
         found = TypeAdapter(Principles).validate_python(raw)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError("not readable as YAML", where=str(path)) from error

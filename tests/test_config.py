@@ -174,6 +174,12 @@ def test_a_misspelt_required_key_is_called_unknown_and_not_missing() -> None:
         ({"judge": {"votes": 1}}, "`judge`: min_votes exceeds votes"),
         ({"dpo": {"lora": {"dropout": 0.1}}}, "`dpo`: dropout would make policy and reference"),
         ({"judge": {1: 2}}, "`judge.1` (is 1): Keys should be strings"),
+        ({"pairing": {"alpha": float("nan")}}, "`pairing.alpha.float` (is nan): Input should be a"),
+        ({"anchor": {"epochs": float("inf")}}, "`anchor.epochs` (is inf): Input should be"),
+        ({"dpo": {"beta": "1e999"}}, "`dpo.beta` (is '1e999'): Input should be a finite number"),
+        ({"dpo": {"lora": {"targets": []}}}, "`dpo.lora.targets` (is []): Tuple should have at"),
+        ({"name": "\ud800"}, "`name` (is '\\ud800'): holds a character that no file can"),
+        ({"evaluate": {"tasks": ["a\0b"]}}, "`evaluate.tasks` (is 'a\\x00b'): holds a character"),
     ],
 )
 def test_a_wrong_value_is_one_line_with_its_key(changes: dict[str, Any], message: str) -> None:
@@ -207,6 +213,11 @@ def test_a_recipe_like_no_other_lists_the_shipped_ones() -> None:
         (b"\xff\xfe\x00", "not readable as YAML"),
         (b"- a\n- b\n", "a recipe is a mapping of sections"),
         (b"", "a recipe is a mapping of sections"),
+        (b"name: 2024-13-01\n", "not readable as YAML (month must be in 1..12"),
+        (b"seed: " + 5000 * b"9", "not readable as YAML (Exceeds the limit"),
+        (b"dpo: " + 900 * b"[" + 900 * b"]", "not readable as YAML (maximum recursion depth"),
+        (b"dpo: {beta: 1}\nseed: 1\ndpo: {epochs: 1}\n", "not readable as YAML (the key `dpo`"),
+        (b"dpo:\n  beta: 1\n  beta: 2\n", "not readable as YAML (the key `beta`"),
     ],
 )
 def test_a_file_that_is_no_recipe_is_one_line(tmp_path: Path, content: bytes, message: str) -> None:
@@ -216,6 +227,15 @@ def test_a_file_that_is_no_recipe_is_one_line(tmp_path: Path, content: bytes, me
         load_recipe(str(path))
     assert str(caught.value).startswith(f"{path}: {message}")
     assert "\n" not in str(caught.value)
+
+
+def test_keys_may_be_merged_and_said_otherwise(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        "extends: toy\nanchor: &optim {lora: &lora {rank: 2, alpha: 4}}\n"
+        "dpo:\n  lora:\n    <<: *lora\n    rank: 3\n"
+    )
+    assert load_recipe(str(path)).dpo.lora.rank == 3
 
 
 # --- extending --------------------------------------------------------------------------------
@@ -295,6 +315,8 @@ def test_the_last_of_two_overrides_counts(written: Path) -> None:
         (["=1"], "--set =1: expected KEY=VALUE"),
         ([""], "--set : expected KEY=VALUE"),
         (["dpo.beta=[1"], "--set dpo.beta=[1: the value is not valid YAML"),
+        (["name=2024-13-01"], "--set name=2024-13-01: the value is not valid YAML"),
+        (["dpo={beta: 1, beta: 2}"], "--set dpo={beta: 1, beta: 2}: the value is not valid YAML"),
         (["dpo=1", "dpo.beta=1"], "--set dpo.beta=1: a key cannot be both"),
         (["dpo.bta=1"], "unknown key `dpo.bta`. Did you mean `dpo.beta`?"),
         (["dpo..beta=1"], "unknown key `dpo.`"),
