@@ -59,8 +59,15 @@ def read_jsonl(path: Path, *, growing: bool = False) -> list[dict[str, Any]]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"not JSON ({error.msg})", where=f"{path}:{number}") from error
+        except (ValueError, RecursionError) as error:
+            told = getattr(error, "msg", str(error))
+            raise UserError(f"not JSON ({told})", where=f"{path}:{number}") from error
+        if _has_lone_surrogate(line, row):
+            raise UserError(
+                "holds half a character (a lone surrogate)",
+                where=f"{path}:{number}",
+                way_out="Write the file again as UTF-8, or leave the row out",
+            )
         if not isinstance(row, dict):
             raise UserError("expected a JSON object", where=f"{path}:{number}")
         rows.append(row)
@@ -116,6 +123,17 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of the run."""
     return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def _has_lone_surrogate(line: str, row: Any) -> bool:
+    """Whether a text of a row cannot be written: only an escape can spell such a one."""
+    if "\\ud" not in line and "\\uD" not in line:
+        return False
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def write_records(path: Path, records: Iterable[Record]) -> None:

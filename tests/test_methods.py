@@ -142,6 +142,10 @@ def test_spin_pairs_the_human_s_answer_with_each_of_the_model_s() -> None:
         ("p#human", 1.0, 0.0)
     }
     assert +drops.prompts == {"duplicate": 1, "truncated": 1}
+    # Without a human's answer the first of the model's does not become the better one.
+    pairs, drops = against_human(prompts[:1], {"p": " "}, rows[:2], drop_truncated=True)
+    assert not pairs
+    assert +drops.prompts == {"empty": 1}
 
 
 # --- CREAM ------------------------------------------------------------------------------------

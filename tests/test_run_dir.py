@@ -248,6 +248,9 @@ def test_unknown_keys_are_ignored_and_defaults_filled(tmp_path: Path) -> None:
         (b'{"a": 1}\n[1]\n', ":2: expected a JSON object"),
         (b'{"a": 1}\nnull\n', ":2: expected a JSON object"),
         (b'{"a": "\xff"}\n', ": not UTF-8 text"),
+        (b'{"a": 1}\n{"a": ["b \\uD800 c"]}\n', ":2: holds half a character"),
+        (b'{"a": ' + 5000 * b"9" + b"}\n", ":1: not JSON (Exceeds the limit"),
+        (b'{"a": ' + 99999 * b"[" + b"}\n", ":1: not JSON (maximum recursion depth"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path: Path, content: bytes, message: str) -> None:
@@ -270,6 +273,12 @@ def test_a_file_from_windows_reads_like_any_other(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n{"a": 2}\r\n')
     assert read_jsonl(path) == [{"a": 1}, {"a": 2}]
+
+
+def test_an_escaped_character_in_two_halves_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"a": "\\ud83d\\ude00"}\n')
+    assert read_jsonl(path) == [{"a": "\U0001f600"}]
 
 
 def test_a_row_that_lacks_a_key_is_named(tmp_path: Path) -> None:

@@ -103,9 +103,9 @@ def _parse_jsonl(text: str, *, where: str) -> list[Row]:
             continue
         try:
             row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # of which JSONDecodeError is one
             raise UserError(
-                f"not JSON ({getattr(error, 'msg', 'nested too deeply')})",
+                f"not JSON ({getattr(error, 'msg', str(error))})",
                 where=f"{where}:{number}",
                 way_out="JSON Lines is expected: one object a line",
             ) from error

@@ -83,16 +83,22 @@ def against_human(
     *,
     drop_truncated: bool,
 ) -> tuple[list[PreferencePair], Drops]:
-    """A pair for each candidate that can be one; one equal to the human's answer cannot."""
+    """A pair for each candidate that can be one; one equal to the human's answer cannot.
+
+    Nor is there one where the human's answer is empty: a candidate must not stand in its place.
+    """
     golden = [Candidate(p.prompt_id, f"{p.prompt_id}#human", human[p.prompt_id], 0, "stop")
               for p in prompts]  # fmt: skip
     rows = [*golden, *candidates]  # the human's first: of equal texts the first one counts
     scores = {row.candidate_id: float(row.candidate_id.endswith("#human")) for row in rows}
     usable, drops = usable_candidates(prompts, rows, scores, drop_truncated=drop_truncated)
-    pairs = [
-        pair(prompt, usable[prompt.prompt_id][0], own)
-        for prompt in prompts
-        if prompt.prompt_id in usable
-        for own in usable[prompt.prompt_id][1:]
-    ]
+    pairs = []
+    for prompt in prompts:
+        if prompt.prompt_id not in usable:
+            continue
+        best, *others = usable[prompt.prompt_id]
+        if not best[1]:
+            drops.prompts["empty"] += 1
+            continue
+        pairs += [pair(prompt, best, own) for own in others]
     return pairs, drops

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 from srlm_lite.config import Recipe
 from srlm_lite.errors import UserError
@@ -15,6 +17,8 @@ from srlm_lite.principles import load_principles
 from srlm_lite.records import Instruction, Prompt, RankedReply
 from srlm_lite.rollout.installed import check_vllm
 from srlm_lite.run_dir import read_jsonl, read_records
+
+T = TypeVar("T")
 
 
 def data_file(recipe: Recipe, name: str) -> Path:
@@ -41,24 +45,45 @@ def data_file(recipe: Recipe, name: str) -> Path:
 
 
 def read_ift(recipe: Recipe) -> list[Instruction]:
-    """Instruction data, cut to `anchor.ift_limit`."""
-    rows = read_records(data_file(recipe, "ift.jsonl"), Instruction)
-    return rows[: recipe.anchor.ift_limit]
+    """Instruction data, cut to `anchor.ift_limit`.
+
+    Raises:
+        UserError: There is none, or a row has no text to answer, or no answer.
+    """
+    return _instructions(data_file(recipe, "ift.jsonl"))[: recipe.anchor.ift_limit]
 
 
 def read_extra(recipe: Recipe) -> list[Instruction]:
     """The anchor's extra rows; none where the recipe names no file."""
     named = recipe.data.extra
-    return read_records(Path(named), Instruction) if named else []
+    return _instructions(Path(named)) if named else []
+
+
+def _instructions(path: Path) -> list[Instruction]:
+    rows = read_records(path, Instruction)
+    for number, row in enumerate(rows, start=1):
+        for name in ("prompt", "response"):
+            if not getattr(row, name).strip():
+                raise UserError(f"row {number} has an empty {name}", where=str(path))
+    return _refuse_none(rows, path)
 
 
 def read_ranked(path: Path, limit: int | None) -> list[list[RankedReply]]:
-    """Ranked replies grouped by prompt, at most `limit` prompts, in the order of the file."""
+    """Ranked replies grouped by prompt, at most `limit` prompts, in the order of the file.
+
+    Raises:
+        UserError: Two replies share an id, or two prompts do; or a quality is no number.
+    """
     groups: dict[str, list[RankedReply]] = {}
     rows = read_records(path, RankedReply)
     _refuse_doubles((row.response_id for row in rows), "responses", path)
-    for row in rows:
-        groups.setdefault(row.prompt_id, []).append(row)
+    for number, row in enumerate(rows, start=1):
+        if row.quality is not None and not math.isfinite(row.quality):
+            raise UserError(f"row {number}: `quality` is {row.quality}", where=str(path))
+        group = groups.setdefault(row.prompt_id, [])
+        if group and group[0].prompt != row.prompt:  # or their replies would be compared
+            raise UserError(f"two prompts have the id {row.prompt_id}", where=str(path))
+        group.append(row)
     return list(islice(groups.values(), limit))
 
 
@@ -71,7 +96,9 @@ def ranked_file(recipe: Recipe) -> Path:
 def read_human_answers(recipe: Recipe) -> tuple[list[Instruction], Path]:
     """One human answer a prompt, and the file: the best of `data.ranked`, else `ift.jsonl`."""
     if recipe.data.ranked is None:
-        return read_ift(recipe), data_file(recipe, "ift.jsonl")
+        rows, path = read_ift(recipe), data_file(recipe, "ift.jsonl")
+        _refuse_doubles((row.prompt_id for row in rows), "prompts", path)
+        return rows, path
     path = ranked_file(recipe)
     best = [min(group, key=lambda row: row.rank) for group in read_ranked(path, None)]
     return [Instruction(row.prompt_id, row.prompt, row.response) for row in best], path
@@ -139,7 +166,8 @@ def check_inputs(recipe: Recipe) -> None:
     if trained:
         read_extra(recipe)
     if trained and recipe.anchor.use_eft:
-        read_ranked(data_file(recipe, "eft_train.jsonl"), recipe.anchor.eft_prompts)
+        path = data_file(recipe, "eft_train.jsonl")
+        _refuse_none(read_ranked(path, recipe.anchor.eft_prompts), path)
     read_ranked(data_file(recipe, "eft_eval.jsonl"), recipe.evaluate.eft_prompts)
     policy_prompts(recipe)
     if recipe.method == "meta-rewarding":
@@ -152,18 +180,55 @@ def check_inputs(recipe: Recipe) -> None:
         load_principles(recipe.rlaif.principles)
         if recipe.rlaif.helpful:
             read_ift(recipe)
-    if recipe.iterations and recipe.method in ("dpo", "rlhf"):
-        read_ranked(ranked_file(recipe), None)
-    elif recipe.iterations and recipe.method == "spin":
-        read_human_answers(recipe)
-    elif recipe.iterations and recipe.prompts.source == "file":
-        read_prompts(prompt_file(recipe))
+    if recipe.iterations:
+        _check_prompts(recipe)
+
+
+def _check_prompts(recipe: Recipe) -> None:
+    """That there are prompts for every iteration: the last one must not be the first to miss them.
+
+    Raises:
+        UserError: There are too few, or the file cannot be read.
+    """
+    section = recipe.prompts
+    if recipe.method in ("dpo", "rlhf"):
+        ranked = read_ranked(ranked_file(recipe), None)
+    if recipe.method == "dpo":
+        path, count = ranked_file(recipe), len(ranked)
+    elif recipe.method == "spin":
+        answers, path = read_human_answers(recipe)
+        count = len(answers)
+    elif section.source == "file":
+        path = prompt_file(recipe)
+        count = len(read_prompts(path))
+    else:
+        return
+    times = 1 if section.reuse else recipe.iterations
+    if count < times * section.per_iteration:
+        wanted = f"{times} x " if times > 1 else ""
+        way_out = "Lower prompts.per_iteration, or give more"
+        raise UserError(
+            f"has {count} prompts, and {wanted}prompts.per_iteration = {section.per_iteration} "
+            "are wanted",
+            where=str(path),
+            way_out=f"{way_out}, or set prompts.reuse=true" if times > 1 else way_out,
+        )
 
 
 def prompt_file(recipe: Recipe) -> Path:
     """The list that the iterations take their prompts from."""
     named = recipe.prompts.file
     return Path(named) if named else data_file(recipe, "prompts.jsonl")
+
+
+def _refuse_none(rows: list[T], path: Path) -> list[T]:
+    if not rows:
+        raise UserError(
+            "is empty",
+            where=str(path),
+            way_out="Give rows, or leave such data out: anchor.use_ift=false, anchor.use_eft=false",
+        )
+    return rows
 
 
 def _refuse_doubles(ids: Iterable[str], what: str, path: Path) -> None:

@@ -1,0 +1,106 @@
+"""The seed data of a recipe: what mixes up ids or teaches nothing is refused in advance."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from srlm_lite.config import load_recipe
+from srlm_lite.errors import UserError
+from srlm_lite.stages.seed_data import check_inputs, read_human_answers
+
+Rows = list[dict[str, Any]]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """The toy world's data, to be damaged."""
+    return shutil.copytree(load_recipe("tiny").data.dir, tmp_path / "data")
+
+
+def rows_of(path: Path) -> Rows:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def write(path: Path, rows: Rows) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def refusal(data: Path, *overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        check_inputs(load_recipe("tiny", [f"data.dir={data}", *overrides]))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "way_out"), [("ift", "anchor.use_ift"), ("eft_train", "anchor.use_eft")]
+)
+def test_a_file_without_a_row(data: Path, name: str, way_out: str) -> None:
+    (data / f"{name}.jsonl").write_text("\n\n")
+    assert refusal(data).startswith(f"{data}/{name}.jsonl: is empty. ")
+    check_inputs(load_recipe("tiny", [f"data.dir={data}", f"{way_out}=false"]))
+
+
+@pytest.mark.parametrize("key", ["prompt", "response"])
+def test_an_instruction_that_teaches_to_say_nothing(data: Path, key: str) -> None:
+    path = data / "ift.jsonl"
+    rows = rows_of(path)
+    rows[3][key] = " \n"
+    write(path, rows)
+    assert refusal(data) == f"{path}: row 4 has an empty {key}"
+
+
+@pytest.mark.parametrize("name", ["eft_train", "eft_eval"])
+def test_one_id_of_two_prompts(data: Path, name: str) -> None:
+    """Their replies would be ranked against one another."""
+    path = data / f"{name}.jsonl"
+    rows = rows_of(path)
+    rows[1] = {**rows[1], "prompt_id": rows[0]["prompt_id"], "prompt": "another"}
+    write(path, rows)
+    assert refusal(data) == f"{path}: two prompts have the id {rows[0]['prompt_id']}"
+
+
+@pytest.mark.parametrize("quality", [float("nan"), float("inf")])
+def test_a_quality_that_is_no_number(data: Path, quality: float) -> None:
+    path = data / "eft_train.jsonl"
+    rows = rows_of(path)
+    rows[2]["quality"] = quality
+    write(path, rows)
+    assert refusal(data).startswith(f"{path}: row 3: `quality` is ")
+
+
+def test_two_human_answers_of_one_id(data: Path) -> None:
+    """SPIN would hold a prompt's answers against another prompt's."""
+    path = data / "ift.jsonl"
+    rows = rows_of(path)
+    rows[1]["prompt_id"] = rows[0]["prompt_id"]
+    write(path, rows)
+    recipe = load_recipe("toy-spin", [f"data.dir={data}", "data.ranked=null"])
+    with pytest.raises(UserError, match=f"two prompts have the id {rows[0]['prompt_id']}"):
+        read_human_answers(recipe)
+
+
+def test_too_few_prompts_for_the_last_iteration(data: Path) -> None:
+    """tiny takes 12 an iteration; the run would find out after the anchor and an iteration."""
+    path = data / "prompts.jsonl"
+    write(path, rows_of(path)[:23])
+    assert refusal(data) == (
+        f"{path}: has 23 prompts, and 2 x prompts.per_iteration = 12 are wanted. "
+        "Lower prompts.per_iteration, or give more, or set prompts.reuse=true"
+    )
+    check_inputs(load_recipe("tiny", [f"data.dir={data}", "prompts.reuse=true"]))
+    check_inputs(load_recipe("tiny", [f"data.dir={data}", "iterations=1"]))
+    assert "has 23 prompts, and 3 x" in refusal(data, "prompts.per_iteration=8", "iterations=3")
+
+
+def test_prompts_of_the_methods_that_learn_from_human_replies(tmp_path: Path) -> None:
+    for method in ("dpo", "spin"):
+        many = ["prompts.per_iteration=9999", "prompts.reuse=false", "iterations=3"]
+        with pytest.raises(UserError, match=r"prompts, and 3 x prompts\.per_iteration = 9999 are"):
+            check_inputs(load_recipe(f"toy-{method}", many))
+    with pytest.raises(UserError, match=r"absent\.jsonl: no such file"):
+        check_inputs(load_recipe("toy-rlhf", [f"prompts.file={tmp_path}/absent.jsonl"]))
