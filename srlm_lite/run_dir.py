@@ -121,8 +121,21 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of the run."""
-    return dict(json.loads(path.read_text(encoding="utf-8")))
+    """A JSON object from a file of the run.
+
+    Raises:
+        UserError: It is missing, or not what the run has written there.
+    """
+    way_out = "Restore it, or make the run again"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError("is missing", where=str(path), way_out=way_out) from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"not JSON ({error})", where=str(path), way_out=way_out) from error
+    if not isinstance(found, dict):
+        raise UserError("not a JSON object", where=str(path), way_out=way_out)
+    return found
 
 
 def _has_lone_surrogate(line: str, row: Any) -> bool:
@@ -290,7 +303,7 @@ class StageDir:
                 where=str(self.path),
                 way_out="Finish it: srlm-lite iterate goes on where it stopped",
             )
-        noted, found = read_json(self.done)["sha256"], {}
+        noted, found = read_json(self.done).get("sha256", {}), {}
         for file in files:
             name = str(file.relative_to(self.path))
             if not file.is_file():
@@ -316,7 +329,7 @@ class AnchorDir(StageDir):
     @property
     def adapter_files(self) -> tuple[Path, ...]:
         """What the adapter is, on disk."""
-        return _adapter_files(self.adapter)
+        return adapter_files(self.adapter)
 
     @property
     def ift_only(self) -> Path:
@@ -462,7 +475,7 @@ class IterationDir(StageDir):
     @property
     def adapter_files(self) -> tuple[Path, ...]:
         """What the delta is, on disk."""
-        return _adapter_files(self.delta)
+        return adapter_files(self.delta)
 
     @property
     def delta_place(self) -> DeltaPlace:
@@ -646,17 +659,14 @@ class RunDir:
         Raises:
             UserError: There is no run here.
         """
-        try:
-            facts = read_json(self.run_json)
-        except (FileNotFoundError, NotADirectoryError) as error:
+        if not self.exists:
             raise UserError(
                 "holds no run (no run.json)",
                 where=str(self.path),
                 way_out="Start one with: srlm-lite iterate --adapters " + str(self.path),
-            ) from error
-        except (ValueError, TypeError) as error:
-            raise UserError("not JSON; the run cannot be read", where=str(self.run_json)) from error
-        if not facts.keys() >= {"recipe", "identity"}:
+            )
+        facts = read_json(self.run_json)
+        if not all(isinstance(facts.get(key), dict) for key in ("recipe", "identity")):
             raise UserError("not the run.json of a run of srlm-lite", where=str(self.run_json))
         return facts
 
@@ -788,7 +798,14 @@ class RunDir:
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """All rows of `metrics.jsonl`; a torn last line is passed over."""
-        return [json.loads(line) for line in self._whole_metrics().split("\n") if line]
+        try:
+            return [json.loads(line) for line in self._whole_metrics().split("\n") if line]
+        except ValueError as error:
+            raise UserError(
+                f"damaged ({error})",
+                where=str(self.metrics),
+                way_out="Restore it, or delete it: only figures of stages are lost",
+            ) from error
 
     def _whole_metrics(self) -> str:
         if not self.metrics.exists():
@@ -801,7 +818,8 @@ def _existing(*paths: Path) -> list[Path]:
     return [path for path in paths if path.is_file()]
 
 
-def _adapter_files(folder: Path) -> tuple[Path, ...]:
+def adapter_files(folder: Path) -> tuple[Path, ...]:
+    """What an adapter is, on disk."""
     return folder / "adapter_model.safetensors", folder / "adapter_config.json"
 
 

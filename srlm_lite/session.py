@@ -16,7 +16,7 @@ from srlm_lite.errors import ProofError, UserError
 from srlm_lite.judging import Rubric, load_rubric
 from srlm_lite.processes import Processes
 from srlm_lite.progress import Reporter, Silent, Tracker, Untracked
-from srlm_lite.run_dir import RunDir
+from srlm_lite.run_dir import RunDir, StageDir, adapter_files
 
 if TYPE_CHECKING:  # torch is imported when the base is first needed, and not before
     from srlm_lite.model.base import LoadedBase
@@ -185,15 +185,23 @@ class Session:
         """The adapters of an iteration's model as they lie on disk; 0 is the anchor alone.
 
         Where the judge has deltas of its own, its last one stands in the policy's place.
+
+        Raises:
+            UserError: One is missing or damaged, or not what a finished stage has written.
         """
         from srlm_lite.model.stack import Adapter
 
-        stack = [Adapter.load(self.run.anchor.adapter)]
-        deltas = [self.run.iteration(iteration).delta] if iteration else []
+        adapters: list[tuple[StageDir, Path]] = [(self.run.anchor, self.run.anchor.adapter)]
+        begun = [self.run.iteration(t) for t in range(iteration, 0, -1)]
         if role == "judge" and self.recipe.judge_has_deltas:
-            places = [self.run.iteration(t).judge_place for t in range(iteration, 0, -1)]
-            deltas = [place.adapter for place in places if place.training.is_file()][:1]
-        return [*stack, *(Adapter.load(path) for path in deltas)]
+            own = [(it, it.judge_place) for it in begun]
+            adapters += [(it, place.adapter) for it, place in own if place.training.is_file()][:1]
+        else:
+            adapters += [(it, it.delta) for it in begun[:1]]
+        for stage, folder in adapters:
+            if stage.is_done:
+                stage.verify(*adapter_files(folder))
+        return [Adapter.load(folder) for _, folder in adapters]
 
     def share_out(
         self, work: Work[I], items: Sequence[I], *, role: Role | None = None, advance: Advance

@@ -490,6 +490,35 @@ def test_metrics_rows_come_back_in_order(tmp_path: Path) -> None:
     assert stat.S_ISREG(run.metrics.stat().st_mode)
 
 
+@pytest.mark.parametrize("content", [b"{oops\n", b"\xff\n"])
+def test_damaged_metrics_are_one_line(tmp_path: Path, content: bytes) -> None:
+    run = RunDir(tmp_path)
+    run.metrics.write_bytes(content)
+    with pytest.raises(UserError, match=r"metrics\.jsonl: damaged"):
+        run.read_metrics()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "is missing"),
+        (b"{oops", "not JSON"),
+        (b"\xff", "not JSON"),
+        (b"[1]", "not a JSON obj"),
+    ],
+)
+def test_a_damaged_file_of_the_run_is_one_line(
+    tmp_path: Path, content: bytes | None, message: str
+) -> None:
+    path = tmp_path / "eval.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        read_json(path)
+    assert str(caught.value).startswith(f"{path}: {message}")
+    assert str(caught.value).endswith("Restore it, or make the run again")
+
+
 def test_metrics_go_on_after_a_cut_at_every_byte(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     rows = [{"stage": "pairs"}, {"stage": "½"}]

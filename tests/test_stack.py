@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from srlm_lite.config import Base, Lora
+from srlm_lite.config import Base, Lora, load_recipe
 from srlm_lite.errors import ProofError, UserError
 from srlm_lite.model import stack as stack_module
 from srlm_lite.model.base import LoadedBase, load_base
 from srlm_lite.model.stack import CONFIG, WEIGHTS, Adapter, Slot, fuse, split
+from srlm_lite.run_dir import RunDir
+from srlm_lite.session import Session
 
 TARGETS = ("q_proj", "v_proj", "down_proj")
 LORA = Lora(rank=4, alpha=8, targets=TARGETS)
@@ -258,6 +262,12 @@ def test_a_stack_that_does_not_fit_is_refused(slot: Slot) -> None:
         slot.load([slot.fresh(Lora(rank=12, targets=TARGETS), seed=1)])
     with pytest.raises(UserError, match="does not have or the recipe does not target"):
         slot.load([adapter(1, rank=2, alpha=2, modules=("layers.9.q_proj",))])
+    mine = slot.fresh(Lora(rank=2, targets=TARGETS), seed=1)
+    (a, b), module = mine.factors[slot.modules[0]], slot.modules[0]
+    for a_shape, b_shape in (((2, 1), b.shape), (a.shape, (1, 2))):  # both of which would spread
+        other = Adapter(2, 2, {**mine.factors, module: (torch.ones(a_shape), torch.ones(b_shape))})
+        with pytest.raises(UserError, match=f"the adapter's {module} is for a layer of"):
+            slot.load([mine, other])
 
 
 def test_saving_and_loading_is_lossless(slot: Slot, tmp_path: Path) -> None:
@@ -285,3 +295,71 @@ def test_an_adapter_that_is_absent_damaged_or_of_another_kind_is_refused(
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(UserError, match="damaged"):
         Adapter.load(tmp_path)
+    config.write_bytes(b"\xff")
+    with pytest.raises(UserError, match="damaged"):
+        Adapter.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "key", "shape", "message"),
+    [
+        (
+            {"r": 3},
+            "m.lora_A.weight",
+            (2, 4),
+            r"weights for m are \[2, 4\] and \[5, 2\], and r is 3",
+        ),
+        ({}, "m.lora_A.weight", (1, 4), r"weights for m are \[1, 4\] and \[5, 2\], and r is 2"),
+        ({}, "m.lora_B.weight", (2,), r"weights for m are \[2, 4\] and \[2\], and r is 2"),
+        ({}, "m.lora_B.weight", None, r"weights for m are \[2, 4\] and \[0\], and r is 2"),
+        ({}, "m.lora_A.weight", None, "holds no LoRA weights"),
+        ({"r": None}, "m.lora_A.weight", (2, 4), "or not their r and alpha"),
+        ({"lora_alpha": "8"}, "m.lora_A.weight", (2, 4), "or not their r and alpha"),
+        ([], "m.lora_A.weight", (2, 4), "is no JSON object"),
+    ],
+)
+def test_an_adapter_that_is_not_what_it_says_is_refused(
+    tmp_path: Path, settings: Any, key: str, shape: tuple[int, ...] | None, message: str
+) -> None:
+    tensors = {"m.lora_A.weight": torch.ones(2, 4), "m.lora_B.weight": torch.ones(5, 2)}
+    del tensors[key]
+    if shape is not None:
+        tensors[key] = torch.ones(shape)
+    named = {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
+    save_file(named, tmp_path / WEIGHTS)
+    plain = {"peft_type": "LORA", "r": 2, "lora_alpha": 8}
+    told = {**plain, **settings} if isinstance(settings, dict) else settings
+    (tmp_path / CONFIG).write_text(json.dumps(told))
+    with pytest.raises(UserError, match=message):
+        Adapter.load(tmp_path)
+
+
+def test_an_adapter_of_weights_that_are_no_numbers_is_refused(slot: Slot, tmp_path: Path) -> None:
+    one = noisy(slot, LORA, 1)
+    one.factors[slot.modules[1]][1][0, 0] = float("nan")
+    one.save(tmp_path, base_name="b")
+    with pytest.raises(UserError, match="are no numbers"):
+        Adapter.load(tmp_path)
+
+
+def test_an_adapter_that_a_finished_stage_has_not_written_is_refused(
+    slot: Slot, tmp_path: Path
+) -> None:
+    """Another one put in its place would be what the next iteration learns from."""
+    session = Session(load_recipe("tiny"), RunDir(tmp_path))
+    anchor, iteration = session.run.anchor, session.run.iteration(1)
+    for seed, (stage, folder) in enumerate(
+        ((anchor, anchor.adapter), (iteration, iteration.delta))
+    ):
+        slot.fresh(LORA, seed=seed).save(folder, base_name="b")
+        stage.finish()
+    assert len(session.stack(1)) == 2
+    slot.fresh(LORA, seed=9).save(iteration.delta, base_name="b")
+    with pytest.raises(UserError, match=r"its hash differs from done\.json"):
+        session.stack(1)
+    assert len(session.stack(0)) == 1
+    iteration.done.unlink()  # it may yet be written anew
+    assert len(session.stack(1)) == 2
+    (anchor.adapter / CONFIG).unlink()
+    with pytest.raises(UserError, match=r"adapter_config\.json: is missing"):
+        session.stack(0)

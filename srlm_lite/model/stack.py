@@ -120,7 +120,8 @@ class Adapter:
         """Read a PEFT LoRA directory.
 
         Raises:
-            UserError: Not there, truncated, or a kind of LoRA that cannot be stacked.
+            UserError: Not there, truncated, with other shapes than it says, with weights that are
+                no numbers, or a kind of LoRA that cannot be stacked.
         """
         try:
             config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
@@ -130,10 +131,12 @@ class Adapter:
                 f"no adapter here ({Path(str(error.filename or WEIGHTS)).name} is missing)",
                 where=str(directory),
             ) from error
-        except (SafetensorError, json.JSONDecodeError) as error:
+        except (SafetensorError, ValueError) as error:
             raise UserError(
                 f"the adapter's files are damaged ({error})", where=str(directory)
             ) from error
+        if not isinstance(config, dict):
+            raise UserError(f"{CONFIG} is no JSON object", where=str(directory))
         odd = [key for key in _NOT_PLAIN if config.get(key)]
         if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or odd:
             kind = ", ".join(odd) or config.get("peft_type")
@@ -144,9 +147,25 @@ class Adapter:
         for key, a in tensors.items():
             if key.endswith(".lora_A.weight"):
                 module = key.removeprefix(_PREFIX).removesuffix(".lora_A.weight")
-                b = tensors[key.replace(".lora_A.", ".lora_B.")]
+                b = tensors.get(key.replace(".lora_A.", ".lora_B."), torch.empty(0))
                 factors[module] = (a.float(), b.float())
-        return cls(rank=int(config["r"]), alpha=float(config["lora_alpha"]), factors=factors)
+        rank, alpha = config.get("r"), config.get("lora_alpha")
+        if not isinstance(rank, int) or not isinstance(alpha, int | float) or not factors:
+            raise UserError("holds no LoRA weights, or not their r and alpha", where=str(directory))
+        for module, (a, b) in factors.items():
+            # A row too few would be copied into all of the slot's, and nobody would notice.
+            if a.dim() != 2 or b.dim() != 2 or not a.shape[0] == b.shape[1] == rank:
+                raise UserError(
+                    f"its weights for {module} are {[*a.shape]} and {[*b.shape]}, and r is {rank}",
+                    where=str(directory),
+                )
+            if not (a.isfinite().all() and b.isfinite().all()):
+                raise UserError(
+                    f"its weights for {module} are no numbers (NaN or infinite)",
+                    where=str(directory),
+                    way_out="Train it again, with a lower learning rate",
+                )
+        return cls(rank=rank, alpha=float(alpha), factors=factors)
 
 
 def fuse(stack: Sequence[Adapter]) -> Adapter:
@@ -297,6 +316,8 @@ class Slot:
         runs_a_role = adapter == _SLOT and not train and dtype is None
         if runs_a_role and _same(self._held, stack):
             return
+        for each in stack:
+            self._refuse_other_shapes(each)
         fused = fuse(stack) if stack else Adapter(rank=0, alpha=0.0, factors={})
         if fused.rank > self.rank:
             raise UserError(
@@ -333,6 +354,18 @@ class Slot:
             if self._backend == "unsloth":
                 unsloth_backend.prepare(self.model, training=train)
             self.model.eval()
+
+    def _refuse_other_shapes(self, adapter: Adapter) -> None:
+        for module in adapter.factors.keys() & self._layers.keys():
+            a, b = adapter.factors[module]
+            rows, columns = self._shapes(self._layers[module], adapter.rank)
+            if a.shape != rows or b.shape != columns:
+                raise UserError(
+                    f"the adapter's {module} is for a layer of {a.shape[1]} to {b.shape[0]}, the "
+                    f"base's is one of {rows[1]} to {columns[0]}",
+                    where="adapters",
+                    way_out="Use the base the adapter was trained on",
+                )
 
     def _fold_in(self, fused: Adapter) -> None:
         for module, layer in self._layers.items():
