@@ -58,6 +58,11 @@ class Adapter:
         """The update of a module is scaling * B @ A."""
         return self.alpha / self.rank
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether all weights are numbers."""
+        return all(bool(w.isfinite().all()) for factors in self.factors.values() for w in factors)
+
     def differs_from(self, other: Adapter) -> bool:
         """Whether any weight differs."""
         return any(
@@ -159,13 +164,12 @@ class Adapter:
                     f"its weights for {module} are {[*a.shape]} and {[*b.shape]}, and r is {rank}",
                     where=str(directory),
                 )
-            if not (a.isfinite().all() and b.isfinite().all()):
-                raise UserError(
-                    f"its weights for {module} are no numbers (NaN or infinite)",
-                    where=str(directory),
-                    way_out="Train it again, with a lower learning rate",
-                )
-        return cls(rank=rank, alpha=float(alpha), factors=factors)
+        adapter = cls(rank=rank, alpha=float(alpha), factors=factors)
+        if not adapter.is_finite:
+            raise UserError(
+                "some of its weights are no numbers (NaN or infinite)", where=str(directory)
+            )
+        return adapter
 
 
 def fuse(stack: Sequence[Adapter]) -> Adapter:
@@ -401,13 +405,13 @@ class Slot:
             layer = self._layers[module]
             a, b = _weight(layer.lora_A, _SLOT), _weight(layer.lora_B, _SLOT)
             factors[module] = (a.data[:end].float().cpu(), b.data[:, :end].float().cpu())
-            if not all(bool(factor.isfinite().all()) for factor in factors[module]):
-                raise UserError(
-                    f"training has diverged: weights of {module} are infinite or no numbers",
-                    where="learning_rate",
-                    way_out="Lower it, or set base.dtype=float32 if it is float16",
-                )
         fused = Adapter(rank=end, alpha=self._last_scaling * end, factors=factors)
+        if not fused.is_finite:
+            raise UserError(
+                "training has diverged: weights are infinite or no numbers",
+                where="learning_rate",
+                way_out="Lower it, or set base.dtype=float32 if it is float16",
+            )
         ranks = [start, rank] if start else [rank]
         return split(fused, ranks, [fused.scaling] * len(ranks))[-1]
 
