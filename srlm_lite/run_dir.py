@@ -26,6 +26,7 @@ from srlm_lite.records import Record
 
 R = TypeVar("R", bound=Record)
 
+_RESTORE = "Restore it, or delete the iterations after it"
 _LOCK = ".lock"
 _OWN = re.compile(
     r"run\.json|base\.json|metrics\.jsonl|anchor|base|reward|iter_\d{3,}|\.scratch|vllm\.log"
@@ -646,8 +647,40 @@ class RunDir:
             number += 1
 
     def last_done(self) -> int:
-        """Number of the last iteration that is done; 0 when only the anchor is, or nothing."""
+        """Number of the last iteration that is done; 0 when only the anchor is, or nothing.
+
+        Raises:
+            UserError: One in between is gone.
+        """
+        begun = sum(1 for _ in self.iterations())
+        last = self._last_begun()
+        if last > begun:
+            raise UserError(
+                f"is gone, and iteration {last} is there",
+                where=str(self.iteration(begun + 1).path),
+                way_out=_RESTORE,
+            )
         return max((it.number for it in self.iterations() if it.is_done), default=0)
+
+    def _last_begun(self) -> int:
+        found = (re.fullmatch(r"iter_(\d{3,})", entry.name) for entry in self._entries())
+        return max((int(name[1]) for name in found if name), default=0)
+
+    def _hold_to_models(self) -> None:
+        """Refuse to make anew a model that what is there was made from: it might become another.
+
+        Raises:
+            UserError: The training of one is gone.
+        """
+        last = self._last_begun()
+        before = [self.iteration(t).delta_place.training for t in range(1, last)]
+        for training in [self.anchor.training, *before] if last else []:
+            if not training.is_file():
+                raise UserError(
+                    f"is gone, and iteration {last} was made from that model",
+                    where=str(training),
+                    way_out=_RESTORE,
+                )
 
     @property
     def exists(self) -> bool:
@@ -691,6 +724,7 @@ class RunDir:
                 where=str(self.path),
                 way_out="Use another directory, undo the difference, or start over with --fresh",
             )
+        self._hold_to_models()
         if before["recipe"] != recipe.model_dump(mode="json"):
             self._write_run(recipe, facts)  # more iterations, other gates, the same files elsewhere
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -450,8 +451,33 @@ def test_iterations_are_counted_up_to_the_first_gap(tmp_path: Path) -> None:
     run.iteration(1).finish()
     assert [place.number for place in run.iterations()] == [1, 2]
     assert run.iteration(12).path.name == "iter_012"
+    with pytest.raises(UserError, match="iter_003: is gone, and iteration 4 is there"):
+        run.last_done()
+    run.iteration(4).path.rmdir()
     assert run.last_done() == 1
     assert RunDir(tmp_path / "absent").last_done() == 0
+
+
+def test_a_run_does_not_go_on_over_a_gap(tmp_path: Path) -> None:
+    """What is made anew need not be what the iterations after it were made from."""
+    run = RunDir(tmp_path / "run")
+    run.open(recipe(), {})
+    trainings = [run.anchor.training, *(run.iteration(t).delta_place.training for t in (1, 2))]
+    for training in trainings:
+        write_json(training, {})
+        run.open(recipe(), {})
+    for training, after in zip(trainings[:2], (2, 2), strict=True):
+        training.unlink()
+        with pytest.raises(UserError, match=rf"training\.json: is gone, and iteration {after} was"):
+            run.open(recipe(), {})
+        write_json(training, {})
+    trainings[2].unlink()  # nothing was made from that one
+    run.open(recipe(), {})
+    assert run.last_done() == 0
+    shutil.rmtree(run.iteration(1).path)
+    with pytest.raises(UserError, match="iter_001: is gone, and iteration 2 is there"):
+        run.last_done()
+    run.open(recipe(), {}, fresh=True)
 
 
 def test_done_json_names_every_artefact_with_its_hash(tmp_path: Path) -> None:
