@@ -145,8 +145,11 @@ def test_no_more_requests_at_once_than_allowed() -> None:
 
 @pytest.mark.parametrize(
     "trouble",
-    [(429, {}, "slow down"), (500, {}, ""), (503, {}, {"error": "loading"}), (200, {}, None)],
-    ids=["429", "500", "503", "dropped"],
+    [
+        *((429, {}, "slow down"), (500, {}, ""), (503, {}, {"error": "loading"}), (200, {}, None)),
+        (200, {"Content-Encoding": "gzip"}, "torn"),
+    ],
+    ids=["429", "500", "503", "dropped", "torn"],
 )
 def test_passing_trouble_is_tried_again(trouble: Reply) -> None:
     with scripted(lambda number, body: trouble if number < 3 else completion("yes")) as server:
@@ -229,10 +232,24 @@ def test_a_refusal_is_told_at_once(
     assert len(server.bodies) == 1
 
 
-@pytest.mark.parametrize("body", ["<html>Welcome</html>", {"choices": []}, {"choices": [{}]}, [1]])
+@pytest.mark.parametrize(
+    "body",
+    [
+        *("<html>Welcome</html>", {"choices": []}, {"choices": [{}]}, [1], 99999 * "["),
+        {"choices": [{"message": {"content": [{"type": "text", "text": "yes"}]}}]},
+        {"choices": [{"message": {"content": "yes"}}], "usage": {"completion_tokens": "many"}},
+    ],
+    ids=["html", "none", "empty", "list", "deep", "parts", "count"],
+)
 def test_an_answer_that_is_no_chat_completion(body: Any) -> None:
     with scripted(lambda number, _: (200, {}, body)) as server, pytest.raises(UserError):
         ask(server)
+
+
+def test_half_a_character_of_an_answer_is_marked() -> None:
+    """A server that cuts within an emoji may send one; no file can hold it."""
+    with scripted(lambda number, _: completion("a \ud83d\ude00 b \ud83d")) as server:
+        assert ask(server).text == "a \U0001f600 b \ufffd"
 
 
 def test_one_refusal_ends_the_requests_beside_it() -> None:
@@ -276,7 +293,9 @@ def test_a_key_that_no_header_can_carry_is_not_shown(monkeypatch: pytest.MonkeyP
     assert "geheim" not in str(caught.value)
 
 
-@pytest.mark.parametrize("url", ["judge.example/v1", "ftp://judge.example/v1"])
+@pytest.mark.parametrize(
+    "url", ["judge.example/v1", "ftp://judge.example/v1", "http://[::1", "http://a:b/v1"]
+)
 def test_a_url_that_is_none(url: str) -> None:
     with pytest.raises(UserError, match=r"openai\.url"):
         OpenAIEngine(settings(url)).sample(requests(1), GREEDY)

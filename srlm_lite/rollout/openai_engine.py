@@ -109,12 +109,15 @@ class OpenAIEngine:
         key = os.environ.get(name, "").strip() or NO_KEY
         if not (key.isascii() and key.isprintable()):
             raise UserError("holds characters that no key has", where=f"${name}")
-        return httpx.Client(
-            base_url=(self._settings.url or "").rstrip("/"),
-            headers={"Authorization": f"Bearer {key}"},
-            timeout=self._settings.timeout_s,
-            limits=httpx.Limits(max_connections=parallel, max_keepalive_connections=parallel),
-        )
+        try:
+            return httpx.Client(
+                base_url=(self._settings.url or "").rstrip("/"),
+                headers={"Authorization": f"Bearer {key}"},
+                timeout=self._settings.timeout_s,
+                limits=httpx.Limits(max_connections=parallel, max_keepalive_connections=parallel),
+            )
+        except httpx.InvalidURL as error:
+            raise UserError(f"not a URL ({error})", where="openai.url") from error
 
     def _body(self, request: Request, seed: int, limits: Limits) -> dict[str, Any]:
         body: dict[str, Any] = {
@@ -150,7 +153,7 @@ class _Caller:
                 response = self._client.post("/chat/completions", json=body)
             except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
                 raise UserError(f"not a URL ({error})", where="openai.url") from error
-            except httpx.TransportError as error:
+            except httpx.RequestError as error:
                 problem = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
             else:
                 if response.is_success:
@@ -168,7 +171,7 @@ class _Caller:
     def _json(self, response: httpx.Response) -> dict[str, Any]:
         try:
             return dict(response.json())
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise UserError(
                 f"{response.url} does not answer with JSON; is openai.url right?", where=_WHERE
             ) from error
@@ -223,12 +226,12 @@ def _retry_after(value: str) -> float:
 def _sample(answer: dict[str, Any], limits: Limits) -> Sample:
     try:
         choice = answer["choices"][0]
-        text = str(choice["message"].get("content") or "")
+        text = _whole(choice["message"].get("content") or "")
         drawn = (choice.get("logprobs") or {}).get("content") or []
         tokens = [_token(entry, limits.alternatives) for entry in drawn]
-        count = (answer.get("usage") or {}).get("completion_tokens")
+        count = int((answer.get("usage") or {}).get("completion_tokens") or 0)
         reason = choice.get("finish_reason")
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise UserError(
             f"the server's answer is no chat completion ({type(error).__name__}: {error})",
             where=_WHERE,
@@ -252,9 +255,20 @@ def _sample(answer: dict[str, Any], limits: Limits) -> Sample:
         text=kept.strip(),
         token_ids=(),
         finish_reason=finish,
-        n_tokens=int(count or 0),
+        n_tokens=count,
         tokens=tuple(tokens) if limits.alternatives else (),
     )
+
+
+def _whole(text: Any) -> str:
+    """The text as a file can hold it: half a character, which JSON can spell, is U+FFFD.
+
+    Raises:
+        TypeError: It is no text, but a list of parts, say.
+    """
+    if not isinstance(text, str):
+        raise TypeError(f"content is a {type(text).__name__}")
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def _token(entry: dict[str, Any], count: int) -> Token:
