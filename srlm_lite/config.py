@@ -1005,6 +1005,19 @@ def _content_digest(section: str, key: str, value: str) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
+def shipped_text(folder: str, suffix: str, *, name: str) -> str:
+    """What such a file says.
+
+    Raises:
+        UserError: As `shipped_file`; or it is not UTF-8 text.
+    """
+    path = shipped_file(folder, suffix, name=name)
+    try:
+        return path.read_text(encoding="utf-8-sig")  # files from Windows may begin with a mark
+    except UnicodeDecodeError as error:
+        raise UserError("not UTF-8 text", where=str(path)) from error
+
+
 def shipped_file(folder: str, suffix: str, *, name: str) -> Path:
     """A rubric or chat template given by shipped name or by path.
 

@@ -18,7 +18,7 @@ from typing import Annotated, Protocol
 import yaml
 from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
 
-from srlm_lite.config import SHIPPED, parse_yaml, shipped_file
+from srlm_lite.config import SHIPPED, parse_yaml, shipped_file, shipped_text
 from srlm_lite.errors import UserError
 from srlm_lite.records import FinishReason, Judgement
 
@@ -85,7 +85,7 @@ def load_template(name_or_path: str, *placeholders: str) -> str:
         UserError: Not found, or a `{{placeholder}}` is missing or doubled.
     """
     path = shipped_file("templates", ".txt", name=name_or_path)
-    text = path.read_text(encoding="utf-8")
+    text = shipped_text("templates", ".txt", name=name_or_path)
     for placeholder in placeholders:
         if text.count(f"{{{{{placeholder}}}}}") != 1:
             raise UserError(

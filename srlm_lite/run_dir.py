@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -693,10 +694,11 @@ class RunDir:
             UserError: There is no run here.
         """
         if not self.exists:
+            place = shlex.quote(str(self.path))
             raise UserError(
                 "holds no run (no run.json)",
                 where=str(self.path),
-                way_out="Start one with: srlm-lite iterate --adapters " + str(self.path),
+                way_out=f"Start one with: srlm-lite iterate --adapters {place}",
             )
         facts = read_json(self.run_json)
         if not all(isinstance(facts.get(key), dict) for key in ("recipe", "identity")):

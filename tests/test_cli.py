@@ -670,6 +670,8 @@ def test_inputs_are_checked_before_a_run_begins(tmp_path: Path) -> None:
         ("judge.rubric=nowhere", "neither a file nor one of the shipped rubrics"),
         ("evaluate.gold=nowhere:gold", "cannot be imported"),
         ("prompts.file=nowhere.jsonl", "no such file"),
+        ("base.chat_template=nowhere", "neither a file nor one of the shipped chat_templates"),
+        ("anchor.init=nowhere", "anchor.init = nowhere: no such directory"),
     ):
         recipe = load_recipe("tiny", [setting])
         with pytest.raises(UserError, match=told):

@@ -19,6 +19,7 @@ from srlm_lite.config import (
     recipes_dir,
     shipped_file,
     shipped_recipes,
+    shipped_text,
 )
 from srlm_lite.errors import UserError
 from srlm_lite.evaluate.gold import load_gold
@@ -402,6 +403,15 @@ def test_the_home_directory_is_found(
     (tmp_path / "seed").mkdir()
     monkeypatch.setenv("HOME", str(tmp_path))
     assert load_recipe(str(written), ["data.dir=~/seed"]).data.dir == str(tmp_path / "seed")
+
+
+def test_a_template_from_windows_reads_like_any_other(tmp_path: Path) -> None:
+    path = tmp_path / "t.jinja"
+    path.write_bytes(b"\xef\xbb\xbfhello")
+    assert shipped_text("chat_templates", ".jinja", name=str(path)) == "hello"
+    path.write_bytes(b"\xff")
+    with pytest.raises(UserError, match=r"t\.jinja: not UTF-8 text"):
+        shipped_text("chat_templates", ".jinja", name=str(path))
 
 
 @pytest.mark.parametrize("kind", ["rubrics", "chat_templates"])

@@ -12,7 +12,7 @@ from typing import Any, Self
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from srlm_lite.config import shipped_file
+from srlm_lite.config import shipped_text
 from srlm_lite.errors import UserError
 from srlm_lite.model.base import LoadedBase
 
@@ -152,7 +152,7 @@ class ChatFormat:
 
     def _template(self, name: str | None) -> str:
         if name is not None:
-            return shipped_file("chat_templates", ".jinja", name=name).read_text(encoding="utf-8")
+            return shipped_text("chat_templates", ".jinja", name=name)
         try:
             own: str = self._tokenizer.get_chat_template()
         except ValueError as error:

@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
-from srlm_lite.config import Recipe
+from srlm_lite.config import SHIPPED, Recipe, shipped_text
 from srlm_lite.errors import UserError
 from srlm_lite.evaluate import ifeval
 from srlm_lite.evaluate.gold import load_gold
@@ -154,6 +154,10 @@ def check_inputs(recipe: Recipe) -> None:
     if "vllm" in (recipe.rollout.engine, recipe.judge.engine):
         check_vllm()
     load_rubric(recipe.judge.rubric)
+    if recipe.base.chat_template is not None:
+        shipped_text(*SHIPPED["base", "chat_template"], name=recipe.base.chat_template)
+    if recipe.anchor.init != "base" and not Path(recipe.anchor.init).is_dir():
+        raise UserError("no such directory", where=f"anchor.init = {recipe.anchor.init}")
     if recipe.evaluate.gold is not None:
         load_gold(recipe.evaluate.gold)
     if recipe.evaluate.ifeval is not None:
