@@ -342,6 +342,31 @@ def test_truncated_weights_are_refused(tiny_copy: Path, kept: int) -> None:
     assert str(file) in line
 
 
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ("{", "model.safetensors.index.json: damaged"),
+        ("{}", "model.safetensors.index.json: damaged"),
+        ('{"weight_map": {"a": "b.safetensors"}}', "b.safetensors: the index names it, but it is"),
+        ('{"weight_map": {"a": "pytorch_model.bin"}}', "which is no *.safetensors file beside it"),
+        ('{"weight_map": {"a": "../x.safetensors"}}', "which is no *.safetensors file beside it"),
+    ],
+)
+def test_an_index_of_other_files_is_refused(tiny_copy: Path, index: str, message: str) -> None:
+    (tiny_copy / "model.safetensors").rename(tiny_copy / "model-00001-of-00002.safetensors")
+    (tiny_copy / "pytorch_model.bin").write_bytes(b"\x80\x04")
+    (tiny_copy / "model.safetensors.index.json").write_text(index)
+    assert message in refusal(Base(name=str(tiny_copy)))
+
+
+@pytest.mark.parametrize("wrong", [{"hidden_size": "x"}, {"num_attention_heads": 0}, []])
+def test_a_damaged_configuration_is_refused(tiny_copy: Path, wrong: Any) -> None:
+    settings = json.loads((tiny_copy / "config.json").read_text())
+    damaged = settings | wrong if isinstance(wrong, dict) else wrong
+    (tiny_copy / "config.json").write_text(json.dumps(damaged))
+    assert f"{tiny_copy} cannot be loaded (" in refusal(Base(name=str(tiny_copy)))
+
+
 def test_missing_tensors_are_refused(tiny_copy: Path) -> None:
     settings = json.loads((tiny_copy / "config.json").read_text())
     settings["num_hidden_layers"] = 3

@@ -317,6 +317,14 @@ def test_a_template_that_fails_is_refused(tiny_tokenizer: Any, tmp_path: Path, s
         ChatFormat(tiny_tokenizer, template=str(file))
 
 
+def test_a_template_without_the_users_text_is_refused(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    """Every prompt would be the same one."""
+    file = tmp_path / "deaf.jinja"
+    file.write_text(CHATML.replace("content", "contents"))
+    with pytest.raises(UserError, match="leaves out what the user says"):
+        ChatFormat(tiny_tokenizer, template=str(file))
+
+
 def test_a_template_that_writes_the_date_renders_alike_every_day(
     tiny_tokenizer: Any, tmp_path: Path
 ) -> None:

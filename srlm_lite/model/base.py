@@ -43,7 +43,7 @@ from srlm_lite import config
 from srlm_lite.errors import UserError
 from srlm_lite.model import unsloth_backend
 from srlm_lite.model.cache import cache_dir
-from srlm_lite.model.checkpoint import Checkpoint, weight_files
+from srlm_lite.model.checkpoint import INDEX, Checkpoint, weight_files
 from srlm_lite.model.heap import give_back
 from srlm_lite.model.nf4 import nf4_settings
 from srlm_lite.model.sharding import load_shards
@@ -563,6 +563,8 @@ def _check_directory(folder: Path) -> None:
             if other
             else None,
         )
+    if (folder / INDEX).is_file():
+        weight_files(folder)
 
 
 def _base_files(folder: Path) -> list[Path]:
@@ -668,7 +670,9 @@ def _explained(section: config.Base, kind: Kind, location: str) -> Iterator[None
             where=_WHERE,
             way_out="Get the file again",
         ) from error
-    except (OSError, ValueError, RuntimeError, ImportError, KeyError, httpx.HTTPError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # a library meets a damaged file with whatever it trips over
         raise _explanation(error, section, kind, location) from error
 
 

@@ -182,6 +182,10 @@ class ChatFormat:
             raise UserError(
                 f"the chat template fails: {error}", where="base.chat_template"
             ) from error
+        if _MARK * 2 not in context:
+            raise UserError(
+                "the chat template leaves out what the user says", where="base.chat_template"
+            )
         written = [whole]
         with contextlib.suppress(TemplateError):  # many templates know no system message
             system = {"role": "system", "content": _MARK}

@@ -28,6 +28,7 @@ from srlm_lite.errors import UserError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_ENDING = ".safetensors"
 
 DTYPES = {
     "F64": torch.float64,
@@ -261,11 +262,11 @@ def weight_files(folder: Path) -> list[str]:
     """Names of the files that hold a directory's weights.
 
     Raises:
-        UserError: Neither an index nor a single file.
+        UserError: Neither an index nor a single file; or the index is damaged, or names what is no
+            safetensors file in the directory.
     """
     if (folder / INDEX).is_file():
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        return sorted(set(index["weight_map"].values()))
+        return _indexed(folder)
     if (folder / SINGLE).is_file():
         return [SINGLE]
     raise UserError(
@@ -273,6 +274,21 @@ def weight_files(folder: Path) -> list[str]:
         where=str(folder),
         way_out="Save the base again with save_pretrained",
     )
+
+
+def _indexed(folder: Path) -> list[str]:
+    where = str(folder / INDEX)
+    try:
+        names = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, LookupError, AttributeError, TypeError) as error:
+        raise UserError("damaged", where=where, way_out="Get the file again") from error
+    for name in names:
+        # Another file would be read as pickled weights, which can run code.
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(_ENDING):
+            raise UserError(f"names {name!r}, which is no *{_ENDING} file beside it", where=where)
+        if not (folder / name).is_file():
+            raise UserError("the index names it, but it is missing", where=str(folder / name))
+    return sorted(names)
 
 
 def _header(path: Path) -> list[_Place]:
