@@ -672,6 +672,8 @@ def test_inputs_are_checked_before_a_run_begins(tmp_path: Path) -> None:
         ("prompts.file=nowhere.jsonl", "no such file"),
         ("base.chat_template=nowhere", "neither a file nor one of the shipped chat_templates"),
         ("anchor.init=nowhere", "anchor.init = nowhere: no such directory"),
+        ("rollout.max_new_tokens=256", "leaves no room for a prompt in base.window = 256"),
+        ("base.window=64", "judge.max_new_tokens = 64: leaves no room for a prompt"),
     ):
         recipe = load_recipe("tiny", [setting])
         with pytest.raises(UserError, match=told):

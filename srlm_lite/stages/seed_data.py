@@ -185,7 +185,27 @@ def check_inputs(recipe: Recipe) -> None:
         if recipe.rlaif.helpful:
             read_ift(recipe)
     if recipe.iterations:
+        _check_window(recipe)
         _check_prompts(recipe)
+
+
+def _check_window(recipe: Recipe) -> None:
+    """That a prompt fits the window beside what is to be written after it.
+
+    Raises:
+        UserError: None does, whatever its length.
+    """
+    judge, window = recipe.judge, recipe.base.window
+    shortest = {"rollout.max_new_tokens": recipe.rollout.max_new_tokens}
+    if (judge.engine or recipe.rollout.engine) != "openai":  # a server has a window of its own
+        shortest["judge.max_new_tokens"] = min(judge.max_new_tokens, judge.retry_max_new_tokens)
+    for key, tokens in shortest.items():
+        if tokens >= window:
+            raise UserError(
+                f"leaves no room for a prompt in base.window = {window}",
+                where=f"{key} = {tokens}",
+                way_out="Lower it, or raise base.window",
+            )
 
 
 def _check_prompts(recipe: Recipe) -> None:
