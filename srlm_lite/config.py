@@ -819,10 +819,7 @@ def overridden(raw: Mapping[str, Any], overrides: Sequence[str], *, where: str) 
 
 
 def _read_recipe(path: Path, *below: Path) -> dict[str, Any]:
-    try:
-        raw = parse_yaml(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"not readable as YAML ({error})", where=str(path)) from error
+    raw = read_yaml(path)
     if not isinstance(raw, dict):
         raise UserError("a recipe is a mapping of sections", where=str(path))
     _resolve_paths(raw, path.parent, Path.cwd())
@@ -857,7 +854,7 @@ def recipe_from(raw: Mapping[str, Any], *, where: str) -> Recipe:
                 f"unknown key `{key}`", where=where, way_out=_suggestion(location)
             ) from error
         whole_section = first["type"] in ("missing", "value_error")
-        shown = "" if whole_section else f" (is {first['input']!r})"
+        shown = "" if whole_section else f" (is {shorten(repr(first['input']))})"
         message = first["msg"].removeprefix("Value error, ")
         at = f"`{key}`{shown}: " if key else ""  # two sections that do not go together
         raise UserError(f"{at}{message}", where=where) from error
@@ -921,9 +918,10 @@ def _apply(target: dict[str, Any], override: str) -> None:
         if not isinstance(target, dict):
             raise UserError("a key cannot be both a value and a section", where=f"--set {override}")
     try:
-        target[last] = parse_yaml(value)
+        target[last] = _parsed(value)
     except yaml.YAMLError as error:
-        raise UserError("the value is not valid YAML", where=f"--set {override}") from error
+        where = f"--set {shorten(override)}"
+        raise UserError("the value is not valid YAML", where=where) from error
 
 
 class _Loader(yaml.SafeLoader):
@@ -946,17 +944,30 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
-def parse_yaml(text: str) -> Any:
-    """What a YAML text says.
-
-    Raises:
-        yaml.YAMLError: It is none, a key stands twice, or a value cannot be had: a day that no
-            month has, a number of thousands of digits.
-    """
+def _parsed(text: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)
-    except (ValueError, RecursionError) as error:
+    # A day that no month has, a number of thousands of digits, a tag for what it is not.
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise yaml.YAMLError(str(error)) from error
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file says.
+
+    Raises:
+        UserError: It is none, not UTF-8, or a key stands twice in it.
+    """
+    try:
+        return _parsed(path.read_text(encoding="utf-8-sig"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        said = shorten(str(error))
+        raise UserError(f"not readable as YAML ({said})", where=str(path)) from error
+
+
+def shorten(text: str) -> str:
+    """What a message can show of a text."""
+    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -976,7 +987,7 @@ def _resolve_paths(raw: dict[str, Any], *directories: Path) -> None:
             continue
         if (section, key, value) in NO_PATHS or _is_shipped_name(section, key, value):
             continue
-        path = Path(value).expanduser()
+        path = Path(os.path.expanduser(value))  # Path's own fails where there is no such user
         # Links are not followed: in a Hub cache only the link's name tells a `.gguf`.
         places = [os.path.abspath(directory / path) for directory in directories]
         part[key] = next((place for place in places if os.path.exists(place)), value)

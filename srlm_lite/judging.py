@@ -15,10 +15,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Protocol
 
-import yaml
 from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
 
-from srlm_lite.config import SHIPPED, parse_yaml, shipped_file, shipped_text
+from srlm_lite.config import SHIPPED, read_yaml, shipped_file, shipped_text
 from srlm_lite.errors import UserError
 from srlm_lite.records import FinishReason, Judgement
 
@@ -107,10 +106,7 @@ def fill(template: str, texts: Mapping[str, str], *, tags: Sequence[str]) -> str
 
 
 def _read_rubric(path: Path) -> Rubric:
-    try:
-        raw = parse_yaml(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError("not readable as YAML", where=str(path)) from error
+    raw = read_yaml(path)
     if not isinstance(raw, dict):
         raise UserError("a rubric is a mapping with the key template", where=str(path))
     unknown = raw.keys() - set(Rubric.__slots__)

@@ -6,10 +6,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from srlm_lite.config import SHIPPED, parse_yaml, shipped_file
+from srlm_lite.config import SHIPPED, read_yaml, shipped_file
 from srlm_lite.errors import UserError
 
 _PLACES = {
@@ -58,11 +57,9 @@ def load_principles(name_or_path: str) -> Principles:
             or a question whose placeholders are not the ones it needs, once each.
     """
     path = shipped_file(*SHIPPED["rlaif", "principles"], name=name_or_path)
+    raw = read_yaml(path)
     try:
-        raw = parse_yaml(path.read_text(encoding="utf-8"))
         found = TypeAdapter(Principles).validate_python(raw)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError("not readable as YAML", where=str(path)) from error
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"])) or "the file"

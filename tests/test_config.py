@@ -214,6 +214,7 @@ def test_a_recipe_like_no_other_lists_the_shipped_ones() -> None:
         (b"\xff\xfe\x00", "not readable as YAML"),
         (b"- a\n- b\n", "a recipe is a mapping of sections"),
         (b"", "a recipe is a mapping of sections"),
+        (b"name: !!timestamp soon\n", "not readable as YAML"),
         (b"name: 2024-13-01\n", "not readable as YAML (month must be in 1..12"),
         (b"seed: " + 5000 * b"9", "not readable as YAML (Exceeds the limit"),
         (b"dpo: " + 900 * b"[" + 900 * b"]", "not readable as YAML (maximum recursion depth"),
@@ -508,3 +509,19 @@ def test_the_digest_is_the_same_in_another_process(written: Path) -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/"
     )
     assert other.stdout.strip() == load_recipe(str(written)).digest()
+
+
+def test_a_long_value_is_shown_in_part(written: Path) -> None:
+    with pytest.raises(UserError, match=r"`rollout\.n` \(is 'xxx") as caught:
+        load_recipe(str(written), ["rollout.n=" + "x" * 10_000])
+    assert len(str(caught.value)) < 1000
+
+
+def test_the_home_of_nobody_is_a_path_like_any_other(written: Path) -> None:
+    assert load_recipe(str(written), ["data.dir=~nobody-here/x"]).data.dir == "~nobody-here/x"
+
+
+def test_a_mark_at_the_start_of_a_file_from_windows_is_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "one.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL), encoding="utf-8-sig")
+    assert load_recipe(str(path)).name == MINIMAL["name"]

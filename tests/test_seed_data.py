@@ -11,7 +11,7 @@ import pytest
 
 from srlm_lite.config import load_recipe
 from srlm_lite.errors import UserError
-from srlm_lite.stages.seed_data import check_inputs, read_human_answers
+from srlm_lite.stages.seed_data import check_inputs, read_human_answers, read_prompts
 
 Rows = list[dict[str, Any]]
 
@@ -104,3 +104,9 @@ def test_prompts_of_the_methods_that_learn_from_human_replies(tmp_path: Path) ->
             check_inputs(load_recipe(f"toy-{method}", many))
     with pytest.raises(UserError, match=r"absent\.jsonl: no such file"):
         check_inputs(load_recipe("toy-rlhf", [f"prompts.file={tmp_path}/absent.jsonl"]))
+
+
+def test_a_prompt_without_an_id_is_named_by_its_row(tmp_path: Path) -> None:
+    path = tmp_path / "list.jsonl"
+    write(path, [{"text": "a", "prompt_id": None}, {"text": "b"}, {"text": "c", "prompt_id": 0}])
+    assert [row.prompt_id for row in read_prompts(path)] == ["list-1", "list-2", "0"]

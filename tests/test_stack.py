@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -312,7 +312,7 @@ def test_an_adapter_that_is_absent_damaged_or_of_another_kind_is_refused(
         ({}, "m.lora_A.weight", (1, 4), r"weights for m are \[1, 4\] and \[5, 2\], and r is 2"),
         ({}, "m.lora_B.weight", (2,), r"weights for m are \[2, 4\] and \[2\], and r is 2"),
         ({}, "m.lora_B.weight", None, r"weights for m are \[2, 4\] and \[0\], and r is 2"),
-        ({}, "m.lora_A.weight", None, "holds no LoRA weights"),
+        ({}, "m.lora_A.weight", None, r"not one that holds .*m\.lora_B\.weight"),
         ({"r": None}, "m.lora_A.weight", (2, 4), "or not their r and alpha"),
         ({"lora_alpha": "8"}, "m.lora_A.weight", (2, 4), "or not their r and alpha"),
         ([], "m.lora_A.weight", (2, 4), "is no JSON object"),
@@ -363,3 +363,25 @@ def test_an_adapter_that_a_finished_stage_has_not_written_is_refused(
     (anchor.adapter / CONFIG).unlink()
     with pytest.raises(UserError, match=r"adapter_config\.json: is missing"):
         session.stack(0)
+
+
+def test_an_adapter_with_more_than_plain_lora_is_refused(slot: Slot, tmp_path: Path) -> None:
+    """What is left out silently would make another model of it."""
+    one = noisy(slot, LORA, 1)
+    one.save(tmp_path, base_name="b")
+    tensors = load_file(tmp_path / WEIGHTS)
+    plain = json.loads((tmp_path / CONFIG).read_text())
+
+    def refused(words: str, more: dict[str, Tensor], **config: object) -> None:
+        save_file(tensors | more, tmp_path / WEIGHTS, metadata={"format": "pt"})
+        (tmp_path / CONFIG).write_text(json.dumps(plain | config))
+        with pytest.raises(UserError, match=words):
+            Adapter.load(tmp_path)
+
+    for name in ("embed_tokens.lora_embedding_A", "lm_head.weight", "q.lora_B.bias"):
+        refused(rf"not one that holds .*{name}", {f"base_model.model.model.{name}": torch.ones(2)})
+    refused(r"not init_lora_weights=pissa_niter_16", {}, init_lora_weights="pissa_niter_16")
+    refused(r"not alora_invocation_tokens", {}, alora_invocation_tokens=[1])
+    save_file(tensors, tmp_path / WEIGHTS, metadata={"format": "pt"})
+    (tmp_path / CONFIG).write_text(json.dumps(plain | {"init_lora_weights": True}))
+    assert not Adapter.load(tmp_path).differs_from(one)

@@ -40,9 +40,19 @@ Factors = tuple[Tensor, Tensor]
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
-_PREFIX = "base_model.model."
+_PREFIX, _A, _B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 _SLOT = "default"
-_NOT_PLAIN = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save")
+_NOT_PLAIN = (
+    "use_rslora",
+    "use_dora",
+    "rank_pattern",
+    "alpha_pattern",
+    "modules_to_save",
+    "alora_invocation_tokens",
+    "layer_replication",
+)
+_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Initialisations whose adapters stand on other weights than the base's own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +107,8 @@ class Adapter:
         directory.mkdir(parents=True, exist_ok=True)
         tensors = {}
         for module, (a, b) in self.factors.items():
-            tensors[f"{_PREFIX}{module}.lora_A.weight"] = a.to(dtype).contiguous()
-            tensors[f"{_PREFIX}{module}.lora_B.weight"] = b.to(dtype).contiguous()
+            tensors[f"{_PREFIX}{module}{_A}"] = a.to(dtype).contiguous()
+            tensors[f"{_PREFIX}{module}{_B}"] = b.to(dtype).contiguous()
         config = {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
@@ -126,7 +136,8 @@ class Adapter:
 
         Raises:
             UserError: Not there, truncated, with other shapes than it says, with weights that are
-                no numbers, or a kind of LoRA that cannot be stacked.
+                no numbers, a kind of LoRA that cannot be stacked, or one with weights beside A and
+                B, such as of embeddings: without them it is another model.
         """
         try:
             config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
@@ -143,17 +154,23 @@ class Adapter:
         if not isinstance(config, dict):
             raise UserError(f"{CONFIG} is no JSON object", where=str(directory))
         odd = [key for key in _NOT_PLAIN if config.get(key)]
+        if str(config.get("init_lora_weights")).lower().startswith(_CHANGE_THE_BASE):
+            odd.append(f"init_lora_weights={config['init_lora_weights']}")
         if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or odd:
             kind = ", ".join(odd) or config.get("peft_type")
             raise UserError(
                 f"only plain LoRA adapters can be stacked, not {kind}", where=str(directory)
             )
         factors: dict[str, Factors] = {}
-        for key, a in tensors.items():
-            if key.endswith(".lora_A.weight"):
-                module = key.removeprefix(_PREFIX).removesuffix(".lora_A.weight")
-                b = tensors.get(key.replace(".lora_A.", ".lora_B."), torch.empty(0))
-                factors[module] = (a.float(), b.float())
+        for key in [key for key in tensors if key.endswith(_A)]:
+            module = key.removeprefix(_PREFIX).removesuffix(_A)
+            a, b = tensors.pop(key), tensors.pop(key.removesuffix(_A) + _B, torch.empty(0))
+            factors[module] = (a.float(), b.float())
+        if tensors:
+            raise UserError(
+                f"only plain LoRA adapters can be stacked, not one that holds {min(tensors)}",
+                where=str(directory),
+            )
         rank, alpha = config.get("r"), config.get("lora_alpha")
         if not isinstance(rank, int) or not isinstance(alpha, int | float) or not factors:
             raise UserError("holds no LoRA weights, or not their r and alpha", where=str(directory))

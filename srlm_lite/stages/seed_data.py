@@ -115,7 +115,8 @@ def read_prompts(path: Path) -> list[Prompt]:
         text = row.get("text", row.get("prompt", row.get("instruction")))
         if not isinstance(text, str) or not text.strip():
             raise UserError(f"row {number} has no text", where=str(path))
-        prompt_id = str(row.get("prompt_id", f"{path.stem}-{number}"))
+        named = row.get("prompt_id")
+        prompt_id = f"{path.stem}-{number}" if named is None else str(named)
         prompts.append(Prompt(prompt_id, text, str(row.get("source", path.name))))
     _refuse_doubles((prompt.prompt_id for prompt in prompts), "prompts", path)
     return prompts
