@@ -24,6 +24,7 @@ from srlm_lite.methods import method_of
 from srlm_lite.run_dir import IterationDir
 from srlm_lite.session import Session
 from srlm_lite.stages import anchor, evaluation
+from srlm_lite.stages.iteration import check_prompts
 from srlm_lite.stages.log import StageLog
 
 
@@ -40,6 +41,7 @@ def make_anchor(session: Session) -> None:
     directory = session.run.anchor
     if directory.is_done:
         return
+    check_prompts(session, method_of(session.recipe).pool)
     log = StageLog(session, directory, iteration=0)
     log.run("anchor", lambda: anchor.anchor(session))
     log.run("evaluation", lambda: evaluation.evaluation(session, directory, session.stack(0)))

@@ -346,19 +346,36 @@ def test_given_targets_are_wanted_where_the_recipe_says_so(tmp_path: Path) -> No
 
 
 def test_prompts_run_out_with_a_way_out(finished: RunDir) -> None:
-    from srlm_lite.stages.iteration import prompts
+    from srlm_lite.stages.iteration import listed_prompts, prompts
 
     recipe: Recipe = load_recipe("tiny")
     session = Session(recipe, finished)
     far = finished.iteration(999)
-    with pytest.raises(UserError, match=r"iteration 999 needs prompts .* prompts\.reuse=true"):
-        prompts(session, far)
+    told = r"iteration 999 needs prompts .* prompts\.reuse=true, in another directory; "
+    with pytest.raises(UserError, match=rf"{told}anchor\.init={finished.anchor.path} keeps"):
+        prompts(session, far, listed_prompts)
     reusing = Session(load_recipe("tiny", ["prompts.reuse=true"]), finished)
     reusing.__dict__["chat"] = session.chat
-    found, _ = prompts(reusing, finished.iteration(998))
+    found, _ = prompts(reusing, finished.iteration(998), listed_prompts)
     assert len({prompt.prompt_id for prompt in found}) == 12
     for number in (998, 999):
         folder = finished.iteration(number).path
         (folder / "prompts.jsonl").unlink(missing_ok=True)
         if folder.exists():
             folder.rmdir()
+
+
+def test_prompts_longer_than_the_window_are_told_before_the_anchor_is_trained(
+    tmp_path: Path,
+) -> None:
+    """A run of other settings is another run: it could not go on with this one's anchor."""
+    data = shutil.copytree(load_recipe("tiny").data.dir, tmp_path / "data")
+    listed = read_jsonl(data / "prompts.jsonl")
+    lines = [json.dumps({**row, "text": 300 * "long "}) + "\n" for row in listed[:-20]]
+    lines += [json.dumps(row) + "\n" for row in listed[-20:]]  # 2 x 12 are wanted
+    (data / "prompts.jsonl").write_text("".join(lines))
+    out = RunDir(tmp_path / "out")
+    told = r"needs prompts 13 to 24, but the list has 20 .* set prompts\.reuse=true$"
+    with pytest.raises(UserError, match=told):
+        run(out.path, f"data.dir={data}")
+    assert not out.anchor.training.is_file()

@@ -20,14 +20,11 @@ from srlm_lite.stages.seed_data import ranked_file, read_ranked
 class OfflineDpo(SelfRewarding):
     """The human replies stand where the policy's answers would, the human rank where scores."""
 
-    def prompts(
-        self, session: Session, iteration: IterationDir
-    ) -> tuple[list[Prompt], dict[str, Any]]:
-        """Prompts of the ranked replies, the next slice of them."""
+    def pool(self, session: Session) -> stages.Pool:
+        """Prompts of the ranked replies."""
         path = ranked_file(session.recipe)
         groups = read_ranked(path, None)
-        pool = [Prompt(group[0].prompt_id, group[0].prompt, path.name) for group in groups]
-        return stages.prompts(session, iteration, pool=(pool, path))
+        return [Prompt(group[0].prompt_id, group[0].prompt, path.name) for group in groups], path
 
     def candidates(
         self, session: Session, iteration: IterationDir, prompts: Sequence[Prompt]

@@ -33,11 +33,15 @@ class SelfRewarding:
     A stage whose files are complete gives what is in them, and computes nothing.
     """
 
+    def pool(self, session: Session) -> stages.Pool | None:
+        """The list that the iterations take their prompts from; None where they are written."""
+        return stages.listed_prompts(session)
+
     def prompts(
         self, session: Session, iteration: IterationDir
     ) -> tuple[list[Prompt], dict[str, Any]]:
         """New prompts."""
-        return stages.prompts(session, iteration)
+        return stages.prompts(session, iteration, self.pool)
 
     def candidates(
         self, session: Session, iteration: IterationDir, prompts: Sequence[Prompt]

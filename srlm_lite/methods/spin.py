@@ -27,13 +27,10 @@ from srlm_lite.stages.seed_data import read_human_answers
 class Spin(SelfRewarding):
     """The opponent is the last model, the winner always the human."""
 
-    def prompts(
-        self, session: Session, iteration: IterationDir
-    ) -> tuple[list[Prompt], dict[str, Any]]:
-        """Prompts that a human has answered, the next slice of them."""
+    def pool(self, session: Session) -> stages.Pool:
+        """Prompts that a human has answered."""
         answers, path = read_human_answers(session.recipe)
-        pool = [Prompt(row.prompt_id, row.prompt, path.name) for row in answers]
-        return stages.prompts(session, iteration, pool=(pool, path))
+        return [Prompt(row.prompt_id, row.prompt, path.name) for row in answers], path
 
     def candidates(
         self, session: Session, iteration: IterationDir, prompts: Sequence[Prompt]

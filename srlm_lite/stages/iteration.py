@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -48,55 +48,83 @@ if TYPE_CHECKING:
 
 
 Pool = tuple[list[Prompt], Path]
+"""Prompts that the iterations take theirs from, and the file they are from."""
 DpoFacts = dict[str, float]
 
 
 def prompts(
-    session: Session, iteration: IterationDir, *, pool: Pool | None = None
+    session: Session, iteration: IterationDir, pool: Callable[[Session], Pool | None]
 ) -> tuple[list[Prompt], dict[str, Any]]:
     """The iteration's prompts: the next slice of the shuffled list, or newly written ones.
 
     Args:
-        pool: Prompts to take in place of the recipe's, and the file they are from.
+        pool: Gives that list, or None where prompts are written.
     """
-    section = session.recipe.prompts
     if iteration.prompts.is_file():
         found = read_records(iteration.prompts, Prompt)
         return found, {"prompts": len(found)}
-    if pool is not None:
-        chosen, facts = _slice(session, pool[0], iteration.number, pool[1])
-    elif section.source == "self-instruct":
+    listed = pool(session)
+    if listed is None:
         chosen, facts = write_prompts(session, iteration)
     else:
-        path = prompt_file(session.recipe)
-        chosen, facts = _slice(session, read_prompts(path), iteration.number, path)
+        chosen, facts = _slice(session, listed, iteration.number)
     write_records(iteration.prompts, chosen)
     return chosen, {"prompts": len(chosen), **facts}
 
 
-def _slice(
-    session: Session, pool: list[Prompt], number: int, path: Path
-) -> tuple[list[Prompt], dict[str, Any]]:
-    section = session.recipe.prompts
-    room = session.recipe.base.window - session.recipe.rollout.max_new_tokens
-    fitting = [p for p in pool if len(session.chat.prompt_ids(p.text)) <= room]
+def listed_prompts(session: Session) -> Pool | None:
+    """The recipe's own list, where it has one."""
+    if session.recipe.prompts.source == "self-instruct":
+        return None
+    path = prompt_file(session.recipe)
+    return read_prompts(path), path
+
+
+def check_prompts(session: Session, pool: Callable[[Session], Pool | None]) -> None:
+    """Find out before the anchor is trained whether the last iteration will have prompts.
+
+    Raises:
+        UserError: Too few of them fit the window.
+    """
+    found = pool(session) if session.recipe.iterations else None
+    if found is not None:
+        _fitting(session, found, session.recipe.iterations)
+
+
+def _slice(session: Session, pool: Pool, number: int) -> tuple[list[Prompt], dict[str, Any]]:
+    fitting = _fitting(session, pool, number)
     Random(f"{session.recipe.seed}/prompts").shuffle(fitting)
+    count = session.recipe.prompts.per_iteration
+    chosen = [fitting[i % len(fitting)] for i in range((number - 1) * count, number * count)]
+    return chosen, {"too_long": len(pool[0]) - len(fitting)}
+
+
+def _fitting(session: Session, pool: Pool, number: int) -> list[Prompt]:
+    """The prompts that fit the window, enough of them for this iteration."""
+    section, (prompts, path) = session.recipe.prompts, pool
+    room = session.recipe.base.window - session.recipe.rollout.max_new_tokens
+    fitting = [p for p in prompts if len(session.chat.prompt_ids(p.text)) <= room]
     first, last = (number - 1) * section.per_iteration, number * section.per_iteration
+    way_out = "Lower prompts.per_iteration"
+    kept = ""
+    if session.run.anchor.training.is_file():  # a run of other settings is another run
+        place = session.run.anchor.adapter.absolute()
+        kept = f", in another directory; anchor.init={place} keeps this anchor"
     if last > len(fitting) and not section.reuse:
         raise UserError(
             f"iteration {number} needs prompts {first + 1} to {last}, but the list has "
             f"{len(fitting)} that fit the window",
             where=str(path),
-            way_out="Lower prompts.per_iteration, or set prompts.reuse=true",
+            way_out=f"{way_out}, or set prompts.reuse=true{kept}",
         )
     if len(fitting) < section.per_iteration:
         raise UserError(
             f"has {len(fitting)} prompts that fit the window, fewer than prompts.per_iteration "
             f"= {section.per_iteration}",
             where=str(path),
+            way_out=f"{way_out}{kept}",
         )
-    chosen = [fitting[i % len(fitting)] for i in range(first, last)]
-    return chosen, {"too_long": len(pool) - len(fitting)}
+    return fitting
 
 
 def candidates(
