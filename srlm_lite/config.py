@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import (
@@ -237,6 +238,20 @@ class OpenAI(Section):
     """Of one request."""
     retries: Annotated[int, Field(ge=0)] = 6
     """Of one request, with exponential back-off, before the run stops."""
+
+    @field_validator("url")
+    @classmethod
+    def _is_url(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        try:
+            parts = urlsplit(value)
+            whole = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:
+            whole = False
+        if not whole:
+            raise ValueError(f"{shorten(repr(value))} is no URL such as http://127.0.0.1:8000/v1")
+        return value
 
 
 class Pairing(Section):
@@ -584,10 +599,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _server_is_named(self) -> Recipe:
-        engines: set[str | None] = {self.rollout.engine, self.judge.engine}
-        if self.method == "dno" and self.dno.teacher == "server":
-            engines.add("openai")
-        if "openai" in engines and not (self.openai.url and self.openai.model):
+        if self.asks_a_server and not (self.openai.url and self.openai.model):
             raise ValueError("the engine openai needs openai.url and openai.model")
         return self
 
@@ -637,6 +649,12 @@ class Recipe(Section):
                 told = f"{key}={value}" if values else key
                 raise ValueError(f"method {self.method} knows no pairing.{told}")
         return self
+
+    @property
+    def asks_a_server(self) -> bool:
+        """Whether the run needs the server of the section `openai`."""
+        teacher = self.method == "dno" and self.dno.teacher == "server"
+        return teacher or "openai" in (self.rollout.engine, self.judge.engine)
 
     @property
     def judge_has_deltas(self) -> bool:

@@ -663,7 +663,7 @@ def test_finished_stages_in_one_line(stage: str, facts: dict[str, Any], text: st
     assert summary(stage, facts) == text
 
 
-def test_inputs_are_checked_before_a_run_begins(tmp_path: Path) -> None:
+def test_inputs_are_checked_before_a_run_begins(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run directory of a mistyped setting would refuse the corrected command."""
     for setting, told in (
         ("data.dir=nowhere", "no such data directory"),
@@ -679,3 +679,7 @@ def test_inputs_are_checked_before_a_run_begins(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=told):
             check_inputs(recipe)
     check_inputs(load_recipe("tiny"))
+    monkeypatch.setenv("OPENAI_API_KEY", "two\nlines")
+    server = ["judge.engine=openai", "openai.url=http://127.0.0.1:1/v1", "openai.model=m"]
+    with pytest.raises(UserError, match="OPENAI_API_KEY: holds characters"):
+        check_inputs(load_recipe("tiny", server))

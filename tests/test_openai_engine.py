@@ -297,8 +297,10 @@ def test_a_key_that_no_header_can_carry_is_not_shown(monkeypatch: pytest.MonkeyP
     "url", ["judge.example/v1", "ftp://judge.example/v1", "http://[::1", "http://a:b/v1"]
 )
 def test_a_url_that_is_none(url: str) -> None:
+    """A recipe refuses such a one; `compare --judge openai:MODEL@URL` comes here with it."""
+    named = settings("http://127.0.0.1:1/v1").model_copy(update={"url": url})
     with pytest.raises(UserError, match=r"openai\.url"):
-        OpenAIEngine(settings(url)).sample(requests(1), GREEDY)
+        OpenAIEngine(named).sample(requests(1), GREEDY)
 
 
 @pytest.mark.parametrize(

@@ -152,6 +152,7 @@ def test_a_scorer_is_named_by_module_and_function(name: str) -> None:
         ("json:no_such_function", "cannot be used (AttributeError"),
         ("..json:loads", "cannot be used (TypeError"),
         ("json:decoder", "is not a function"),
+        ("secrets:token_hex", "cannot be called with a prompt and a response (too many"),
         ("gold_broken_syntax:gold", "cannot be used (SyntaxError"),
         ("gold_broken_import:gold", "cannot be imported (No module named 'absent_library')"),
         ("gold_broken_start:gold", "cannot be used (ZeroDivisionError"),

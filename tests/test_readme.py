@@ -47,7 +47,7 @@ def test_there_are_commands_to_check() -> None:
 
 
 def test_settings_that_it_overrides_exist() -> None:
-    overrides = re.findall(r"--set ([a-z_]+\.[a-z_]+=[\w./-]+)", README)
+    overrides = re.findall(r"--set ([a-z_]+\.[a-z_]+=[\w.:/-]+)", README)
     assert overrides
     load_recipe("tiny", overrides)
 

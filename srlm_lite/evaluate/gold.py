@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import math
 import sys
 from collections.abc import Callable, Mapping
@@ -50,7 +51,8 @@ def load_gold(name: str) -> Gold:
     """Import a gold scorer; modules in the working directory are found too.
 
     Raises:
-        UserError: Not of the form `module:function`, it cannot be imported, or is no function.
+        UserError: Not of the form `module:function`, it cannot be imported, or is no function of
+            a prompt and a response.
     """
     module_name, colon, function_name = name.partition(":")
     if not colon or not module_name or not function_name:
@@ -72,4 +74,13 @@ def load_gold(name: str) -> Gold:
         ) from error
     if not callable(function):
         raise UserError("is not a function", where=f"evaluate.gold = {name}")
+    try:
+        inspect.signature(function).bind("prompt", "response")
+    except TypeError as error:
+        raise UserError(
+            f"cannot be called with a prompt and a response ({error})",
+            where=f"evaluate.gold = {name}",
+        ) from error
+    except ValueError:  # what is built in may not tell
+        pass
     return Gold(name, function)

@@ -105,10 +105,7 @@ class OpenAIEngine:
         ]
 
     def _connected(self) -> httpx.Client:
-        name, parallel = self._settings.key_variable, self._settings.parallel
-        key = os.environ.get(name, "").strip() or NO_KEY
-        if not (key.isascii() and key.isprintable()):
-            raise UserError("holds characters that no key has", where=f"${name}")
+        parallel, key = self._settings.parallel, key_of(self._settings)
         try:
             return httpx.Client(
                 base_url=(self._settings.url or "").rstrip("/"),
@@ -134,6 +131,18 @@ class OpenAIEngine:
         if limits.ignore_end:
             body["ignore_eos"] = True  # vLLM and SGLang know it
         return body
+
+
+def key_of(settings: config.OpenAI) -> str:
+    """The server's key, from the environment.
+
+    Raises:
+        UserError: No header can carry it.
+    """
+    key = os.environ.get(settings.key_variable, "").strip() or NO_KEY
+    if not (key.isascii() and key.isprintable()):
+        raise UserError("holds characters that no key has", where=f"${settings.key_variable}")
+    return key
 
 
 class _Caller:

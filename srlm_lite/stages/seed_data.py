@@ -152,8 +152,12 @@ def check_inputs(recipe: Recipe) -> None:
     Raises:
         UserError: Names the first such input.
     """
+    from srlm_lite.rollout.openai_engine import key_of
+
     if "vllm" in (recipe.rollout.engine, recipe.judge.engine):
         check_vllm()
+    if recipe.asks_a_server:
+        key_of(recipe.openai)
     load_rubric(recipe.judge.rubric)
     if recipe.base.chat_template is not None:
         shipped_text(*SHIPPED["base", "chat_template"], name=recipe.base.chat_template)
