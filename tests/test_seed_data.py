@@ -11,7 +11,12 @@ import pytest
 
 from srlm_lite.config import load_recipe
 from srlm_lite.errors import UserError
-from srlm_lite.stages.seed_data import check_inputs, read_human_answers, read_prompts
+from srlm_lite.stages.seed_data import (
+    check_inputs,
+    read_human_answers,
+    read_prompts,
+    unmeasured,
+)
 
 Rows = list[dict[str, Any]]
 
@@ -110,3 +115,20 @@ def test_a_prompt_without_an_id_is_named_by_its_row(tmp_path: Path) -> None:
     path = tmp_path / "list.jsonl"
     write(path, [{"text": "a", "prompt_id": None}, {"text": "b"}, {"text": "c", "prompt_id": 0}])
     assert [row.prompt_id for row in read_prompts(path)] == ["list-1", "list-2", "0"]
+
+
+def test_what_there_is_nothing_to_measure_on_is_said(data: Path) -> None:
+    def lines(*overrides: str) -> list[str]:
+        return list(unmeasured(load_recipe("tiny", [f"data.dir={data}", *overrides])))
+
+    graded, held_out = data / "eft_eval.jsonl", data / "eval_prompts.jsonl"
+    judge = f"{graded} is empty: the judge's accuracy is not measured"
+    policy = "is empty: the policy's held-out answers are not measured"
+    assert lines() == []
+    graded.write_text("")
+    assert lines() == [judge]
+    held_out.write_text("\n")
+    assert lines() == [judge, f"{held_out} {policy}"]
+    assert lines("evaluate.policy_prompts=0") == [judge]
+    held_out.unlink()
+    assert lines() == [judge, f"{graded} {policy}"]

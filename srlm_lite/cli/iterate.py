@@ -22,7 +22,7 @@ from srlm_lite.report.answer import best
 from srlm_lite.report.facts import gather
 from srlm_lite.run_dir import RunDir
 from srlm_lite.session import Session, follow, import_backend, refuse_several, refuse_sharding
-from srlm_lite.stages.seed_data import check_inputs
+from srlm_lite.stages.seed_data import check_inputs, unmeasured
 from srlm_lite.tracking import check_installed, tracked
 
 
@@ -73,6 +73,8 @@ def run_iterate(
                 session = Session(recipe, run, console, processes, tracker)
                 with console, session.leading():
                     _warn_of_idle(session)
+                    for line in unmeasured(recipe):
+                        console.warn(line)
                     try:
                         iterate(session)
                     except GateError as error:  # told below, when other processes have gone home

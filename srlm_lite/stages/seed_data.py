@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
@@ -192,6 +192,17 @@ def check_inputs(recipe: Recipe) -> None:
     if recipe.iterations:
         _check_window(recipe)
         _check_prompts(recipe)
+
+
+def unmeasured(recipe: Recipe) -> Iterator[str]:
+    """What the evaluation is going to leave out, because there is nothing to measure it on."""
+    path = data_file(recipe, "eft_eval.jsonl")
+    if not read_ranked(path, recipe.evaluate.eft_prompts):
+        yield f"{path} is empty: the judge's accuracy is not measured"
+    if recipe.evaluate.policy_prompts and not policy_prompts(recipe):
+        own = Path(recipe.data.dir) / "eval_prompts.jsonl"
+        empty = own if own.is_file() else path
+        yield f"{empty} is empty: the policy's held-out answers are not measured"
 
 
 def _check_window(recipe: Recipe) -> None:
