@@ -122,8 +122,11 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, **wanted: type) -> dict[str, Any]:
     """A JSON object from a file of the run.
+
+    Args:
+        wanted: Keys that the reader needs, and what stands there.
 
     Raises:
         UserError: It is missing, or not what the run has written there.
@@ -137,6 +140,9 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"not JSON ({error})", where=str(path), way_out=way_out) from error
     if not isinstance(found, dict):
         raise UserError("not a JSON object", where=str(path), way_out=way_out)
+    for key, kind in wanted.items():
+        if not isinstance(found.get(key), kind):
+            raise UserError(f"not as written: no `{key}`", where=str(path), way_out=way_out)
     return found
 
 
@@ -233,12 +239,14 @@ class Journal:
         if not self.path.exists():
             return [], []
         rows, sizes = [], []
+        check = TypeAdapter(self._kind)
         for line in self.path.read_bytes().splitlines(keepends=True):
             if not line.endswith(b"\n"):
                 break
             try:
-                rows.append(self._kind.from_row(json.loads(line)))
-            except (ValueError, KeyError, TypeError):
+                found = self._kind.from_row(json.loads(line))
+                rows.append(check.validate_python(found.to_row()))
+            except (ValueError, KeyError, TypeError):  # a ValidationError is a ValueError
                 break
             sizes.append(len(line))
         return rows, sizes
@@ -305,7 +313,7 @@ class StageDir:
                 where=str(self.path),
                 way_out="Finish it: srlm-lite iterate goes on where it stopped",
             )
-        noted, found = read_json(self.done).get("sha256", {}), {}
+        noted, found = read_json(self.done, sha256=dict)["sha256"], {}
         for file in files:
             name = str(file.relative_to(self.path))
             if not file.is_file():
@@ -701,7 +709,9 @@ class RunDir:
                 way_out=f"Start one with: srlm-lite iterate --adapters {place}",
             )
         facts = read_json(self.run_json)
-        if not all(isinstance(facts.get(key), dict) for key in ("recipe", "identity")):
+        recipe, identity = facts.get("recipe"), facts.get("identity")
+        base = identity.get("base") if isinstance(identity, dict) else None
+        if not isinstance(recipe, dict) or not isinstance(base, dict) or "name" not in base:
             raise UserError("not the run.json of a run of srlm-lite", where=str(self.run_json))
         return facts
 
@@ -804,7 +814,7 @@ class RunDir:
         if not self.base_json.is_file():
             write_json(self.base_json, source)
             return
-        begun = read_json(self.base_json)
+        begun = read_json(self.base_json, name=str)
         for key in ("sha256", "revision"):
             if begun.get(key) != source.get(key):
                 raise UserError(
@@ -835,7 +845,11 @@ class RunDir:
     def read_metrics(self) -> list[dict[str, Any]]:
         """All rows of `metrics.jsonl`; a torn last line is passed over."""
         try:
-            return [json.loads(line) for line in self._whole_metrics().split("\n") if line]
+            rows = [json.loads(line) for line in self._whole_metrics().split("\n") if line]
+            wanted = {"iteration", "stage"}
+            if not all(isinstance(row, dict) and wanted <= row.keys() for row in rows):
+                raise ValueError("a row is not a stage's")
+            return rows
         except ValueError as error:
             raise UserError(
                 f"damaged ({error})",

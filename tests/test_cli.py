@@ -270,6 +270,23 @@ def test_an_iteration_that_is_not_there(cli: Cli, run: RunDir) -> None:
     assert "has no iteration 7" in line
 
 
+def test_files_of_the_run_that_somebody_has_emptied_are_one_line(cli: Cli, tmp_path: Path) -> None:
+    made = make_run(tmp_path)
+    there = ("--adapters", made.path)
+    done, measured = made.anchor.done.read_bytes(), made.anchor.evaluation.read_bytes()
+    made.anchor.done.write_text("{}")
+    for command in (("show", "run"), ("report",)):
+        assert "anchor/done.json: not as written: no `counts`" in mistake(cli(*command, *there))
+    made.anchor.done.write_bytes(done)
+    made.anchor.evaluation.write_text("{}")
+    for command in (("show", "run"), ("report",), ("evaluate", "--iteration", "anchor")):
+        assert "anchor/eval.json: not as written: no `judge`" in mistake(cli(*command, *there))
+    made.anchor.evaluation.write_bytes(measured)
+    made.iteration(1).candidates.unlink()
+    line = mistake(cli("show", "judgements", "--iteration", "1", *there))
+    assert "candidates.jsonl: has no candidate p1#0" in line
+
+
 def test_an_iteration_without_pairs_yet(cli: Cli, run: RunDir) -> None:
     line = mistake(cli("show", "pairs", "--adapters", run.path))
     assert line.endswith("iter_002/pairs.jsonl: no such file")

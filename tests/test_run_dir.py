@@ -142,6 +142,7 @@ def test_killed_while_computing_it_ends_with_the_same_bytes(
         b'"text"\n',
         b"{}\n",
         b'{"prompt_id": "d"}\n',
+        b'{"prompt_id": "d", "text": 5}\n{"prompt_id": "e", "text": "\\r\\n"}\n',
         b"\xff\xfe\n",
         b'{"prompt_id": "z", "text": "", "source": ""}\n',
         b'{"prompt_id": "d", "text": "", "source": ""}\n',  # half a chunk
@@ -435,7 +436,10 @@ def test_where_no_directory_can_be_made_there_is_no_run() -> None:
         raise AssertionError
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "5", '{"other": "tool"}', '{"recipe": {}}'])
+@pytest.mark.parametrize("content", [
+    "", "{", "[]", "5", '{"other": "tool"}', '{"recipe": {}}', '{"recipe": {}, "identity": {}}',
+    '{"recipe": {}, "identity": {"base": {}}}',
+])  # fmt: skip
 def test_a_broken_or_foreign_run_json_is_one_line(tmp_path: Path, content: str) -> None:
     (tmp_path / "run.json").write_text(content)
     with pytest.raises(UserError, match=r"run\.json: not "):
@@ -499,6 +503,9 @@ def test_done_json_names_every_artefact_with_its_hash(tmp_path: Path) -> None:
             "drops.json": sha256_file(place.drops),
         },
     }
+    place.done.write_text("{}")
+    with pytest.raises(UserError, match=r"done\.json: not as written: no `sha256`"):
+        place.verify(place.drops)
     place.finish(iteration=1)
     assert "done.json" not in read_json(place.done)["sha256"]
 
@@ -516,7 +523,7 @@ def test_metrics_rows_come_back_in_order(tmp_path: Path) -> None:
     assert stat.S_ISREG(run.metrics.stat().st_mode)
 
 
-@pytest.mark.parametrize("content", [b"{oops\n", b"\xff\n"])
+@pytest.mark.parametrize("content", [b"{oops\n", b"\xff\n", b"5\n", b"{}\n"])
 def test_damaged_metrics_are_one_line(tmp_path: Path, content: bytes) -> None:
     run = RunDir(tmp_path)
     run.metrics.write_bytes(content)
@@ -547,7 +554,8 @@ def test_a_damaged_file_of_the_run_is_one_line(
 
 def test_metrics_go_on_after_a_cut_at_every_byte(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
-    rows = [{"stage": "pairs"}, {"stage": "½"}]
+    rows = [{"iteration": 1, "stage": "pairs"}, {"iteration": 1, "stage": "½"}]
+    more = {"iteration": 2, "stage": "next"}
     for row in rows:
         run.add_metrics(row)
     content = run.metrics.read_bytes()
@@ -556,8 +564,8 @@ def test_metrics_go_on_after_a_cut_at_every_byte(tmp_path: Path) -> None:
         run.metrics.write_bytes(content[:cut])
         kept = rows[: (cut >= first) + (cut == len(content))]
         assert run.read_metrics() == kept
-        run.add_metrics({"stage": "next"})
-        assert run.read_metrics() == [*kept, {"stage": "next"}]
+        run.add_metrics(more)
+        assert run.read_metrics() == [*kept, more]
 
 
 def test_two_processes_do_not_work_in_one_directory(tmp_path: Path) -> None:
@@ -602,6 +610,9 @@ def test_a_run_stays_on_the_weights_it_was_begun_on(tmp_path: Path) -> None:
         run.hold_to_base({**source, "revision": "def"})
     with pytest.raises(UserError, match=r"\(sha256"):
         run.hold_to_base({**source, "sha256": "0" * 64})
+    run.base_json.write_text("{}")
+    with pytest.raises(UserError, match=r"base\.json: not as written: no `name`"):
+        run.hold_to_base(source)
 
 
 def test_a_run_goes_on_from_another_installation(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def run_evaluate(
                     policy = [] if number is None else session.stack(number)
                     judge = [] if number is None else session.stack(number, "judge")
                     evaluation(session, where, policy, judge=judge)
-    result = read_json(where.evaluation)
+    result = read_json(where.evaluation, judge=dict, policy=dict)
     if as_json:
         typer.echo(json.dumps(result, indent=2, ensure_ascii=False))
         return

@@ -43,8 +43,9 @@ def run(adapters: Adapters, json_: Json = False) -> None:
         typer.echo(json.dumps({**facts, "stages": run_dir.read_metrics()}, ensure_ascii=False))
         return
     recipe = recipe_from(facts["recipe"], where=str(run_dir.run_json))
+    table = closing_table(run_dir, recipe)
     typer.echo(f"{recipe.name}: {recipe.method}, seed {recipe.seed}, base {recipe.base.name}")
-    typer.echo(closing_table(run_dir, recipe))
+    typer.echo(table)
 
 
 @app.command()
@@ -87,19 +88,21 @@ def judgements(
     from srlm_lite.records import Judgement, Label, Revision
 
     _, place, words = _opened(adapters, iteration)
-    drafts = _texts(place)
+    draft = _texts(place)
 
     def tell(row: Judgement) -> None:
         wrote = "" if row.sampled_score is None else f" (it wrote {_score(row.sampled_score)})"
         vote = f" vote {row.vote}" if row.text else ""
+        text = draft(row.candidate_id)
         _heading(f"{row.candidate_id}{vote}", f"{words.judgement} {_score(row.score)}{wrote}")
-        typer.echo(_indented(drafts[row.candidate_id]))
+        typer.echo(_indented(text))
         _words("the judge", row.text)
         typer.echo("")
 
     def tell_revision(row: Revision) -> None:
+        text = draft(row.candidate_id)
         _heading(f"{row.candidate_id} round {row.round}", f"principle {row.principle}")
-        typer.echo(_indented(drafts[row.candidate_id]))
+        typer.echo(_indented(text))
         _words("the critique", row.critique)
         _words("the revision", "(unusable)" if row.text is None else row.text)
         typer.echo("")
@@ -109,7 +112,7 @@ def judgements(
         _heading(row.prompt_id, f"principle {row.principle}, the first is better: {p}")
         for name in (row.first_id, row.second_id):
             typer.secho(name, fg="cyan")
-            typer.echo(_indented(drafts[name]) + "\n")
+            typer.echo(_indented(draft(name)) + "\n")
 
     if place.revisions.is_file():
         _tell(_read([place.revisions], Revision), tell_revision, limit, json_)
@@ -161,11 +164,23 @@ def _read(paths: Sequence[Path], kind: type[R]) -> list[R]:
     return [row for path in paths for row in read_records(path, kind, growing=True)]
 
 
-def _texts(place: IterationDir) -> dict[str, str]:
-    """Of the candidates, by their names."""
+def _texts(place: IterationDir) -> Callable[[str], str]:
+    """Gives a candidate's text by its name."""
+    from srlm_lite.errors import UserError
     from srlm_lite.records import Candidate
 
-    return {row.candidate_id: row.text for row in _read(place.all_candidates, Candidate)}
+    texts = {row.candidate_id: row.text for row in _read(place.all_candidates, Candidate)}
+
+    def draft(name: str) -> str:
+        if name not in texts:
+            raise UserError(
+                f"has no candidate {name}",
+                where=str(place.candidates),
+                way_out="Restore the file",
+            )
+        return texts[name]
+
+    return draft
 
 
 def _why_no_pairs(words: Words, place: IterationDir) -> str:

@@ -54,7 +54,8 @@ def plain_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _cells(place: StageDir, *, gold: bool) -> list[str]:
-    result, done = read_json(place.evaluation), read_json(place.done)
+    result = read_json(place.evaluation, judge=dict, policy=dict)
+    done = read_json(place.done, counts=dict, seconds=float)
     judge, policy = result["judge"], result["policy"]
     cells = [str(done["counts"].get("pairs", {}).get("pairs", ""))]
     if gold:
@@ -65,9 +66,9 @@ def _cells(place: StageDir, *, gold: bool) -> list[str]:
         ]
     return [
         *cells,
-        _number(judge["pairwise_accuracy"]),
-        _number(judge["tie_rate"]),
-        _number(judge["parse_rate"]),
+        _number(judge.get("pairwise_accuracy")),
+        _number(judge.get("tie_rate")),
+        _number(judge.get("parse_rate")),
         _number(policy.get("mean_length_chars"), digits=0),
         _number(done["seconds"] / 60, digits=1),
     ]

@@ -72,7 +72,7 @@ def _readable(before: Sequence[Evaluation], now: Evaluation, gate: Gate) -> Iter
 def _judge_accuracy(before: Sequence[Evaluation], now: Evaluation, gate: Gate) -> Iterator[str]:
     known = [each["judge"].get("pairwise_accuracy") for each in before]
     best = max((value for value in known if value is not None), default=None)
-    accuracy = now["judge"]["pairwise_accuracy"]
+    accuracy = now["judge"].get("pairwise_accuracy")
     if best is None or accuracy is None:
         return
     # Two standard errors of a share near one half: fewer pairs, more patience.

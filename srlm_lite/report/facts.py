@@ -361,8 +361,10 @@ def _model(
     stages: Mapping[str, Mapping[str, Any]],
     iteration: Iteration | None = None,
 ) -> Model:
-    evaluation = read_json(place.evaluation) if place.evaluation.is_file() else {}
-    counts = read_json(place.done).get("counts", {}) if place.is_done else {}
+    evaluation = {}
+    if place.evaluation.is_file():
+        evaluation = read_json(place.evaluation, judge=dict, policy=dict)
+    counts = read_json(place.done, counts=dict)["counts"] if place.is_done else {}
     return Model(number, evaluation, stages, place.is_done, iteration, counts)
 
 

@@ -282,7 +282,8 @@ def evaluations(run: RunDir, last: int | None = None) -> list[dict[str, Any]]:
     places: list[StageDir] = [run.anchor, *run.iterations()]
     if last is not None:
         places = places[: last + 1]
-    return [read_json(place.evaluation) for place in places if place.evaluation.is_file()]
+    files = [place.evaluation for place in places if place.evaluation.is_file()]
+    return [read_json(file, judge=dict, policy=dict) for file in files]
 
 
 def hold_to_gates(session: Session, iteration: int) -> None:
