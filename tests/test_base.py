@@ -8,7 +8,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import gguf
 import httpx
@@ -19,6 +19,7 @@ from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
 from transformers import (
     AutoConfig,
@@ -373,6 +374,22 @@ def test_missing_tensors_are_refused(tiny_copy: Path) -> None:
     (tiny_copy / "config.json").write_text(json.dumps(settings))
     line = refusal(Base(name=str(tiny_copy)))
     assert "lack 9 tensors, such as model.layers.2." in line
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize("name", ["layers.1.self_attn.q_proj", "norm"])
+def test_a_tensor_of_another_shape_is_refused(
+    tiny_copy: Path, quantization: Literal["none", "nf4"], name: str
+) -> None:
+    """Rounded to NF4 it would be taken whatever its shape."""
+    tensors = load_file(tiny_copy / "model.safetensors")
+    name = f"model.{name}.weight"
+    rows, *columns = tensors[name].shape
+    tensors[name] = tensors[name][: rows // 2].contiguous()
+    save_file(tensors, tiny_copy / "model.safetensors", metadata={"format": "pt"})
+    line = refusal(Base(name=str(tiny_copy), quantization=quantization))
+    there, wanted = (" x ".join(map(str, (n, *columns))) for n in (rows // 2, rows))
+    assert f"{name} of {tiny_copy} is {there}, and its config.json wants {wanted}" in line
 
 
 def test_an_unknown_architecture_is_refused(tiny_copy: Path) -> None:

@@ -365,6 +365,8 @@ def _load(
     nf4 = section.quantization == "nf4"
     if (nf4 or sharded) and kind == "hub":
         folder = str(base_files(section, revision=settings._commit_hash).folder)
+    if Path(folder).is_dir():  # transformers holds a Hub model's shapes against it by itself
+        _check_shapes(section, Path(folder))
     if sharded:
         model, report = load_shards(Path(folder), settings, device, dtype, nf4=nf4)
     elif nf4:
@@ -400,6 +402,29 @@ def _check_missing(section: config.Base, missing: list[str]) -> None:
             where=_WHERE,
             way_out="Get the files again",
         )
+
+
+def _check_shapes(section: config.Base, folder: Path) -> None:
+    """Hold the tensors of a directory against the model that its `config.json` describes.
+
+    A layer that is rounded to NF4 takes any shape, and fails when it first computes, or never.
+    """
+    wanted = {name: tuple(one.shape) for name, one in empty_model(folder).named_parameters()}
+    for file in weight_files(folder):
+        opened: Any = safe_open(folder / file, framework="pt")
+        for name in sorted(wanted.keys() & set(opened.keys())):
+            there = tuple(opened.get_slice(name).get_shape())
+            if there != wanted[name]:
+                raise UserError(
+                    f"{name} of {section.name} is {_times(there)}, and its config.json wants "
+                    f"{_times(wanted[name])}",
+                    where=_WHERE,
+                    way_out="Weights and config.json do not belong together: get both again",
+                )
+
+
+def _times(shape: Iterable[int]) -> str:
+    return " x ".join(map(str, shape))
 
 
 def load_nf4(
