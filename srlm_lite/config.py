@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -30,6 +31,20 @@ from srlm_lite.errors import UserError
 
 Positive = Annotated[int, Field(gt=0)]
 Probability = Annotated[float, Field(gt=0, le=1)]
+
+
+def known_temperature(value: float) -> float:
+    """A temperature at which something can be drawn: logits are divided by it in float32.
+
+    Raises:
+        ValueError: It is none.
+    """
+    if value == 0 or 0.001 <= value <= 100:
+        return value
+    raise ValueError(f"{value:g} is no temperature: 0 (greedy), or from 0.001 to 100")
+
+
+Temperature = Annotated[float, AfterValidator(known_temperature)]
 
 
 class Section(BaseModel):
@@ -159,7 +174,7 @@ class Prompts(Section):
 class Sampling(Section):
     """How text is drawn."""
 
-    temperature: Annotated[float, Field(ge=0)] = 0.7
+    temperature: Temperature = 0.7
     """0 is greedy."""
     top_p: Probability = 0.9
     max_new_tokens: Positive = 512
@@ -350,7 +365,7 @@ class Evaluate(Section):
     """Held-out prompts the policy answers, for length and gold score."""
     samples: Positive = 1
     """Sampled answers a prompt, beside one greedy answer."""
-    temperature: Annotated[float, Field(gt=0)] | None = None
+    temperature: Annotated[Temperature, Field(gt=0)] | None = None
     """Of the sampled answers; default: `rollout.temperature`."""
     gold: str | None = None
     """`module:function`: an external score of an answer that the model never sees."""
@@ -409,7 +424,7 @@ class Compare(Section):
     A judge behind a server is asked pairwise, unless the command says otherwise."""
     template: str = "pairwise"
     """Of the pairwise question: name of a shipped template or a path."""
-    temperature: Annotated[float, Field(ge=0)] = 0.0
+    temperature: Temperature = 0.0
     """Of the pairwise judge; 0 is greedy."""
     max_new_tokens: Positive = 512
     """Of its reply."""

@@ -300,6 +300,12 @@ def test_a_run_without_iterations(cli: Cli, tmp_path: Path) -> None:
     assert line == f"{tmp_path}: has no iteration yet"
 
 
+@pytest.mark.parametrize("value", ["inf", "nan", "-1", "1e-300"])
+def test_a_temperature_at_which_nothing_can_be_drawn(cli: Cli, run: RunDir, value: str) -> None:
+    line = mistake(cli("chat", "--adapters", run.path, f"--temperature={value}"))
+    assert line.startswith(f"--temperature: {value} is no temperature: 0 (greedy), or from 0.001")
+
+
 @pytest.mark.parametrize("command", [["recipes", "show"], ["recipes", "check"]])
 def test_recipes_commands_know_mistakes_too(cli: Cli, command: list[str]) -> None:
     assert "Did you mean llama2-70b?" in mistake(cli(*command, "lama2-70b"))

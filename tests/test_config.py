@@ -162,6 +162,10 @@ def test_a_misspelt_required_key_is_called_unknown_and_not_missing() -> None:
     [
         ({"dpo": {"learning_rate": "fast"}}, "`dpo.learning_rate` (is 'fast'): Input should be"),
         ({"dpo": {"learning_rate": 0}}, "`dpo.learning_rate` (is 0): Input should be greater"),
+        ({"rollout": {"temperature": 1e-300}}, "`rollout.temperature`: 1e-300 is no temperature"),
+        ({"compare": {"temperature": 101}}, "`compare.temperature`: 101 is no temperature: 0 (gr"),
+        ({"judge": {"temperature": -1}}, "`judge.temperature`: -1 is no temperature"),
+        ({"evaluate": {"temperature": 0}}, "`evaluate.temperature` (is 0): Input should be gr"),
         ({"iterations": -1}, "`iterations` (is -1): Input should be greater than or equal"),
         ({"iterations": 1.5}, "`iterations` (is 1.5): Input should be a valid integer"),
         ({"rollout": {"n": 1}}, "`rollout.n` (is 1): Input should be greater"),

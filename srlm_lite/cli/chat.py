@@ -8,7 +8,7 @@ from pathlib import Path
 
 import typer
 
-from srlm_lite.config import Recipe, recipe_from
+from srlm_lite.config import Recipe, known_temperature, recipe_from
 from srlm_lite.errors import UserError
 from srlm_lite.export.source import find_source
 from srlm_lite.run_dir import RunDir
@@ -26,6 +26,11 @@ Anything else is said to the model."""
 
 def run_chat(*, directory: Path, which: str, temperature: float | None) -> None:
     """Read lines from stdin until it ends; the model speaks on stdout, all else is on stderr."""
+    if temperature is not None:
+        try:
+            known_temperature(temperature)
+        except ValueError as error:
+            raise UserError(str(error), where="--temperature") from error
     run = RunDir(directory)
     recipe = _in_process(recipe_from(run.facts()["recipe"], where=str(run.run_json)))
     session = Session(recipe, run)

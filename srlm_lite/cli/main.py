@@ -353,7 +353,7 @@ def chat(
         str, typer.Option(help="Number of an iteration, `anchor`, `base`, or `last`.")
     ] = "last",
     temperature: Annotated[
-        float | None, typer.Option(help="Default: the recipe's; 0 is greedy.", min=0)
+        float | None, typer.Option(help="Default: the recipe's; 0 is greedy.")
     ] = None,
 ) -> None:
     """Talk to any model of a run, on the base in memory; /help lists the commands.
