@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -30,10 +31,11 @@ from srlm_lite.stages.seed_data import check_inputs
 GOLD = "srlm_lite.tasks.toy:gold"
 
 
-def shell(*args: str | Path, **env: str) -> Done:
+def shell(*args: str | Path, before: str = "", **env: str) -> Done:
     """The command in a process of its own."""
+    command = shlex.join([sys.executable, "-m", "srlm_lite", *map(str, args)])
     done = subprocess.run(
-        [sys.executable, "-m", "srlm_lite", *map(str, args)],
+        ["bash", "-c", f"{before}\n{command}"],
         capture_output=True,
         text=True,
         timeout=120,
@@ -177,6 +179,12 @@ def test_an_interruption_says_how_to_go_on(
     monkeypatch.setattr(iterate, "run_iterate", interrupted)
     done = cli("iterate", "--adapters", tmp_path / "out", *options)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", f"\nsrlm-lite: {told}\n")
+
+
+def test_a_working_directory_that_is_gone_is_one_line(tmp_path: Path) -> None:
+    there = shlex.quote(str(tmp_path / "gone"))
+    done = shell("recipes", "check", "tiny", before=f"mkdir {there}; cd {there}; rmdir {there}")
+    assert mistake(done) == "the working directory has been deleted. Change to another"
 
 
 def test_a_disk_that_refuses_is_one_line_in_a_real_shell(tmp_path: Path) -> None:

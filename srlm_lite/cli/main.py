@@ -457,12 +457,22 @@ def refused_by_the_disk(error: Exception) -> UserError | None:
     )
 
 
+def _stand_somewhere() -> None:
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        raise UserError(
+            "the working directory has been deleted", way_out="Change to another"
+        ) from error
+
+
 def run() -> None:
     """Entry point: a user's mistake is one line and exit code 2."""
     # Fork-based tokenizer workers warn, and datasets draws bars of its own.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     try:
+        _stand_somewhere()
         app()
     except UserError as error:
         say(str(error))
