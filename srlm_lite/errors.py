@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 
 class SrlmError(Exception):
     """Base of every error that srlm-lite raises on purpose; the command exits with 1."""
@@ -30,3 +32,8 @@ class ProofError(SrlmError):
 
 class GateError(SrlmError):
     """A model does not pass the recipe's gates, and the recipe says to stop there."""
+
+
+def same_command() -> str:
+    """What goes on with what this command has begun: with `--fresh` it would delete it."""
+    return "the same command" + (" without --fresh" if "--fresh" in sys.argv else "")

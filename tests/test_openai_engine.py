@@ -190,9 +190,10 @@ def test_what_a_retry_after_header_may_say() -> None:
     [((503, {}, {"error": {"message": "overloaded"}}), 4), ((429, {"Retry-After": "9999"}, ""), 1)],
 )
 def test_lasting_trouble_stops_the_run_and_says_that_it_can_go_on(
-    trouble: Reply, tries: int
+    trouble: Reply, tries: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    going_on = "the same command goes on from here"
+    monkeypatch.setattr(sys, "argv", ["srlm-lite", "iterate", "--fresh"])
+    going_on = "the same command without --fresh goes on from here"
     with (
         scripted(lambda number, body: trouble) as server,
         pytest.raises(SrlmError, match=going_on) as caught,

@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from srlm_lite.cli import bench, data, recipes, show
-from srlm_lite.errors import SrlmError, UserError
+from srlm_lite.errors import SrlmError, UserError, same_command
 from srlm_lite.processes import place, say
 
 IN_MANY_PROCESSES = ("iterate", "evaluate")
@@ -31,11 +31,6 @@ class Commands(TyperGroup):
             typer.echo(err=True)
             say(f"interrupted; {same_command()} goes on from here")
             raise SystemExit(130) from None
-
-
-def same_command() -> str:
-    """What goes on with what this command has begun: with `--fresh` it would delete it."""
-    return "the same command" + (" without --fresh" if "--fresh" in sys.argv else "")
 
 
 app = typer.Typer(

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 
 from srlm_lite import config
-from srlm_lite.errors import SrlmError, UserError
+from srlm_lite.errors import SrlmError, UserError, same_command
 from srlm_lite.records import FinishReason
 from srlm_lite.rollout.protocol import Limits, Request, Sample, StopRule, Token
 
@@ -216,7 +216,7 @@ class _Caller:
     def _stopped(self, why: str) -> SrlmError:
         return SrlmError(
             f"{_WHERE}: {self._client.base_url} does not answer ({why}). "
-            "What it has answered is kept: the same command goes on from here"
+            f"What it has answered is kept: {same_command()} goes on from here"
         )
 
 

@@ -8,7 +8,7 @@ from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 from srlm_lite.config import Gate, Sampling
-from srlm_lite.errors import GateError, UserError
+from srlm_lite.errors import GateError, UserError, same_command
 from srlm_lite.evaluate import ifeval
 from srlm_lite.evaluate.gate import best_model, findings
 from srlm_lite.evaluate.gold import load_gold
@@ -300,8 +300,8 @@ def hold_to_gates(session: Session, iteration: int) -> None:
         model = f"iteration {iteration}" if iteration else "the anchor"
         names = " ".join(f"evaluate.gate.{one.gate}" for one in found)
         raise GateError(
-            f"after {model}: {'; '.join(one.text for one in found)}. To go on all the same: the "
-            f"same command with --set evaluate.gate.action=warn, or with another {names}"
+            f"after {model}: {'; '.join(one.text for one in found)}. To go on all the same: "
+            f"{same_command()}, with --set evaluate.gate.action=warn or another {names}"
         )
 
 
