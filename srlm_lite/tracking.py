@@ -103,6 +103,7 @@ class Tracking:
     def __init__(self, run: RunDir, warn: Callable[[str], None]) -> None:
         self._run, self._warn = run, warn
         self._places: dict[TrackerName, _Place] = {}
+        self._failed: list[_Place] = []
         self._waiting: list[tuple[Training, int, Values]] = []
         self._flushed = time.monotonic()
         self._notes: dict[str, Any] = {"id": uuid.uuid4().hex[:8], "name": None, "told": {}}
@@ -173,6 +174,9 @@ class Tracking:
                 place.close(failed)
             except Exception as error:
                 self._warn(f"{tracker}: {_first_line(error)}")
+        for place in self._failed:  # at the end: letting go of one may take its time
+            with contextlib.suppress(Exception):
+                place.close(True)
 
     def _flush(self) -> None:
         self._flushed = time.monotonic()
@@ -206,7 +210,7 @@ class Tracking:
         try:
             place.tell(values, step=step, of=of, before=before)
         except Exception as error:  # a run must not die of those who look at it
-            del self._places[tracker]
+            self._failed.append(self._places.pop(tracker))
             self._warn(f"{tracker} is told no more: {_first_line(error)}")
             return False
         return True

@@ -271,6 +271,31 @@ def test_a_run_that_is_over_and_told_of_is_left_alone(tracker: str, tmp_path: Pa
     assert set(run.path.rglob("*")) == before
 
 
+def test_a_tracker_that_failed_is_let_go_of_at_the_end(tmp_path: Path) -> None:
+    done: list[object] = []
+
+    class Place:
+        hint = ""
+
+        def tell(self, values: Any, *, step: int, of: Training | None, before: int) -> None:
+            done.append("told")
+            raise ConnectionError("gone")
+
+        def close(self, failed: bool) -> None:
+            done.append(failed)
+            raise ConnectionError("still gone")
+
+    warnings: list[str] = []
+    tracking = Tracking(new_run(tmp_path / "out"), warnings.append)
+    tracking._notes["told"]["wandb"] = {"stages": 0, "steps": {}}
+    tracking._places["wandb"] = Place()
+    for step in (1, 2):
+        tracking.step(Training(1, "delta"), step, {"loss": 0.5})
+    tracking.close()
+    assert done == ["told", True]
+    assert warnings == ["wandb is told no more: gone"]
+
+
 def test_a_tracker_that_fails_is_left_out_and_caught_up_with(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     settings = ["tracking.report_to=tensorboard", "iterations=2"]
