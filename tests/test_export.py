@@ -453,6 +453,25 @@ def test_a_full_disk_is_seen_before_the_first_byte(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 
 
+def test_a_disk_that_is_full_by_now_costs_no_finished_file(
+    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(self: Export, draft: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Export, "write_companions", killed)  # after the weights
+        export(run, tmp_path / "out")
+    file = tmp_path / ".out.partial" / "model.safetensors"
+    stamp = file.stat().st_mtime_ns
+    usage = shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=f"kept in {file.parent}"):
+        patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1))
+        export(run, tmp_path / "out")
+    export(run, tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns == stamp
+
+
 def test_an_export_that_is_there_is_not_made_again(run: RunDir, tmp_path: Path) -> None:
     first = export(run, tmp_path / "out")
     stamp = (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns

@@ -278,11 +278,13 @@ class Export:
         there = sum(file.stat().st_size for file in draft.glob("*.safetensors"))
         needed, free = nbytes - there + _SLACK, shutil.disk_usage(draft).free
         if needed > free:
-            shutil.rmtree(draft)
+            kept = f"; what an earlier start has written is kept in {draft}" if there else ""
+            if not there:
+                shutil.rmtree(draft)
             raise UserError(
                 f"the export needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free",
                 where=str(self.wish.out),
-                way_out="Make room, or choose another disk for --out",
+                way_out=f"Make room, or choose another disk for --out{kept}",
             )
 
     def _write(self, draft: Path) -> None:
