@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,17 @@ def test_sampling_holds_what_the_shapes_say(wide_base: Path) -> None:
     parts = sampling(held, prompts=48, samples=4, prompt_tokens=100, new_tokens=70)
     assert parts["kv_cache"] > 0.8 * sum(parts.values())
     assert sum(parts.values()) - 4 * held.slot == pytest.approx(live.peak, rel=0.06)
+
+
+def test_a_second_micro_batch_finds_the_gradients_of_the_first() -> None:
+    """AdamW has 8 bytes a parameter of the slot; a float32 gradient that waits is 4 more."""
+    shape = probe(llama_config("smollm2-135m"))
+    slot = shape.adapter_parameters(Lora().targets, 16)  # the anchor's 8 ranks and the delta's
+    for micro, bytes_each in ((16, 8), (8, 12)):
+        settings = ["dpo.batch_size=16", f"dpo.micro_batch_size={micro}"]
+        plan = plan_for(load_recipe("smollm2-135m", settings), Hardware("cuda", "", 80 * GB))
+        dpo = next(phase for phase in plan.phases if phase.name == "DPO")
+        assert dpo.parts["optimizer"] == bytes_each * slot
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -388,6 +400,13 @@ def test_rates_are_kept_by_device_and_base(tmp_path: Path) -> None:
     known = known_rates(tmp_path, "here")
     assert known is not None and known[0] == {"DPO": 100.0, "judge": 50.0}
     assert known_rates(tmp_path, "there") is None
+
+
+def test_rates_of_many_measured_at_once_are_all_kept(tmp_path: Path) -> None:
+    keys = [f"base {number}" for number in range(60)]
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(lambda key: remember(tmp_path, key, {"DPO": 1.0}), keys))
+    assert [key for key in keys if known_rates(tmp_path, key) is None] == []
 
 
 def run(*arguments: str) -> Any:

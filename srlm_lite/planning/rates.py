@@ -6,6 +6,7 @@ each phase. `srlm-lite bench plan` writes them; without it a plan says that the 
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Mapping
@@ -39,14 +40,16 @@ def known_rates(folder: Path, key: str) -> tuple[Rates, str] | None:
 
 
 def remember(folder: Path, key: str, rates: Rates) -> None:
-    """Keep rates that were measured just now."""
-    every = _read(folder)
-    before = every.get(key, {}).get("tokens_per_s", {})
-    every[key] = {"tokens_per_s": {**before, **rates}, "date": date.today().isoformat()}
+    """Keep rates that were measured just now, beside those that others measure meanwhile."""
     folder.mkdir(parents=True, exist_ok=True)
-    draft = folder / f".rates-{os.getpid()}"
-    draft.write_text(json.dumps(every, indent=2) + "\n", encoding="utf-8")
-    draft.replace(folder / "rates.json")
+    with (folder / ".rates.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        every = _read(folder)
+        before = every.get(key, {}).get("tokens_per_s", {})
+        every[key] = {"tokens_per_s": {**before, **rates}, "date": date.today().isoformat()}
+        draft = folder / f".rates-{os.getpid()}"
+        draft.write_text(json.dumps(every, indent=2) + "\n", encoding="utf-8")
+        draft.replace(folder / "rates.json")
 
 
 def _read(folder: Path) -> dict[str, Any]:
