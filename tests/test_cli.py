@@ -662,7 +662,22 @@ def test_durations(seconds: float, text: str) -> None:
     ("stage", "facts", "text"),
     [
         ("anchor", {"taken_from": "x/anchor"}, "shipped with the recipe (x/anchor)"),
-        ("prompts", {"prompts": 64}, "64 prompts"),
+        (
+            "anchor",
+            {"ift": 9, "eft": 8, "too_long": 2, "steps": 5, "first_loss": 1.0, "last_loss": 0.5},
+            "9 IFT + 8 EFT rows (2 of them too long for base.window), 5 steps, loss 1.000 -> 0.500",
+        ),
+        ("prompts", {"prompts": 64, "too_long": 0}, "64 prompts"),
+        (
+            "prompts",
+            {"prompts": 6, "too_long": 1},
+            "6 prompts (1 of the list too long for base.window)",
+        ),
+        (
+            "delta",
+            {"answers": 7, "too_long": 1, "steps": 5, "first_loss": 1.0, "last_loss": 0.5},
+            "SFT on 7 answers (1 more too long for base.window), 5 steps, loss 1.000 -> 0.500",
+        ),
         (
             "judgements",
             {"judgements": 12, "parse_rate": 0.9167, "mean_score": None},

@@ -106,13 +106,20 @@ def _anchor(facts: dict[str, Any]) -> str:
     if "taken_from" in facts:
         return f"shipped with the recipe ({facts['taken_from']})"
     return (
-        f"{facts['ift']} IFT + {facts.get('eft', 0)} EFT rows, {facts['steps']} steps, "
-        f"loss {facts['first_loss']:.3f} -> {facts['last_loss']:.3f}"
+        f"{facts['ift']} IFT + {facts.get('eft', 0)} EFT rows"
+        f"{_too_long(facts, 'of them')}, "
+        f"{facts['steps']} steps, loss {facts['first_loss']:.3f} -> {facts['last_loss']:.3f}"
     )
 
 
+def _too_long(facts: dict[str, Any], which: str) -> str:
+    """How many were left out, where any were."""
+    count = facts.get("too_long")
+    return f" ({count} {which} too long for base.window)" if count else ""
+
+
 def _prompts(facts: dict[str, Any]) -> str:
-    return f"{facts['prompts']} prompts"
+    return f"{facts['prompts']} prompts{_too_long(facts, 'of the list')}"
 
 
 def _candidates(facts: dict[str, Any]) -> str:
@@ -195,7 +202,7 @@ def _delta(facts: dict[str, Any]) -> str:
         return text
     if "answers" in facts:
         return (
-            f"SFT on {facts['answers']} answers, {facts['steps']} steps, "
+            f"SFT on {facts['answers']} answers{_too_long(facts, 'more')}, {facts['steps']} steps, "
             f"loss {facts['first_loss']:.3f} -> {facts['last_loss']:.3f}"
         )
     return (
