@@ -124,6 +124,7 @@ def test_where_the_judge_has_a_delta_of_its_own_that_one_grades(
     before = talk(QUESTION, "/judge")[0]  # it has learned nothing: the judge is the anchor
     random_adapter(tiny_base_dir, seed=7, size=0.1).save(place.adapter, base_name="tiny")
     write_json(place.training, {})
+    run.iteration(2).finish()
     after = talk(QUESTION, "/judge")[0]
     answer = greedy(run, 2, [user(QUESTION)])
     assert before.startswith(f"{answer}\n") and after.startswith(f"{answer}\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -884,11 +885,14 @@ def _goes_on_with_the_same_bytes(
     for file in lost:
         file.unlink()
     begun = False
-    for iteration in directory.iterations():
-        begun = begun or cut.is_relative_to(iteration.path)
-        for file in sorted(iteration.path.rglob("*")) if begun else []:
-            if file.is_file() and file not in kept:
-                file.unlink()
+    for iteration in list(directory.iterations()):
+        if begun:
+            shutil.rmtree(iteration.path)
+        elif cut.is_relative_to(iteration.path):
+            begun = True
+            for file in sorted(iteration.path.rglob("*")):
+                if file.is_file() and file not in kept:
+                    file.unlink()
     whole = cut.read_bytes()
     cut.write_bytes(whole[: len(whole) // 2])
     assert artefacts(run(directory.path, recipe)) == before
@@ -964,4 +968,6 @@ def test_a_method_needs_its_file(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"none\.jsonl: no such file"):
             check_inputs(recipe)
     write_records(missing, [])
-    check_inputs(load_recipe("toy", ["method=dpo", f"data.ranked={missing}"]))
+    recipe = load_recipe("toy", ["method=dpo", f"data.ranked={missing}", "iterations=3"])
+    with pytest.raises(UserError, match=r"0 prompts, and 600 are wanted: 3 iterations of .* = 200"):
+        check_inputs(recipe)

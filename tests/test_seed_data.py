@@ -94,18 +94,18 @@ def test_too_few_prompts_for_the_last_iteration(data: Path) -> None:
     path = data / "prompts.jsonl"
     write(path, rows_of(path)[:23])
     assert refusal(data) == (
-        f"{path}: has 23 prompts, and 2 x prompts.per_iteration = 12 are wanted. "
+        f"{path}: has 23 prompts, and 24 are wanted: 2 iterations of prompts.per_iteration = 12. "
         "Lower prompts.per_iteration, or give more, or set prompts.reuse=true"
     )
     check_inputs(load_recipe("tiny", [f"data.dir={data}", "prompts.reuse=true"]))
     check_inputs(load_recipe("tiny", [f"data.dir={data}", "iterations=1"]))
-    assert "has 23 prompts, and 3 x" in refusal(data, "prompts.per_iteration=8", "iterations=3")
+    assert "and 24 are wanted: 3 it" in refusal(data, "prompts.per_iteration=8", "iterations=3")
 
 
 def test_prompts_of_the_methods_that_learn_from_human_replies(tmp_path: Path) -> None:
     for method in ("dpo", "spin"):
         many = ["prompts.per_iteration=9999", "prompts.reuse=false", "iterations=3"]
-        with pytest.raises(UserError, match=r"prompts, and 3 x prompts\.per_iteration = 9999 are"):
+        with pytest.raises(UserError, match=r"prompts, and 29997 are wanted"):
             check_inputs(load_recipe(f"toy-{method}", many))
     with pytest.raises(UserError, match=r"absent\.jsonl: no such file"):
         check_inputs(load_recipe("toy-rlhf", [f"prompts.file={tmp_path}/absent.jsonl"]))

@@ -245,11 +245,11 @@ def _check_prompts(recipe: Recipe) -> None:
         return
     times = 1 if section.reuse else recipe.iterations
     if count < times * section.per_iteration:
-        wanted = f"{times} x " if times > 1 else ""
+        wanted = f"{times} iterations of " if times > 1 else ""
         way_out = "Lower prompts.per_iteration, or give more"
         raise UserError(
-            f"has {count} prompts, and {wanted}prompts.per_iteration = {section.per_iteration} "
-            "are wanted",
+            f"has {count} prompts, and {times * section.per_iteration} are wanted: "
+            f"{wanted}prompts.per_iteration = {section.per_iteration}",
             where=str(path),
             way_out=f"{way_out}, or set prompts.reuse=true" if times > 1 else way_out,
         )
