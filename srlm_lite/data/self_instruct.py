@@ -14,8 +14,6 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from rouge_score import rouge_scorer
-
 from srlm_lite.data.text import normalised, prompt_problem
 from srlm_lite.errors import UserError
 
@@ -82,6 +80,8 @@ class PromptPool:
         Raises:
             UserError: No seed prompt is short enough to be shown.
         """
+        from rouge_score import rouge_scorer  # brings nltk and scikit-learn: a second and more
+
         self.drops: Counter[str] = Counter()
         self.max_similarity = max_similarity
         flat = (" ".join(prompt.split()) for prompt in seed_prompts)

@@ -16,8 +16,6 @@ from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any, Literal
 
-from scipy.stats import binomtest
-
 from srlm_lite.evaluate.length_control import GamedRow, Rate, length_controlled, win_rate
 from srlm_lite.judging import plain_lines
 from srlm_lite.records import FinishReason
@@ -117,6 +115,8 @@ def head_to_head(outcomes: Sequence[Outcome], gamed: Sequence[GamedRow] = ()) ->
 def _share(count: int, of: int) -> dict[str, Any]:
     if not of:
         return {"count": 0, "share": None, "low": None, "high": None}
+    from scipy.stats import binomtest
+
     interval = binomtest(count, of).proportion_ci(method="wilson")
     return {
         "count": count,

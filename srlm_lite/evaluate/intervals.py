@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from scipy.stats import bootstrap
 
 Terms = Sequence[tuple[float, float]]
 """One (numerator, denominator) for each prompt: the figure is the ratio of their sums."""
@@ -33,6 +32,8 @@ def interval(terms: Terms) -> list[float] | None:
 
     Source: Efron and Tibshirani 1993, An Introduction to the Bootstrap, section 13.3.
     """
+    from scipy.stats import bootstrap
+
     counted = np.array([term for term in terms if term[1]], dtype=float)
     if len(counted) < 2:
         return None

@@ -26,8 +26,6 @@ from itertools import combinations
 from statistics import fmean
 from typing import Any
 
-from scipy.stats import kendalltau, pearsonr, spearmanr
-
 from srlm_lite.evaluate.intervals import Terms, intervals, ratio
 from srlm_lite.judging import by_candidate, mean_scores
 from srlm_lite.records import Judgement, RankedReply
@@ -104,6 +102,8 @@ def share_in_gold_order(scores: Scores, gold: Mapping[str, float]) -> float | No
 
 
 def _order_terms(groups: Sequence[Sequence[RankedReply]], scores: Scores) -> dict[str, Terms]:
+    from scipy.stats import kendalltau, spearmanr
+
     pairs = [[pair for pair in _pairs(group, scores) if pair.human] for group in groups]
     decided = [[pair for pair in some if pair.judge] for some in pairs]
     return {
@@ -165,6 +165,8 @@ def _length_correlation(
 
     Within a prompt, over the replies that the judge could be read on; averaged over prompts.
     """
+    from scipy.stats import spearmanr
+
     by_judge, by_people = [], []
     for group in groups:
         readable = [row for row in group if scores.get(row.response_id) is not None]
@@ -284,6 +286,8 @@ def calibration(
     qualities = [row.quality for group in groups for row in group if row.quality is not None]
     if not known or min(qualities) == max(qualities):
         return None
+    from scipy.stats import pearsonr, spearmanr
+
     low, high = min(qualities), max(qualities)
     points = [scale[0] + (q - low) / (high - low) * (scale[1] - scale[0]) for _, q in known]
     bins: dict[int, list[tuple[float, float]]] = {}

@@ -24,8 +24,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy.special import expit
-from scipy.stats import bootstrap
 
 from srlm_lite.evaluate.intervals import interval
 
@@ -253,11 +251,15 @@ def _log_loss(won: Floats, predicted: Floats, *, target: Floats, counts: Floats)
 
 
 def _mean_probability(features: Floats, weights: Floats) -> float:
+    from scipy.special import expit
+
     return 100 * float(expit(features @ weights).mean())
 
 
 def _refitted(statistic: Callable[[Any], float], *, n: int) -> tuple[float, float]:
     """The 95% interval of a statistic of the rows 0 to n - 1, drawn with replacement."""
+    from scipy.stats import bootstrap
+
     found = bootstrap(
         (np.arange(n),),
         statistic,

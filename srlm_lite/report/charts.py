@@ -8,8 +8,6 @@ from random import Random
 from statistics import fmean
 from typing import Any, Literal
 
-from scipy.stats import spearmanr
-
 from srlm_lite.report.facts import Curve, Estimate, Facts, Iteration, Model, figure
 
 Kind = Literal["lines", "curves", "bars", "stack", "points"]
@@ -445,6 +443,8 @@ def _length_against_score(iteration: Iteration, score: str) -> Chart | None:
         note += f", {len(shown)} of them drawn"
     defined = len({n for n, _ in scored}) > 1 and len({s for _, s in scored}) > 1
     if defined:
+        from scipy.stats import spearmanr
+
         rank = float(spearmanr([n for n, _ in scored], [s for _, s in scored]).statistic)
         note += f"; Spearman correlation {rank:+.2f}"
     rows = [("characters", "candidates", f"mean {score}")]
