@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from forked import Program
 from trainings import CASES
 
 from srlm_lite import processes
@@ -50,19 +51,14 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **more}
 
 
-def started_as_two(
-    *command: str, told: Mapping[str, str] | None = None
-) -> list[subprocess.Popen[str]]:
+def started_as_two(*command: str, told: Mapping[str, str] | None = None) -> list[Program]:
     """Two processes with what a launcher tells them, and no launcher."""
     port = str(free_port())
     place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     return [
-        subprocess.Popen(
-            [sys.executable, *command],
+        Program(
+            *command,
             env=environment(**place, **told or {}, MASTER_PORT=port, RANK=rank, LOCAL_RANK=rank),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
         )
         for rank in ("0", "1")
     ]
