@@ -12,12 +12,19 @@ import pytest
 from live_bytes import LiveBytes
 from typer.testing import CliRunner
 
-from srlm_lite.config import Anchor, Base, Dpo, Lora, Recipe, load_recipe
+from srlm_lite.config import Anchor, Base, Dpo, Lora, Recipe, RewardSection, load_recipe
 from srlm_lite.errors import UserError
 from srlm_lite.planning.lengths import lengths_of, longest
 from srlm_lite.planning.machine import plan_for, settings_that_fit, shortfall, spread
 from srlm_lite.planning.memory import ROUNDING, Held, holes, leaf_room, sampling, training
-from srlm_lite.planning.plan import Hardware, needs_sharding, parse_gpus
+from srlm_lite.planning.plan import (
+    TRAININGS,
+    Hardware,
+    Plan,
+    advice,
+    needs_sharding,
+    parse_gpus,
+)
 from srlm_lite.planning.probe import probe, shape_of_base
 from srlm_lite.planning.rates import known_rates, remember
 from srlm_lite.planning.shapes import llama_config
@@ -78,6 +85,8 @@ def test_the_bytes_of_a_base_are_those_it_has(wide_base: Path) -> None:
         ("dpo", "none", "bfloat16", True, 0.0),
         ("sft", "nf4", "bfloat16", False, 0.1),
         ("sft", "none", "bfloat16", True, 0.0),
+        ("reward", "none", "float32", False, 0.0),
+        ("reward", "nf4", "bfloat16", True, 0.0),
     ],
 )
 def test_training_holds_what_the_shapes_say(
@@ -90,6 +99,7 @@ def test_training_holds_what_the_shapes_say(
     tmp_path: Path,
 ) -> None:
     from srlm_lite.training.dpo import PairExample, train_dpo
+    from srlm_lite.training.reward import train_reward
     from srlm_lite.training.sft import Example, train_sft
 
     base, slot, held, (anchor, delta) = loaded(wide_base, quantization, dtype)
@@ -103,15 +113,28 @@ def test_training_holds_what_the_shapes_say(
         "gradient_checkpointing": checkpointing,
         "lora": Lora(rank=RANK, alpha=16),
     }
+    pairs = [PairExample(half, half[1:], half) for _ in range(micro)]
     with LiveBytes() as live:
-        if kind == "dpo":
+        if kind == "reward":
+            del optim["lora"]
+            train_reward(
+                slot,
+                base,
+                anchor=[anchor],
+                adapter=delta,
+                pairs=pairs,
+                optim=RewardSection(**optim),
+                scratch=tmp_path,
+                seed=0,
+            )
+        elif kind == "dpo":
             train_dpo(
                 slot,
                 base,
                 anchor=[anchor],
                 delta=delta,
                 reference=[anchor, delta],
-                pairs=[PairExample(half, half[1:], half) for _ in range(micro)],
+                pairs=pairs,
                 dpo=Dpo(**optim),
                 scratch=tmp_path,
                 seed=0,
@@ -130,7 +153,7 @@ def test_training_holds_what_the_shapes_say(
     parts = training(
         held,
         kind=kind,
-        rows=micro * (2 if kind == "dpo" else 1),
+        rows=micro * (1 if kind == "sft" else 2),
         tokens=tokens,
         checkpointing=checkpointing,
         accumulates=False,
@@ -377,8 +400,43 @@ def test_replayed_pairs_count() -> None:
     assert dpo.tokens == 36 * 2 * dpo.shape["tokens"]
 
 
+def test_the_trainings_of_other_methods_are_phases() -> None:
+    def trainings(name: str, *overrides: str) -> dict[str, int | None]:
+        recipe = load_recipe(name, ["anchor.init=base", *overrides])
+        plan = plan_for(recipe, Hardware("cuda", "", 24 * GB), lengths=longest(recipe))
+        return {one.name: one.tokens for one in plan.phases if one.name in TRAININGS}
+
+    assert list(trainings("toy-rlhf")) == ["anchor SFT", "reward model", "DPO"]
+    more = ["iterations=3", "prompts.per_iteration=10", "pairing.replay=[]", "dpo.epochs=1",
+            "rlaif.drafts=2", "rlaif.rounds=3", "rlaif.helpful=0.5", "rlaif.sft.epochs=2",
+            "base.window=512"]  # fmt: skip
+    found = trainings("toy-rlaif", *more)
+    assert list(found) == ["anchor SFT", "revision SFT", "DPO"]
+    assert found["revision SFT"] == 10 * 2 * 3 * 1.5 * 2 * 512
+    assert found["DPO"] == 2 * 10 * 2 * 512  # the first iteration has none
+    assert list(trainings("toy-rlaif", "iterations=1")) == ["anchor SFT", "revision SFT"]
+
+
+def test_a_reward_model_that_does_not_fit_gets_settings_that_do() -> None:
+    recipe = load_recipe(
+        "toy-rlhf", ["rlhf.reward.batch_size=64", "rlhf.reward.micro_batch_size=64"]
+    )
+
+    def remake(changed: Recipe) -> Plan:
+        return plan_for(changed, Hardware("cuda", "", room), lengths=longest(changed))
+
+    room = 24 * GB
+    whole = {one.name: one for one in remake(recipe).phases}
+    # What all others need, and not that.
+    room = int(max(one.total for name, one in whole.items() if name != "reward model") / 0.95) + 1
+    plan = remake(recipe)
+    assert [one.name for one in plan.phases if not plan.fits(one)] == ["reward model"]
+    changes, suffice = advice(plan, remake)
+    assert suffice and all(one.startswith("rlhf.reward.") for one in changes)
+
+
 def test_another_method_is_said_to_be_counted_otherwise() -> None:
-    note = "counted for the method self-rewarding: what rlhf samples and trains on differs"
+    note = "counted for the method self-rewarding: how much rlhf samples and trains on differs"
     assert note in run("plan", "--recipe", "toy-rlhf", "--gpus", "24GB").stdout
     assert "counted for" not in run("plan", "--recipe", "toy", "--gpus", "24GB").stdout
 

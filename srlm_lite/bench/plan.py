@@ -25,14 +25,13 @@ from srlm_lite.errors import UserError
 from srlm_lite.hardware import device_name
 from srlm_lite.planning.lengths import longest
 from srlm_lite.planning.machine import hardware_found, plan_for
-from srlm_lite.planning.plan import Phase, Plan
+from srlm_lite.planning.plan import TRAININGS, Phase, Plan
 from srlm_lite.planning.rates import rates_key, remember
 from srlm_lite.progress import Reporter
 
 if TYPE_CHECKING:
     from srlm_lite.model.base import LoadedBase
 
-TRAINED = ("anchor SFT", "DPO")
 OF_FILES = ("export",)
 """What a base without files cannot do."""
 STEPS = 2
@@ -124,7 +123,7 @@ def _row(plan: Plan, phase: Phase, measured: Mapping[str, Any]) -> dict[str, Any
 
 
 def _run(job: Job) -> dict[str, Any]:
-    work = {**dict.fromkeys(TRAINED, _train), "export": _export}.get(job.phase, _sample)
+    work = {**dict.fromkeys(TRAININGS, _train), "export": _export}.get(job.phase, _sample)
     return work(job)
 
 
@@ -220,46 +219,76 @@ def _sample(job: Job) -> dict[str, Any]:
 
 def _train(job: Job) -> dict[str, Any]:
     from srlm_lite.training.dpo import PairExample, train_dpo
+    from srlm_lite.training.reward import train_reward
     from srlm_lite.training.sft import Example, train_sft
 
     libraries = status_bytes("VmRSS")
     base, slot, (anchor, delta) = _stack(job)
     generator, vocabulary = torch.Generator().manual_seed(0), base.model.config.vocab_size
-    shape = job.shape
+    recipe, shape = job.recipe, job.shape
     half = shape["tokens"] // 2
+    # At most two micro-batches a step: more would only take longer.
+    batches = min(2, shape["accumulated"])
+    micro = shape["sequences"] // (2 if job.phase in ("DPO", "reward model") else 1)
+    count = batches * micro
+    changes = {"batch_size": count, "epochs": STEPS}
 
     def ids(short: int = 0) -> tuple[int, ...]:
         return _ids(generator, vocabulary, half - short)
 
+    def examples() -> list[Example]:
+        return [Example(ids(), ids(i % 2)) for i in range(count)]
+
+    def pairs() -> list[PairExample]:
+        return [PairExample(ids(), ids(1), ids()) for _ in range(count)]
+
     begin = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="srlm-lite-bench-") as scratch:
-        # At most two micro-batches a step: more would only take longer.
-        batches = min(2, shape["accumulated"])
-        if job.phase == "DPO":
-            micro = shape["sequences"] // 2
-            changes = {"batch_size": batches * micro, "epochs": STEPS}
+    with tempfile.TemporaryDirectory(prefix="srlm-lite-bench-") as folder:
+        scratch = Path(folder)
+        if job.phase == "anchor SFT":
+            train_sft(
+                slot,
+                base,
+                anchor,
+                examples(),
+                optim=recipe.anchor.model_copy(update=changes),
+                dropout=recipe.anchor.lora.dropout,
+                scratch=scratch,
+                seed=0,
+            )
+        elif job.phase == "revision SFT":
+            train_sft(
+                slot,
+                base,
+                delta,
+                examples(),
+                below=[anchor],
+                optim=recipe.rlaif.sft.model_copy(update=changes),
+                dropout=0.0,
+                scratch=scratch,
+                seed=0,
+            )
+        elif job.phase == "reward model":
+            train_reward(
+                slot,
+                base,
+                anchor=[anchor],
+                adapter=delta,
+                pairs=pairs(),
+                optim=recipe.rlhf.reward.model_copy(update=changes),
+                scratch=scratch,
+                seed=0,
+            )
+        else:
             train_dpo(
                 slot,
                 base,
                 anchor=[anchor],
                 delta=delta,
                 reference=[anchor, delta],
-                pairs=[PairExample(ids(), ids(1), ids()) for _ in range(batches * micro)],
-                dpo=job.recipe.dpo.model_copy(update={**changes, "nll_weight": 0.0}),
-                scratch=Path(scratch),
-                seed=0,
-            )
-        else:
-            micro = shape["sequences"]
-            changes = {"batch_size": batches * micro, "epochs": STEPS}
-            train_sft(
-                slot,
-                base,
-                anchor,
-                [Example(ids(), ids(i % 2)) for i in range(batches * micro)],
-                optim=job.recipe.anchor.model_copy(update=changes),
-                dropout=job.recipe.anchor.lora.dropout,
-                scratch=Path(scratch),
+                pairs=pairs(),
+                dpo=recipe.dpo.model_copy(update={**changes, "nll_weight": 0.0}),
+                scratch=scratch,
                 seed=0,
             )
     trained = STEPS * batches * shape["sequences"] * shape["tokens"]

@@ -28,6 +28,8 @@ from srlm_lite.planning.plan import PARTS, Plan, needs_sharding, parse_gpus
 from srlm_lite.planning.rates import known_rates, rates_folder, rates_key
 
 _HEADS = {"kv_cache": "KV cache"}
+_ALIKE = {"prompts": "candidates", "revision SFT": "anchor SFT"}
+"""Phases that do the same work as another one, whose rate stands for theirs."""
 _SHORT_HEADS = {
     "adapters": "adapt.",
     "optimizer": "optim.",
@@ -102,7 +104,7 @@ def times_of(plan: Plan) -> Times:
     rates = known[0] if known else {}
     seconds: dict[str, float | None] = {}
     for phase in plan.phases:
-        rate = rates.get("candidates" if phase.name == "prompts" else phase.name)
+        rate = rates.get(phase.name, rates.get(_ALIKE.get(phase.name, "")))
         seconds[phase.name] = phase.tokens / rate if phase.tokens and rate else None
     return Times(seconds, known[1] if known else None)
 
@@ -191,7 +193,7 @@ def _of_another_method(recipe: Recipe) -> list[str]:
     if recipe.method == "self-rewarding":
         return []
     return [
-        "counted for the method self-rewarding: what "
+        "counted for the method self-rewarding: how much "
         f"{recipe.method} samples and trains on differs from that"
     ]
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Device = Literal["cpu", "cuda"]
+Training = Literal["sft", "dpo", "reward"]
 
 LIBRARIES: Mapping[Device, Mapping[str, int]] = {
     "cpu": {"sampling": 660_000_000, "training": 800_000_000, "export": 480_000_000},
@@ -339,7 +340,7 @@ _INPUTS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj")
 def training(
     held: Held,
     *,
-    kind: Literal["sft", "dpo"],
+    kind: Training,
     rows: int,
     tokens: int,
     checkpointing: bool,
@@ -352,6 +353,7 @@ def training(
     slot. TRL's DPO loss has float32 logits of all tokens: those that autograd keeps, and on a CPU
     three gradients of that size at once (of the gather, its scatter, and of the rows taken apart);
     on a GPU, with its fused kernel, two. Its SFT loss has 256 tokens' logits at a time, four times.
+    A reward model has none.
 
     Args:
         rows: Sequences; a pair is two.
@@ -370,8 +372,10 @@ def training(
     )
     if kind == "dpo":
         logits = count * shape.vocabulary * 4 * (4 if held.device == "cpu" else 3)
-    else:
+    elif kind == "sft":
         logits = min(count, LOSS_CHUNK) * shape.vocabulary * 4 * 4
+    else:
+        logits = 0
     within = passing_by + (layer if checkpointing else 0) + held.scratch
     copies = (2 if kind == "dpo" else 1) * 4 + (c if held.mixed else 0)
     return {

@@ -10,9 +10,11 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from functools import reduce
+from operator import attrgetter
+from typing import Any
 
-from srlm_lite.config import Anchor, Dpo, Recipe, recipe_from
+from srlm_lite.config import Anchor, Dpo, Optim, Recipe, recipe_from
 from srlm_lite.errors import UserError
 from srlm_lite.planning.lengths import Lengths
 from srlm_lite.planning.memory import (
@@ -20,6 +22,7 @@ from srlm_lite.planning.memory import (
     Device,
     Held,
     Shape,
+    Training,
     drawing_bytes,
     exporting,
     holes,
@@ -31,6 +34,13 @@ from srlm_lite.planning.memory import (
 )
 
 PARTS = ("base", "adapters", "optimizer", "activations", "kv_cache", "logits", "libraries")
+TRAININGS: Mapping[str, str] = {
+    "anchor SFT": "anchor",
+    "revision SFT": "rlaif.sft",
+    "reward model": "rlhf.reward",
+    "DPO": "dpo",
+}
+"""The phases that train, and where the recipe sets each."""
 USABLE: Mapping[Device, float] = {"cuda": 0.95, "cpu": 1.0}
 """Share of a device's memory that a plan may fill; a GPU's allocator loses some to fragments."""
 _LEAST_WINDOW = 512
@@ -197,7 +207,11 @@ class _Phases:
                 yield self._judge()
         if self.trains_anchor:
             yield self._anchor()
-        if recipe.iterations:
+        if recipe.method == "rlhf":
+            yield self._reward()
+        if recipe.method == "rlaif" and recipe.iterations:
+            yield self._revisions()
+        if recipe.iterations > self._supervised:
             yield self._dpo()
         yield self._evaluation()
         yield self._export()
@@ -331,18 +345,38 @@ class _Phases:
         trained = None if count is None else math.ceil(count * section.epochs) * tokens
         return self._training("anchor SFT", "sft", section, tokens, trained, rows=1)
 
+    @property
+    def _supervised(self) -> int:
+        """Iterations without DPO."""
+        return 1 if self.recipe.method == "rlaif" else 0
+
+    def _reward(self) -> Phase:
+        """On human pairs, as long as the window admits."""
+        section = self.recipe.rlhf.reward
+        tokens = min(self.lengths.pair, self.recipe.base.window)
+        return self._training("reward model", "reward", section, tokens, None, rows=2)
+
+    def _revisions(self) -> Phase:
+        recipe, section = self.recipe, self.recipe.rlaif
+        tokens = min(self.lengths.pair, recipe.base.window)
+        answers = recipe.prompts.per_iteration * section.drafts * section.rounds
+        examples = answers * (1 + section.helpful) * section.sft.epochs
+        trained = math.ceil(examples) * tokens
+        return self._training("revision SFT", "sft", section.sft, tokens, trained, rows=1)
+
     def _dpo(self) -> Phase:
         section, recipe = self.recipe.dpo, self.recipe
         tokens = min(self.lengths.pair, recipe.base.window)
-        pairs = recipe.iterations * recipe.prompts.per_iteration * (1 + sum(recipe.pairing.replay))
+        rounds = recipe.iterations - self._supervised
+        pairs = rounds * recipe.prompts.per_iteration * (1 + sum(recipe.pairing.replay))
         trained = math.ceil(pairs * section.epochs) * 2 * tokens
         return self._training("DPO", "dpo", section, tokens, trained, rows=2)
 
     def _training(
         self,
         name: str,
-        kind: Literal["sft", "dpo"],
-        section: Anchor | Dpo,
+        kind: Training,
+        section: Optim,
         tokens: int,
         trained: int | None,
         *,
@@ -356,7 +390,7 @@ class _Phases:
             tokens=tokens,
             checkpointing=section.gradient_checkpointing,
             accumulates=section.batch_size > section.micro_batch_size,
-            dropout=section.lora.dropout > 0,
+            dropout=isinstance(section, Anchor | Dpo) and section.lora.dropout > 0,
         )
         count = rows * section.micro_batch_size * tokens
         parts["activations"] += holes(self.held, parts["activations"], count=count)
@@ -471,8 +505,8 @@ def with_settings(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
     """
     raw = recipe.model_dump()
     for key, value in changes.items():
-        section, name = key.split(".")
-        raw[section][name] = value
+        *sections, name = key.split(".")
+        reduce(dict.__getitem__, sections, raw)[name] = value
     return recipe_from(raw, where=", ".join(changes))
 
 
@@ -480,9 +514,9 @@ def _remedies(recipe: Recipe, phase: Phase) -> Iterator[Mapping[str, Any]]:
     """What may make a phase smaller, the cheapest first."""
     if recipe.base.quantization == "none" and phase.name == "load":
         yield {"base.quantization": "nf4"}
-    if phase.name in ("anchor SFT", "DPO"):
-        section = "anchor" if phase.name == "anchor SFT" else "dpo"
-        optim = recipe.anchor if section == "anchor" else recipe.dpo
+    if phase.name in TRAININGS:
+        section = TRAININGS[phase.name]
+        optim: Optim = attrgetter(section)(recipe)
         if not optim.gradient_checkpointing:
             yield {f"{section}.gradient_checkpointing": True}
         if optim.micro_batch_size > 1:

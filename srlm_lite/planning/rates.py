@@ -17,7 +17,7 @@ from typing import Any
 from srlm_lite.config import Recipe
 
 Rates = Mapping[str, float]
-"""Tokens a second by phase: candidates, judge, evaluation (drawn), anchor SFT, DPO (trained on)."""
+"""Tokens a second by phase: of those that sample, drawn; of those that train, trained on."""
 
 
 def rates_folder() -> Path:

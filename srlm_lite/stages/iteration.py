@@ -512,7 +512,7 @@ def sft_delta(
     start = session.slot.fresh(recipe.dpo.lora, seed=seed)
     training = Training(iteration.number, f"{place.name} sft")
     trained, facts = session.together(
-        Sft(start, examples, "SFT", training, seed, optim=optim, below=session.stack(0))
+        Sft(start, examples, "revision SFT", training, seed, optim=optim, below=session.stack(0))
     )
     trained.save(place.adapter, base_name=recipe.base.name)
     told = {"answers": len(examples), "too_long": too_long, **facts}
