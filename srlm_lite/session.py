@@ -66,6 +66,8 @@ class Session:
         self._revision: str | None = None
         self.pace: Pace | None = None
         """What keeps the processes of a sharded base in step, once it is loaded."""
+        self.prompt_lengths: dict[str, int] = {}
+        """Tokens of prompts, by text: every iteration goes through the whole list again."""
         import_backend(recipe)
 
     @cached_property

@@ -103,7 +103,10 @@ def _fitting(session: Session, pool: Pool, number: int) -> list[Prompt]:
     """The prompts that fit the window, enough of them for this iteration."""
     section, (prompts, path) = session.recipe.prompts, pool
     room = session.recipe.base.window - session.recipe.rollout.max_new_tokens
-    fitting = [p for p in prompts if len(session.chat.prompt_ids(p.text)) <= room]
+    lengths = session.prompt_lengths
+    for text in {prompt.text for prompt in prompts} - lengths.keys():
+        lengths[text] = len(session.chat.prompt_ids(text))
+    fitting = [prompt for prompt in prompts if lengths[prompt.text] <= room]
     first, last = (number - 1) * section.per_iteration, number * section.per_iteration
     way_out = "Lower prompts.per_iteration"
     kept = ""
