@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from forked import Program
 
 
 def free_port() -> int:
@@ -28,13 +29,32 @@ def serving(command: Sequence[str], port: int, log: Path) -> Iterator[str]:
     """The URL of a server that is up, until the end of the block."""
     with log.open("wb") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
+    with _up(process, port, log.read_text) as url:
+        yield url
+
+
+@contextmanager
+def transformers_serve(model: Path) -> Iterator[str]:
+    """The same of `transformers serve` with a model."""
+    port = free_port()
+    code = "from transformers.cli.transformers import main; main()"
+    options = ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu", "--dtype", "float32"]
+    process = Program("-c", code, "serve", model, *options)
+    with _up(process, port, lambda: str(process.communicate())) as url:
+        yield url
+
+
+@contextmanager
+def _up(
+    process: subprocess.Popen[bytes] | Program, port: int, said: Callable[[], str]
+) -> Iterator[str]:
     try:
         while True:
             try:
                 if httpx.get(f"http://127.0.0.1:{port}/health").is_success:
                     break
             except httpx.TransportError:
-                assert process.poll() is None, log.read_text()
+                assert process.poll() is None, said()
                 time.sleep(0.2)
         yield f"http://127.0.0.1:{port}/v1"
     finally:

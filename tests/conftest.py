@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from chat_server import free_port, serving
+from chat_server import transformers_serve
 from commands import Cli, in_process
 from hypothesis import settings
 
@@ -38,6 +38,12 @@ CORPUS = (
     "The reply answers the question. It is short and clear. It does not name the topic.",
     "user assistant system reply question Score: 0 Score: 1 Score: 2 Score: 3 Score: 4 Score: 5",
 )
+
+
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector the libraries: each of its rounds would walk through them all."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
@@ -122,11 +128,7 @@ def served(
     shutil.copytree(tiny_base_dir, folder)
     path = folder / "generation_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "do_sample": True, "top_k": 0}))
-    port = free_port()
-    program = "from transformers.cli.transformers import main; main()"
-    command = [sys.executable, "-c", program, "serve", str(folder)]
-    options = ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu", "--dtype", "float32"]
-    with serving([*command, *options], port, folder.parent / "log") as url:
+    with transformers_serve(folder) as url:
         yield url, folder
 
 

@@ -1,14 +1,17 @@
 """Python programs in processes of their own, forked from one that has imported the libraries.
 
-Importing them takes ten seconds of a core, once for every process that a test would start afresh.
+Importing them takes more than ten seconds of a core, once for every process that is started afresh.
+The processes are as real as those of `subprocess`: they can be killed, and fail on their own.
 """
 
 from __future__ import annotations
 
 import atexit
+import gc
 import multiprocessing
 import os
 import runpy
+import signal
 import sys
 import tempfile
 import traceback
@@ -16,46 +19,76 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 
+from commands import Done
+
 LIBRARIES = ("srlm_lite.cli.iterate", "srlm_lite.session", "srlm_lite.model.base",
              "srlm_lite.training.dpo", "srlm_lite.training.sft",
              "trl.trainer.dpo_trainer", "trl.trainer.sft_trainer")  # fmt: skip
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload([*LIBRARIES])
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload([*LIBRARIES])
 
 
 class Program:
-    """One that was started, with what it has printed.
+    """One that was started; with the methods of `subprocess.Popen`.
 
     Args:
         words: What would follow `python`: `-m MODULE ...`, `-c CODE ...` or `FILE ...`.
-        env: All of its environment.
+        env: All of its environment; None: this process's.
     """
 
-    def __init__(self, *words: str, env: Mapping[str, str]) -> None:
-        self._said = Path(tempfile.mkdtemp())
-        self._process = _CONTEXT.Process(target=_run, args=(words, dict(env), self._said))
+    def __init__(self, *words: str | Path, env: Mapping[str, str] | None = None) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="srlm-lite-program-")
+        told = dict(os.environ if env is None else env)
+        place = Path.cwd(), Path(self._folder.name)
+        self._process = CONTEXT.Process(target=_run, args=(tuple(map(str, words)), told, *place))
         self._process.start()
 
     @property
+    def pid(self) -> int:
+        assert self._process.pid is not None
+        return self._process.pid
+
+    @property
     def returncode(self) -> int | None:
-        """As that of `subprocess`: None while it runs."""
         return self._process.exitcode
 
-    def communicate(self) -> tuple[str, str]:
-        """Wait for its end; its stdout and stderr."""
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self) -> None:
         self._process.join()
-        out, err = (path.read_text(encoding="utf-8") for path in _streams(self._said))
+
+    def communicate(self) -> tuple[str, str]:
+        self.wait()
+        files = _streams(Path(self._folder.name))
+        out, err = (path.read_text(encoding="utf-8") for path in files)
         return out, err
+
+    def send_signal(self, number: signal.Signals) -> None:
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self._process.kill()
+
+
+def ended(*words: str | Path, env: Mapping[str, str] | None = None) -> Done:
+    """A program that is waited for."""
+    program = Program(*words, env=env)
+    out, err = program.communicate()
+    assert program.returncode is not None
+    return Done(program.returncode, out, err)
 
 
 def _streams(folder: Path) -> tuple[Path, Path]:
     return folder / "stdout", folder / "stderr"
 
 
-def _run(words: tuple[str, ...], env: dict[str, str], said: Path) -> None:
+def _run(words: tuple[str, ...], env: dict[str, str], where: Path, said: Path) -> None:
+    gc.freeze()  # as in this process: see conftest.py
     os.environ.clear()
     os.environ.update(env)
+    os.chdir(where)
     for number, path in enumerate(_streams(said), start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
     code: object = 0

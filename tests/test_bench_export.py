@@ -11,7 +11,6 @@ import pytest
 from commands import Cli
 
 from srlm_lite.bench import export as bench
-from srlm_lite.cli import bench as bench_command
 from srlm_lite.model.checkpoint import Checkpoint
 from srlm_lite.progress import Silent
 
@@ -61,14 +60,21 @@ def test_what_is_left_of_an_update(base: Path, tmp_path: Path) -> None:
 
 
 def test_the_command(base: Path, cli: Cli) -> None:
-    done = cli("bench", "export", "--base", base, "--json")
+    done = cli("bench", "export", "--base", base, "--json", "--no-four-bit")
     assert done.returncode == 0
     assert done.stderr == ""  # of the processes that it starts, too
     row: dict[str, Any] = json.loads(done.stdout)
-    assert set(row["ways"]) == {"copy", "ours", "peft", "ours, 4-bit", "peft, 4-bit"}
+    assert set(row["ways"]) == {"copy", "ours", "peft"}
     assert row["bytes"] == sum(i.nbytes for s in Checkpoint(base).shards.values() for i in s)
-    text = bench_command._export_text(row)
-    assert "norm ratio" in text and "ours, 4-bit" in text
+
+
+def test_the_command_merges_on_4_bits_too(
+    base: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "apart", lambda way, job: way(job))
+    done = cli("bench", "export", "--base", base)
+    assert done.returncode == 0
+    assert "norm ratio" in done.stdout and "ours, 4-bit" in done.stdout
 
 
 def test_nothing_is_left_behind(

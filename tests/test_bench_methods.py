@@ -12,6 +12,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from commands import Cli
 
 from srlm_lite.bench.lending import same_evaluation, same_first_grades
 from srlm_lite.bench.methods import (
@@ -174,14 +175,13 @@ SMALL = ("anchor.ift_limit=48", "anchor.eft_prompts=48", "anchor.epochs=1",
          "evaluate.policy_prompts=3", "evaluate.eft_prompts=2")  # fmt: skip
 
 
-def test_the_bench_runs_and_goes_on(tmp_path: Path) -> None:
+def test_the_bench_runs_and_goes_on(tmp_path: Path, cli: Cli) -> None:
     names = ("self-rewarding", "random pairs", "dpo")
-    command = [sys.executable, "-m", "srlm_lite", "bench", "methods", "--json", "--iterations", "1",
-               "--jobs", "2", "--out", str(tmp_path / "out"), "--cases", "; ".join(names),
-               "--plot", str(tmp_path / "plot.svg")]  # fmt: skip
-    for setting in SMALL:
-        command += ["--set", setting]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    options = [word for setting in SMALL for word in ("--set", setting)]
+    done = cli("bench", "methods", "--json", "--iterations", "1", "--jobs", "2",
+               "--out", tmp_path / "out", "--cases", "; ".join(names),
+               "--plot", tmp_path / "plot.svg", *options)  # fmt: skip
+    assert done.returncode == 0, done.stderr
     first = json.loads(done.stdout)
     # Goes on, in this process: the runs are done, and only read.
     second = bench_methods(Settings(tmp_path / "out", cases=names, iterations=1, overrides=SMALL))

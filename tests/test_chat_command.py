@@ -151,7 +151,12 @@ def test_ctrl_c_stops_an_answer_and_not_the_conversation(
         right(piece)
 
     monkeypatch.setattr(chat, "_show", interrupted)
-    out, err, code = talk("Never mind.", "/judge", QUESTION)
+    # A shell starts what it puts into the background with the signal ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        out, err, code = talk("Never mind.", "/judge", QUESTION)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert code == 0
     assert "stopped, and forgotten" in err and "there is no answer to judge yet" in err
     assert out == f"\n{greedy(run, 2, [user(QUESTION)])}\n"

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from chat_server import free_port, serving
+from chat_server import transformers_serve
+from commands import Cli
+from forked import ended
 
 from srlm_lite.config import load_recipe
 from srlm_lite.loop import iterate
@@ -55,7 +54,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Path:
     iterate(Session(recipe, run))
     out = folder / "model"
     command = ["export", "--adapters", str(run.path), "--iteration", "anchor", "--out", str(out)]
-    subprocess.run([sys.executable, "-m", "srlm_lite", *command], check=True, capture_output=True)
+    exported = ended("-m", "srlm_lite", *command)
+    assert exported.returncode == 0, exported.stderr
     config = out / "generation_config.json"
     told = {**json.loads(config.read_text()), "do_sample": True, "top_k": 0}
     config.write_text(json.dumps(told))
@@ -63,7 +63,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_a_teacher_and_a_judge_behind_a_server(served: Path, tmp_path: Path) -> None:
+def test_a_teacher_and_a_judge_behind_a_server(served: Path, tmp_path: Path, cli: Cli) -> None:
     template = tmp_path / "side.txt"
     template.write_text(TEMPLATE)
     sets = {
@@ -92,21 +92,10 @@ def test_a_teacher_and_a_judge_behind_a_server(served: Path, tmp_path: Path) -> 
         "evaluate.policy_prompts": 0,
     }
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "srlm_lite", "iterate", "--recipe", "tiny"]
-    command += ["--adapters", str(out)]
-    for key, value in sets.items():
-        command += ["--set", f"{key}={value}"]
-    port = free_port()
-    program = "from transformers.cli.transformers import main; main()"
-    server = [sys.executable, "-c", program, "serve", str(served), "--host", "127.0.0.1",
-              "--port", str(port), "--device", "cpu", "--dtype", "float32"]  # fmt: skip
-    with serving(server, port, tmp_path / "log") as url:
-        done = subprocess.run(
-            [*command, "--set", f"openai.url={url}"],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        )
+    with transformers_serve(served) as url:
+        settings = [f"{key}={value}" for key, value in {**sets, "openai.url": url}.items()]
+        options = [word for setting in settings for word in ("--set", setting)]
+        done = cli("iterate", "--recipe", "tiny", "--adapters", out, *options)
     assert done.returncode == 0, done.stderr
     place = RunDir(out).iteration(1)
     prompts = read_records(place.prompts, Prompt)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 import sys
 import time
@@ -15,14 +14,13 @@ import pytest
 import torch
 from commands import Cli
 from exporting import make_run, random_adapter
+from forked import Program
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from srlm_lite.export.export import Export, Wish
 from srlm_lite.export.source import find_source
 from srlm_lite.progress import Silent
 from srlm_lite.run_dir import RunDir, sha256_file
-
-COMMAND = (sys.executable, "-m", "srlm_lite", "export")
 
 
 @pytest.fixture
@@ -107,15 +105,11 @@ def larger_run(tiny_base_dir: Path, tmp_path_factory: pytest.TempPathFactory) ->
 def test_a_killed_export_never_looks_finished(larger_run: RunDir, tmp_path: Path) -> None:
     """SIGKILL as soon as the second file is whole; the same command then goes on."""
     out, draft = tmp_path / "out", tmp_path / ".out.partial"
-    process = subprocess.Popen(
-        [*COMMAND, "--adapters", str(larger_run.path), "--out", str(out)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    process = Program("-m", "srlm_lite", "export", "--adapters", larger_run.path, "--out", out)
     end = time.monotonic() + 60
     while len(list(draft.glob("*.safetensors"))) < 2 and time.monotonic() < end:
         time.sleep(0.0005)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.wait()
     assert not out.exists()
     whole = {file.name: file.stat().st_mtime_ns for file in draft.glob("*.safetensors")}

@@ -5,15 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import pytest
+from forked import ended
 
 from srlm_lite.config import Recipe, load_recipe
 from srlm_lite.errors import GateError, UserError
@@ -235,18 +233,11 @@ def test_the_paper_s_chain_starts_each_delta_from_the_one_before(
 def test_a_killed_run_ends_with_the_same_bytes(finished: RunDir, tmp_path: Path) -> None:
     """Killed ten times, at moments drawn at random, then left to finish."""
     out = tmp_path / "out"
-    options: dict[str, Any] = {
-        "env": {**os.environ, "HF_HUB_OFFLINE": "1"},
-        "check": True,
-        "capture_output": True,
-        "text": True,
-    }
-    killer = Path(__file__).with_name("killing.py")
-    kills = int(subprocess.run([sys.executable, str(killer), str(out)], **options).stdout)
+    kills = int(ended(Path(__file__).with_name("killing.py"), out).stdout)
     assert kills >= 5, "the run was over before it could be killed often enough to tell"
     assert not (out / "iter_002" / "done.json").exists()
-    command = [sys.executable, "-m", "srlm_lite", "iterate", "--recipe", "tiny", "--adapters"]
-    subprocess.run([*command, str(out)], **options)
+    again = ended("-m", "srlm_lite", "iterate", "--recipe", "tiny", "--adapters", out)
+    assert again.returncode == 0, again.stderr
     assert artefacts(RunDir(out)) == artefacts(finished)
 
 

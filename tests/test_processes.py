@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -64,18 +62,11 @@ def started_as_two(*command: str, told: Mapping[str, str] | None = None) -> list
     ]
 
 
-def accelerate(config: str, *options: str, run: list[str]) -> subprocess.Popen[str]:
+def accelerate(config: str, *options: str, run: list[str]) -> Program:
     """The launcher itself, with a shipped configuration; it does not ask whether GPUs are there."""
     file = recipes_dir() / "accelerate" / config
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)]
-    return subprocess.Popen(
-        [*launch, *options, "-m", "srlm_lite", *run],
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    launch = ("-m", "accelerate.commands.launch", "--config_file", str(file), *options)
+    return Program(*launch, "-m", "srlm_lite", *run, env=environment())
 
 
 @pytest.fixture(scope="module")
@@ -198,20 +189,13 @@ def test_two_gpus_do_what_one_does(config: str, device: str, anchor: Path, tmp_p
     same_as_alone(RunDir(out), alone)
 
 
-@pytest.mark.parametrize(
-    "config", ["ddp-2.yaml", pytest.param("fsdp2-qlora.yaml", marks=pytest.mark.slow)]
-)
 def test_a_killed_process_ends_the_run_and_the_rest_goes_on_from_there(
-    config: str, alone: RunDir, anchor: Path, tmp_path: Path
+    alone: RunDir, anchor: Path, tmp_path: Path
 ) -> None:
-    """Whether each holds the base or a part of it, which the other then lacks in its next pass."""
-    out = tmp_path / "out"
-    port = str(free_port())
-    launcher = accelerate(config, "--main_process_port", port, run=arguments(out, anchor))
-    candidates = RunDir(out).iteration(1).candidates
-    while not candidates.exists() or not candidates.stat().st_size:
-        assert launcher.poll() is None, launcher.communicate()
-        time.sleep(0.02)
+    out, port = tmp_path / "out", str(free_port())
+    options = ("--main_process_port", port)
+    launcher = accelerate("ddp-2.yaml", *options, run=arguments(out, anchor))
+    wait_for_candidates(out, launcher)
     second = [
         process
         for process in psutil.Process(launcher.pid).children(recursive=True)
@@ -220,6 +204,30 @@ def test_a_killed_process_ends_the_run_and_the_rest_goes_on_from_there(
     second[0].send_signal(signal.SIGKILL)
     _, errors = launcher.communicate()
     assert launcher.returncode != 0
+    _said_why_and_goes_on(errors, out, alone, anchor)
+
+
+def test_a_killed_process_ends_one_that_lacks_its_part_of_the_base(
+    alone: RunDir, anchor: Path, tmp_path: Path
+) -> None:
+    """In the next pass the other one waits for what the killed one held (FSDP2)."""
+    out = tmp_path / "out"
+    first, second = started_as_two("-m", "srlm_lite", *arguments(out, anchor), told=SHARDING)
+    wait_for_candidates(out, first)
+    second.kill()
+    _, errors = first.communicate()
+    assert first.returncode == 1
+    _said_why_and_goes_on(errors, out, alone, anchor)
+
+
+def wait_for_candidates(out: Path, program: Program) -> None:
+    candidates = RunDir(out).iteration(1).candidates
+    while not candidates.exists() or not candidates.stat().st_size:
+        assert program.poll() is None, program.communicate()
+        time.sleep(0.02)
+
+
+def _said_why_and_goes_on(errors: str, out: Path, alone: RunDir, anchor: Path) -> None:
     lines = [line for line in errors.splitlines() if line.startswith("srlm-lite: stopped: ")]
     assert len(lines) == 1 and processes.GOES_ON in lines[0]
     assert not RunDir(out).iteration(1).is_done

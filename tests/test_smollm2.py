@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import ended
 
 from srlm_lite.model.base import SMOLLM2_WHEEL, smollm2_file
 from srlm_lite.run_dir import RunDir, read_json, read_jsonl
@@ -23,13 +21,7 @@ pytestmark = [
 
 def srlm_lite(*arguments: object) -> str:
     """Run the real command; its stdout. Fails with what it said on stderr."""
-    done = subprocess.run(
-        [sys.executable, "-m", "srlm_lite", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        check=False,
-    )
+    done = ended("-m", "srlm_lite", *map(str, arguments))
     assert done.returncode == 0, done.stderr
     return done.stdout
 
