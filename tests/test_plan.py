@@ -460,6 +460,15 @@ def test_rates_are_kept_by_device_and_base(tmp_path: Path) -> None:
     assert known_rates(tmp_path, "there") is None
 
 
+@pytest.mark.parametrize("row", [5, {}, {"tokens_per_s": {}}, {"tokens_per_s": 1, "date": ""}])
+def test_a_rate_of_another_hand_is_none(row: Any, tmp_path: Path) -> None:
+    (tmp_path / "rates.json").write_text(json.dumps({"key": row}))
+    assert known_rates(tmp_path, "key") is None
+    remember(tmp_path, "key", {"DPO": 2.0})
+    found = known_rates(tmp_path, "key")
+    assert found is not None and found[0] == {"DPO": 2.0}
+
+
 def test_rates_of_many_measured_at_once_are_all_kept(tmp_path: Path) -> None:
     keys = [f"base {number}" for number in range(60)]
     with ThreadPoolExecutor(6) as pool:

@@ -57,4 +57,15 @@ def _read(folder: Path) -> dict[str, Any]:
         found = json.loads((folder / "rates.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    rows = found.items() if isinstance(found, dict) else ()
+    return {key: row for key, row in rows if _is_measured(row)}
+
+
+def _is_measured(row: Any) -> bool:
+    """Whether it is what `remember` writes, and not of another hand."""
+    return (
+        isinstance(row, dict)
+        and isinstance(row.get("date"), str)
+        and isinstance(rates := row.get("tokens_per_s"), dict)
+        and all(isinstance(rate, int | float) for rate in rates.values())
+    )
