@@ -289,6 +289,23 @@ def test_a_shipped_anchor_is_taken_as_it_is(finished: RunDir, tmp_path: Path) ->
     }
 
 
+def test_a_training_s_facts_of_another_hand_are_told(tmp_path: Path) -> None:
+    """An iteration that goes on takes a training that is there for what it says."""
+    from srlm_lite.stages.anchor import anchor
+    from srlm_lite.stages.iteration import delta
+
+    directory = RunDir(tmp_path)
+    session = Session(load_recipe("tiny"), directory)
+    for training in (directory.anchor.training, directory.iteration(1).delta_place.training):
+        training.parent.mkdir(parents=True)
+        training.write_text("{}")
+    told = r"training\.json: not as written: no `steps`"
+    with pytest.raises(UserError, match=told):
+        anchor(session)
+    with pytest.raises(UserError, match=told):
+        delta(session, directory.iteration(1), [])
+
+
 def test_an_anchor_on_judge_data_alone(tmp_path: Path) -> None:
     only = run(tmp_path / "out", "anchor.use_ift=false", "iterations=0")
     facts = read_json(only.anchor.training)

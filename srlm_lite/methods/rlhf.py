@@ -68,7 +68,7 @@ class Rlhf(SelfRewarding):
     ) -> tuple[None, dict[str, Any]]:
         """RLOO against the reward model."""
         if iteration.delta_place.training.is_file():
-            return None, read_json(iteration.delta_place.training)
+            return None, read_json(iteration.delta_place.training, steps=int)
         prompts = read_records(iteration.prompts, Prompt)
         model, _ = reward_model(session)
         return stages.on_policy_delta(session, iteration, prompts, model)

@@ -34,9 +34,10 @@ def anchor(session: Session) -> tuple[None, dict[str, Any]]:
             human order.
     """
     directory = session.run.anchor
-    if directory.training.is_file():
-        return None, read_json(directory.training)
     section = session.recipe.anchor
+    if directory.training.is_file():
+        trained = {"steps": int} if section.init == "base" else {}
+        return None, read_json(directory.training, **trained)
     shipped = session.shipped_anchor
     if shipped is not None:
         session.slot.load((shipped,))  # refused here if it does not fit the base

@@ -402,7 +402,7 @@ def delta(
     """
     place = place or iteration.delta_place
     if place.training.is_file():
-        return None, read_json(place.training)
+        return None, read_json(place.training, steps=int)
     recipe = session.recipe
     dpo = dpo or recipe.dpo
     seed = derive_seed(recipe.seed, iteration.number, place.name)
@@ -501,7 +501,7 @@ def sft_delta(
     """
     place = iteration.delta_place
     if place.training.is_file():
-        return None, read_json(place.training)
+        return None, read_json(place.training, steps=int)
     recipe = session.recipe
     examples, too_long = fitting_examples(session, ift_examples(session, rows))
     if not examples:
