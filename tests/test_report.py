@@ -169,6 +169,22 @@ def test_no_more_is_said_than_was_measured(
     assert chosen is not None and chosen.number == 1
 
 
+def test_beside_a_better_anchor_the_best_iteration_is_one_that_is_sound(tmp_path: Path) -> None:
+    run = new_run(tmp_path / "out")
+    add_anchor(run, evaluation(gold=None, anchor_score=3.0))
+    far = evaluation(gold=None, anchor_score=4.9, divergence=3.0)
+    add_iteration(run, 1, some_pairs(5), measured=far)
+    near = evaluation(gold=None, anchor_score=2.95, divergence=0.1)
+    add_iteration(run, 2, some_pairs(5), measured=near)
+    facts = gather(run)
+    chosen = best(facts)
+    assert chosen is not None and chosen.number == 2
+    assert answer(facts).export == (
+        "None: no iteration that is sound has a higher score by the anchor than M1.",
+        "The best of them is M3, iteration 2.",
+    )
+
+
 def test_worries_are_those_of_the_evaluation_and_of_length(run: RunDir) -> None:
     place = run.iteration(2)
     measured = evaluation(gold=1.0, accuracy=0.5, mean_length_chars=80.0 * LENGTH_GROWTH + 1)

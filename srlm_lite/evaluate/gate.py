@@ -227,6 +227,8 @@ class Best:
     value: float
     interval: Sequence[float] | None
     alike: tuple[int, ...]
+    ranked: tuple[int, ...]
+    """All that could be the best, the best first."""
 
 
 FIGURES = ("gold_mean", "anchor_score")
@@ -259,7 +261,8 @@ def best_model(evaluations: Sequence[Evaluation], gate: Gate | None = None) -> B
             for i in range(len(values))
             if figure == "gold_mean" or i == 0 or not _is_broken(evaluations[: i + 1], gate)
         ]
-        place = max(places, key=lambda i: (values[i], -i))
+        ranked = sorted(places, key=lambda i: (-values[i], i))
+        place = ranked[0]
         alike = tuple(
             i
             for i, value in enumerate(values)
@@ -268,7 +271,7 @@ def best_model(evaluations: Sequence[Evaluation], gate: Gate | None = None) -> B
             and values[place] - value <= 2 * (errors[place] ** 2 + errors[i] ** 2) ** 0.5
         )
         interval = evaluations[place]["policy"].get("intervals", {}).get(figure)
-        return Best(place, figure, values[place], interval, alike)
+        return Best(place, figure, values[place], interval, alike, tuple(ranked))
     return None
 
 

@@ -61,10 +61,8 @@ def best(facts: Facts) -> Model | None:
     made = [model for model in models if model.number]
     if found is None or not made:
         return made[-1] if made else None
-    if models[found.place].number:
-        return models[found.place]
-    figure = found.figure  # the anchor is the best: of the iterations the best one beside it
-    return max(made, key=lambda model: float(model.policy[figure]))
+    sound = [models[place] for place in found.ranked if models[place].number]
+    return sound[0] if sound else max(made, key=lambda model: float(model.policy[found.figure]))
 
 
 def _ranked(facts: Facts) -> tuple[list[Model], Best | None]:
@@ -285,8 +283,9 @@ def _export(facts: Facts) -> tuple[str, ...]:
         )
     by = {"gold_mean": "gold score", "anchor_score": "score by the anchor"}[found.figure]
     if models[found.place] is not chosen:
+        which = "iteration" if len(found.ranked) == len(models) else "iteration that is sound"
         return (
-            f"None: no iteration has a higher {by} than {models[found.place].name}.",
+            f"None: no {which} has a higher {by} than {models[found.place].name}.",
             f"The best of them is {chosen.name}, iteration {chosen.number}.",
         )
     why = f"it has the highest {by}"
