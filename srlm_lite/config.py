@@ -10,7 +10,7 @@ import difflib
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -97,7 +97,12 @@ class Lora(Section):
         "up_proj",
         "down_proj",
     )
-    """Names of the linear layers that carry the adapter."""
+    """Names of the linear layers that carry the adapter, or the ends of their dotted names."""
+
+
+def is_targeted(module: str, targets: Iterable[str]) -> bool:
+    """Whether `lora.targets` name a module, by its dotted name; as PEFT reads them."""
+    return any(module == target or module.endswith(f".{target}") for target in targets)
 
 
 class Data(Section):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from srlm_lite.config import Base, Lora, load_recipe
 from srlm_lite.errors import ProofError, UserError
@@ -219,6 +219,20 @@ def test_a_fresh_adapter_changes_nothing_and_depends_on_its_seed_alone(slot: Slo
     torch.testing.assert_close(logits(slot.model), bare, rtol=0, atol=0)
     assert not one.differs_from(two)
     assert one.differs_from(slot.fresh(LORA, seed=4))
+
+
+def test_a_fresh_adapter_is_on_the_layers_that_its_targets_name(tiny_base_dir: Path) -> None:
+    base = LlamaForCausalLM.from_pretrained(tiny_base_dir)
+    targets = ("q_proj", "mlp.down_proj", "model.layers.1.self_attn.v_proj")
+    slot = Slot(base, targets=targets, rank=8)
+    expected = {
+        f"model.layers.{i}.{name}" for i in (0, 1) for name in ("self_attn.q_proj", "mlp.down_proj")
+    }
+    expected.add("model.layers.1.self_attn.v_proj")
+    assert set(slot.fresh(Lora(rank=4, targets=targets), seed=1).factors) == expected
+    assert set(slot.modules) == expected
+    alone = slot.fresh(Lora(rank=4, targets=("mlp.down_proj",)), seed=1)
+    assert set(alone.factors) == {f"model.layers.{i}.mlp.down_proj" for i in (0, 1)}
 
 
 def test_only_the_deltas_rows_receive_a_gradient(slot: Slot) -> None:

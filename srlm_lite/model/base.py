@@ -256,14 +256,12 @@ def compute_dtype(section: config.Base) -> torch.dtype:
 def check_targets(model: torch.nn.Module, targets: Iterable[str]) -> None:
     """Make sure that every LoRA target names at least one linear layer.
 
-    A target matches a module of that name, or one whose dotted name ends in it.
-
     Raises:
         UserError: A target matches nothing; lists the names there are.
     """
     linear = [name for name, module in model.named_modules() if _is_linear(module)]
     for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in linear):
+        if not any(config.is_targeted(name, (target,)) for name in linear):
             known = sorted({name.rpartition(".")[2] for name in linear} - {"lm_head"})
             raise UserError(
                 f"the base has no linear layer named {target}",

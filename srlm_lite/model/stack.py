@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from srlm_lite.config import Lora
+from srlm_lite.config import Lora, is_targeted
 from srlm_lite.errors import ProofError, UserError
 from srlm_lite.model import unsloth_backend
 from srlm_lite.model.sharding import is_sharded
@@ -302,7 +302,7 @@ class Slot:
         """
         factors: dict[str, Factors] = {}
         for index, (module, layer) in enumerate(self._layers.items()):
-            if module.rsplit(".", 1)[-1] not in lora.targets:
+            if not is_targeted(module, lora.targets):
                 continue
             generator = torch.Generator().manual_seed((seed + index * 1_000_003) % (1 << 63))
             a_shape, b_shape = self._shapes(layer, lora.rank)

@@ -16,6 +16,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from srlm_lite.config import is_targeted
+
 Device = Literal["cpu", "cuda"]
 Training = Literal["sft", "dpo", "reward"]
 
@@ -99,11 +101,7 @@ class Shape:
 
     def adapted(self, targets: Collection[str]) -> list[Linear]:
         """The linear layers that carry an adapter."""
-        return [
-            linear
-            for linear in self.linears
-            if any(linear.name == one or linear.name.endswith(f".{one}") for one in targets)
-        ]
+        return [linear for linear in self.linears if is_targeted(linear.name, targets)]
 
     def adapter_parameters(self, targets: Collection[str], rank: int) -> int:
         """Of one LoRA: R (inputs + outputs) for each layer."""
