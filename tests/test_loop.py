@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -13,13 +14,22 @@ from typing import Any
 import pytest
 from forked import ended
 
-from srlm_lite.config import Recipe, load_recipe
+from srlm_lite.config import Gate, Recipe, load_recipe
 from srlm_lite.errors import GateError, UserError
+from srlm_lite.evaluate.gate import findings
 from srlm_lite.loop import iterate
 from srlm_lite.methods import method_of
-from srlm_lite.records import TrainingStep
-from srlm_lite.run_dir import RunDir, read_json, read_jsonl, read_records, sha256_file
+from srlm_lite.records import Candidate, TrainingStep
+from srlm_lite.run_dir import (
+    RunDir,
+    read_json,
+    read_jsonl,
+    read_records,
+    sha256_file,
+    write_records,
+)
 from srlm_lite.session import Session
+from srlm_lite.stages.evaluation import evaluation, evaluations
 
 JUDGE_KEYS = {
     "pairwise_accuracy",
@@ -216,6 +226,23 @@ def test_the_answers_are_graded_by_the_model_and_by_the_anchor(finished: RunDir)
         low, high = policy["intervals"][f"{name}_score"]
         assert policy[f"{name}_score"] == pytest.approx(sum(means) / len(means), abs=1e-4)
         assert low <= policy[f"{name}_score"] <= high
+
+
+def test_answers_without_text_have_the_lowest_grade(finished: RunDir, tmp_path: Path) -> None:
+    shutil.copytree(finished.path, tmp_path / "out")
+    recipe, mute = load_recipe("tiny"), RunDir(tmp_path / "out")
+    place = mute.iteration(2)
+    for file in (place.evaluation, *place.evaluation_dir.glob("[gl]*.jsonl")):
+        file.unlink()
+    answers = place.evaluation_dir / "answers_sampled.jsonl"
+    rows = read_records(answers, Candidate)
+    write_records(answers, [replace(row, text="", n_tokens=1) for row in rows])
+    mute.open(recipe, {})
+    session = Session(recipe, mute)
+    evaluation(session, place, session.stack(2))
+    policy = read_json(place.evaluation)["policy"]
+    assert policy["anchor_score"] == policy["self_score"] == 0.0
+    assert "anchor_score" in {one.gate for one in findings(evaluations(mute), Gate())}
 
 
 def test_the_paper_s_chain_starts_each_delta_from_the_one_before(

@@ -11,7 +11,7 @@ import pytest
 
 from srlm_lite.errors import UserError
 from srlm_lite.evaluate.gold import Gold, load_gold
-from srlm_lite.evaluate.policy_metrics import policy_metrics
+from srlm_lite.evaluate.policy_metrics import means_by_prompt, policy_metrics
 from srlm_lite.records import Candidate, FinishReason
 
 PROMPTS = {"p": "question p", "q": "question q"}
@@ -65,6 +65,13 @@ def test_gold_is_averaged_over_prompts() -> None:
     assert found["gold_se"] == 2.0
     assert found["gold_by_criterion"] == {"score": 4.0}  # as the whole score
     assert found["gold_by_criterion_se"] == {"score": 2.0}
+
+
+def test_scores_are_averaged_over_prompts_too() -> None:
+    rows = [Candidate(prompt, f"{prompt}#{i}", "a", 1, "stop") for prompt in "pq" for i in (0, 1)]
+    scores = {"p#0": 1.0, "p#1": 4.0, "q#0": 5.0, "q#1": None, "r#0": 9.0}
+    assert means_by_prompt(rows, scores) == [2.5, 5.0]
+    assert means_by_prompt(rows, {}) == []
 
 
 def test_one_prompt_has_no_standard_error() -> None:

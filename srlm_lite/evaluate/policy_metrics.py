@@ -58,15 +58,33 @@ def policy_metrics(
         terms["gold_mean"] = [(mean, 1) for mean in means]
         metrics |= {
             "gold_mean": round(fmean(means), 4),
-            "gold_se": _error(means),
+            "gold_se": standard_error(means),
             "gold_by_criterion": {
                 name: round(fmean(values), 4) for name, values in by_criterion.items()
             },
-            "gold_by_criterion_se": {name: _error(values) for name, values in by_criterion.items()},
+            "gold_by_criterion_se": {
+                name: standard_error(values) for name, values in by_criterion.items()
+            },
         }
     return {**metrics, "intervals": intervals(terms)}
 
 
-def _error(means: Sequence[float]) -> float | None:
-    """Standard error of the mean of the prompts' means."""
+def means_by_prompt(
+    answers: Sequence[Candidate], scores: Mapping[str, float | None]
+) -> list[float]:
+    """The mean score of each prompt's answers; without the answers that have none.
+
+    Args:
+        scores: By candidate_id.
+    """
+    by_prompt: dict[str, list[float]] = {}
+    for answer in answers:
+        score = scores.get(answer.candidate_id)
+        if score is not None:
+            by_prompt.setdefault(answer.prompt_id, []).append(score)
+    return [fmean(found) for found in by_prompt.values()]
+
+
+def standard_error(means: Sequence[float]) -> float | None:
+    """Of the mean of the prompts' means; None of a single one."""
     return round(stdev(means) / len(means) ** 0.5, 4) if len(means) > 1 else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from srlm_lite.config import Gate, Sampling
@@ -14,7 +14,7 @@ from srlm_lite.evaluate.gate import best_model, findings
 from srlm_lite.evaluate.gold import load_gold
 from srlm_lite.evaluate.intervals import interval
 from srlm_lite.evaluate.judge_metrics import calibration, judge_metrics, share_in_gold_order
-from srlm_lite.evaluate.policy_metrics import policy_metrics
+from srlm_lite.evaluate.policy_metrics import means_by_prompt, policy_metrics, standard_error
 from srlm_lite.judging import mean_scores
 from srlm_lite.records import Candidate, Prompt
 from srlm_lite.run_dir import RunDir, StageDir, read_json, write_json, write_records
@@ -136,12 +136,13 @@ def _grades(
         gold: Gold scores by answer, where there are any.
 
     Returns:
-        `self_score`, `anchor_score`, their standard errors over answers, and the rubric's scale;
+        `self_score`, `anchor_score`, their standard errors over prompts, and the rubric's scale;
         and the intervals. An external judge is one and the same for all: it is `anchor_score`.
+        An answer without text is shown to no judge: it has the rubric's lowest score.
         With gold also `self_gold_accuracy` and `anchor_gold_accuracy`.
     """
     recipe, run = session.recipe, session.run
-    some = [a for a in answers if a.text][: recipe.evaluate.judged_answers]
+    some = answers[: recipe.evaluate.judged_answers]
     if not some:
         return {}, {}
     external = (recipe.judge.engine or recipe.rollout.engine) == "openai"
@@ -149,25 +150,25 @@ def _grades(
     judges: dict[str, Sequence[Adapter]] = {"anchor" if own else "self": judge}
     if not own and run.anchor.training.is_file():
         judges["anchor"] = session.stack(0)
+    blank = [row.candidate_id for row in some if not row.text]
     figures: dict[str, Any] = {}
     ends: dict[str, Any] = {}
     for name, stack in judges.items():
         rows = judge_replies(
             session,
             stack,
-            [(row.candidate_id, texts[row.prompt_id], row.text) for row in some],
+            [(row.candidate_id, texts[row.prompt_id], row.text) for row in some if row.text],
             path=directory.evaluation_dir / f"grades_{name}.jsonl",
             stage=f"evaluation, grades of the {'model' if name == 'self' else name}",
             votes=recipe.evaluate.votes or recipe.judge.votes,
             chunk=recipe.rollout.chunk_prompts * recipe.rollout.n,
             seed_path=(recipe.seed, "evaluation", "grades"),
         )
-        scores = mean_scores(rows, min_votes=1)
-        found = [score for score in scores.values() if score is not None]
-        figures[f"{name}_score"] = round(fmean(found), 4) if found else None
-        error = stdev(found) / len(found) ** 0.5 if len(found) > 1 else None
-        figures[f"{name}_score_se"] = None if error is None else round(error, 4)
-        ends[f"{name}_score"] = interval([(score, 1) for score in found])
+        scores = mean_scores(rows, min_votes=1) | dict.fromkeys(blank, session.rubric.min)
+        means = means_by_prompt(some, scores)
+        figures[f"{name}_score"] = round(fmean(means), 4) if means else None
+        figures[f"{name}_score_se"] = standard_error(means)
+        ends[f"{name}_score"] = interval([(mean, 1) for mean in means])
         if gold:
             figures[f"{name}_gold_accuracy"] = share_in_gold_order(scores, gold)
     if own:
