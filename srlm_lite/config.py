@@ -335,14 +335,15 @@ class Gate(Section):
     """`stop`: no iteration starts from a model that does not pass."""
     judge_accuracy: Annotated[float, Field(ge=0, le=1)] = 0.03
     """Largest fall of the judge's pairwise accuracy below the best model before; of this and of
-    the next two never less than chance can do with so few prompts."""
+    the next three never less than chance can do with so few prompts."""
     gold: Annotated[float, Field(ge=0)] = 0.0
     """Largest fall of the gold score below the best model before, in points."""
     criterion: Annotated[float, Field(ge=0)] = 0.0
     """Largest fall of one of the gold scorer's criteria below the anchor while the whole score
     rises, in points; never less than chance can do with so few prompts and so many criteria."""
     anchor_score: Annotated[float, Field(ge=0)] = 0.0
-    """Largest fall of the score that the anchor, as judge, gives to the answers, in points."""
+    """Largest fall of the score that the anchor, as judge, gives to the answers below the best
+    model before, in points."""
     capability: Annotated[float, Field(ge=0, le=1)] = 0.05
     """Largest fall of a task of the capability panel below the anchor."""
     one_score: Probability = 0.8

@@ -85,12 +85,11 @@ def _judge_accuracy(before: Sequence[Evaluation], now: Evaluation, gate: Gate) -
 
 
 def _gold(before: Sequence[Evaluation], now: Evaluation, gate: Gate) -> Iterator[str]:
-    best = _best(before, "gold_mean")
-    gold, error = now["policy"].get("gold_mean"), now["policy"].get("gold_se") or 0.0
-    if gold is not None and best is not None and best - gold > max(gate.gold, 2 * error):
+    fall = _fall(before, now, "gold_mean", "gold_se", least=gate.gold)
+    if fall is not None:
         yield (
-            f"the gold score fell from {best:.2f} to {gold:.2f}: the judge rewards something else; "
-            "stop at the best iteration, or lower dpo.learning_rate"
+            f"the gold score fell from {fall[0]:.2f} to {fall[1]:.2f}: the judge rewards something "
+            "else; stop at the best iteration, or lower dpo.learning_rate"
         )
 
 
@@ -123,11 +122,13 @@ def _criterion(before: Sequence[Evaluation], now: Evaluation, gate: Gate) -> Ite
 
 
 def _anchor_score(before: Sequence[Evaluation], now: Evaluation, gate: Gate) -> Iterator[str]:
-    best = _best(before, "anchor_score")
-    score, error = now["policy"].get("anchor_score"), now["policy"].get("anchor_score_se") or 0.0
-    if score is None or best is None or best - score <= max(gate.anchor_score, 2 * error):
+    fall = _fall(before, now, "anchor_score", "anchor_score_se", least=gate.anchor_score)
+    if fall is None:
         return
-    own_before, own = _best(before, "self_score"), now["policy"].get("self_score")
+    best, score = fall
+    known = [each["policy"].get("self_score") for each in before]
+    own_before = max((value for value in known if value is not None), default=None)
+    own = now["policy"].get("self_score")
     if own is not None and own_before is not None and own > own_before:
         told = (
             f"the model's grades of its own answers rose from {own_before:.2f} to {own:.2f}, while "
@@ -210,9 +211,21 @@ CHECKS: tuple[Check, ...] = (
 )
 
 
-def _best(evaluations: Sequence[Evaluation], figure: str) -> float | None:
-    known = [each["policy"].get(figure) for each in evaluations]
-    return max((value for value in known if value is not None), default=None)
+def _fall(
+    before: Sequence[Evaluation], now: Evaluation, figure: str, error: str, *, least: float
+) -> tuple[float, float] | None:
+    """The figure of the best model before and of this one, where it has fallen.
+
+    By more than `least`, and by more than two standard errors of the difference: both models'
+    answers are drawn, and the best of several is high by luck as well.
+    """
+    value = now["policy"].get(figure)
+    known = [each["policy"] for each in before if each["policy"].get(figure) is not None]
+    if value is None or not known:
+        return None
+    best = max(known, key=lambda policy: float(policy[figure]))
+    chance = 2 * hypot(best.get(error) or 0.0, now["policy"].get(error) or 0.0)
+    return (best[figure], value) if best[figure] - value > max(least, chance) else None
 
 
 @dataclass(frozen=True, slots=True)
