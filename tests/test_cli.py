@@ -20,7 +20,7 @@ from typer.main import get_command
 
 from srlm_lite import __version__
 from srlm_lite.cli import iterate, main
-from srlm_lite.cli.progress import _duration, summary
+from srlm_lite.cli.progress import Console, _duration, summary
 from srlm_lite.cli.tables import closing_table
 from srlm_lite.config import load_recipe, recipe_from, recipes_dir, shipped_recipes
 from srlm_lite.errors import UserError
@@ -656,6 +656,28 @@ def test_recipes_show_prints_the_file_and_check_fills_in_defaults(cli: Cli) -> N
 )
 def test_durations(seconds: float, text: str) -> None:
     assert _duration(seconds) == text
+
+
+def test_a_log_file_is_told_now_and_then_how_far_a_long_stage_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    times = iter((0.0, 0.1, 30.0, 59.0, 60.0, 100.0, 130.0, 3000.0, 3100.0, 3200.0))
+    monkeypatch.setattr("srlm_lite.cli.progress.time.monotonic", lambda: next(times))
+    with Console() as console:
+        task = console.start("judgements", 1000, "judgements")
+        task.advance(400)  # on disk already
+        for _ in range(5):
+            task.advance(50)
+        task.note("loss 0.500")
+        task.advance(150)
+        for _ in range(2):  # 200 s are under a tenth of the 53 minutes so far
+            task.advance(50)
+    assert capsys.readouterr().err.splitlines() == [
+        # 550 in the last 60 s, as far as that is known here
+        "    judgements: 550/1000 judgements after 1:00 min, ETA 49.1 s",
+        "    judgements: 650/1000 judgements after 2:10 min, ETA 4:05 min",
+        "    judgements: 800/1000 judgements after 50:00 min, ETA 1:03 h, loss 0.500",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,12 @@
-"""Progress on a terminal: a bar with ETA for each long stage, one line for each finished one."""
+"""Progress: a line for each finished stage, and of a long one how far it is.
+
+On a terminal that is a bar with ETA; in a log file a line now and then.
+"""
 
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
@@ -32,6 +36,35 @@ class _Bar:
         self._progress.update(self._task, note=text)
 
 
+class _Lines:
+    """In a log file: a line after a minute, and the longer the stage takes the fewer."""
+
+    def __init__(self, say: Callable[[str], None], stage: str, total: int, unit: str) -> None:
+        self._say, self._stage, self._total, self._unit = say, stage, total, unit
+        self._done = self._told = 0
+        self._note = ""
+        self._started = self._last = time.monotonic()
+
+    def advance(self, count: int = 1) -> None:
+        self._done += count
+        now = time.monotonic()
+        if not count or self._done >= self._total:
+            return
+        if now - self._last < max(60, (now - self._started) / 10):
+            return
+        # By the rate since the last line: what was on disk already took no time.
+        left = (now - self._last) * (self._total - self._done) / (self._done - self._told)
+        self._say(
+            f"    {self._stage}: {self._done}/{self._total} {self._unit} after "
+            f"{_duration(now - self._started)}, ETA {_duration(left)}"
+            f"{self._note and f', {self._note}'}"
+        )
+        self._last, self._told = now, self._done
+
+    def note(self, text: str) -> None:
+        self._note = text
+
+
 class Console:
     """The reporter of the command line; everything it shows goes to stderr.
 
@@ -52,7 +85,7 @@ class Console:
             TextColumn("{task.fields[note]}", style="dim"),
             console=self._rich,
             transient=True,
-            # Bars are for eyes: a log file gets the lines alone.
+            # Bars are for eyes: a log file gets lines alone.
             disable=not self._rich.is_terminal,
         )
 
@@ -74,6 +107,8 @@ class Console:
 
     def start(self, stage: str, total: int, unit: str) -> Task:
         """See `Reporter.start`."""
+        if not self._rich.is_terminal:
+            return _Lines(self.say, stage, total, unit)
         for task in self._progress.task_ids:
             self._progress.remove_task(task)
         return _Bar(self._progress, self._progress.add_task(stage, total=total, unit=unit, note=""))
