@@ -34,6 +34,9 @@ _OWN = re.compile(
     r"|compare|mt_bench|report\.html|tracking\.json|tensorboard|wandb"
 )
 
+_BEFORE = {"run.json", "base.json", "vllm.log"}
+"""What a run leaves that has computed nothing yet."""
+
 
 def read_jsonl(path: Path, *, growing: bool = False) -> list[dict[str, Any]]:
     """All rows of a JSONL file.
@@ -695,6 +698,11 @@ class RunDir:
     def exists(self) -> bool:
         return self.run_json.is_file()
 
+    @property
+    def is_begun(self) -> bool:
+        """Whether anything has been computed: until then the run may still be another one."""
+        return self.exists and any(entry.name not in _BEFORE for entry in self._entries())
+
     def facts(self) -> dict[str, Any]:
         """What `run.json` says.
 
@@ -730,7 +738,9 @@ class RunDir:
             return
         before = self.facts()
         differing = _differences(as_noted_now(before["identity"]), recipe.identity())
-        if differing:
+        if differing and not self.is_begun:
+            self.base_json.unlink(missing_ok=True)
+        elif differing:
             raise UserError(
                 f"holds a run of another configuration; differing: {_some(differing)}",
                 where=str(self.path),

@@ -240,6 +240,19 @@ def test_a_missing_data_directory(cli: Cli, tmp_path: Path) -> None:
     assert "srlm-lite data prepare" in line
 
 
+@pytest.mark.parametrize(
+    ("base", "told"),
+    [("/no/base", "there is nothing at /no/base"), ("some-org/base", "the Hub cannot be reached")],
+)
+def test_a_base_that_cannot_be_had_leaves_nothing(
+    cli: Cli, tmp_path: Path, base: str, told: str
+) -> None:
+    out, named = tmp_path / "out", f"base.name={base}"
+    line = mistake(cli("iterate", "--recipe", "toy", "--adapters", out, "--set", named))
+    assert told in line
+    assert not out.exists()
+
+
 def test_a_directory_with_other_files(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("precious")
     line = mistake(cli("iterate", "--recipe", "toy", "--adapters", tmp_path))

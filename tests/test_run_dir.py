@@ -333,6 +333,7 @@ def test_more_iterations_and_another_name_are_the_same_run(tmp_path: Path) -> No
 def test_another_configuration_is_refused_by_its_keys(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     run.open(recipe(), {})
+    run.anchor.path.mkdir()
     before = run.run_json.read_bytes()
     other = recipe(dpo={"beta": 0.2, "lora": {"rank": 4}}, seed=1)
     with pytest.raises(UserError) as caught:
@@ -347,9 +348,24 @@ def test_another_configuration_is_refused_by_its_keys(tmp_path: Path) -> None:
     assert run.run_json.read_bytes() == before
 
 
+def test_a_run_that_has_computed_nothing_may_still_be_another_one(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    run.open(recipe(), {})
+    run.hold_to_base({"name": "wrong/base", "revision": "abc"})
+    assert not run.is_begun
+    run.open(recipe(seed=1), {})
+    assert run.facts()["seed"] == 1
+    run.hold_to_base({"name": "right/base", "revision": "def"})
+    run.anchor.path.mkdir()
+    assert run.is_begun
+    with pytest.raises(UserError, match="another configuration"):
+        run.open(recipe(), {})
+
+
 def test_of_many_differences_a_few_are_named(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     run.open(recipe(), {})
+    run.anchor.path.mkdir()
     with pytest.raises(UserError) as caught:
         run.open(load_recipe("toy-meta"), {})
     message = str(caught.value)
@@ -619,6 +635,7 @@ def test_a_run_goes_on_from_another_installation(tmp_path: Path) -> None:
     """The shipped base lies elsewhere then; what was noted of it is where it lies now."""
     recipe, run = load_recipe("toy"), RunDir(tmp_path)
     run.open(recipe, {})
+    run.anchor.path.mkdir()
     here = str(recipes_dir())
     run.run_json.write_text(run.run_json.read_text().replace(here, "/another/place/recipes"))
     assert run.facts()["recipe"]["base"]["name"] == "/another/place/recipes/toy/base"

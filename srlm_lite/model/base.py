@@ -149,7 +149,7 @@ def base_is_here(section: config.Base) -> bool:
             location, revision=section.revision, allow_patterns=patterns, local_files_only=True
         )
         return _is_complete(Path(folder))
-    with _explained(section, kind, location):
+    with _quiet(), _explained(section, kind, location):
         api = HfApi()
         if api.model_info(location, revision=section.revision, timeout=_HUB_TIMEOUT_S).gated:
             api.auth_check(location)
@@ -663,14 +663,17 @@ def _is_linear(module: torch.nn.Module) -> bool:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep transformers from drawing bars and giving advice while it loads."""
-    logging_ = hf.utils.logging
-    verbosity, bars = logging_.get_verbosity(), logging_.is_progress_bar_enabled()
+    """Keep transformers from drawing bars and giving advice while it loads, and the client of the
+    Hub from telling each of its tries to reach it; what they fail of is told in one line."""
+    logging_, hub = hf.utils.logging, logging.getLogger("huggingface_hub")
+    verbosity, bars, level = logging_.get_verbosity(), logging_.is_progress_bar_enabled(), hub.level
     logging_.set_verbosity_error()
     logging_.disable_progress_bar()
+    hub.setLevel(logging.ERROR)
     try:
         yield
     finally:
+        hub.setLevel(level)
         logging_.set_verbosity(verbosity)
         if bars:
             logging_.enable_progress_bar()
