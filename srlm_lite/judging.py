@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Protocol
@@ -297,6 +297,13 @@ def votes_by_candidate(judgements: Iterable[Judgement]) -> dict[str, Sequence[fl
         candidate_id: [row.score for row in rows]
         for candidate_id, rows in by_candidate(judgements).items()
     }
+
+
+def as_sampled(judgement: Judgement) -> Judgement:
+    """The judgement with the score that it says, where its score is an expected one."""
+    if judgement.sampled_score is None:
+        return judgement
+    return replace(judgement, score=judgement.sampled_score)
 
 
 def by_candidate(judgements: Iterable[Judgement]) -> dict[str, tuple[Judgement, ...]]:

@@ -355,6 +355,19 @@ class _PassBy:
             follower.session.pace.pass_by()
 
 
+def refuse_absent_base(recipe: Recipe, run: RunDir) -> None:
+    """Ask for the base before anything is written.
+
+    Raises:
+        UserError: It is neither here nor to be had from the Hub.
+    """
+    from srlm_lite.model.base import base_is_here
+
+    noted = run.base_revision if run.path.is_dir() else None
+    revision = noted or recipe.base.revision
+    base_is_here(recipe.base.model_copy(update={"revision": revision}))
+
+
 def import_backend(recipe: Recipe) -> None:
     """Import Unsloth, where the recipe has it, before anything imports what it rewrites.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -106,6 +107,17 @@ def test_rows_keep_all_but_their_target() -> None:
     assert rows[0][0].target == "a vote 0\nScore: 5"
     assert (rows[0][0].prompt_id, rows[0][0].rank, rows[0][0].response) == ("p", 0, "answer")
     assert group[0].target is None
+
+
+def test_what_counts_is_the_score_that_the_target_says() -> None:
+    group, judgements = prompt("p", {"a": (0, [4, 5]), "b": (1, [4, 3])})
+    # Expected scores put a before b in vote 0 already, but both of its targets say 4.
+    expected = {("a", 0): 4.2, ("b", 0): 3.8, ("a", 1): 4.9, ("b", 1): 3.1}
+    judgements = [
+        replace(row, score=expected[row.candidate_id, row.vote], sampled_score=row.score)
+        for row in judgements
+    ]
+    assert kept((group, judgements)) == [("a", "a vote 1", 5.0), ("b", "b vote 1", 3.0)]
 
 
 # --- thinning ---------------------------------------------------------------------------------

@@ -12,8 +12,7 @@ from typing import Any
 
 from srlm_lite.config import Recipe, recipe_from
 from srlm_lite.errors import UserError
-from srlm_lite.evaluate.judge_metrics import as_sampled
-from srlm_lite.judging import mean_scores, votes_by_candidate
+from srlm_lite.judging import as_sampled, mean_scores, votes_by_candidate
 from srlm_lite.pairing import pairs_of, usable_candidates
 from srlm_lite.records import Candidate, Judgement, Prompt
 from srlm_lite.run_dir import IterationDir, RunDir, read_records

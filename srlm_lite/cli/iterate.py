@@ -13,7 +13,7 @@ from srlm_lite.cli.facts import hardware, versions
 from srlm_lite.cli.plan import refuse_what_cannot_fit
 from srlm_lite.cli.progress import Console
 from srlm_lite.cli.tables import closing_table
-from srlm_lite.config import Recipe, load_recipe
+from srlm_lite.config import load_recipe
 from srlm_lite.errors import GateError
 from srlm_lite.hardware import pick_recipe
 from srlm_lite.loop import iterate
@@ -21,7 +21,14 @@ from srlm_lite.processes import Processes, place
 from srlm_lite.report.answer import best
 from srlm_lite.report.facts import gather
 from srlm_lite.run_dir import RunDir
-from srlm_lite.session import Session, follow, import_backend, refuse_several, refuse_sharding
+from srlm_lite.session import (
+    Session,
+    follow,
+    import_backend,
+    refuse_absent_base,
+    refuse_several,
+    refuse_sharding,
+)
 from srlm_lite.stages.seed_data import check_inputs, unmeasured
 from srlm_lite.tracking import check_installed, tracked
 
@@ -56,7 +63,7 @@ def run_iterate(
         check_inputs(recipe)
         check_installed(recipe.tracking.report_to)
         import_backend(recipe)  # a plan imports transformers
-        _refuse_absent_base(recipe, run)
+        refuse_absent_base(recipe, run)
         if planned:
             refuse_what_cannot_fit(recipe, shards=processes.world if processes.shards else 1)
         facts = {
@@ -106,18 +113,6 @@ def next_steps(run: RunDir) -> list[str]:
         f"{'     ' if i else 'next:'} srlm-lite {command}  # {what}"
         for i, (command, what) in enumerate(steps.items())
     ]
-
-
-def _refuse_absent_base(recipe: Recipe, run: RunDir) -> None:
-    """Ask for the base before anything is written.
-
-    Raises:
-        UserError: It is neither here nor to be had from the Hub.
-    """
-    from srlm_lite.model.base import base_is_here
-
-    revision = run.base_revision or recipe.base.revision
-    base_is_here(recipe.base.model_copy(update={"revision": revision}))
 
 
 def _warn_of_idle(session: Session) -> None:

@@ -21,13 +21,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import combinations
 from statistics import fmean
 from typing import Any
 
 from srlm_lite.evaluate.intervals import Terms, intervals, ratio
-from srlm_lite.judging import by_candidate, mean_scores
+from srlm_lite.judging import as_sampled, by_candidate, mean_scores
 from srlm_lite.records import Judgement, RankedReply
 
 Scores = Mapping[str, float | None]
@@ -174,13 +174,6 @@ def _length_correlation(
         by_judge.append(_defined(spearmanr, [scores[row.response_id] for row in readable], lengths))
         by_people.append(_defined(spearmanr, [-row.rank for row in readable], lengths))
     return {"judge": _rate(by_judge), "people": _rate(by_people)}
-
-
-def as_sampled(judgement: Judgement) -> Judgement:
-    """The judgement with the score that it says, where its score is an expected one."""
-    if judgement.sampled_score is None:
-        return judgement
-    return replace(judgement, score=judgement.sampled_score)
 
 
 def _binned(judgement: Judgement) -> float | None:

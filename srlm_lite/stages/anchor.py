@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from srlm_lite.config import Optim
 from srlm_lite.errors import UserError
-from srlm_lite.judging import Rubric, parse_score
+from srlm_lite.judging import Rubric, as_sampled, parse_score
 from srlm_lite.progress import Training
 from srlm_lite.records import Instruction, Judgement, RankedReply
 from srlm_lite.run_dir import read_json, write_json, write_records
@@ -189,6 +189,7 @@ def agreeing_targets(
     Vote v of all replies of a prompt is one try at ordering them; the first try that agrees
     gives the targets of that prompt. A try agrees when, for every two replies of different
     human rank, the better one has the higher score; replies of equal rank may have any scores.
+    What counts is the score that a judgement says, which is what is learned, and no expected one.
 
     Returns:
         Rows with their target and its score; and the prompts left out, by reason.
@@ -197,7 +198,7 @@ def agreeing_targets(
     reply, and what it did with ties, is not stated there.
     """
     by_reply: dict[str, list[Judgement]] = {}
-    for judgement in judgements:
+    for judgement in map(as_sampled, judgements):
         by_reply.setdefault(judgement.candidate_id, []).append(judgement)
     kept: list[tuple[RankedReply, float]] = []
     drops = Counter({"unreadable": 0, "disagreeing": 0})
