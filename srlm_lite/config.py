@@ -139,7 +139,16 @@ class Optim(Section):
     @model_validator(mode="after")
     def _micro_batch_divides(self) -> Optim:
         if self.batch_size % self.micro_batch_size:
-            raise ValueError("micro_batch_size must divide batch_size")
+            raise ValueError(
+                f"micro_batch_size ({self.micro_batch_size}) must divide batch_size "
+                f"({self.batch_size})"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _constant_stays(self) -> Optim:
+        if self.schedule == "constant" and self.final_learning_rate_ratio not in (0, 1):
+            raise ValueError("a constant schedule has no final_learning_rate_ratio")
         return self
 
 
@@ -473,7 +482,12 @@ class Spin(Section):
 
     answers: Positive = 1
     """Answers of the last model to each prompt, each a pair with the human's."""
-    lambdas: tuple[Annotated[float, Field(gt=0)], ...] = (0.1, 0.1, 0.1, 5.0)
+    lambdas: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] = (
+        0.1,
+        0.1,
+        0.1,
+        5.0,
+    )
     """The loss's lambda in each iteration, in place of `dpo.beta`; the last one stays."""
 
 
@@ -539,7 +553,7 @@ class MetaRewarding(Section):
     """Of the meta-judge's reply."""
     hide_scores: bool = False
     """Show it the judgements without their scores: it tends to choose the higher one."""
-    judgement_caps: tuple[Positive, ...] = (1100, 1000)
+    judgement_caps: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1100, 1000)
     """Longest judgement, in characters, that may be chosen in each iteration."""
     answer_caps: tuple[Annotated[int, Field(ge=0)], ...] = (2500, 0)
     """Longest answer that may be chosen in each iteration; 0 is any."""
@@ -657,18 +671,36 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _pairing_is_read(self) -> Recipe:
+    def _something_can_be_drawn(self) -> Recipe:
+        if self.method == "rlhf" and not self.rollout.temperature:
+            raise ValueError(
+                "method rlhf needs a rollout.temperature above 0: it learns from how replies to "
+                "one prompt differ"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _gold_is_there(self) -> Recipe:
+        if self.pairing.source == "gold" and self.evaluate.gold is None:
+            raise ValueError(
+                "pairing.source=gold needs evaluate.gold, the scorer whose order it is"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _settings_are_read(self) -> Recipe:
         unread = dict(UNREAD.get(self.method, {}))
         if self.method == "dpo" and self.offline.pairs == "all":
-            unread |= dict.fromkeys(("rho", "alpha"), ()) | {"source": ("random", "gold")}
+            unread |= {"pairing.rho": (), "pairing.alpha": (), "pairing.source": ("random", "gold")}
         if self.method == "cream" and self.cream.scores == "likelihood":
-            unread |= {"source": ("gold",)}
-        plain = Pairing()
-        for key, values in unread.items():
-            value = getattr(self.pairing, key)
-            if value in values if values else value != getattr(plain, key):
-                told = f"{key}={value}" if values else key
-                raise ValueError(f"method {self.method} knows no pairing.{told}")
+            unread |= {"pairing.source": ("gold",)}
+        for name, values in unread.items():
+            section, key = name.split(".")
+            value = getattr(getattr(self, section), key)
+            plain = type(getattr(self, section)).model_fields[key].default
+            if value in values if values else value != plain:
+                told = f"{name}={value}" if values else name
+                raise ValueError(f"method {self.method} knows no {told}")
         return self
 
     @property
@@ -686,16 +718,17 @@ class Recipe(Section):
         """What makes two runs the same run: every setting that decides what is computed.
 
         Leaves out `iterations` (a longer run continues a shorter one), the gates (which only look
-        at figures), the tracking (which passes them on), name, description, what is for comparisons
-        afterwards, the sections of other methods, and how a server is reached (a run that it has
-        stopped goes on with more patience). A path counts by what the file holds, not by where it
-        lies; that of a shipped base by its place among the recipes, so that a run goes on from
-        another installation (`RunDir.hold_to_base` holds it to the weights).
+        at figures), the least number of pairs (which only stops a run), the tracking (which passes
+        figures on), name, description, what is for comparisons afterwards, the sections of other
+        methods, and how a server is reached (a run that it has stopped goes on with more patience).
+        A path counts by what the file holds, not by where it lies; that of a shipped base by its
+        place among the recipes, so that a run goes on from another installation
+        (`RunDir.hold_to_base` holds it to the weights).
         """
         others = {section for method, section in METHOD_SECTIONS.items() if method != self.method}
         left_out = {"iterations", "name", "description", "tracking", *AFTERWARDS, *others}
         settings = self.model_dump(mode="json", exclude=left_out)
-        del settings["evaluate"]["gate"]
+        del settings["evaluate"]["gate"], settings["pairing"]["min_pairs"]
         for section, key in PATH_KEYS:
             if section not in settings:
                 continue
@@ -711,17 +744,25 @@ class Recipe(Section):
 
 
 UNREAD: dict[str, dict[str, tuple[str, ...]]] = {
-    "dpo": {"source": ("gold",)},
-    "spin": {"source": ("random", "gold"), "min_gap": (), "rho": (), "alpha": ()},
-    "temporal": {"source": ("random",)},
-    "dno": {"source": ("random",), "rho": ()},
-    "rlaif": {"rho": (), "alpha": ()},
+    "dpo": {"pairing.source": ("gold",), "prompts.source": ("self-instruct",), "prompts.file": ()},
+    "spin": {
+        "pairing.source": ("random", "gold"), "pairing.min_gap": (), "pairing.rho": (),
+        "pairing.alpha": (), "dpo.beta": (), "prompts.source": ("self-instruct",),
+        "prompts.file": (),
+    },
+    "temporal": {"pairing.source": ("random",)},
+    # It would hold blind pairs, and those of a gold scorer, to what the judge thinks of them.
+    "scir": {"pairing.source": ("random", "gold")},
+    "dno": {"pairing.source": ("random",), "pairing.rho": ()},
+    "rlaif": {"pairing.rho": (), "pairing.alpha": ()},
     "rlhf": {
-        "source": ("random", "gold"), "min_gap": (), "rho": (), "alpha": (), "replay": (),
+        "pairing.source": ("random", "gold"), "pairing.min_gap": (), "pairing.rho": (),
+        "pairing.alpha": (), "pairing.replay": (), "dpo.beta": (), "dpo.nll_weight": (),
+        "dpo.label_smoothing": (), "dpo.ld_alpha": (),
     },
 }  # fmt: skip
-"""Settings of the section `pairing` that a method does not read: these values, or any but the
-default. They are refused, or a run that is called a control would be none."""
+"""Settings that a method does not read: these values, or any but the default. They are refused, or
+a run that is called a control would be none."""
 
 AFTERWARDS = ("compare", "mt_bench")
 """Sections that a run does not read."""
@@ -801,8 +842,12 @@ def place_of_base(name: str) -> str:
 def as_noted_now(identity: dict[str, Any]) -> dict[str, Any]:
     """The same identity, which an earlier version may have noted, without what decides nothing."""
     base, server = identity["base"], identity.get("openai", {})
+    pairing = {
+        key: value for key, value in identity.get("pairing", {}).items() if key != "min_pairs"
+    }
     return {
         **identity,
+        "pairing": pairing,
         "base": {**base, "name": place_of_base(base["name"])},
         "openai": {key: value for key, value in server.items() if key not in REACHING},
     }

@@ -175,7 +175,10 @@ def test_a_misspelt_required_key_is_called_unknown_and_not_missing() -> None:
         ({"base": {"name": "b", "quantization": "int8"}}, "`base.quantization` (is 'int8'): "),
         ({"dpo": None}, "`dpo` (is None): Input should be a valid dictionary"),
         ({"anchor": {"lora": {"targets": "q_proj"}}}, "`anchor.lora.targets` (is 'q_proj'): "),
-        ({"anchor": {"micro_batch_size": 3}}, "`anchor`: micro_batch_size must divide batch_size"),
+        (
+            {"anchor": {"micro_batch_size": 3}},
+            "`anchor`: micro_batch_size (3) must divide",
+        ),
         ({"judge": {"votes": 1}}, "`judge`: min_votes exceeds votes"),
         ({"dpo": {"lora": {"dropout": 0.1}}}, "`dpo`: dropout would make policy and reference"),
         ({"judge": {1: 2}}, "`judge.1` (is 1): Keys should be strings"),

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import get_scheduler
 
 from srlm_lite.config import Anchor, Base, Dpo, Lora, Scir
 from srlm_lite.errors import ProofError, UserError
@@ -17,7 +18,7 @@ from srlm_lite.model.base import LoadedBase, load_base
 from srlm_lite.model.chat import ChatFormat
 from srlm_lite.model.stack import Adapter, Slot
 from srlm_lite.training import dpo as dpo_module
-from srlm_lite.training.arguments import early_mean, late_mean, total_steps
+from srlm_lite.training.arguments import early_mean, late_mean, schedule_of, total_steps
 from srlm_lite.training.dpo import PairExample, train_dpo
 from srlm_lite.training.sft import Example, train_sft
 
@@ -393,6 +394,35 @@ def test_pairs_of_no_weight_teach_nothing(
     weightless = [replace(pair, weight=0.0) for pair in pairs(base, 4)]
     with pytest.raises(ProofError, match="changed nothing"):
         trained_on(weightless, base, slot, anchor, tmp_path)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize("ratio", [0.0, 0.2, 1.0])
+def test_a_schedule_warms_up_and_ends_where_its_section_says(schedule: Any, ratio: float) -> None:
+    if schedule == "constant" and ratio == 0.2:
+        with pytest.raises(ValueError, match="a constant schedule has no final_learning_rate_"):
+            Dpo(schedule=schedule, final_learning_rate_ratio=ratio)
+        return
+    optim = Dpo(learning_rate=1e-3, schedule=schedule, final_learning_rate_ratio=ratio)
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=optim.learning_rate)
+    told = schedule_of(optim)
+    steps = get_scheduler(
+        told["lr_scheduler_type"],
+        optimizer,
+        num_warmup_steps=2,
+        num_training_steps=10,
+        scheduler_specific_kwargs=told.get("lr_scheduler_kwargs"),
+    )
+    rates = [optimizer.param_groups[0]["lr"]]
+    for _ in range(10):
+        optimizer.step()
+        steps.step()
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates[:3] == pytest.approx([0.0, 5e-4, 1e-3])
+    last = 1e-3 if schedule == "constant" else ratio * 1e-3
+    assert rates[-1] == pytest.approx(last, abs=1e-12)
+    assert rates[2:] == sorted(rates[2:], reverse=True)
 
 
 def test_the_number_of_steps() -> None:

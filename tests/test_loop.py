@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -269,12 +270,21 @@ def test_a_killed_run_ends_with_the_same_bytes(finished: RunDir, tmp_path: Path)
 
 
 def test_too_few_pairs_stop_the_run_with_the_counts(tmp_path: Path) -> None:
+    settings = ("iterations=1", "pairing.min_gap=2.5", "evaluate.policy_prompts=0")
     with pytest.raises(UserError) as error:
-        run(tmp_path / "out", "iterations=1", "pairing.min_pairs=12", "pairing.min_gap=4.9")
+        run(tmp_path / "out", *settings, "pairing.min_pairs=12")
     text = str(error.value)
     assert "fewer than pairing.min_pairs = 12" in text
     assert "tied" in text and "judge.votes" in text
     assert read_json(RunDir(tmp_path / "out").iteration(1).drops)["tied"] > 0
+    assert "anchor.init=" in text
+    found = re.search(r"Go on with them by (pairing\.min_pairs=\d+)\.", text)
+    assert found is not None, text
+    # It goes on with what is there: the anchor, the candidates and their judgements.
+    made = artefacts(RunDir(tmp_path / "out"))
+    after = run(tmp_path / "out", *settings, found[1])
+    assert after.last_done() == 1
+    assert artefacts(after).items() >= made.items()
 
 
 def test_pairs_longer_than_the_window_are_dropped_and_counted(

@@ -61,6 +61,8 @@ from srlm_lite.stages.reward import ranked_pairs, reward_model
 from srlm_lite.tasks.toy import topic_of
 
 MINIMAL = {"name": "t", "base": {"name": "b"}, "data": {"dir": "d"}}
+CHAIN = {"dpo": {"init": "previous", "reference": "anchor"}}
+GOLD = "srlm_lite.tasks.toy:gold"
 
 
 def scored(name: str, text: str, score: float) -> Scored:
@@ -102,13 +104,20 @@ def test_a_method_s_settings_count_for_that_method_alone() -> None:
         ("spin", {}, {"min_gap": 1}, "spin knows no pairing.min_gap"),
         ("cream", {}, {"source": "gold"}, "cream knows no pairing.source=gold"),
         ("dpo", {"offline": {"pairs": "all"}}, {"alpha": "auto"}, "dpo knows no pairing.alpha"),
+        ("scir", CHAIN, {"source": "random"}, "scir knows no pairing.source=random"),
+        ("rlhf", {"dpo": {"ld_alpha": 0.5}}, {}, "rlhf knows no dpo.ld_alpha"),
+        ("rlhf", {"dpo": {"beta": 0.2}}, {}, "rlhf knows no dpo.beta"),
+        ("spin", {"dpo": {"beta": 0.2}}, {}, "spin knows no dpo.beta"),
+        ("spin", {"prompts": {"file": "p"}}, {}, "spin knows no prompts.file"),
+        ("dpo", {"prompts": {"source": "self-instruct"}}, {}, "dpo knows no prompts.source=self-"),
     ],
 )
 def test_a_setting_that_a_method_would_not_read_is_refused(
     method: str, more: dict[str, Any], setting: dict[str, Any], said: str
 ) -> None:
+    told = {**MINIMAL, "method": method, "pairing": setting, "evaluate": {"gold": GOLD}, **more}
     with pytest.raises(UserError, match=f"^r: method {said}"):
-        recipe_from({**MINIMAL, "method": method, "pairing": setting, **more}, where="r")
+        recipe_from(told, where="r")
 
 
 def test_where_a_method_reads_it_the_setting_is_taken() -> None:
@@ -119,7 +128,22 @@ def test_where_a_method_reads_it_the_setting_is_taken() -> None:
         ("cream", {"cream": {"scores": "judge"}}, {"source": "gold"}),
         ("cream", {}, {"source": "random"}),
     ):
-        recipe_from({**MINIMAL, "method": method, "pairing": setting, **more}, where="r")
+        told = {"method": method, "pairing": setting, "evaluate": {"gold": GOLD}, **more}
+        recipe_from({**MINIMAL, **told}, where="r")
+
+
+def test_what_a_run_would_only_find_out_after_its_anchor_is_refused() -> None:
+    for told, said in (
+        ({"pairing": {"source": "gold"}}, r"pairing\.source=gold needs evaluate\.gold"),
+        (
+            {"method": "rlhf", "rollout": {"temperature": 0}},
+            r"rlhf needs a rollout\.temperature above 0",
+        ),
+        ({"spin": {"lambdas": []}}, r"`spin\.lambdas`"),
+        ({"meta_rewarding": {"judgement_caps": []}}, r"`meta_rewarding\.judgement_caps`"),
+    ):
+        with pytest.raises(UserError, match=said):
+            recipe_from({**MINIMAL, **told}, where="r")
 
 
 # --- SPIN -------------------------------------------------------------------------------------

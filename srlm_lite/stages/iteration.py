@@ -99,6 +99,14 @@ def _slice(session: Session, pool: Pool, number: int) -> tuple[list[Prompt], dic
     return chosen, {"too_long": len(pool[0]) - len(fitting)}
 
 
+def _in_another_directory(session: Session) -> str:
+    """What to add to advice that makes another run: its anchor need not be trained again."""
+    if not session.run.anchor.training.is_file():
+        return ""
+    place = session.run.anchor.adapter.absolute()
+    return f", in another directory; anchor.init={place} keeps this anchor"
+
+
 def _fitting(session: Session, pool: Pool, number: int) -> list[Prompt]:
     """The prompts that fit the window, enough of them for this iteration."""
     section, (prompts, path) = session.recipe.prompts, pool
@@ -109,10 +117,7 @@ def _fitting(session: Session, pool: Pool, number: int) -> list[Prompt]:
     fitting = [prompt for prompt in prompts if lengths[prompt.text] <= room]
     first, last = (number - 1) * section.per_iteration, number * section.per_iteration
     way_out = "Lower prompts.per_iteration"
-    kept = ""
-    if session.run.anchor.training.is_file():  # a run of other settings is another run
-        place = session.run.anchor.adapter.absolute()
-        kept = f", in another directory; anchor.init={place} keeps this anchor"
+    kept = _in_another_directory(session)
     if last > len(fitting) and not section.reuse:
         raise UserError(
             f"iteration {number} needs prompts {first + 1} to {last}, but the list has "
@@ -343,14 +348,19 @@ def _refuse_too_few(
         "duplicate": "raise rollout.temperature",
         "empty": "check the chat template and the anchor",
         "too_long": "raise base.window or lower rollout.max_new_tokens",
+        "no_margin": "lower dno.least_positive or the margins",
+        "unlabelled": "raise rlaif.max_new_tokens",
+        "undisputed": "raise judge.votes",
+        "long_chosen": "raise meta_rewarding.answer_caps",
     }
     main = next((reason for reason, count in drops.prompts.most_common(1) if count), "")
+    go_on = f"Go on with them by pairing.min_pairs={len(pairs)}. " if pairs else ""
     raise UserError(
         f"iteration {iteration.number} has {len(pairs)} preference pairs, fewer than "
         f"pairing.min_pairs = {needed}; prompts without one: {drops.summary() or 'none'}",
         where=str(iteration.path),
-        way_out=f"To change that, {advice.get(main, 'give more prompts')}; "
-        "more prompts help always (prompts.per_iteration)",
+        way_out=f"{go_on}To have more, {advice.get(main, 'give more prompts')}; more prompts "
+        f"help always (prompts.per_iteration){_in_another_directory(session)}",
     )
 
 

@@ -46,12 +46,6 @@ def common_arguments(
 ) -> dict[str, Any]:
     """Keyword arguments for `SFTConfig` and `DPOConfig`."""
     deal = deal_of(optim, n_examples)
-    schedule: dict[str, Any] = {"lr_scheduler_type": optim.schedule}
-    if optim.schedule == "cosine" and optim.final_learning_rate_ratio:
-        schedule = {
-            "lr_scheduler_type": "cosine_with_min_lr",
-            "lr_scheduler_kwargs": {"min_lr_rate": optim.final_learning_rate_ratio},
-        }
     steps = total_steps(n_examples, optim)
     return {
         "output_dir": str(scratch),
@@ -76,8 +70,22 @@ def common_arguments(
         "remove_unused_columns": False,
         # Every trainable weight is in every forward pass.
         "ddp_find_unused_parameters": False,
-        **schedule,
+        **schedule_of(optim),
     }
+
+
+def schedule_of(optim: Optim) -> dict[str, Any]:
+    """The section's schedule, in the arguments of transformers' trainer."""
+    ratio = optim.final_learning_rate_ratio
+    if optim.schedule == "constant" or ratio == 1:
+        return {"lr_scheduler_type": "constant_with_warmup"}  # its `constant` knows no warmup
+    if not ratio:
+        return {"lr_scheduler_type": optim.schedule}
+    if optim.schedule == "cosine":
+        kind, settings = "cosine_with_min_lr", {"min_lr_rate": ratio}
+    else:
+        kind, settings = "polynomial", {"lr_end": ratio * optim.learning_rate, "power": 1.0}
+    return {"lr_scheduler_type": kind, "lr_scheduler_kwargs": settings}
 
 
 def one_device(arguments: A) -> A:
