@@ -66,9 +66,16 @@ class Session:
         self._revision: str | None = None
         self.pace: Pace | None = None
         """What keeps the processes of a sharded base in step, once it is loaded."""
-        self.prompt_lengths: dict[str, int] = {}
+        self._prompt_lengths: dict[str, int] = {}
         """Tokens of prompts, by text: every iteration goes through the whole list again."""
         import_backend(recipe)
+
+    def leaves_room(self, prompt: str) -> bool:
+        """Whether the window has room for an answer after this prompt."""
+        if prompt not in self._prompt_lengths:
+            self._prompt_lengths[prompt] = len(self.chat.prompt_ids(prompt))
+        room = self.recipe.base.window - self.recipe.rollout.max_new_tokens
+        return self._prompt_lengths[prompt] <= room
 
     @cached_property
     def rubric(self) -> Rubric:

@@ -246,6 +246,23 @@ def test_answers_without_text_have_the_lowest_grade(finished: RunDir, tmp_path: 
     assert "anchor_score" in {one.gate for one in findings(evaluations(mute), Gate())}
 
 
+def test_held_out_prompts_that_do_not_fit_are_left_out_and_counted(
+    finished: RunDir, tmp_path: Path
+) -> None:
+    data = shutil.copytree(load_recipe("tiny").data.dir, tmp_path / "data")
+    rows = read_jsonl(data / "eval_prompts.jsonl")
+    rows[1]["text"] += " whale" * 300
+    (data / "eval_prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    anchor = f"anchor.init={finished.anchor.adapter}"
+    after = run(tmp_path / "out", "iterations=0", f"data.dir={data}", anchor)
+    policy = read_json(after.anchor.evaluation)["policy"]
+    assert (policy["too_long"], policy["answers"]) == (1, 7)  # of the recipe's 8
+    answered = {
+        row["prompt_id"] for row in read_jsonl(after.anchor.evaluation_dir / "answers_greedy.jsonl")
+    }
+    assert len(answered) == 7 and rows[1]["prompt_id"] not in answered
+
+
 def test_the_paper_s_chain_starts_each_delta_from_the_one_before(
     finished: RunDir, tmp_path: Path
 ) -> None:

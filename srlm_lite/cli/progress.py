@@ -253,8 +253,10 @@ def _evaluation(facts: dict[str, Any]) -> str:
         parts.append(f"gold {policy['gold_mean']:.2f}")
     if judge["pairwise_accuracy"] is not None:
         parts.append(f"judge pairwise accuracy {judge['pairwise_accuracy']:.2f}")
-    if policy:
+    if "mean_length_chars" in policy:
         parts.append(f"mean length {policy['mean_length_chars']:.0f} characters")
+    if "too_long" in policy:
+        parts.append(f"{policy['too_long']} held-out prompts too long for base.window")
     return ", ".join(parts)
 
 

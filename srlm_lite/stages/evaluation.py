@@ -81,9 +81,13 @@ def _policy(
     session: Session, directory: StageDir, stack: Sequence[Adapter], judge: Sequence[Adapter]
 ) -> dict[str, Any]:
     recipe = session.recipe
-    prompts = policy_prompts(recipe)
+    held_out = policy_prompts(recipe)
+    prompts = held_out
+    if session.engine_name("policy") != "openai":  # a server has a window of its own
+        prompts = [prompt for prompt in held_out if session.leaves_room(prompt.text)]
+    left_out = {"too_long": len(held_out) - len(prompts)} if len(prompts) < len(held_out) else {}
     if not prompts:
-        return {}
+        return left_out
     gold = load_gold(recipe.evaluate.gold) if recipe.evaluate.gold else None
     texts = {prompt.prompt_id: prompt.text for prompt in prompts}
 
@@ -119,6 +123,7 @@ def _policy(
         "intervals": {**figures["intervals"], **ends},
         "temperature": temperature,
         "greedy": policy_metrics(texts, greedy, gold),
+        **left_out,
     }
 
 

@@ -110,11 +110,7 @@ def _in_another_directory(session: Session) -> str:
 def _fitting(session: Session, pool: Pool, number: int) -> list[Prompt]:
     """The prompts that fit the window, enough of them for this iteration."""
     section, (prompts, path) = session.recipe.prompts, pool
-    room = session.recipe.base.window - session.recipe.rollout.max_new_tokens
-    lengths = session.prompt_lengths
-    for text in {prompt.text for prompt in prompts} - lengths.keys():
-        lengths[text] = len(session.chat.prompt_ids(text))
-    fitting = [prompt for prompt in prompts if lengths[prompt.text] <= room]
+    fitting = [prompt for prompt in prompts if session.leaves_room(prompt.text)]
     first, last = (number - 1) * section.per_iteration, number * section.per_iteration
     way_out = "Lower prompts.per_iteration"
     kept = _in_another_directory(session)

@@ -39,7 +39,7 @@ def write_prompts(session: Session, iteration: IterationDir) -> tuple[list[Promp
     engine = session.engine(session.stack(0))
     task = session.reporter.start("prompts", wanted, "prompts")
     batch = recipe.rollout.chunk_prompts
-    room = recipe.base.window - recipe.rollout.max_new_tokens
+    longest = recipe.base.window - SAMPLING.max_new_tokens
     made: list[str] = []
     for start in count(0, batch):
         if start >= 10 * wanted:
@@ -58,11 +58,13 @@ def write_prompts(session: Session, iteration: IterationDir) -> tuple[list[Promp
             Request(tuple(session.chat.prompt_ids(text)), (seed,), text)
             for seed, text in zip(seeds, texts, strict=True)
         ]
-        for samples in engine.sample(requests, SAMPLING):
+        fitting = [one for one in requests if len(one.prompt_ids) <= longest]
+        pool.drops["long_request"] += len(requests) - len(fitting)
+        for samples in engine.sample(fitting, SAMPLING):
             new = [
                 text
                 for text in pool.offer(samples[0].text, finished=samples[0].finish_reason == "stop")
-                if len(session.chat.prompt_ids(text)) <= room
+                if session.leaves_room(text)
             ]
             made.extend(new)
             task.advance(len(new))
