@@ -6,6 +6,7 @@ as `dpo.beta=0.2`, resolves its paths, and refuses keys it does not know.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import hashlib
 import json
@@ -13,7 +14,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 from urllib.parse import urlsplit
 
 import yaml
@@ -122,6 +123,9 @@ class Data(Section):
 class Optim(Section):
     """An optimiser run."""
 
+    section: ClassVar[str]
+    """Where it stands in a recipe."""
+
     epochs: Annotated[float, Field(gt=0)] = 1.0
     learning_rate: Annotated[float, Field(gt=0)]
     final_learning_rate_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -155,6 +159,7 @@ class Optim(Section):
 class Anchor(Optim):
     """The SFT adapter on instruction data (IFT) and judge data (EFT): the paper's M1."""
 
+    section = "anchor"
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     init: str = "base"
     """`base`: a fresh adapter on the base. A path: an adapter trained before, taken as it is."""
@@ -313,6 +318,7 @@ class Pairing(Section):
 class Dpo(Optim):
     """Training the delta."""
 
+    section = "dpo"
     learning_rate: Annotated[float, Field(gt=0)] = 5e-6
     init: Literal["anchor", "previous"] = "anchor"
     """`anchor` rebases: the delta starts from zero. `previous` starts from the last delta."""
@@ -562,6 +568,7 @@ class MetaRewarding(Section):
 class RevisionSft(Optim):
     """SFT on revisions."""
 
+    section = "rlaif.sft"
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
 
 
@@ -588,6 +595,7 @@ class Rlaif(Section):
 class RewardSection(Optim):
     """Training the reward model."""
 
+    section = "rlhf.reward"
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     pairs: Literal["best-worst", "all"] = "all"
     """`all`: every two replies of a prompt that humans told apart."""
@@ -717,18 +725,15 @@ class Recipe(Section):
     def identity(self) -> dict[str, Any]:
         """What makes two runs the same run: every setting that decides what is computed.
 
-        Leaves out `iterations` (a longer run continues a shorter one), the gates (which only look
-        at figures), the least number of pairs (which only stops a run), the tracking (which passes
+        Leaves out `iterations` (a longer run continues a shorter one), the tracking (which passes
         figures on), name, description, what is for comparisons afterwards, the sections of other
-        methods, and how a server is reached (a run that it has stopped goes on with more patience).
-        A path counts by what the file holds, not by where it lies; that of a shipped base by its
-        place among the recipes, so that a run goes on from another installation
-        (`RunDir.hold_to_base` holds it to the weights).
+        methods, and `DECIDES_NOTHING`. A path counts by what the file holds, not by where it lies;
+        that of a shipped base by its place among the recipes, so that a run goes on from another
+        installation (`RunDir.hold_to_base` holds it to the weights).
         """
         others = {section for method, section in METHOD_SECTIONS.items() if method != self.method}
         left_out = {"iterations", "name", "description", "tracking", *AFTERWARDS, *others}
         settings = self.model_dump(mode="json", exclude=left_out)
-        del settings["evaluate"]["gate"], settings["pairing"]["min_pairs"]
         for section, key in PATH_KEYS:
             if section not in settings:
                 continue
@@ -767,8 +772,21 @@ a run that is called a control would be none."""
 AFTERWARDS = ("compare", "mt_bench")
 """Sections that a run does not read."""
 
-REACHING = ("key_variable", "parallel", "timeout_s", "retries")
-"""Settings of the section `openai` that say how a server is reached, not what it is asked."""
+DECIDES_NOTHING = (
+    "evaluate.gate",
+    "pairing.min_pairs",
+    *(f"openai.{key}" for key in ("key_variable", "parallel", "timeout_s", "retries")),
+    "rollout.batch_rows",
+    "vllm.memory",
+    *(
+        f"{section}.{key}"
+        for section in ("anchor", "dpo", "rlaif.sft", "rlhf.reward")
+        for key in ("micro_batch_size", "gradient_checkpointing")
+    ),
+)
+"""Settings with another value of which a run goes on: what only looks at figures or stops; how a
+server is reached; what is in memory at once, which moves last bits alone, and which a run that was
+out of memory has to change."""
 
 METHOD_SECTIONS = {
     "dpo": "offline",
@@ -841,16 +859,15 @@ def place_of_base(name: str) -> str:
 
 def as_noted_now(identity: dict[str, Any]) -> dict[str, Any]:
     """The same identity, which an earlier version may have noted, without what decides nothing."""
-    base, server = identity["base"], identity.get("openai", {})
-    pairing = {
-        key: value for key, value in identity.get("pairing", {}).items() if key != "min_pairs"
-    }
-    return {
-        **identity,
-        "pairing": pairing,
-        "base": {**base, "name": place_of_base(base["name"])},
-        "openai": {key: value for key, value in server.items() if key not in REACHING},
-    }
+    noted: dict[str, Any] = copy.deepcopy(identity)
+    noted["base"]["name"] = place_of_base(noted["base"]["name"])
+    for name in DECIDES_NOTHING:
+        *sections, key = name.split(".")
+        at: Any = noted
+        for section in sections:
+            at = at.get(section, {})
+        at.pop(key, None)
+    return noted
 
 
 def shipped_recipes() -> list[str]:

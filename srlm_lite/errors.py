@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 
 
@@ -32,6 +34,13 @@ class ProofError(SrlmError):
 
 class GateError(SrlmError):
     """A model does not pass the recipe's gates, and the recipe says to stop there."""
+
+
+def program() -> str:
+    """What starts srlm-lite in this shell: its name, or where this process was started from."""
+    if shutil.which("srlm-lite") is None and os.path.basename(sys.argv[0]) == "srlm-lite":
+        return os.path.relpath(sys.argv[0])
+    return "srlm-lite"
 
 
 def same_command() -> str:

@@ -26,7 +26,7 @@ def gpus() -> list[Gpu]:
     return found
 
 
-def choose_recipe(devices: list[Gpu]) -> tuple[str, str]:
+def choose_recipe(devices: list[Gpu], where: str = " here") -> tuple[str, str]:
     """The shipped recipe to begin with on these devices, and why, in words.
 
     One GPU of 80 GB can hold 70B too, but a run takes days even on two: there it has to be named.
@@ -35,7 +35,7 @@ def choose_recipe(devices: list[Gpu]) -> tuple[str, str]:
         return "smollm2-135m-demo", "no GPU here, and this one runs on a CPU"
     smallest = min(device.gigabytes for device in devices)
     total = sum(device.gigabytes for device in devices)
-    there = f"{len(devices)} x {smallest:.0f} GB here"
+    there = f"{len(devices)} x {smallest:.0f} GB{where}"
     if total >= 150 and smallest >= 75:
         return "llama2-70b", f"{there}, enough for 70B in NF4"
     if smallest >= 22:

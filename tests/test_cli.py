@@ -704,6 +704,28 @@ def test_a_log_file_is_told_now_and_then_how_far_a_long_stage_is(
         ),
         ("prompts", {"prompts": 64, "too_long": 0}, "64 prompts"),
         (
+            "delta",
+            {
+                "steps": 5,
+                "first_loss": 0.69314,
+                "step0_loss": 0.69314,
+                "last_loss": 0.5,
+                "reward_accuracy": 0.75,
+            },
+            "5 steps, loss 0.6931 (ln 2) -> 0.5000, reward accuracy 0.75",
+        ),
+        (  # it goes on from the last delta, against the anchor
+            "delta",
+            {
+                "steps": 5,
+                "first_loss": 0.638,
+                "step0_loss": 0.69314,
+                "last_loss": 0.6089,
+                "reward_accuracy": 0.75,
+            },
+            "5 steps, loss 0.6380 -> 0.6089, reward accuracy 0.75",
+        ),
+        (
             "prompts",
             {"prompts": 6, "too_long": 1},
             "6 prompts (1 of the list too long for base.window)",

@@ -449,8 +449,21 @@ def test_identity_leaves_out_what_changes_nothing() -> None:
         {"tracking": {"report_to": "tensorboard"}},
         {"compare": {"temperature": 0.3}, "mt_bench": {"max_new_tokens": 9}},
         {"spin": {"answers": 2}},  # of another method
+        {"pairing": {"min_pairs": 1}},
+        # What is in memory at once: a run that was out of it goes on with less.
+        {"rollout": {"batch_rows": 4}, "vllm": {"memory": 0.2}},
+        {"anchor": {"micro_batch_size": 1, "gradient_checkpointing": True}},
+        {"dpo": {"micro_batch_size": 1, "gradient_checkpointing": True}},
     ):
         assert recipe(**changes).digest() == plain, changes
+
+
+def test_identity_leaves_out_the_memory_of_a_method_s_own_trainings() -> None:
+    less = {"micro_batch_size": 1, "gradient_checkpointing": True}
+    for method, changes in (("rlaif", {"sft": less}), ("rlhf", {"reward": less})):
+        plain = recipe(method=method, dpo={"init": "previous"})
+        changed = recipe(method=method, dpo={"init": "previous"}, **{method: changes})
+        assert changed.digest() == plain.digest(), method
 
 
 def test_identity_leaves_out_how_a_server_is_reached() -> None:

@@ -18,7 +18,13 @@ from srlm_lite.model.base import LoadedBase, load_base
 from srlm_lite.model.chat import ChatFormat
 from srlm_lite.model.stack import Adapter, Slot
 from srlm_lite.training import dpo as dpo_module
-from srlm_lite.training.arguments import early_mean, late_mean, schedule_of, total_steps
+from srlm_lite.training.arguments import (
+    early_mean,
+    late_mean,
+    run_training,
+    schedule_of,
+    total_steps,
+)
 from srlm_lite.training.dpo import PairExample, train_dpo
 from srlm_lite.training.sft import Example, train_sft
 
@@ -394,6 +400,30 @@ def test_pairs_of_no_weight_teach_nothing(
     weightless = [replace(pair, weight=0.0) for pair in pairs(base, 4)]
     with pytest.raises(ProofError, match="changed nothing"):
         trained_on(weightless, base, slot, anchor, tmp_path)
+
+
+def test_a_training_that_is_out_of_memory_says_with_what_the_run_goes_on() -> None:
+    class Full:
+        def __init__(self, error: Exception) -> None:
+            self.error = error
+
+        def train(self) -> None:
+            raise self.error
+
+    cuda = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    with pytest.raises(UserError) as caught:
+        run_training(Full(cuda), Dpo(batch_size=12, micro_batch_size=6))
+    assert str(caught.value) == (
+        "dpo.micro_batch_size: memory does not suffice to train on 6 sequences at once. The run "
+        "goes on with --set dpo.micro_batch_size=4 or dpo.gradient_checkpointing=true"
+    )
+    cpu = RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"
+    )
+    with pytest.raises(UserError, match=r"Another run with a smaller base\.window may fit"):
+        run_training(Full(cpu), Anchor(micro_batch_size=1, gradient_checkpointing=True))
+    with pytest.raises(RuntimeError, match="another"):
+        run_training(Full(RuntimeError("another")), DPO)
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])

@@ -13,6 +13,7 @@ from statistics import fmean
 from typing import Any
 
 import pytest
+from commands import Cli
 from forked import ended
 
 from srlm_lite.config import Gate, Recipe, load_recipe
@@ -227,6 +228,23 @@ def test_the_answers_are_graded_by_the_model_and_by_the_anchor(finished: RunDir)
         low, high = policy["intervals"][f"{name}_score"]
         assert policy[f"{name}_score"] == pytest.approx(sum(means) / len(means), abs=1e-4)
         assert low <= policy[f"{name}_score"] <= high
+
+
+def test_a_run_goes_on_by_its_own_recipe_and_with_less_in_memory(
+    finished: RunDir, tmp_path: Path, cli: Cli
+) -> None:
+    shutil.copytree(finished.path, tmp_path / "out")
+    last = RunDir(tmp_path / "out").iteration(2)
+    shutil.rmtree(last.path)
+    settings = ("--set", "dpo.micro_batch_size=2", "--set", "rollout.batch_rows=40")
+    done = cli("iterate", "--adapters", tmp_path / "out", *settings)
+    assert done.returncode == 0, done.stderr
+    assert "resuming tiny" in done.stderr and "M3, iteration 2" in done.stdout
+    # Other batches move last bits; what was sampled from the same model is the same.
+    before = finished.iteration(2)
+    for name in ("prompts", "candidates"):
+        assert getattr(last, name).read_bytes() == getattr(before, name).read_bytes()
+    assert read_json(last.delta_place.training)["step0_loss"] == pytest.approx(math.log(2), abs=1e-4)
 
 
 def test_answers_without_text_have_the_lowest_grade(finished: RunDir, tmp_path: Path) -> None:

@@ -352,6 +352,18 @@ def test_a_base_too_large_for_a_device_is_to_be_sharded() -> None:
     assert "spread over all 4" in shown and "fsdp2-qlora.yaml" in shown
 
 
+@pytest.mark.parametrize(
+    ("gpus", "told"),
+    [
+        ("2x80GB", "recipe llama2-70b: 2 x 80 GB, enough for 70B in NF4"),
+        ("24GB", "recipe llama3.1-8b: 1 x 24 GB, enough for 8B in NF4"),
+        ("8GB", "recipe smollm2-135m-demo: 1 x 8 GB, too little for 8B"),
+    ],
+)
+def test_without_a_recipe_it_is_one_for_the_gpus_that_are_asked_about(gpus: str, told: str) -> None:
+    assert told in run("plan", "--gpus", gpus).output
+
+
 @pytest.mark.parametrize("gpus", ["5x24GB", "8x24GB", "2x40GB"])
 def test_what_is_advised_for_a_spread_base_fits_when_it_is_followed(gpus: str) -> None:
     spread_out = spread(plan_for(load_recipe("llama2-70b"), parse_gpus(gpus)))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import gzip
 import json
+import os
 import re
+import sys
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -27,10 +29,10 @@ from typer.testing import CliRunner
 
 from srlm_lite.cli.iterate import next_steps
 from srlm_lite.cli.main import app
-from srlm_lite.errors import UserError
+from srlm_lite.errors import UserError, program
 from srlm_lite.evaluate.judge_metrics import collapsed_score
 from srlm_lite.records import Judgement, Label, PreferencePair
-from srlm_lite.report.answer import LENGTH_GROWTH, answer, best, duration, worries
+from srlm_lite.report.answer import LENGTH_GROWTH, anchor_is_best, answer, best, duration, worries
 from srlm_lite.report.charts import MOST_POINTS, groups
 from srlm_lite.report.draw import VARIABLES, svg
 from srlm_lite.report.facts import Estimate, Facts, Pair, gather
@@ -693,3 +695,20 @@ def test_the_end_of_a_run_says_what_to_type_next(tmp_path: Path) -> None:
     assert pairs == f"srlm-lite show pairs {there}"
     # The first iteration is the better one.
     assert export == f"srlm-lite export {there} --iteration 1 --out '{run.path}-m2'"
+    assert not anchor_is_best(gather(run)) and "M1 is better" not in next_steps(run)[-1]
+
+
+def test_the_end_of_a_run_that_made_nothing_better_says_so(tmp_path: Path) -> None:
+    run = new_run(tmp_path / "out")
+    add_anchor(run, evaluation(gold=3.0))
+    add_iteration(run, 1, some_pairs(2), measured=evaluation(gold=2.5))
+    assert anchor_is_best(gather(run))
+    assert next_steps(run)[-1].endswith("# its best iteration, as weights; M1 is better")
+
+
+def test_commands_are_named_as_this_shell_finds_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", [os.path.abspath("envs/x/bin/srlm-lite"), "iterate"])
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert program() == "envs/x/bin/srlm-lite"
+    monkeypatch.setattr(sys, "argv", ["/lib/srlm_lite/__main__.py", "iterate"])
+    assert program() == "srlm-lite"

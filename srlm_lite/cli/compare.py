@@ -103,6 +103,8 @@ def run_annotations(*, path: Path, difficulty: Path | None, as_json: bool) -> No
         return
     typer.echo(f"{result['model']} against {result['baseline']}, {result['prompts']} annotations")
     typer.echo(head_to_head_text(result))
+    if difficulty is None:
+        typer.echo("AlpacaEval's own figure needs its difficulty of each prompt: --difficulty FILE")
 
 
 def head_to_head_text(result: dict[str, Any]) -> str:

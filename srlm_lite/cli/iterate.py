@@ -13,12 +13,12 @@ from srlm_lite.cli.facts import hardware, versions
 from srlm_lite.cli.plan import refuse_what_cannot_fit
 from srlm_lite.cli.progress import Console
 from srlm_lite.cli.tables import closing_table
-from srlm_lite.config import load_recipe
-from srlm_lite.errors import GateError
+from srlm_lite.config import Recipe, load_recipe, overridden
+from srlm_lite.errors import GateError, program
 from srlm_lite.hardware import pick_recipe
 from srlm_lite.loop import iterate
 from srlm_lite.processes import Processes, place
-from srlm_lite.report.answer import best
+from srlm_lite.report.answer import anchor_is_best, best
 from srlm_lite.report.facts import gather
 from srlm_lite.run_dir import RunDir
 from srlm_lite.session import (
@@ -46,12 +46,9 @@ def run_iterate(
     processes = Processes(place())
     console = Console(quiet=not processes.place.leads)
     run = RunDir(directory)
-    if recipe_name is None:
-        recipe_name, why = pick_recipe()
-        console.say(f"recipe {recipe_name}: {why}")
     if iterations is not None:
         overrides = [*overrides, f"iterations={iterations}"]
-    recipe = load_recipe(recipe_name, overrides)
+    recipe = _recipe(recipe_name, overrides, None if fresh else run, console)
     refuse_several(recipe, processes.world)  # each of them knows, so none has to be told
     stopped: GateError | None = None
     with processes.joined(cpu=recipe.base.device == "cpu"):
@@ -94,11 +91,22 @@ def run_iterate(
         console.say(line)
 
 
+def _recipe(name: str | None, overrides: Sequence[str], run: RunDir | None, say: Console) -> Recipe:
+    """The recipe that is named, or that of the run that is there, or one for this machine."""
+    if name is not None:
+        return load_recipe(name, overrides)
+    if run is not None and run.path.is_dir() and run.exists:
+        return overridden(run.facts()["recipe"], overrides, where=str(run.run_json))
+    name, why = pick_recipe()
+    say.say(f"recipe {name}: {why}")
+    return load_recipe(name, overrides)
+
+
 def next_steps(run: RunDir) -> list[str]:
     """What to type now, and what for; the export is of the best iteration."""
     there, last = f"--adapters {shlex.quote(str(run.path))}", run.last_done()
     if not last:
-        return [f"next: srlm-lite show run {there}"]
+        return [f"next: {program()} show run {there}"]
     facts = gather(run, texts=False)
     found = best(facts)
     number = last if found is None or found.number is None else found.number
@@ -107,10 +115,14 @@ def next_steps(run: RunDir) -> list[str]:
     steps = {
         f"report {there}": "one page: did it improve, and by what",
         f"show {rows} {there}": "what it learned from",
-        f"export {there} --iteration {number} --out {out}": "its best iteration, as weights",
+        f"export {there} --iteration {number} --out {out}": (
+            "its best iteration, as weights; M1 is better"
+            if anchor_is_best(facts)
+            else "its best iteration, as weights"
+        ),
     }
     return [
-        f"{'     ' if i else 'next:'} srlm-lite {command}  # {what}"
+        f"{'     ' if i else 'next:'} {program()} {command}  # {what}"
         for i, (command, what) in enumerate(steps.items())
     ]
 

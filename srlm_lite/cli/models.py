@@ -56,7 +56,8 @@ class Models:
         raise UserError(
             "is no model of the run and no file of replies",
             where=word,
-            way_out="Say base, anchor, last, the number of an iteration, DIR:T, or a JSONL file",
+            way_out="Say base, anchor, last, the number of an iteration, DIR:T, or a JSONL file; a "
+            "judge may be openai:MODEL@URL",
         )
 
     def run_model(self, word: str) -> RunModel:

@@ -15,7 +15,7 @@ import typer
 from srlm_lite.cli.tables import plain_table
 from srlm_lite.config import Recipe, load_recipe
 from srlm_lite.errors import UserError
-from srlm_lite.hardware import device_name, pick_recipe
+from srlm_lite.hardware import Gpu, choose_recipe, device_name, pick_recipe
 from srlm_lite.planning.machine import (
     SHARDING,
     hardware_found,
@@ -24,7 +24,7 @@ from srlm_lite.planning.machine import (
     shortfall,
     spread,
 )
-from srlm_lite.planning.plan import PARTS, Plan, needs_sharding, parse_gpus
+from srlm_lite.planning.plan import PARTS, Hardware, Plan, needs_sharding, parse_gpus
 from srlm_lite.planning.rates import known_rates, rates_folder, rates_key
 
 _HEADS = {"kv_cache": "KV cache"}
@@ -50,7 +50,7 @@ def run_plan(
     """Print what a recipe needs, phase by phase."""
     hardware = parse_gpus(gpus) if gpus is not None else None
     if recipe_name is None:
-        recipe_name, why = pick_recipe()
+        recipe_name, why = pick_recipe() if hardware is None else recipe_for(hardware)
         typer.echo(f"recipe {recipe_name}: {why}", err=True)
     plan = plan_for(load_recipe(recipe_name, overrides), hardware)
     times, advice = times_of(plan), settings_that_fit(plan)
@@ -59,6 +59,12 @@ def run_plan(
         return
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     typer.echo(plan_text(plan, times, advice, width=width))
+
+
+def recipe_for(hardware: Hardware) -> tuple[str, str]:
+    """The recipe for GPUs that are asked about, and why."""
+    asked = Gpu(hardware.name, hardware.memory / 1e9)
+    return choose_recipe([asked] * hardware.count, where="")
 
 
 def refuse_what_cannot_fit(recipe: Recipe, *, shards: int = 1) -> None:

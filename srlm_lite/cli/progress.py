@@ -240,9 +240,12 @@ def _delta(facts: dict[str, Any]) -> str:
             f"SFT on {facts['answers']} answers{_too_long(facts, 'more')}, {facts['steps']} steps, "
             f"loss {facts['first_loss']:.3f} -> {facts['last_loss']:.3f}"
         )
+    # A delta that goes on from the one before it starts elsewhere, and below.
+    first = facts["first_loss"]
+    from_zero = " (ln 2)" if abs(first - facts["step0_loss"]) < 1e-4 else ""
     return (
-        f"{facts['steps']} steps, loss {facts['step0_loss']:.4f} (ln 2) -> "
-        f"{facts['last_loss']:.4f}, reward accuracy {facts['reward_accuracy']:.2f}"
+        f"{facts['steps']} steps, loss {first:.4f}{from_zero} -> {facts['last_loss']:.4f}, "
+        f"reward accuracy {facts['reward_accuracy']:.2f}"
     )
 
 

@@ -53,9 +53,16 @@ def pairs(
     adapters: Adapters, iteration: Iteration = None, limit: Limit = 3, json_: Json = False
 ) -> None:
     """Preference pairs: the prompt, both replies, and the judge's words on each."""
+    from srlm_lite.errors import UserError
     from srlm_lite.report.facts import iteration_pairs
 
     run_dir, place, words = _opened(adapters, iteration)
+    if not place.pairs.is_file():
+        raise UserError(
+            f"iteration {place.number} has no pairs yet",
+            where=str(adapters),
+            way_out="They follow its judgements; --iteration shows those of another one",
+        )
     found = iteration_pairs(run_dir, place.number)
 
     def tell(pair: Pair) -> None:

@@ -1,10 +1,12 @@
-"""Memory that has been freed, but that the C library keeps for later."""
+"""Memory that the C library keeps for later, and memory that has run out."""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
 from functools import cache
+
+import torch
 
 
 def give_back() -> None:
@@ -16,6 +18,14 @@ def give_back() -> None:
     """
     if (trim := _malloc_trim()) is not None:
         trim(0)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a device's memory, or the machine's, did not suffice."""
+    # On a CPU torch reports it as a bare RuntimeError.
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(
+        error
+    )
 
 
 @cache

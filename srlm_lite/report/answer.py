@@ -65,6 +65,12 @@ def best(facts: Facts) -> Model | None:
     return sound[0] if sound else max(made, key=lambda model: float(model.policy[found.figure]))
 
 
+def anchor_is_best(facts: Facts) -> bool:
+    """Whether no iteration has better answers than M1, by what was measured."""
+    models, found = _ranked(facts)
+    return found is not None and not models[found.place].number
+
+
 def _ranked(facts: Facts) -> tuple[list[Model], Best | None]:
     """The finished models, and the best of them as the run's end names it."""
     models = [model for model in facts.measured if model.is_done]

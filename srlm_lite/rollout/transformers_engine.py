@@ -14,6 +14,7 @@ from torch import Tensor
 
 from srlm_lite.errors import UserError
 from srlm_lite.model.chat import ChatFormat
+from srlm_lite.model.heap import is_out_of_memory
 from srlm_lite.model.stack import Adapter, Slot
 from srlm_lite.planning.memory import PREFILL_TOKENS
 from srlm_lite.records import FinishReason
@@ -155,7 +156,7 @@ class TransformersEngine:
                 else:
                     self._run_plain(waiting, limits, on_samples)
             except (RuntimeError, MemoryError) as error:
-                if self._batch_rows == 1 or not _is_out_of_memory(error):
+                if self._batch_rows == 1 or not is_out_of_memory(error):
                     raise
                 if self._slot.sharded:  # the others are in the midst of the same pass
                     raise UserError(
@@ -351,10 +352,3 @@ def _is_unfinished(group: Group) -> bool:
 
 def _chunks(count: int, size: int) -> list[slice]:
     return [slice(start, start + size) for start in range(0, count, size)]
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    # On a CPU torch reports it as a bare RuntimeError.
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(
-        error
-    )

@@ -41,7 +41,8 @@ def candidate_likelihoods(
     fitting = [name for name, one in examples.items() if len(one) <= recipe.base.window]
     slices = chunked(fitting, recipe.rollout.chunk_prompts * recipe.rollout.n)
     chunks = [fitting[part] for part in slices]
-    task = session.reporter.start(f"likelihoods, {path.stem}", len(fitting), "candidates")
+    stage = ", ".join(path.stem.split("_", 1))
+    task = session.reporter.start(stage, len(fitting), "candidates")
 
     def compute(missing: Sequence[int]) -> Iterator[list[Likelihood]]:
         items = [{name: examples[name] for name in chunks[index]} for index in missing]

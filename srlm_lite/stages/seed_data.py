@@ -39,7 +39,8 @@ def data_file(recipe: Recipe, name: str) -> Path:
         raise UserError(
             f"the data directory has no {name}",
             where=str(directory),
-            way_out="Make it with `srlm-lite data prepare`",
+            way_out="Make it with `srlm-lite data prepare`, from replies that people have ranked; "
+            "a prompt list goes beside them, by --prompts",
         )
     return path
 

@@ -14,7 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
 from srlm_lite.config import Optim
+from srlm_lite.errors import UserError
 from srlm_lite.model.base import LoadedBase
+from srlm_lite.model.heap import is_out_of_memory
 from srlm_lite.processes import place
 from srlm_lite.training.dealing import Deal
 
@@ -123,6 +125,29 @@ class Listener(TrainerCallback):
         row = {key: float(value) for key, value in logs.items() if isinstance(value, int | float)}
         self.rows.append(row)
         self._on_step(state.global_step, state.max_steps, row)
+
+
+def run_training(trainer: Any, optim: Optim) -> None:
+    """`Trainer.train`.
+
+    Raises:
+        UserError: Memory does not suffice; says with what the run may go on.
+    """
+    try:
+        trainer.train()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        smaller = [n for n in range(1, optim.micro_batch_size) if optim.batch_size % n == 0]
+        ways = [f"{optim.section}.micro_batch_size={smaller[-1]}"] if smaller else []
+        if not optim.gradient_checkpointing:
+            ways.append(f"{optim.section}.gradient_checkpointing=true")
+        go_on = f"The run goes on with --set {' or '.join(ways)}"
+        raise UserError(
+            f"memory does not suffice to train on {optim.micro_batch_size} sequences at once",
+            where=f"{optim.section}.micro_batch_size",
+            way_out=go_on if ways else "Another run with a smaller base.window may fit",
+        ) from error
 
 
 def early_mean(rows: Sequence[dict[str, float]], key: str) -> float:

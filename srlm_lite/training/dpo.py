@@ -29,6 +29,7 @@ from srlm_lite.training.arguments import (
     late_mean,
     one_adapter_in_training,
     one_device,
+    run_training,
     share_adapters,
 )
 from srlm_lite.training.dealing import Deal, dealt_loader
@@ -286,7 +287,7 @@ def train_dpo(
             slot.to_float32()  # before the trainer wraps it
             proof = _Proof(trainer, slot, reference=reference, stack=stack)
             trainer.add_callback(proof)
-            trainer.train()
+            run_training(trainer, dpo)
             trained = slot.read(start, delta.rank, list(delta.factors))
             slot.assert_unchanged(anchor)
     finally:

@@ -28,6 +28,7 @@ from srlm_lite.training.arguments import (
     late_mean,
     one_adapter_in_training,
     one_device,
+    run_training,
 )
 from srlm_lite.training.dpo import PairExample
 from srlm_lite.training.sft import Example
@@ -159,7 +160,7 @@ def train_reward(
             callbacks=[listener],
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.train()
+        run_training(trainer, optim)
         trained = slot.read(start, adapter.rank, list(adapter.factors))
         slot.assert_unchanged(anchor)
     if not trained.differs_from(adapter):

@@ -34,6 +34,7 @@ from srlm_lite.training.arguments import (
     late_mean,
     one_adapter_in_training,
     one_device,
+    run_training,
 )
 from srlm_lite.training.reward import RewardModel, Scorer, rewards
 from srlm_lite.training.sft import Example
@@ -224,7 +225,7 @@ def train_rloo(
             trainer.stop_ids = chat.stop_ids
             proof = _Proof(trainer, slot, judge, reference=reference, stack=stack)
             trainer.add_callback(proof)
-            trainer.train()
+            run_training(trainer, optim)
             trained = slot.read(start, delta.rank, list(delta.factors))
             slot.assert_unchanged(anchor)
     finally:

@@ -25,6 +25,7 @@ from srlm_lite.training.arguments import (
     late_mean,
     one_adapter_in_training,
     one_device,
+    run_training,
     share_adapters,
 )
 from srlm_lite.training.dealing import Deal, dealt_loader
@@ -115,7 +116,7 @@ def train_sft(
             share_adapters(trainer)
         # TRL has cast a quantized base's adapters to bf16: what is below would not be what it was.
         slot.load((*below, adapter), train=True)
-        trainer.train()
+        run_training(trainer, optim)
     slot.set_dropout(0.0)
     trained = slot.read(start, adapter.rank, list(adapter.factors))
     slot.assert_unchanged(below)
