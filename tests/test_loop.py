@@ -244,7 +244,8 @@ def test_a_run_goes_on_by_its_own_recipe_and_with_less_in_memory(
     before = finished.iteration(2)
     for name in ("prompts", "candidates"):
         assert getattr(last, name).read_bytes() == getattr(before, name).read_bytes()
-    assert read_json(last.delta_place.training)["step0_loss"] == pytest.approx(math.log(2), abs=1e-4)
+    facts = read_json(last.delta_place.training)
+    assert facts["step0_loss"] == pytest.approx(math.log(2), abs=1e-4)
 
 
 def test_answers_without_text_have_the_lowest_grade(finished: RunDir, tmp_path: Path) -> None:

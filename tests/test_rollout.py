@@ -12,7 +12,7 @@ import torch
 from scipy.stats import chisquare
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import LlamaConfig
+from transformers import AutoModelForCausalLM, FalconConfig, LlamaConfig, MiniCPM3Config
 
 from srlm_lite.config import Base, Lora
 from srlm_lite.model import random_base as random_base_module
@@ -400,6 +400,45 @@ def test_a_model_with_an_attention_of_its_own_is_sampled_with_plain_generate(
     for row, other in zip(found, expected, strict=True):
         for one, two in zip(row, other, strict=True):
             assert [t.text for t in one.tokens] == [t.text for t in two.tokens]
+
+
+SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+@pytest.mark.parametrize(
+    ("shape", "target"),
+    [
+        # Falcon's layers choose their attention when they are built, and never ask a tree.
+        (FalconConfig(**SMALL, alibi=False), "dense"),
+        # Latent attention: values are narrower than keys.
+        (MiniCPM3Config(**SMALL, intermediate_size=128), "o_proj"),
+    ],
+    ids=["code of its own", "latent"],
+)
+def test_architectures_that_a_tree_does_not_reach_are_sampled_as_they_are(
+    engine: TransformersEngine, shape: Any, target: str
+) -> None:
+    torch.manual_seed(0)
+    shape.vocab_size = engine._model.config.vocab_size
+    model = AutoModelForCausalLM.from_config(shape, dtype=torch.float32).eval()
+    other = TransformersEngine(Slot(model, targets=(target,), rank=2), engine._chat, batch_rows=8)
+    other.load(())
+    prompts = requests(engine, n=1)
+    limits = Limits(temperature=0.0, top_p=1.0, max_new_tokens=8, ignore_end=True)
+    found = other.sample(prompts, limits)
+    assert other._branches is False
+    for (sample,), prompt in zip(found, prompts, strict=True):
+        ids_of = torch.tensor([prompt.prompt_ids])
+        own = model.generate(
+            input_ids=ids_of,
+            attention_mask=torch.ones_like(ids_of),
+            do_sample=False,
+            min_new_tokens=8,
+            max_new_tokens=8,
+            pad_token_id=0,
+            eos_token_id=None,
+        )
+        assert sample.token_ids == tuple(own[0, ids_of.shape[1] :].tolist())
 
 
 # --- steps from a graph -----------------------------------------------------------------------

@@ -100,9 +100,15 @@ class Tree(Cache):
 
     @contextmanager
     def growing_trunk(self) -> Iterator[None]:
-        """A forward pass within becomes the trunk: one row, without padding."""
+        """A forward pass within becomes the trunk: one row, without padding.
+
+        Raises:
+            UnsupportedAttention: The model attends by code of its own and never asked the tree.
+        """
         self._trunk, self._grows = [], "trunk"
         yield
+        if not self._trunk:
+            raise UnsupportedAttention("code of its own")
 
     @contextmanager
     def growing_branches(self, lengths: Tensor) -> Iterator[None]:
@@ -269,12 +275,15 @@ class Tree(Cache):
             (B, T, Hq, D), and None for the weights.
 
         Raises:
-            UnsupportedAttention: Soft caps, sliding windows, sinks, biases, masks of its own.
+            UnsupportedAttention: Soft caps, sliding windows, sinks, biases, masks of its own, keys
+                and values of different widths.
         """
         odd = [name for name in _ODD if kwargs.get(name) is not None]
         if odd or attention_mask is not None or kwargs.get("dropout"):
             raise UnsupportedAttention(", ".join(odd) or "a mask or dropout of its own")
         rows, heads, tokens, width = query.shape
+        if value.shape[-1] != width:  # as in multi-head latent attention
+            raise UnsupportedAttention("keys and values of different widths")
         shared = key.shape[1]
         # The query heads of one key-value head become query positions of it: keys are read once.
         grouped = query.reshape(rows, shared, heads // shared * tokens, width)
