@@ -29,6 +29,7 @@ from srlm_lite.data.text import is_repetitive, normalised, prompt_problem
 from srlm_lite.errors import UserError
 from srlm_lite.records import Instruction, Prompt, RankedReply
 from srlm_lite.run_dir import read_records
+from srlm_lite.stages.seed_data import read_ranked
 
 DATA = Path(
     os.environ.get("SRLM_TEST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data")
@@ -290,6 +291,38 @@ def test_one_id_for_two_prompts_is_refused(tmp_path: Path) -> None:
     rows = scored("Which one?", 1, prompt_id="a") + scored("What else?", 1, prompt_id="a")
     with pytest.raises(UserError, match=r"row 2: prompt id 'a' stands for another prompt"):
         read(write(tmp_path / "r.jsonl", rows), Options())
+
+
+@pytest.mark.parametrize(
+    ("ids", "expected"),
+    [
+        # Counted anew for each prompt, as numbers.
+        ((0, 1, 0, 1), {"a-0", "a-1", "b-0", "b-1"}),
+        ((0, 1, 2, 3), {"0", "1", "2", "3"}),
+        # Two replies to one prompt share theirs, which the prompt's id does not change.
+        (("x", "x", "x", "y"), None),
+    ],
+)
+def test_ids_of_replies_are_unique_over_the_file(
+    tmp_path: Path, ids: tuple[Any, ...], expected: set[str] | None
+) -> None:
+    """A data directory in which two replies share an id is one that no run reads."""
+    rows = scored("Which is it?", 1, 2, prompt_id="a") + scored("What is it?", 1, 2, prompt_id="b")
+    rows = [{**row, "response_id": name} for row, name in zip(rows, ids, strict=True)]
+    source = write(tmp_path / "r.jsonl", rows)
+    prepare(source, tmp_path / "data", Options(ift_share=0.0, eval_share=0.0))
+    groups = read_ranked(tmp_path / "data" / "eft_train.jsonl", None)
+    found = {row.response_id for group in groups for row in group}
+    assert found == expected if expected else len(found) == 4
+    best = {group[0].prompt_id: group[0].response for group in groups}
+    assert best == {"a": "Reply 1 to Which is it?", "b": "Reply 1 to What is it?"}
+
+
+def test_a_row_that_comes_twice_leaves_the_ids_as_they_are(tmp_path: Path) -> None:
+    rows = [{**row, "response_id": f"r{n}"} for n, row in enumerate(scored("Which?", 1, 2))]
+    prepared = read(write(tmp_path / "r.jsonl", [*rows, rows[0]]), Options(ift_share=0.0))
+    check_accounts(prepared)
+    assert [row.response_id for row in prepared.seed.eft_train] == ["r1", "r0"]
 
 
 def test_other_column_names(tmp_path: Path) -> None:
