@@ -325,6 +325,14 @@ def test_a_row_that_comes_twice_leaves_the_ids_as_they_are(tmp_path: Path) -> No
     assert [row.response_id for row in prepared.seed.eft_train] == ["r1", "r0"]
 
 
+@pytest.mark.parametrize("said", [None, ""])
+def test_a_row_that_says_no_language_is_in_any(tmp_path: Path, said: str | None) -> None:
+    rows = scored("Which?", 3, 2, lang=said)
+    assert read(write(tmp_path / "r.jsonl", rows), Options()).reply_ledger.drops["not_best"] == 1
+    prompts = read(write(tmp_path / "p.jsonl", [{"text": "Which is it?", "lang": said}]), Options())
+    assert [prompt.text for prompt in prompts.prompts] == ["Which is it?"]
+
+
 def test_other_column_names(tmp_path: Path) -> None:
     rows = [{"ask": "Which one?", "say": f"Reply {n}", "stars": n, "who": f"w{n}"} for n in (1, 2)]
     columns = Columns(prompt="ask", response="say", score="stars", id="who")
