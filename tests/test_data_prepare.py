@@ -231,6 +231,32 @@ def test_messages_that_come_twice_or_hang_in_the_air() -> None:
     assert prompts.drops == {"duplicate": 1}
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"tree_state": ["ready_for_export"]},
+            r"`tree_state` is \['ready_for_export'\], not a text",
+        ),
+        ({"prompt": {"replies": 5}}, "`replies` is not a list"),
+        ({"prompt": {"replies": {"a": 1}}}, "`replies` is not a list"),
+    ],
+)
+def test_a_tree_whose_parts_are_of_another_type(tmp_path: Path, change: Row, message: str) -> None:
+    good, bad = tree("good", 0, 1), tree("bad", 0, 1)
+    bad |= {**change, "prompt": {**bad["prompt"], **change.get("prompt", {})}}
+    with pytest.raises(UserError, match=f"row 2: {message}"):
+        read(write(tmp_path / "t.jsonl", [good, bad]), Options())
+
+
+@pytest.mark.parametrize("parent", [["t"], 5])
+def test_a_parent_that_is_no_id(tmp_path: Path, parent: Any) -> None:
+    rows = flattened([tree("t", 0)])
+    rows[1]["parent_id"] = parent
+    with pytest.raises(UserError, match=r"row 2: `parent_id` is .*, not a text"):
+        read(write(tmp_path / "t.jsonl", rows), Options())
+
+
 # Ranked and scored replies
 
 
