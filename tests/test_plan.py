@@ -376,6 +376,14 @@ def test_the_seed_data_bounds_the_lengths() -> None:
     assert lengths_of(without) == longest(without)
 
 
+@pytest.mark.parametrize("source", ["judge", "random", "gold"])
+def test_candidates_are_judged_wherever_the_order_of_pairs_comes_from(source: str) -> None:
+    """The tokens: 2 iterations of 12 prompts with 4 answers each, 3 votes of 64."""
+    plan = plan_for(load_recipe("tiny", [f"pairing.source={source}"]), parse_gpus("24GB"))
+    [phase] = [phase for phase in plan.phases if phase.name == "judge"]
+    assert phase.tokens == 2 * 12 * 4 * 3 * 64
+
+
 def test_the_tokens_of_an_evaluation_by_hand() -> None:
     """`tiny`: 3 models, each with 8 sampled and 8 greedy answers of 48 tokens and 2 votes of 64 on
     16 replies. Each grades its own 8 sampled ones, and the anchor those of the other two."""
