@@ -99,6 +99,21 @@ def test_a_prompt_that_speaks_of_scores_counts_as_a_quotation_too(
     assert row.score == 2.0
 
 
+def test_a_vote_without_room_for_another_try_stays_as_it_was(
+    tiny_base_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No question fits beside 4090 of 4096 tokens; a long one does not beside 64 either."""
+    session = make_session(
+        tiny_base_dir, tmp_path / "out", max_new_tokens=64, retry_max_new_tokens=4090
+    )
+    monkeypatch.setattr(session, "engine", lambda stack, role: Scripted(lambda prompt: "Hm, well."))
+    rows = judge(session, [("a", "Why?", "Because."), ("b", "Why?", "Because. " * 4096)])
+    assert rows == [
+        Judgement("a", 0, "Hm, well.", None, "stop", retried=False),
+        Judgement("b", 0, "", None, "length", retried=False),
+    ]
+
+
 def test_rows_carry_the_expected_score_and_the_sampled_one(
     tiny_base_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
