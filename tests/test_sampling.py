@@ -50,6 +50,7 @@ def make_session(base: Path, out: Path, **judge: Any) -> Session:
         "base": {"name": str(base), "window": 4096},
         "data": {"dir": "."},
         "judge": judge,
+        "openai": {"url": "http://127.0.0.1:1/v1", "model": "m"},  # where the judge is a server
     }
     return Session(recipe_from(raw, where="test"), RunDir(out))
 
@@ -145,6 +146,23 @@ def test_a_rubric_whose_scores_are_several_tokens_is_refused(
     monkeypatch.setattr(session, "engine", lambda stack, role: Scripted(lambda prompt: "Score: 4"))
     with pytest.raises(UserError, match=r"judge\.score = expected: the score 10 is more than one"):
         judge(session, [("a", "Why?", "Because.")])
+
+
+def test_a_server_s_scores_are_not_held_against_this_base(
+    tiny_base_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To a server 10 may be one token; the base here has none for it, and is not even loaded."""
+    rubric = tmp_path / "ten.yaml"
+    rubric.write_text("max: 10\ntemplate: 'Grade {{prompt}} {{response}}'\n")
+    session = make_session(
+        tiny_base_dir, tmp_path / "out", score="expected", rubric=str(rubric), engine="openai"
+    )
+    ten = (Token("Score: ", ()), Token("10", (("10", math.log(0.5)), ("6", math.log(0.5)))))
+    engine = Scripted(lambda prompt: "Score: 10", ten)
+    monkeypatch.setattr(session, "engine", lambda stack, role: engine)
+    [row] = judge(session, [("a", "Why?", "Because.")])
+    assert (row.score, row.sampled_score) == (8.0, 10.0)
+    assert "base" not in vars(session)
 
 
 def test_the_expected_score_is_what_the_model_itself_says(tmp_path: Path) -> None:
