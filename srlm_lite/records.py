@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, Literal, Self
 
 FinishReason = Literal["stop", "length"]
@@ -25,11 +25,11 @@ class Record:
             KeyError: A field without a default is missing.
         """
         known = {field.name: row[field.name] for field in fields(cls) if field.name in row}
-        try:
-            return cls(**known)
-        except TypeError as error:
-            missing = [field.name for field in fields(cls) if field.name not in row]
-            raise KeyError(", ".join(missing)) from error
+        needed = (field.name for field in fields(cls) if field.default is MISSING)
+        missing = [name for name in needed if name not in known]
+        if missing:
+            raise KeyError(", ".join(missing))
+        return cls(**known)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,11 +13,14 @@ from commands import Cli
 from exporting import make_run, random_adapter
 
 from srlm_lite.cli import chat
+from srlm_lite.config import recipe_from
 from srlm_lite.model import base as base_module
 from srlm_lite.model.chat import ChatFormat
-from srlm_lite.rollout.protocol import Limits, Request
+from srlm_lite.records import FinishReason
+from srlm_lite.rollout.protocol import Limits, Request, Sample
 from srlm_lite.run_dir import RunDir, write_json
 from srlm_lite.session import Session
+from srlm_lite.stages.conversation import Conversation
 
 QUESTION = "How do I look after a bicycle?"
 
@@ -42,8 +45,6 @@ def talk(run: RunDir, monkeypatch: pytest.MonkeyPatch, cli: Cli) -> Any:
 
 def greedy(run: RunDir, number: int | None, messages: list[dict[str, str]]) -> str:
     """What the stack of an iteration (None: the base) answers."""
-    from srlm_lite.config import recipe_from
-
     session = Session(recipe_from(run.facts()["recipe"], where="test"), run)
     ids = session.chat.render(messages, generation=True)
     engine = session.engine([] if number is None else session.stack(number))
@@ -103,13 +104,34 @@ def test_the_model_grades_its_last_answer(
         return right(self, text)
 
     monkeypatch.setattr(ChatFormat, "prompt_ids", noted)
-    monkeypatch.setattr("srlm_lite.stages.conversation.parse_score", lambda text, rubric: 4.0)
+    monkeypatch.setattr("srlm_lite.stages.conversation.parse_score", lambda *_, **__: 4.0)
     run_json = run.run_json.read_text().replace('"window": 512', '"window": 2048')
     run.run_json.write_text(run_json)
     out, err, code = talk("/judge", QUESTION, "/judge")
     assert code == 0
     assert "there is no answer to judge yet" in err and "score 4" in err
     assert QUESTION in asked[-1] and out.splitlines()[0] in asked[-1]
+
+
+def test_a_grading_that_was_cut_off_has_no_score(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a run: what it would have ended in is not known, whatever its last line is so far."""
+    facts = run.facts()
+    facts["recipe"]["base"]["window"] = 2048
+    session = Session(recipe_from(facts["recipe"], where="test"), run)
+    reasons: list[FinishReason] = ["stop", "stop", "length"]
+
+    class Engine:
+        def sample(self, requests: Any, limits: Limits) -> list[list[Sample]]:
+            return [[Sample("It is good.\nScore: 4", (), reasons.pop(0), 8)]]
+
+    monkeypatch.setattr(session, "engine", lambda stack: Engine())
+    shown: list[str] = []
+    conversation = Conversation(session)
+    conversation.answer(QUESTION, shown.append)
+    assert [conversation.judge(shown.append) for _ in range(2)] == [4.0, None]
+    assert shown == ["It is good.\nScore: 4"] * 3
 
 
 def test_where_the_judge_has_a_delta_of_its_own_that_one_grades(

@@ -31,6 +31,7 @@ from srlm_lite.rollout import openai_engine
 from srlm_lite.run_dir import RunDir, read_jsonl, read_records
 from srlm_lite.stages.comparison import PLACES, TAGS
 from srlm_lite.stages.models import file_name, read_replies
+from srlm_lite.stages.seed_data import read_prompts
 
 KEY = "sk-very-secret-0123456789"
 
@@ -148,6 +149,13 @@ def test_replies_are_found_by_id_or_by_text(tmp_path: Path) -> None:
     assert found.replies(prompts) == {"1": "one", "2": "two"}
     with pytest.raises(UserError, match=r"no reply to 1 of 3 prompts; the first is 3\."):
         found.replies([*prompts, Prompt("3", "Three?")])
+
+
+def test_an_id_may_be_a_number_as_in_prompt_lists(tmp_path: Path) -> None:
+    listed = tmp_path / "prompts.jsonl"
+    listed.write_text(json.dumps({"prompt_id": 7, "text": "One?"}) + "\n")
+    found = read_replies(replies_file(tmp_path / "r.jsonl", [{"prompt_id": 7, "text": "one"}]))
+    assert found.replies(read_prompts(listed)) == {"7": "one"}
 
 
 @pytest.mark.parametrize(

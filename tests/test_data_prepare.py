@@ -29,6 +29,7 @@ from srlm_lite.data.text import is_repetitive, normalised, prompt_problem
 from srlm_lite.errors import UserError
 from srlm_lite.records import Instruction, Prompt, RankedReply
 from srlm_lite.run_dir import read_records
+from srlm_lite.stages.seed_data import read_ranked
 
 DATA = Path(
     os.environ.get("SRLM_TEST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data")
@@ -230,6 +231,32 @@ def test_messages_that_come_twice_or_hang_in_the_air() -> None:
     assert prompts.drops == {"duplicate": 1}
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"tree_state": ["ready_for_export"]},
+            r"`tree_state` is \['ready_for_export'\], not a text",
+        ),
+        ({"prompt": {"replies": 5}}, "`replies` is not a list"),
+        ({"prompt": {"replies": {"a": 1}}}, "`replies` is not a list"),
+    ],
+)
+def test_a_tree_whose_parts_are_of_another_type(tmp_path: Path, change: Row, message: str) -> None:
+    good, bad = tree("good", 0, 1), tree("bad", 0, 1)
+    bad |= {**change, "prompt": {**bad["prompt"], **change.get("prompt", {})}}
+    with pytest.raises(UserError, match=f"row 2: {message}"):
+        read(write(tmp_path / "t.jsonl", [good, bad]), Options())
+
+
+@pytest.mark.parametrize("parent", [["t"], 5])
+def test_a_parent_that_is_no_id(tmp_path: Path, parent: Any) -> None:
+    rows = flattened([tree("t", 0)])
+    rows[1]["parent_id"] = parent
+    with pytest.raises(UserError, match=r"row 2: `parent_id` is .*, not a text"):
+        read(write(tmp_path / "t.jsonl", rows), Options())
+
+
 # Ranked and scored replies
 
 
@@ -290,6 +317,46 @@ def test_one_id_for_two_prompts_is_refused(tmp_path: Path) -> None:
     rows = scored("Which one?", 1, prompt_id="a") + scored("What else?", 1, prompt_id="a")
     with pytest.raises(UserError, match=r"row 2: prompt id 'a' stands for another prompt"):
         read(write(tmp_path / "r.jsonl", rows), Options())
+
+
+@pytest.mark.parametrize(
+    ("ids", "expected"),
+    [
+        # Counted anew for each prompt, as numbers.
+        ((0, 1, 0, 1), {"a-0", "a-1", "b-0", "b-1"}),
+        ((0, 1, 2, 3), {"0", "1", "2", "3"}),
+        # Two replies to one prompt share theirs, which the prompt's id does not change.
+        (("x", "x", "x", "y"), None),
+    ],
+)
+def test_ids_of_replies_are_unique_over_the_file(
+    tmp_path: Path, ids: tuple[Any, ...], expected: set[str] | None
+) -> None:
+    """A data directory in which two replies share an id is one that no run reads."""
+    rows = scored("Which is it?", 1, 2, prompt_id="a") + scored("What is it?", 1, 2, prompt_id="b")
+    rows = [{**row, "response_id": name} for row, name in zip(rows, ids, strict=True)]
+    source = write(tmp_path / "r.jsonl", rows)
+    prepare(source, tmp_path / "data", Options(ift_share=0.0, eval_share=0.0))
+    groups = read_ranked(tmp_path / "data" / "eft_train.jsonl", None)
+    found = {row.response_id for group in groups for row in group}
+    assert found == expected if expected else len(found) == 4
+    best = {group[0].prompt_id: group[0].response for group in groups}
+    assert best == {"a": "Reply 1 to Which is it?", "b": "Reply 1 to What is it?"}
+
+
+def test_a_row_that_comes_twice_leaves_the_ids_as_they_are(tmp_path: Path) -> None:
+    rows = [{**row, "response_id": f"r{n}"} for n, row in enumerate(scored("Which?", 1, 2))]
+    prepared = read(write(tmp_path / "r.jsonl", [*rows, rows[0]]), Options(ift_share=0.0))
+    check_accounts(prepared)
+    assert [row.response_id for row in prepared.seed.eft_train] == ["r1", "r0"]
+
+
+@pytest.mark.parametrize("said", [None, ""])
+def test_a_row_that_says_no_language_is_in_any(tmp_path: Path, said: str | None) -> None:
+    rows = scored("Which?", 3, 2, lang=said)
+    assert read(write(tmp_path / "r.jsonl", rows), Options()).reply_ledger.drops["not_best"] == 1
+    prompts = read(write(tmp_path / "p.jsonl", [{"text": "Which is it?", "lang": said}]), Options())
+    assert [prompt.text for prompt in prompts.prompts] == ["Which is it?"]
 
 
 def test_other_column_names(tmp_path: Path) -> None:

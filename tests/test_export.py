@@ -33,7 +33,7 @@ from srlm_lite.model.chat import ChatFormat
 from srlm_lite.model.checkpoint import Checkpoint, ShardWriter, TensorInfo, write_shard
 from srlm_lite.model.stack import Adapter, Slot
 from srlm_lite.progress import Silent
-from srlm_lite.run_dir import RunDir, read_json
+from srlm_lite.run_dir import RunDir, read_json, write_json
 
 IDS = torch.tensor([[5, 17, 99, 3, 42, 250, 7, 7, 61, 12]])
 
@@ -620,3 +620,24 @@ def test_the_card_names_what_the_method_does(
     assert yaml.safe_load(text.split("---")[1])["tags"] == tags
     assert f"1 iteration followed, of {card.MADE_BY[method]}" in text
     assert "grading its own answers" not in text
+
+
+def test_the_card_says_where_an_anchor_is_from_that_the_run_did_not_train(
+    tiny_base_dir: Path, tmp_path: Path
+) -> None:
+    """Of the path its name: where things lie on this machine is nobody's business."""
+    adapters = [random_adapter(tiny_base_dir, seed=seed) for seed in (0, 1)]
+    run = make_run(tmp_path / "run", tiny_base_dir, adapters=adapters)
+    facts = {"base": read_json(run.base_json), "onto": "original", "dtype": "bfloat16", "rank": 8}
+
+    def about(which: str) -> str:
+        return card.card(find_source(run.path, which), form="merged", **facts)
+
+    trained = "the anchor, made by SFT on instruction and judge data"
+    assert trained in about("anchor") and trained in about("last")
+    told = run.facts()
+    told["recipe"]["anchor"]["init"] = str(tmp_path / "my-anchor")
+    write_json(run.run_json, told)
+    for text in (about("anchor"), about("last")):
+        assert "the anchor, an adapter trained before and taken as it was (`my-anchor`)" in text
+        assert "made by SFT" not in text and str(tmp_path) not in text

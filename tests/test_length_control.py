@@ -129,6 +129,7 @@ def test_annotations_are_counted(tmp_path: Path, array: bool) -> None:
         (annotation(True), r"row 2: `preference` is True"),
         ({"output_1": "a", "preference": 1}, "row 2: lacks output_1, output_2 or preference"),
         (annotation(1, generator_2="other"), r"is about several models \(generator_2\)"),
+        (annotation(1, generator_2=["m"]), r"row 2: `generator_2` is \['m'\], not a model's name"),
     ],
 )
 def test_a_row_that_is_none(tmp_path: Path, row: dict[str, Any], message: str) -> None:
@@ -161,12 +162,27 @@ def test_difficulties_alone_or_with_gamed_rows(tmp_path: Path) -> None:
         compare_annotations(write(tmp_path / "file", [annotation(1)] * 3), alone)
 
 
+@pytest.mark.parametrize("index", [None, "a", [0], 0.5, float("inf"), True])
+def test_an_index_that_is_no_place(tmp_path: Path, index: Any) -> None:
+    difficulties = tmp_path / "difficulties.csv"
+    difficulties.write_text("index,instruction_difficulty\n0,0.5\n1,-1\n")
+    rows = [annotation(1, index=0), annotation(1, index=index)]
+    with pytest.raises(UserError, match=r"file, row 2: `index` is .*, not a prompt's place"):
+        compare_annotations(write(tmp_path / "file", rows), difficulties)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("a,b\n1,2\n", "needs the columns"),
         ("", "needs the columns"),
-        ("index,instruction_difficulty\n0,hard\n", "no number"),
+        (
+            "index,instruction_difficulty\n0,1\n1,hard\n",
+            "row 2: .*_difficulty` is 'hard', no number",
+        ),
+        ("index,instruction_difficulty\n0,nan\n", "row 1: .*_difficulty` is 'nan', no number"),
+        ("index,instruction_difficulty\n0\n", "row 1: .*_difficulty` is None, no number"),
+        ("index,instruction_difficulty\na,1\n", "row 1: `index` is 'a', not a prompt's place"),
     ],
 )
 def test_a_difficulty_file_that_is_none(tmp_path: Path, text: str, message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -386,6 +387,30 @@ def test_the_seed_data_bounds_the_lengths() -> None:
     assert lengths_of(load_recipe("toy", ["anchor.eft_targets=self"])).examples == 1600
     without = load_recipe("llama3.1-8b", ["data.dir=/nowhere"])
     assert lengths_of(without) == longest(without)
+
+
+def test_prompts_are_measured_whatever_names_their_text(tmp_path: Path) -> None:
+    """A list may say `text`, `prompt` or `instruction`; without held-out prompts of their own the
+    evaluation takes those of `eft_eval.jsonl`. The longest has 300 bytes, a template 64 tokens."""
+    data = shutil.copytree(load_recipe("tiny").data.dir, tmp_path / "data")
+    recipe = load_recipe("tiny", [f"data.dir={data}", "base.window=4096"])
+    for column in ("text", "prompt", "instruction"):
+        (data / "prompts.jsonl").write_text(json.dumps({column: 300 * "a"}) + "\n")
+        assert lengths_of(recipe).prompt == 300 + 64
+    (data / "prompts.jsonl").write_text(json.dumps({"text": "short"}) + "\n")
+    reply = {"prompt_id": "1", "prompt": 300 * "a", "response_id": "1", "response": "b", "rank": 0}
+    (data / "eft_eval.jsonl").write_text(json.dumps(reply) + "\n")
+    assert lengths_of(recipe).prompt < 300
+    (data / "eval_prompts.jsonl").unlink()
+    assert lengths_of(recipe).prompt == 300 + 64
+
+
+@pytest.mark.parametrize("source", ["judge", "random", "gold"])
+def test_candidates_are_judged_wherever_the_order_of_pairs_comes_from(source: str) -> None:
+    """The tokens: 2 iterations of 12 prompts with 4 answers each, 3 votes of 64."""
+    plan = plan_for(load_recipe("tiny", [f"pairing.source={source}"]), parse_gpus("24GB"))
+    [phase] = [phase for phase in plan.phases if phase.name == "judge"]
+    assert phase.tokens == 2 * 12 * 4 * 3 * 64
 
 
 def test_the_tokens_of_an_evaluation_by_hand() -> None:

@@ -50,6 +50,7 @@ def make_session(base: Path, out: Path, **judge: Any) -> Session:
         "base": {"name": str(base), "window": 4096},
         "data": {"dir": "."},
         "judge": judge,
+        "openai": {"url": "http://127.0.0.1:1/v1", "model": "m"},  # where the judge is a server
     }
     return Session(recipe_from(raw, where="test"), RunDir(out))
 
@@ -99,6 +100,21 @@ def test_a_prompt_that_speaks_of_scores_counts_as_a_quotation_too(
     assert row.score == 2.0
 
 
+def test_a_vote_without_room_for_another_try_stays_as_it_was(
+    tiny_base_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No question fits beside 4090 of 4096 tokens; a long one does not beside 64 either."""
+    session = make_session(
+        tiny_base_dir, tmp_path / "out", max_new_tokens=64, retry_max_new_tokens=4090
+    )
+    monkeypatch.setattr(session, "engine", lambda stack, role: Scripted(lambda prompt: "Hm, well."))
+    rows = judge(session, [("a", "Why?", "Because."), ("b", "Why?", "Because. " * 4096)])
+    assert rows == [
+        Judgement("a", 0, "Hm, well.", None, "stop", retried=False),
+        Judgement("b", 0, "", None, "length", retried=False),
+    ]
+
+
 def test_rows_carry_the_expected_score_and_the_sampled_one(
     tiny_base_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -130,6 +146,23 @@ def test_a_rubric_whose_scores_are_several_tokens_is_refused(
     monkeypatch.setattr(session, "engine", lambda stack, role: Scripted(lambda prompt: "Score: 4"))
     with pytest.raises(UserError, match=r"judge\.score = expected: the score 10 is more than one"):
         judge(session, [("a", "Why?", "Because.")])
+
+
+def test_a_server_s_scores_are_not_held_against_this_base(
+    tiny_base_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To a server 10 may be one token; the base here has none for it, and is not even loaded."""
+    rubric = tmp_path / "ten.yaml"
+    rubric.write_text("max: 10\ntemplate: 'Grade {{prompt}} {{response}}'\n")
+    session = make_session(
+        tiny_base_dir, tmp_path / "out", score="expected", rubric=str(rubric), engine="openai"
+    )
+    ten = (Token("Score: ", ()), Token("10", (("10", math.log(0.5)), ("6", math.log(0.5)))))
+    engine = Scripted(lambda prompt: "Score: 10", ten)
+    monkeypatch.setattr(session, "engine", lambda stack, role: engine)
+    [row] = judge(session, [("a", "Why?", "Because.")])
+    assert (row.score, row.sampled_score) == (8.0, 10.0)
+    assert "base" not in vars(session)
 
 
 def test_the_expected_score_is_what_the_model_itself_says(tmp_path: Path) -> None:

@@ -97,7 +97,8 @@ def reused_id(source: Source, number: int, prompt_id: str) -> UserError:
 
 def is_foreign(row: Row, lang: str | None) -> bool:
     """Whether a row says that it is in another language; a row that says nothing is not."""
-    return lang is not None and row.get("lang", lang) != lang
+    said = row.get("lang")
+    return lang is not None and said not in (None, "") and said != lang
 
 
 def text_of(row: Row, column: str | None) -> str:

@@ -60,7 +60,8 @@ def read_trees(
         prompts: Is told of the prompts that serve for nothing.
 
     Raises:
-        UserError: A row is not a tree or message, or a message lacks its id or text.
+        UserError: A row is not a tree or message, a message lacks its id or text, or what joins
+            them is of another type.
     """
     messages = _unique(_messages(source), replies=replies, prompts=prompts)
     answers: defaultdict[str, list[Message]] = defaultdict(list)
@@ -102,7 +103,10 @@ def _messages(source: Source) -> Iterator[Message]:
             while todo:
                 raw, parent_id = todo.pop()
                 message = _message(raw, parent_id=parent_id, tree_state=state, where=where)
-                todo.extend((reply, message.message_id) for reply in raw.get("replies") or [])
+                replies = raw.get("replies") or []
+                if not isinstance(replies, list):
+                    raise UserError("`replies` is not a list", where=where)
+                todo.extend((reply, message.message_id) for reply in replies)
                 yield message
         elif is_flat(row):
             yield _message(
@@ -116,12 +120,15 @@ def _messages(source: Source) -> Iterator[Message]:
             )
 
 
-def _message(raw: Any, *, parent_id: str | None, tree_state: str | None, where: str) -> Message:
+def _message(raw: Any, *, parent_id: Any, tree_state: Any, where: str) -> Message:
     if not isinstance(raw, dict):
         raise UserError("a message is not a JSON object", where=where)
     for key in ("message_id", "text"):
         if not isinstance(raw.get(key), str):
             raise UserError(f"a message lacks {key!r}", where=where)
+    for key, value in (("parent_id", parent_id), ("tree_state", tree_state)):
+        if value is not None and not isinstance(value, str):
+            raise UserError(f"`{key}` is {value!r}, not a text", where=where)
     return Message(
         message_id=raw["message_id"],
         parent_id=parent_id,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from srlm_lite.data.columns import (
@@ -47,6 +48,9 @@ def read_replies(
 ) -> tuple[list[RankedPrompt], list[Prompt]]:
     """Prompts with placed replies, and prompts none of whose replies could be placed.
 
+    Ids of replies are unique over the source, as whoever reads the data needs them: where a column
+    counts them anew for each prompt, the prompt's id goes before them.
+
     Args:
         columns: As `guess_columns` found them.
         lang: Rows that have a column `lang` must agree with it; None takes every language.
@@ -79,7 +83,8 @@ def read_replies(
             replies.drop(reply)
         else:
             placed.setdefault(prompt_id, []).append(reply)
-    ranked = [RankedPrompt(key, texts[key], tuple(group)) for key, group in placed.items()]
+    named = _told_apart(placed)
+    ranked = [RankedPrompt(key, texts[key], tuple(group)) for key, group in named.items()]
     spare = [Prompt(key, text, source.label) for key, text in texts.items() if key not in placed]
     return ranked, spare
 
@@ -141,8 +146,41 @@ def _reply(row: Row, columns: Columns, prompt_id: str) -> Reply | str:
     target = text_of(row, columns.target) or None
     if target is not None and not TARGET_END.search(target):
         return "bad_target"
-    response_id = id_of(row, columns.id) or f"{prompt_id}-{digest(text)}"
+    response_id = id_of(row, columns.id) or _id_by_text(prompt_id, text)
     return Reply(response_id, text, place, quality, target)
+
+
+def _id_by_text(prompt_id: str, text: str) -> str:
+    return f"{prompt_id}-{digest(text)}"
+
+
+def _told_apart(placed: Mapping[str, Sequence[Reply]]) -> dict[str, list[Reply]]:
+    """The replies by prompt, with ids of which each is one reply's alone.
+
+    All ids are made in the same way: as they are, else by prompt, else by text, which a column that
+    is no id at all (a model's name) comes to.
+    """
+    by_prompt = {
+        key: [replace(reply, response_id=f"{key}-{reply.response_id}") for reply in group]
+        for key, group in placed.items()
+    }
+    for named in (placed, by_prompt):
+        if _is_told_apart(named):
+            return {key: list(group) for key, group in named.items()}
+    return {
+        key: [replace(reply, response_id=_id_by_text(key, reply.text)) for reply in group]
+        for key, group in placed.items()
+    }
+
+
+def _is_told_apart(placed: Mapping[str, Sequence[Reply]]) -> bool:
+    """Whether no id stands for two replies; the same reply again is dropped later on."""
+    known: dict[str, tuple[str, str]] = {}
+    return all(
+        known.setdefault(reply.response_id, (key, reply.text)) == (key, reply.text)
+        for key, group in placed.items()
+        for reply in group
+    )
 
 
 def _exchange(prompt: Any, side: Any) -> tuple[str, str] | None:

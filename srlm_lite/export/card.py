@@ -106,10 +106,7 @@ def _tags(source: Source, form: str) -> list[str]:
 
 
 def _about(source: Source, base: dict[str, Any]) -> str:
-    section, n = source.recipe.anchor, source.iteration
-    kinds = [("instruction", section.use_ift), ("judge", section.use_eft)]
-    data = " and ".join(kind for kind, used in kinds if used)
-    anchor = f"the anchor, made by SFT on {data} data"
+    n, anchor = source.iteration, f"the anchor, {_anchor_from(source.recipe)}"
     of = f"of a run of the method `{source.recipe.method}` on {_base_name(base)}"
     if not n:
         return f"M1 {of}: {anchor}. Made with srlm-lite."
@@ -117,6 +114,15 @@ def _about(source: Source, base: dict[str, Any]) -> str:
         f"M{n + 1} {of}. M1 is {anchor}; {n} iteration{'s' if n > 1 else ''} followed, of "
         f"{MADE_BY[source.recipe.method]}. Made with srlm-lite."
     )
+
+
+def _anchor_from(recipe: Recipe) -> str:
+    section = recipe.anchor
+    if section.init != "base":
+        # What it learned from is not known here; of a path on somebody's disk the name will do.
+        return f"an adapter trained before and taken as it was (`{Path(section.init).name}`)"
+    kinds = [("instruction", section.use_ift), ("judge", section.use_eft)]
+    return f"made by SFT on {' and '.join(kind for kind, used in kinds if used)} data"
 
 
 def _base_name(base: dict[str, Any]) -> str:

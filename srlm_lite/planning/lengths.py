@@ -55,7 +55,7 @@ def lengths_of(recipe: Recipe) -> Lengths:
     try:
         rubric = _rubric_bytes(recipe)
         prompts = _rows(_prompt_file(recipe)) if recipe.prompts.source == "file" else None
-        held_out = _rows(Path(recipe.data.dir) / "eval_prompts.jsonl", missing=[])
+        held_out = _rows(_held_out_file(recipe), missing=[])
         ift = _rows(Path(recipe.data.dir) / "ift.jsonl", missing=[])
         extra = _rows(Path(recipe.data.extra)) if recipe.data.extra else []
         eft = _rows(Path(recipe.data.dir) / "eft_train.jsonl", missing=[])
@@ -68,7 +68,7 @@ def lengths_of(recipe: Recipe) -> Lengths:
     if prompts is None:
         prompt = window
     else:
-        prompt = TEMPLATE + _most([*prompts, *held_out], "text", "prompt")
+        prompt = TEMPLATE + _most([*prompts, *held_out], "text", "prompt", "instruction")
     judged = rubric + TEMPLATE
     own = judged + prompt + 4 * new  # an answer, written out in the judge's question
     given = judged + _most([*eft, *graded], "prompt", "response")
@@ -93,6 +93,12 @@ def lengths_of(recipe: Recipe) -> Lengths:
 def _prompt_file(recipe: Recipe) -> Path:
     named = recipe.prompts.file
     return Path(named) if named else Path(recipe.data.dir) / "prompts.jsonl"
+
+
+def _held_out_file(recipe: Recipe) -> Path:
+    """What the evaluation takes its prompts from."""
+    own = Path(recipe.data.dir) / "eval_prompts.jsonl"
+    return own if own.is_file() else own.with_name("eft_eval.jsonl")
 
 
 def _rows(path: Path, *, missing: list[Any] | None = None) -> list[Mapping[str, Any]]:

@@ -203,8 +203,8 @@ class _Phases:
             if recipe.prompts.source == "self-instruct":
                 yield self._prompts()
             yield self._candidates()
-            if recipe.pairing.source == "judge":
-                yield self._judge()
+            # Blind pairs and gold ones are judged too: it says how good the judge is on them.
+            yield self._judge()
         if self.trains_anchor:
             yield self._anchor()
         if recipe.method == "rlhf":

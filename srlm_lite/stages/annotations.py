@@ -5,11 +5,12 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from srlm_lite.data.columns import number_of
 from srlm_lite.errors import UserError
 from srlm_lite.evaluate.head_to_head import Outcome, head_to_head
 from srlm_lite.evaluate.length_control import GamedRow
@@ -35,7 +36,10 @@ def compare_annotations(path: Path, difficulty: Path | None = None) -> dict[str,
     gamed: list[GamedRow] = []
     if difficulty is not None:
         known, gamed = read_difficulties(difficulty)
-        places = [int(row.get("index", number)) for number, row in enumerate(rows)]
+        places = [
+            _place(row.get("index", number), f"{path}, row {number + 1}")
+            for number, row in enumerate(rows)
+        ]
         missing = [place for place in places if place not in known]
         if missing:
             raise UserError(
@@ -67,9 +71,25 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     if not rows or not all(isinstance(row, dict) for row in rows):
         raise UserError("holds no annotations", where=str(path))
     for key in ("generator_1", "generator_2"):
+        for number, row in enumerate(rows, start=1):
+            if isinstance(row.get(key), list | dict):
+                raise UserError(
+                    f"`{key}` is {row[key]!r}, not a model's name", where=f"{path}, row {number}"
+                )
         if len({row.get(key) for row in rows}) > 1:
             raise UserError(f"is about several models ({key})", where=str(path))
     return list(rows)
+
+
+def _place(value: Any, where: str) -> int:
+    """The prompt's place in the evaluation set; a whole number, also one written as text."""
+    whole = not isinstance(value, bool) and (not isinstance(value, float) or value.is_integer())
+    try:
+        if whole:
+            return int(value)
+    except (TypeError, ValueError):
+        pass
+    raise UserError(f"`index` is {value!r}, not a prompt's place", where=where)
 
 
 def _outcome(row: dict[str, Any], where: str) -> Outcome:
@@ -105,23 +125,26 @@ def read_difficulties(path: Path) -> tuple[dict[int, float], list[GamedRow]]:
     columns = set(rows[0]) if rows else set()
     if not columns >= {"index", "instruction_difficulty"}:
         raise UserError("needs the columns index and instruction_difficulty", where=str(path))
-    try:
-        known = {int(row["index"]): float(row["instruction_difficulty"]) for row in rows}
-        gamed = _gamed(rows) if columns >= {"preference", "std_delta_len"} else []
-    except ValueError as error:
-        raise UserError(
-            f"holds no number where there should be one ({error})", where=str(path)
-        ) from error
+    known: dict[int, float] = {}
+    gamed = []
+    for number, row in enumerate(rows, start=1):
+        where = f"{path}, row {number}"
+        place, hard = _place(row["index"], where), _number(row, "instruction_difficulty", where)
+        known[place] = hard
+        is_baseline = row.get("preference") and row.get("not_gamed_baseline", "False") != "True"
+        if columns >= {"preference", "std_delta_len"} and is_baseline:
+            gamed.append(
+                GamedRow(
+                    preference=_number(row, "preference", where),
+                    gap=_number(row, "std_delta_len", where),
+                    difficulty=hard,
+                )
+            )
     return known, gamed
 
 
-def _gamed(rows: Sequence[dict[str, str]]) -> list[GamedRow]:
-    return [
-        GamedRow(
-            preference=float(row["preference"]),
-            gap=float(row["std_delta_len"]),
-            difficulty=float(row["instruction_difficulty"]),
-        )
-        for row in rows
-        if row["preference"] and row.get("not_gamed_baseline", "False") != "True"
-    ]
+def _number(row: Mapping[str, Any], column: str, where: str) -> float:
+    number = number_of(row[column])
+    if number is None:
+        raise UserError(f"`{column}` is {row[column]!r}, no number", where=where)
+    return number

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from srlm_lite.config import Sampling
 from srlm_lite.errors import UserError
 from srlm_lite.judging import parse_score
-from srlm_lite.rollout.protocol import Limits, Request
+from srlm_lite.rollout.protocol import Limits, Request, Sample
 from srlm_lite.seeds import derive_seed
 from srlm_lite.session import Session
 from srlm_lite.stages.sampling import limits_of
@@ -64,12 +64,14 @@ class Conversation:
                 raise UserError(f"the message is too long: {len(ids)} tokens, and {room} fit")
             del messages[:2]
             forgotten += 1
-        reply = self._sample(self._stack, ids, limits_of(self._sampling), show)
-        self._messages = [*messages, {"role": "assistant", "content": reply}]
+        sample = self._sample(self._stack, ids, limits_of(self._sampling), show)
+        self._messages = [*messages, {"role": "assistant", "content": sample.text.strip()}]
         return forgotten
 
     def judge(self, show: Show) -> float | None:
-        """The model's own score of the last answer, shown with its reasons; None: unreadable.
+        """The model's own score of the last answer, shown with its reasons.
+
+        None where it cannot be read, as of a grading that ran into the token limit.
 
         Raises:
             UserError: There is no answer yet, or it does not fit the judge's window.
@@ -81,11 +83,12 @@ class Conversation:
         ids = self._session.chat.prompt_ids(rubric.render(prompt=prompt, response=reply))
         if len(ids) + judge.max_new_tokens > self._session.recipe.base.window:
             raise UserError("the answer is too long to be judged")
-        return parse_score(self._sample(self._judge, ids, limits_of(judge), show), rubric)
+        sample = self._sample(self._judge, ids, limits_of(judge), show)
+        return parse_score(sample.text, rubric, finish_reason=sample.finish_reason)
 
     def _sample(
         self, stack: Sequence[Adapter], ids: Sequence[int], limits: Limits, show: Show
-    ) -> str:
+    ) -> Sample:
         self._drawn += 1
         seed = derive_seed(self._session.recipe.seed, "chat", self._drawn)
         shown = 0
@@ -101,4 +104,4 @@ class Conversation:
         # Engines ask a stop rule whenever a line is complete: the place to show it.
         [[sample]] = engine.sample([request], replace(limits, stop=more))
         more(sample.text)
-        return sample.text.strip()
+        return sample

@@ -79,7 +79,8 @@ def read_replies(path: Path) -> FileModel:
     by_text: dict[str, str] = {}
     for number, row in enumerate(read_jsonl(path), start=1):
         reply = _first(row, "response", "text", "output")
-        prompt_id, prompt = _first(row, "prompt_id"), _first(row, "prompt", "instruction")
+        named, prompt = row.get("prompt_id"), _first(row, "prompt", "instruction")
+        prompt_id = None if named is None else str(named)  # as prompt lists are read
         if reply is None or (prompt_id is None and prompt is None):
             raise UserError(
                 f"row {number} lacks a reply (response, text or output), or what it replies to "

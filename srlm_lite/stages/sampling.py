@@ -210,11 +210,14 @@ def judge_replies(
     told, and `sampled_score` is what the vote says.
 
     A vote that cannot be read is sampled once more, with more tokens; if that cannot be read
-    either its score is None. A reply whose judge prompt does not fit the window gets unreadable
-    votes without any sampling; a server has a window of its own.
+    either its score is None. Where the window has no room for that many, the vote stays as it was.
+    A reply whose judge prompt does not fit the window gets unreadable votes without any sampling;
+    a server has a window of its own.
 
     Raises:
-        UserError: Expected scores are asked for, but a score of the rubric is several tokens.
+        UserError: Expected scores are asked for, but a score of the rubric is several tokens. Not
+            of a server, whose tokens are not known: where a score is several of them, the vote
+            counts as it was sampled.
     """
     chunks = chunked(replies, chunk)
     names = [[f"{r[0]}:{vote}" for r in replies[c] for vote in range(votes)] for c in chunks]
@@ -242,7 +245,12 @@ class _Judge:
     ) -> list[Judgement]:
         judge = session.recipe.judge
         items = [(reply, range(self.votes)) for reply in item]
-        first = self._sample(session, items, judge.max_new_tokens, "first")
+        drawn = self._sample(session, items, judge.max_new_tokens, "first")
+        first = [
+            drawn.get((reply[0], vote), Judgement(reply[0], vote, "", None, "length"))
+            for reply, votes in items
+            for vote in votes
+        ]
         advance(len(first))
         again = [
             (
@@ -255,10 +263,7 @@ class _Judge:
         if not again:
             return first
         second = self._sample(session, again, judge.retry_max_new_tokens, "retry")
-        retried = {
-            (row.candidate_id, row.vote): Judgement(**{**row.to_row(), "retried": True})
-            for row in second
-        }
+        retried = {key: replace(row, retried=True) for key, row in second.items()}
         return [retried.get((row.candidate_id, row.vote), row) for row in first]
 
     def _sample(
@@ -267,7 +272,8 @@ class _Judge:
         items: Sequence[tuple[ReplyToJudge, Sequence[int]]],
         max_new_tokens: int,
         attempt: str,
-    ) -> list[Judgement]:
+    ) -> dict[tuple[str, int], Judgement]:
+        """By candidate and vote; none of a reply whose question does not fit the window."""
         judge = session.recipe.judge
         texts = [
             session.rubric.render(prompt=prompt, response=response)
@@ -288,7 +294,11 @@ class _Judge:
         }
         limits = limits_of(judge, max_new_tokens=max_new_tokens)
         if judge.score == "expected":
-            _check_scores_are_tokens(session)
+            if session.engine_name("judge") != "openai":
+                # Of a server's tokens nothing is known in advance, and this process's tokenizer,
+                # for which the base would be read, says nothing of them. `expected_score` finds
+                # none where the score is several tokens; the sampled one then counts.
+                _check_scores_are_tokens(session)
             limits = replace(limits, alternatives=ALTERNATIVES)
         stopped = replace(limits, stop=partial(score_line_complete, session.rubric))
         engine = session.engine(self.stack, "judge")
@@ -298,14 +308,11 @@ class _Judge:
             if group:
                 sampled = engine.sample([requests[i] for i in group], rule)
                 by_item.update(zip(group, sampled, strict=True))
-        judgements = []
-        for i, (reply, wanted) in enumerate(items):
-            for place, vote in enumerate(wanted):
-                if i not in by_item:
-                    judgements.append(Judgement(reply[0], vote, "", None, "length"))
-                    continue
-                judgements.append(_judgement(session, reply[0], vote, by_item[i][place]))
-        return judgements
+        return {
+            (items[i][0][0], vote): _judgement(session, items[i][0][0], vote, sample)
+            for i, samples in by_item.items()
+            for vote, sample in zip(items[i][1], samples, strict=True)
+        }
 
 
 def _judgement(session: Session, candidate_id: str, vote: int, sample: Sample) -> Judgement:
