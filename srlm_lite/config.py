@@ -392,7 +392,8 @@ class Evaluate(Section):
     """`module:function`: an external score of an answer that the model never sees."""
     judged_answers: Annotated[int, Field(ge=0)] = 64
     """So many of the sampled answers are graded by the model itself and by the anchor, a judge
-    that stays what it is; 0 for none."""
+    that stays what it is; 0 for none. The divergence, which needs no judge, is of as many, or of
+    64."""
     ifeval: str | None = None
     """IFEval's prompts, a file of the form of its `input_data.jsonl`: how many of the instructions
     that code can check are followed, in greedy answers. Needs the extra `eval`."""
@@ -662,6 +663,19 @@ class Recipe(Section):
             raise ValueError(
                 "method rlaif needs dpo.init=previous: what the revisions taught is in the last "
                 "delta"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _both_roles_are_kept(self) -> Recipe:
+        if self.method != "meta-rewarding" or self.dpo.init == "previous":
+            return self
+        meta = self.meta_rewarding
+        if meta.roles == "shared" and {"policy", "judge"} & set(meta.schedule):
+            raise ValueError(
+                "method meta-rewarding needs dpo.init=previous where its schedule trains one role "
+                "alone: a delta that starts from zero forgets the other one. Or set "
+                "meta_rewarding.roles=separate"
             )
         return self
 

@@ -265,6 +265,22 @@ def test_answers_without_text_have_the_lowest_grade(finished: RunDir, tmp_path: 
     assert "anchor_score" in {one.gate for one in findings(evaluations(mute), Gate())}
 
 
+def test_the_divergence_is_measured_where_no_answer_is_graded(
+    finished: RunDir, tmp_path: Path
+) -> None:
+    shutil.copytree(finished.path, tmp_path / "out")
+    copied = RunDir(tmp_path / "out")
+    place = copied.iteration(2)
+    graded = read_json(place.evaluation)["policy"]
+    for file in (place.evaluation, *place.evaluation_dir.glob("[gl]*.jsonl")):
+        file.unlink()
+    session = Session(load_recipe("tiny", ["evaluate.judged_answers=0"]), copied)
+    evaluation(session, place, session.stack(2))
+    policy = read_json(place.evaluation)["policy"]
+    assert "anchor_score" in graded and "anchor_score" not in policy
+    assert policy["divergence"] == graded["divergence"]  # of the same 8 answers
+
+
 def test_held_out_prompts_that_do_not_fit_are_left_out_and_counted(
     finished: RunDir, tmp_path: Path
 ) -> None:

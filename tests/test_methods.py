@@ -140,6 +140,7 @@ def test_what_a_run_would_only_find_out_after_its_anchor_is_refused() -> None:
             r"rlhf needs a rollout\.temperature above 0",
         ),
         ({"spin": {"lambdas": []}}, r"`spin\.lambdas`"),
+        ({"method": "meta-rewarding"}, r"meta-rewarding needs dpo\.init=previous where"),
         ({"meta_rewarding": {"judgement_caps": []}}, r"`meta_rewarding\.judgement_caps`"),
     ):
         with pytest.raises(UserError, match=said):
@@ -445,7 +446,7 @@ def test_scores_can_be_hidden_and_quotes_end_no_tag() -> None:
 def test_the_schedule_says_what_trains() -> None:
     assert [scheduled(("both", "policy"), t) for t in (1, 2, 3)] == ["both", "policy", "policy"]
     entries = load_recipe(
-        "tiny", ["method=meta-rewarding", "meta_rewarding.schedule=[judge, policy, both]"]
+        "toy", ["method=meta-rewarding", "meta_rewarding.schedule=[judge, policy, both]"]
     ).meta_rewarding.schedule
     assert [scheduled(entries, t) for t in (1, 2, 3, 4)] == ["judge", "policy", "both", "both"]
     assert scheduled((), 1) == "policy"

@@ -30,6 +30,10 @@ IFEVAL_TOKENS = 1280
 """Longest answer to an IFEval prompt in lm-evaluation-harness."""
 
 
+DIVERGENCE_ANSWERS = 64
+"""Sampled answers that the divergence is measured on where a judge grades none."""
+
+
 def evaluation(
     session: Session,
     directory: StageDir,
@@ -192,14 +196,16 @@ def _divergence(
 ) -> dict[str, float]:
     """How far the policy has gone from the anchor, in nats a token of its own answers.
 
-    The mean log-ratio over as many of the sampled answers as are graded: an estimate of the
+    The mean log-ratio over as many of the sampled answers as are graded, or over
+    `DIVERGENCE_ANSWERS` where none is: an estimate of the
     Kullback-Leibler divergence, at the temperature at which they were drawn if that is 1.
 
     Returns:
         `divergence`; nothing for the bare base, and where a server answers in the policy's place.
     """
     recipe, run = session.recipe, session.run
-    some = [row for row in answers if row.text][: recipe.evaluate.judged_answers]
+    wanted = recipe.evaluate.judged_answers or DIVERGENCE_ANSWERS
+    some = [row for row in answers if row.text][:wanted]
     if not (some and stack and run.anchor.training.is_file()):
         return {}
     if recipe.rollout.engine == "openai":
