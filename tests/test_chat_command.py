@@ -134,6 +134,30 @@ def test_a_grading_that_was_cut_off_has_no_score(
     assert shown == ["It is good.\nScore: 4"] * 3
 
 
+def test_a_grading_ends_with_its_score_line_as_in_a_run(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = run.facts()
+    facts["recipe"]["base"]["window"] = 2048
+    session = Session(recipe_from(facts["recipe"], where="test"), run)
+    texts = [["Wash it."], ["Short.", "Score: 4", "And so on,"]]
+
+    class Engine:
+        def sample(self, requests: Any, limits: Limits) -> list[list[Sample]]:
+            text = ""
+            for line in texts.pop(0):
+                text += f"{line}\n"
+                if limits.stop is not None and limits.stop(text):
+                    return [[Sample(text, (), "stop", 8)]]
+            return [[Sample(text, (), "length", 8)]]
+
+    monkeypatch.setattr(session, "engine", lambda stack: Engine())
+    conversation, shown = Conversation(session), list[str]()
+    conversation.answer(QUESTION, shown.append)
+    assert conversation.judge(shown.append) == 4.0
+    assert "".join(shown).endswith("Score: 4")
+
+
 def test_where_the_judge_has_a_delta_of_its_own_that_one_grades(
     tiny_base_dir: Path, run: RunDir, talk: Any
 ) -> None:

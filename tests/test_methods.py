@@ -343,6 +343,8 @@ def test_a_teacher_s_file_is_read_by_prompt(tmp_path: Path) -> None:
     path.write_text('{"prompt_id": "x", "response": "no"}\n{"prompt_id": "p", "response": "yes"}\n')
     [row] = teacher_answers(path, [Prompt("p", "?")])
     assert (row.candidate_id, row.text) == ("p#teacher-2", "yes")
+    path.write_text('{"prompt_id": 7, "response": "a number"}\n')
+    assert teacher_answers(path, [Prompt("7", "?")])[0].text == "a number"
     with pytest.raises(UserError, match="answers none of the iteration's 1 prompts"):
         teacher_answers(path, [Prompt("q", "?")])
     path.write_text('{"prompt_id": "p"}\n')

@@ -181,9 +181,10 @@ def teacher_answers(path: Path, prompts: Sequence[Prompt]) -> list[Candidate]:
     wanted = {prompt.prompt_id for prompt in prompts}
     rows: list[Candidate] = []
     for number, row in enumerate(read_jsonl(path), start=1):
-        prompt_id, text = row.get("prompt_id"), row.get("response")
-        if not isinstance(prompt_id, str) or not isinstance(text, str):
+        named, text = row.get("prompt_id"), row.get("response")
+        if named is None or not isinstance(text, str):
             raise UserError(f"row {number} lacks prompt_id or response", where=str(path))
+        prompt_id = str(named)  # a number in some files, as in prompt lists
         if prompt_id in wanted:
             name = f"{prompt_id}#{TEACHER}{number}"
             rows.append(Candidate(prompt_id, name, text, len(text.split()), "stop"))

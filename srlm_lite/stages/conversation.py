@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from srlm_lite.config import Sampling
 from srlm_lite.errors import UserError
-from srlm_lite.judging import parse_score
+from srlm_lite.judging import names_a_score, parse_score, score_line_complete
 from srlm_lite.rollout.protocol import Limits, Request, Sample
 from srlm_lite.seeds import derive_seed
 from srlm_lite.session import Session
@@ -83,7 +84,10 @@ class Conversation:
         ids = self._session.chat.prompt_ids(rubric.render(prompt=prompt, response=reply))
         if len(ids) + judge.max_new_tokens > self._session.recipe.base.window:
             raise UserError("the answer is too long to be judged")
-        sample = self._sample(self._judge, ids, limits_of(judge), show)
+        limits = limits_of(judge)
+        if not (names_a_score(prompt) or names_a_score(reply)):  # as in a run
+            limits = replace(limits, stop=partial(score_line_complete, rubric))
+        sample = self._sample(self._judge, ids, limits, show)
         return parse_score(sample.text, rubric, finish_reason=sample.finish_reason)
 
     def _sample(
@@ -97,7 +101,7 @@ class Conversation:
             nonlocal shown
             show(text.strip()[shown:])
             shown = len(text.strip())
-            return False
+            return limits.stop is not None and limits.stop(text)
 
         request = Request(prompt_ids=tuple(ids), seeds=(seed,))
         engine = self._session.engine(stack)
