@@ -762,6 +762,12 @@ class Recipe(Section):
         return hashlib.sha256(text.encode()).hexdigest()
 
 
+WORDS = {
+    "missing": "has to be given",
+    "model_type": "is a section: a mapping of settings, or section.key=value",
+}
+"""What some of pydantic's errors say, in the words of recipes."""
+
 UNREAD: dict[str, dict[str, tuple[str, ...]]] = {
     "dpo": {"pairing.source": ("gold",), "prompts.source": ("self-instruct",), "prompts.file": ()},
     "spin": {
@@ -871,6 +877,12 @@ def place_of_base(name: str) -> str:
     return name
 
 
+def short_base(name: str) -> str:
+    """A base's name without the folders around it."""
+    place = place_of_base(name)
+    return place.removeprefix("recipes/") if place != name else name.rstrip("/").rsplit("/", 1)[-1]
+
+
 def as_noted_now(identity: dict[str, Any]) -> dict[str, Any]:
     """The same identity, which an earlier version may have noted, without what decides nothing."""
     noted: dict[str, Any] = copy.deepcopy(identity)
@@ -970,7 +982,7 @@ def recipe_from(raw: Mapping[str, Any], *, where: str) -> Recipe:
             ) from error
         whole_section = first["type"] in ("missing", "value_error")
         shown = "" if whole_section else f" (is {shorten(repr(first['input']))})"
-        message = first["msg"].removeprefix("Value error, ")
+        message = WORDS.get(first["type"], first["msg"].removeprefix("Value error, "))
         at = f"`{key}`{shown}: " if key else ""  # two sections that do not go together
         raise UserError(f"{at}{message}", where=where) from error
     for key, text in _texts(recipe.model_dump()):
@@ -1076,8 +1088,15 @@ def read_yaml(path: Path) -> Any:
     try:
         return _parsed(path.read_text(encoding="utf-8-sig"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        said = shorten(str(error))
+        said = shorten(_problem(error))
         raise UserError(f"not readable as YAML ({said})", where=str(path)) from error
+
+
+def _problem(error: Exception) -> str:
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    if mark is None or problem is None:
+        return str(error)
+    return f"{problem}, line {mark.line + 1}, column {mark.column + 1}"
 
 
 def shorten(text: str) -> str:

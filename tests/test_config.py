@@ -171,9 +171,9 @@ def test_a_misspelt_required_key_is_called_unknown_and_not_missing() -> None:
         ({"rollout": {"n": 1}}, "`rollout.n` (is 1): Input should be greater"),
         ({"rollout": {"top_p": 1.1}}, "`rollout.top_p` (is 1.1): Input should be less"),
         ({"base": {"name": 5}}, "`base.name` (is 5): Input should be a valid string"),
-        ({"base": {}}, "`base.name`: Field required"),
+        ({"base": {}}, "`base.name`: has to be given"),
         ({"base": {"name": "b", "quantization": "int8"}}, "`base.quantization` (is 'int8'): "),
-        ({"dpo": None}, "`dpo` (is None): Input should be a valid dictionary"),
+        ({"dpo": None}, "`dpo` (is None): is a section: a mapping of settings"),
         ({"anchor": {"lora": {"targets": "q_proj"}}}, "`anchor.lora.targets` (is 'q_proj'): "),
         (
             {"anchor": {"micro_batch_size": 3}},
@@ -222,7 +222,7 @@ def test_a_recipe_like_no_other_lists_the_shipped_ones() -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"a: [1, 2\n", "not readable as YAML"),
+        (b"a: [1, 2\n", "not readable as YAML (expected ',' or ']', but got"),
         (b"\xff\xfe\x00", "not readable as YAML"),
         (b"- a\n- b\n", "a recipe is a mapping of sections"),
         (b"", "a recipe is a mapping of sections"),
@@ -334,7 +334,7 @@ def test_the_last_of_two_overrides_counts(written: Path) -> None:
         (["dpo=1", "dpo.beta=1"], "--set dpo.beta=1: a key cannot be both"),
         (["dpo.bta=1"], "unknown key `dpo.bta`. Did you mean `dpo.beta`?"),
         (["dpo..beta=1"], "unknown key `dpo.`"),
-        (["dpo=1"], "`dpo` (is 1): Input should be a valid dictionary"),
+        (["dpo=1"], "`dpo` (is 1): is a section: a mapping of settings"),
         (["iterations.x=1"], "`iterations` (is {'x': 1}): Input should be a valid integer"),
     ],
 )

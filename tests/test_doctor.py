@@ -126,7 +126,7 @@ def test_a_recipe_says_what_it_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyP
     finding = recipe_finding(load_recipe("tiny", ["base.name=some-org/no-base", "data.dir=rows"]))
     assert finding.state == "bad"
     assert "some-org/no-base is not here, and the Hub cannot be reached" in finding.text
-    assert finding.text.endswith("no directory rows here")
+    assert finding.text.endswith("its data directory, rows, is not here")
     assert finding.way_out is not None and "srlm-lite data prepare" in finding.way_out
 
 

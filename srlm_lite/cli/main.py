@@ -55,7 +55,9 @@ def iterate(
     adapters: Adapters,
     recipe: Annotated[
         str | None,
-        typer.Option(help="Shipped name or path; without it, chosen by the hardware."),
+        typer.Option(
+            help="Shipped name or path; default: of the run in DIR, else by the hardware."
+        ),
     ] = None,
     iterations: Annotated[
         int | None, typer.Option(help="Overrides the recipe's number; 0 makes the anchor only.")

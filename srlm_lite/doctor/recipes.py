@@ -41,7 +41,7 @@ def recipe_finding(recipe: Recipe) -> Finding:
         )
     if not Path(recipe.data.dir).is_dir():
         way_out = "srlm-lite data prepare makes it"
-        lacks.append(("warning", f"no directory {recipe.data.dir} here", way_out))
+        lacks.append(("warning", f"its data directory, {recipe.data.dir}, is not here", way_out))
     plan = _plan(recipe)
     if plan is not None:
         short = shortfall(plan)

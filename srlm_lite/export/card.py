@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from srlm_lite.config import METHOD_SECTIONS, Recipe
+from srlm_lite.config import METHOD_SECTIONS, Recipe, short_base
 from srlm_lite.export.source import Source
 from srlm_lite.report.facts import gather, public_settings
 from srlm_lite.report.markdown import measured, warned_of
@@ -126,8 +126,7 @@ def _anchor_from(recipe: Recipe) -> str:
 
 
 def _base_name(base: dict[str, Any]) -> str:
-    name: str = base["location"] if base["kind"] == "hub" else Path(base["name"]).name
-    return name
+    return str(base["location"]) if base["kind"] == "hub" else short_base(base["name"])
 
 
 def _lineage(source: Source, base: dict[str, Any], *, form: str, onto: str, dtype: str) -> str:

