@@ -177,7 +177,7 @@ def plan_text(plan: Plan, times: Times, advice: Advice, *, width: int | None = N
     elif not suffice:
         wanted = needs_sharding(plan)
         lines.append(
-            f"one device cannot hold the base: it wants {wanted} of them"
+            f"one device cannot hold the base; spread over {wanted} or more it may fit"
             if wanted
             else "no setting makes all of it fit: take a smaller base or a larger device"
         )
@@ -248,7 +248,7 @@ def _sharding(plan: Plan) -> str:
     peak = f"{worst.name} needs most, {worst.total / 1e9:.1f} GB on each"
     settings = "".join(f" --set {one}" for one in changes)
     if not suffice:
-        verdict = f"does not fit either ({peak})"
+        verdict = f"does not fit either ({peak}): take more or larger GPUs, or a smaller base"
     else:
         verdict = f"fits with{settings}" if changes else f"fits ({peak})"
     return (

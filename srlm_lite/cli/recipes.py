@@ -12,12 +12,20 @@ app = typer.Typer(help="The shipped recipes, and checks of one's own.", no_args_
 @app.command("list")
 def list_() -> None:
     """Names and what they are for."""
+    import shutil
+    import sys
+    import textwrap
+
     from srlm_lite.config import load_recipe, shipped_recipes
 
     names = shipped_recipes()
     width = max(len(name) for name in names)
+    # A terminal is wrapped for; a program gets a line for each.
+    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 10**6
     for name in names:
-        typer.echo(f"{name:<{width}}  {load_recipe(name).description}")
+        line = f"{name:<{width}}  {load_recipe(name).description}"
+        indent = " " * (width + 2)
+        typer.echo(textwrap.fill(line, max(columns, width + 20), subsequent_indent=indent))
 
 
 @app.command()
