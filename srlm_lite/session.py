@@ -104,7 +104,16 @@ class Session:
         if self.processes.place.leads:
             _refuse_different(self.processes.gather(base.source))
             self.run.hold_to_base(base.source)
+            self._warn_of_positions(base)
         return base
+
+    def _warn_of_positions(self, base: LoadedBase) -> None:
+        positions = getattr(base.model.config, "max_position_embeddings", None)
+        if isinstance(positions, int) and self.recipe.base.window > positions:
+            self.reporter.warn(
+                f"base.window is {self.recipe.base.window}, and the base was made for {positions} "
+                "positions: text beyond them it reads and writes badly, if at all"
+            )
 
     @cached_property
     def chat(self) -> ChatFormat:

@@ -21,6 +21,7 @@ from srlm_lite.errors import GateError, UserError
 from srlm_lite.evaluate.gate import findings
 from srlm_lite.loop import iterate
 from srlm_lite.methods import method_of
+from srlm_lite.progress import Silent
 from srlm_lite.records import Candidate, TrainingStep
 from srlm_lite.run_dir import (
     RunDir,
@@ -365,6 +366,21 @@ def test_pairs_longer_than_the_window_are_dropped_and_counted(
     expected = sum(length <= window for length in lengths)
     assert len(kept) == expected < len(made)
     assert facts["drops"]["too_long"] == read_json(copy.drops)["too_long"] == len(made) - expected
+
+
+def test_a_window_beyond_the_base_s_positions_is_warned_of(tmp_path: Path) -> None:
+    class Heard(Silent):
+        def __init__(self) -> None:
+            self.warnings: list[str] = []
+
+        def warn(self, text: str) -> None:
+            self.warnings.append(text)
+
+    for window, count in ((256, 0), (257, 1)):  # the toy base has 256 positions
+        heard = Heard()
+        Session(load_recipe("tiny", [f"base.window={window}"]), RunDir(tmp_path), heard).base  # noqa: B018
+        assert len(heard.warnings) == count, heard.warnings
+    assert "made for 256 positions" in heard.warnings[0]
 
 
 def test_a_shipped_anchor_is_taken_as_it_is(finished: RunDir, tmp_path: Path) -> None:
