@@ -57,11 +57,20 @@ def main() -> int:
     )
     parser.add_argument("--render-only", action="store_true")
     options = parser.parse_args()
+    if options.device == "cuda" and not options.render_only and not has_gpu():
+        print("torch sees no GPU here (--device cpu tries the script without one)", file=sys.stderr)
+        return 2
     options.out.mkdir(parents=True, exist_ok=True)
     ended_well = options.render_only or run(options)
     put_section(options.into, section(options.out))
     print(f"written: {options.into}, {options.out}/*.json", file=sys.stderr)
     return 0 if ended_well else 1
+
+
+def has_gpu() -> bool:
+    """Whether there is one; asked of a process that ends, for the parts want all of its memory."""
+    asked = "import sys, torch; sys.exit(not torch.cuda.is_available())"
+    return subprocess.run([sys.executable, "-c", asked]).returncode == 0
 
 
 def run(options: argparse.Namespace) -> bool:

@@ -122,6 +122,20 @@ def test_the_section_replaces_itself_and_nothing_else(tmp_path: Path) -> None:
     assert file.read_text() == "no marks"
 
 
+def test_without_a_gpu_nothing_is_run_and_nothing_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    into = tmp_path / "BENCHMARKS.md"
+    into.write_text(f"{report.BEGIN}\n{report.END}\n")
+    words = ["gpu_report.py", "--out", str(tmp_path / "gpu"), "--into", str(into)]
+    monkeypatch.setattr(sys, "argv", words)
+    assert report.main() == 2
+    assert capsys.readouterr().err.startswith("torch sees no GPU here")
+    assert into.read_text() == f"{report.BEGIN}\n{report.END}\n"
+    assert not (tmp_path / "gpu").exists()
+
+
 def test_tests_of_an_extra_run_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "is_installed", lambda extra: False)
     assert report.marks() == "gpu and not vllm and not unsloth"
