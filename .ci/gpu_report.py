@@ -12,6 +12,8 @@ import argparse
 import importlib.util
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -136,7 +138,7 @@ def run_tests(out: Path, timeout: float) -> bool:
     command = [sys.executable, "-m", "pytest", "-q", "-m", marks(), f"--junitxml={report}"]
     say("tests")
     try:
-        code = subprocess.run(command, cwd=ROOT, timeout=timeout, check=False).returncode
+        code, _, _ = ended(command, timeout, pipes=None)
     except subprocess.TimeoutExpired:
         code = -1
     counts: dict[str, Any] = {"passed": 0, "failed": [], "skipped": 0, "exit_code": code}
@@ -160,18 +162,10 @@ def run_part(name: str, command: list[str], file: Path, timeout: float) -> bool:
     try:
         if not timeout:
             raise subprocess.TimeoutExpired(command, timeout)
-        done = subprocess.run(
-            command,
-            cwd=ROOT,
-            timeout=timeout,
-            check=False,
-            capture_output=True,
-            text=True,
-        )
-        found = json.loads(done.stdout) if done.stdout.startswith("{") else {}
-        if done.returncode != 0:
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            found |= {"failed": last}
+        code, stdout, stderr = ended(command, timeout)
+        found = json.loads(stdout) if stdout.startswith("{") else {}
+        if code != 0:
+            found |= {"failed": (stderr.strip().splitlines() or ["no message"])[-1]}
     except subprocess.TimeoutExpired:
         found = {"failed": f"did not end in {timeout:.0f} s"}
     found |= {"part": name, "wall_s": round(time.monotonic() - begin, 1)}
@@ -179,6 +173,29 @@ def run_part(name: str, command: list[str], file: Path, timeout: float) -> bool:
     if "failed" in found:
         say(f"{name} failed: {found['failed']}")
     return "failed" not in found
+
+
+def ended(
+    command: list[str], timeout: float, *, pipes: int | None = subprocess.PIPE
+) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a command; with no pipes it speaks for itself.
+
+    Out of time it ends with all that it has started: what went on would hold the device's memory.
+    """
+    with subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=pipes,
+        stderr=pipes,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            stdout, stderr = process.communicate(timeout=timeout)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    return process.returncode, stdout, stderr
 
 
 def say(text: str) -> None:

@@ -6,12 +6,14 @@ import ast
 import importlib.util
 import json
 import sys
+import time
 from argparse import Namespace
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import psutil
 import pytest
 from packaging.utils import canonicalize_name
 from typer.main import get_command
@@ -168,6 +170,23 @@ def test_a_part_that_fails_is_kept_as_failed(
         assert found["a"] == 1
     else:
         assert found["failed"].startswith(failed)
+
+
+def test_a_part_that_is_out_of_time_ends_with_what_it_has_started(tmp_path: Path) -> None:
+    started = tmp_path / "started"
+    code = (
+        "import subprocess, sys, time\n"
+        "one = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        f"open({str(started)!r}, 'w').write(str(one.pid))\n"
+        "time.sleep(60)"
+    )
+    assert not report.run_part("part", [sys.executable, "-c", code], tmp_path / "part.json", 5.0)
+    pid = int(started.read_text())
+    for _ in range(100):
+        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+            return
+        time.sleep(0.1)
+    pytest.fail(f"process {pid} goes on")
 
 
 def test_no_test_file_needs_what_a_gpu_machine_lacks() -> None:

@@ -99,8 +99,24 @@ def apart(way: Callable[[Job], Result], job: Job) -> Result:
         return pool.submit(way, job).result()
 
 
+def end_with_the_bench() -> None:
+    """End this process when the one that started it has been killed.
+
+    It would go on for nobody, with a device's memory, and then wait for its next job for ever.
+    """
+
+    def end() -> None:
+        bench = multiprocessing.parent_process()
+        if bench is not None:
+            bench.join()
+            os._exit(1)
+
+    threading.Thread(target=end, daemon=True).start()
+
+
 def _quiet() -> None:
     """Leave the terminal to the one bar of the benchmark."""
+    end_with_the_bench()
     hf.utils.logging.set_verbosity_error()
     hf.utils.logging.disable_progress_bar()
     warnings.simplefilter("ignore")

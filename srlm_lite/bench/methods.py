@@ -10,8 +10,6 @@ for each seed.
 from __future__ import annotations
 
 import multiprocessing
-import os
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -224,16 +222,10 @@ def _is_short(name: str) -> bool:
 def _begin_work() -> None:
     import torch
 
+    from srlm_lite.bench.machine import end_with_the_bench
+
     torch.set_num_threads(1)
-    threading.Thread(target=_end_with_the_bench, daemon=True).start()
-
-
-def _end_with_the_bench() -> None:
-    """A worker would wait for its next job for ever when the bench has been killed."""
-    bench = multiprocessing.parent_process()
-    if bench is not None:
-        bench.join()
-        os._exit(1)
+    end_with_the_bench()
 
 
 def _anchor_of(name: str) -> str:
