@@ -451,7 +451,7 @@ def test_gold_pairs_take_the_scorer_in_the_judge_s_place() -> None:
     )
     [pair] = method_pairs(recipe, 1, rows)
     assert (pair.chosen, pair.rejected, pair.chosen_score) == ("c c c", "a", 3.0)
-    with pytest.raises(UserError, match=r"evaluate.gold: names no gold scorer"):
+    with pytest.raises(UserError, match=r"pairing\.source=gold needs evaluate\.gold"):
         method_pairs(recipe_from({**raw, "pairing": {"source": "gold"}}, where="t"), 1, rows)
 
 
