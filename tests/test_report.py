@@ -695,7 +695,7 @@ def test_the_end_of_a_run_says_what_to_type_next(tmp_path: Path) -> None:
     assert pairs == f"srlm-lite show pairs {there}"
     # The first iteration is the better one.
     assert export == f"srlm-lite export {there} --iteration 1 --out '{run.path}-m2'"
-    assert not anchor_is_best(gather(run)) and "M1 is better" not in next_steps(run)[-1]
+    assert not anchor_is_best(gather(run)) and "M1 scored higher" not in next_steps(run)[-1]
 
 
 def test_the_end_of_a_run_that_made_nothing_better_says_so(tmp_path: Path) -> None:
@@ -703,7 +703,7 @@ def test_the_end_of_a_run_that_made_nothing_better_says_so(tmp_path: Path) -> No
     add_anchor(run, evaluation(gold=3.0))
     add_iteration(run, 1, some_pairs(2), measured=evaluation(gold=2.5))
     assert anchor_is_best(gather(run))
-    assert next_steps(run)[-1].endswith("# its best iteration, as weights; M1 is better")
+    assert next_steps(run)[-1].endswith("# its best iteration, as weights; M1 scored higher")
 
 
 def test_commands_are_named_as_this_shell_finds_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -116,7 +116,7 @@ def next_steps(run: RunDir) -> list[str]:
         f"report {there}": "one page: did it improve, and by what",
         f"show {rows} {there}": "what it learned from",
         f"export {there} --iteration {number} --out {out}": (
-            "its best iteration, as weights; M1 is better"
+            "its best iteration, as weights; M1 scored higher"
             if anchor_is_best(facts)
             else "its best iteration, as weights"
         ),
