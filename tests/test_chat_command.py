@@ -113,13 +113,18 @@ def test_the_model_grades_its_last_answer(
     assert QUESTION in asked[-1] and out.splitlines()[0] in asked[-1]
 
 
+def wide_session(run: RunDir) -> Session:
+    """Of the run, with a window that has room for the judge's question."""
+    facts = run.facts()
+    facts["recipe"]["base"]["window"] = 2048
+    return Session(recipe_from(facts["recipe"], where="test"), run)
+
+
 def test_a_grading_that_was_cut_off_has_no_score(
     run: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As in a run: what it would have ended in is not known, whatever its last line is so far."""
-    facts = run.facts()
-    facts["recipe"]["base"]["window"] = 2048
-    session = Session(recipe_from(facts["recipe"], where="test"), run)
+    session = wide_session(run)
     reasons: list[FinishReason] = ["stop", "stop", "length"]
 
     class Engine:
@@ -137,9 +142,7 @@ def test_a_grading_that_was_cut_off_has_no_score(
 def test_a_grading_ends_with_its_score_line_as_in_a_run(
     run: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    facts = run.facts()
-    facts["recipe"]["base"]["window"] = 2048
-    session = Session(recipe_from(facts["recipe"], where="test"), run)
+    session = wide_session(run)
     texts = [["Wash it."], ["Short.", "Score: 4", "And so on,"]]
 
     class Engine:
