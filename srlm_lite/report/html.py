@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from srlm_lite.config import UNREAD
 from srlm_lite.errors import UserError
 from srlm_lite.evaluate.gold import Gold, load_gold
 from srlm_lite.report.answer import answer, duration, hardware
@@ -55,10 +56,11 @@ KEY_SETTINGS = (
 
 UNUSED = {
     "dpo": {"rollout.n", "rollout.temperature"},
-    "spin": {"rollout.n", "dpo.beta"},
-    "rlhf": {"judge.votes", "pairing.source", "dpo.beta"},
+    "spin": {"rollout.n"},
+    "rlhf": {"judge.votes", "pairing.source"},
 }
-"""Key settings that a method does not read, beside the votes of a judge that it does without."""
+"""Key settings that a method does not read, beside those of `UNREAD` and the votes of a judge that
+it does without."""
 
 
 def html(facts: Facts) -> str:
@@ -228,7 +230,8 @@ def _others(model: Model) -> list[tuple[str, str, str]]:
 
 def _key_settings(facts: Facts) -> list[tuple[str, str]]:
     settings, found = used_settings(facts), []
-    unused = set(UNUSED.get(facts.method, ()))
+    refused = UNREAD.get(facts.method, {})
+    unused = {*UNUSED.get(facts.method, ()), *(name for name in refused if not refused[name])}
     if facts.words.why_no_votes:
         unused.add("judge.votes")
         if (facts.settings.get("pairing") or {}).get("source") == "judge":
