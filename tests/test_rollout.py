@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 from scipy.stats import chisquare
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from tapes import Tape, logits_by_prefix, taped
 from transformers import AutoModelForCausalLM, FalconConfig, LlamaConfig, MiniCPM3Config
 
 from srlm_lite.config import Base, Lora
@@ -26,7 +24,7 @@ from srlm_lite.rollout.attention import attention, merged, plain_attention
 from srlm_lite.rollout.nucleus import draw, largest, most_probable, uniforms
 from srlm_lite.rollout.protocol import Limits, Request, Sample
 from srlm_lite.rollout.steps import Steps
-from srlm_lite.rollout.transformers_engine import Row, TransformersEngine
+from srlm_lite.rollout.transformers_engine import TransformersEngine
 from srlm_lite.rollout.tree import shared_prefix
 
 TEXTS = ("moon", "How do I look after a bicycle?", "Read the reply and judge it, please.", "a b c")
@@ -444,83 +442,10 @@ def test_architectures_that_a_tree_does_not_reach_are_sampled_as_they_are(
 # --- steps from a graph -----------------------------------------------------------------------
 
 
-aten = torch.ops.aten
-READS = (
-    aten.item.default,
-    aten.is_nonzero.default,
-    aten.nonzero.default,
-    aten._local_scalar_dense.default,
-)
-"""Operations that wait for the device; the first two are how inference mode has the last."""
-
-
-class Tape(TorchDispatchMode):
-    """What a CUDA graph is, on a CPU: the same operations on the same memory, once more.
-
-    Numbers that Python has read of a tensor are constants of it; a graph cannot even be captured
-    where Python reads one.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.operations: list[tuple[Any, Any, Any, Any]] = []
-        self.replays = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        assert func not in READS
-        result = func(*args, **(kwargs or {}))
-        self.operations.append((func, args, kwargs or {}, result))
-        return result
-
-    def replay(self) -> None:
-        self.replays += 1
-        for func, args, kwargs, result in self.operations:
-            again = func(*args, **kwargs)
-            for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
-                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
-                    old.copy_(new)
-
-
 @pytest.fixture
 def tapes(engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
     """The graphs that are captured from now on."""
-    made: list[Tape] = []
-
-    def captured(work: Any, *, after: Tape | None) -> tuple[Tape, torch.Tensor]:
-        assert after is (made[-1] if made else None)  # it keeps the memory of the one before
-        with Tape() as tape:
-            logits = work()
-        engine._tree.step_back()  # a capture computes nothing
-        made.append(tape)
-        return tape, logits
-
-    monkeypatch.setattr(steps, "captured", captured)
-    monkeypatch.setattr(engine, "_captures", True)
-    return made
-
-
-def logits_by_prefix(
-    call: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
-) -> dict[tuple[Any, ...], torch.Tensor]:
-    """What a call draws each token from: by the prompt, the sample and the tokens before."""
-    found: dict[tuple[Any, ...], torch.Tensor] = {}
-    step = TransformersEngine._step
-
-    def spied(self: TransformersEngine, steps: Steps, live: list[Row], limits: Limits) -> int:
-        def kept(ids: torch.Tensor) -> torch.Tensor:
-            logits = Steps.next_logits(steps, ids)
-            for row, row_logits in zip(live, logits, strict=True):
-                key = (row.prompt_ids, row.numbers[0], *row.tokens)
-                found[key] = row_logits.clone()
-            return logits
-
-        monkeypatch.setattr(steps, "next_logits", kept)
-        return step(self, steps, live, limits)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(TransformersEngine, "_step", spied)
-        call()
-    return found
+    return taped(engine, monkeypatch)
 
 
 @pytest.mark.parametrize("limits", [GREEDY, WARM], ids=["greedy", "sampled"])
@@ -593,11 +518,14 @@ def test_a_graph_that_gives_something_else_is_not_used(
     assert "nats from the model's" in said
 
 
-def test_soft_caps_and_sliding_windows_are_refused_by_the_tree(engine: TransformersEngine) -> None:
+def test_biases_and_masks_of_a_models_own_are_refused_by_the_tree(
+    engine: TransformersEngine,
+) -> None:
     states = torch.zeros(1, 2, 3, 4)
-    for odd in ({"softcap": 50.0}, {"sliding_window": 8}, {"s_aux": torch.zeros(2)}):
-        with pytest.raises(tree.UnsupportedAttention, match=next(iter(odd))):
-            tree.Tree().attend(torch.nn.Identity(), states, states, states, None, **odd)
+    with pytest.raises(tree.UnsupportedAttention, match="position_bias"):
+        tree.Tree().attend(
+            torch.nn.Identity(), states, states, states, None, position_bias=torch.zeros(1)
+        )
     with pytest.raises(tree.UnsupportedAttention, match="mask"):
         tree.Tree().attend(torch.nn.Identity(), states, states, states, torch.zeros(1))
 
