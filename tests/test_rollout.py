@@ -19,7 +19,7 @@ from srlm_lite.model.chat import ChatFormat
 from srlm_lite.model.random_base import random_base
 from srlm_lite.model.stack import Adapter, Slot
 from srlm_lite.planning.memory import MOST_ROWS
-from srlm_lite.rollout import memory, steps, transformers_engine, tree
+from srlm_lite.rollout import memory, nucleus, steps, transformers_engine, tree
 from srlm_lite.rollout.attention import attention, merged, plain_attention
 from srlm_lite.rollout.nucleus import draw, largest, most_probable, uniforms
 from srlm_lite.rollout.protocol import Limits, Request, Sample
@@ -616,6 +616,31 @@ def test_a_flat_distribution_widens_the_cut_and_stays_exact() -> None:
     counts = torch.bincount(tokens, minlength=1000)
     assert int((counts > 0).sum()) == 900
     assert chisquare(counts[counts > 0]).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.5, 4.0])
+@pytest.mark.parametrize("top_p", [0.6, 0.9, 1.0])
+def test_a_wide_nucleus_needs_no_sorting(
+    monkeypatch: pytest.MonkeyPatch, top_p: float, spread: float
+) -> None:
+    """The token is the one that sorting all of the vocabulary gives, at both ends as well."""
+    torch.manual_seed(3)
+    logits = spread * torch.randn(6, 30_000)
+    logits[5, 20_000:] = -torch.inf
+    number = torch.tensor([0.0, 0.2, 0.5, 0.999, 1 - 2**-53, 0.7], dtype=torch.float64)
+    order = logits.argsort(dim=-1, descending=True, stable=True)
+    probabilities = (logits - logits.logsumexp(-1, keepdim=True)).exp().double()
+    cumulative = probabilities.gather(1, order).cumsum(-1)
+    last = (cumulative < top_p).sum(-1, keepdim=True).clamp(max=29_999)
+    target = number.unsqueeze(1) * cumulative.gather(1, last)
+    expected = order.gather(1, torch.searchsorted(cumulative, target, right=True).minimum(last))
+    found = draw(logits, number, temperature=1.0, top_p=top_p)
+    inside = slice(None) if spread else slice(1, None, 2)  # equal ones have no order of their own
+    sorts: list[int] = []
+    monkeypatch.setattr(nucleus, "largest", lambda values, n: sorts.append(n) or largest(values, n))
+    assert torch.equal(draw(logits, number, temperature=1.0, top_p=top_p), found)
+    assert max(sorts) <= nucleus.MOST_SORTED
+    assert torch.equal(found[inside], expected.squeeze(1)[inside])
 
 
 def test_uniform_numbers_belong_to_their_seed() -> None:
