@@ -6,7 +6,7 @@ import pytest
 
 from srlm_lite.config import load_recipe
 from srlm_lite.errors import UserError
-from srlm_lite.planning.shapes import SHAPES, llama_config, shape_of
+from srlm_lite.planning.shapes import SHAPES, config_of, shape_of
 
 
 @pytest.mark.parametrize(
@@ -17,6 +17,7 @@ from srlm_lite.planning.shapes import SHAPES, llama_config, shape_of
         ("llama2-70b", 68_976_648_192),
         ("llama3.1-8b", 8_030_261_248),
         ("smollm2-135m", 134_515_008),
+        ("gemma3-270m", 268_098_176),
     ],
 )
 def test_a_model_of_the_shape_has_the_published_number_of_parameters(
@@ -26,13 +27,13 @@ def test_a_model_of_the_shape_has_the_published_number_of_parameters(
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(llama_config(shape))
+        model = AutoModelForCausalLM.from_config(config_of(shape))
     model.tie_weights()
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
 
 
 def test_it_says_of_smollm2_what_the_file_in_the_wheel_says(smollm2) -> None:
-    ours, theirs = llama_config("smollm2-135m"), smollm2.model.config
+    ours, theirs = config_of("smollm2-135m"), smollm2.model.config
     for key in SHAPES["smollm2-135m"]:
         if key != "rope_parameters":  # the file has its numbers in float32
             assert getattr(ours, key) == pytest.approx(getattr(theirs, key), rel=1e-6), key
@@ -45,10 +46,10 @@ def test_the_bases_of_the_llama_recipes_are_in_the_table(recipe: str) -> None:
 
 
 def test_the_table_is_not_changed_through_a_config() -> None:
-    llama_config("llama2-7b").rope_parameters["rope_theta"] = 1.0
+    config_of("llama2-7b").rope_parameters["rope_theta"] = 1.0
     assert SHAPES["llama2-7b"]["rope_parameters"]["rope_theta"] == 10000.0
 
 
 def test_another_shape_is_refused_with_the_known_ones() -> None:
     with pytest.raises(UserError, match=r"no such shape: llama9.*llama2-70b, llama2-7b"):
-        llama_config("llama9")
+        config_of("llama9")

@@ -70,8 +70,20 @@ SHAPES: dict[str, dict[str, Any]] = {
         "bos_token_id": 1,
         "eos_token_id": 2,
     },
+    "gemma3-270m": {
+        "model_type": "gemma3_text",
+        "vocab_size": 262144,
+        "hidden_size": 640,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 18,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 256,
+        "sliding_window": 512,
+        "max_position_embeddings": 32768,
+    },
 }
-"""Settings of a `LlamaConfig`, by the name of the shape."""
+"""Settings of a configuration by the name of the shape: a `LlamaConfig`, or its `model_type`."""
 
 _NAMES = {
     "smollm2-135m-instruct": "smollm2-135m",
@@ -83,6 +95,8 @@ _NAMES = {
     "meta-llama/llama-2-70b-chat-hf": "llama2-70b",
     "meta-llama/llama-3.1-8b": "llama3.1-8b",
     "meta-llama/llama-3.1-8b-instruct": "llama3.1-8b",
+    "google/gemma-3-270m": "gemma3-270m",
+    "google/gemma-3-270m-it": "gemma3-270m",
 }
 
 
@@ -91,18 +105,22 @@ def shape_of(base_name: str) -> str | None:
     return _NAMES.get(base_name.lower())
 
 
-def llama_config(shape: str) -> Any:
-    """A shape of the table as a `transformers.LlamaConfig`; no weights, no files.
+def config_of(shape: str, *, where: str = "") -> Any:
+    """A shape of the table as a configuration of transformers; no weights, no files.
+
+    Args:
+        where: What named it, for the error.
 
     Raises:
         UserError: The table lacks it; lists what it has.
     """
     if shape not in SHAPES:
-        raise UserError(f"no such shape: {shape}", way_out=f"Known: {', '.join(sorted(SHAPES))}")
-    from transformers import LlamaConfig
+        known = ", ".join(sorted(SHAPES))
+        raise UserError(f"no such shape: {shape}", where=where, way_out=f"Known: {known}")
+    from transformers import AutoConfig
 
     # Of two configurations made from one table, neither may change the other's.
     settings: dict[str, Any] = {
         k: dict(v) if isinstance(v, dict) else v for k, v in SHAPES[shape].items()
     }
-    return LlamaConfig(**settings)
+    return AutoConfig.for_model(settings.pop("model_type", "llama"), **settings)
