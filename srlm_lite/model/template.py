@@ -187,7 +187,7 @@ class Template:
             before = before.removeprefix(block).rpartition(closes)[2]
             before = "" if block.rstrip().endswith(before.strip()) and before.strip() else before
         elif self._may_think():
-            thought = self._own_thought(context)
+            thought = self._own_thought(context, before)
         if thought is None and before.strip():
             header, before = before, ""
         found = is_control.search(rest)
@@ -238,13 +238,18 @@ class Template:
             return Thought(opened, before)
         return usual
 
-    def _own_thought(self, context: str) -> Thought | None:
-        """How a reply opens and closes a thought by itself; None: it knows none."""
+    def _own_thought(self, context: str, before: str) -> Thought | None:
+        """How a reply opens and closes a thought by itself; None: it knows none.
+
+        Args:
+            before: What stands before a reply without a thought.
+        """
         known = self._known()
         for around in self._around_thoughts(context, known):
             if around.open.strip():
                 return around
-        return known[0] if known else None
+        # A block that stands before a reply with a thought as well is no place for one.
+        return known[0] if known and known[0].marks[1] not in before else None
 
     def _around_thoughts(self, context: str, known: Iterable[Thought]) -> Iterator[Thought]:
         """What stands around the thought of a reply that has one, by each way to say it."""
