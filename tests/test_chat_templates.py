@@ -436,8 +436,8 @@ def test_a_header_before_each_reply_belongs_to_the_prompt(template: str, header:
     ("template", "why"),
     [
         (im("{{ m.content | upper }}"), "otherwise than where it asks for one"),
-        (im("{{ m.content.split('\\n')[0] }}"), "rewrites replies"),
-        (im("{{ m.content | replace('b', 'p') }}"), "rewrites replies"),
+        (im("{{ m.content.split('\\n')[0] }}"), "or the tokenizer rewrites replies"),
+        (im("{{ m.content | replace('b', 'p') }}"), "or the tokenizer rewrites replies"),
         (im("{{ m.content }}", "Sure, "), "otherwise than where it asks for one"),
         (im("{{ m.content + 1 }}"), "the chat template fails"),
         ("{{ messages[0].content }}", "otherwise than where it asks for one"),
