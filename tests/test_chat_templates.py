@@ -413,6 +413,13 @@ def im(reply: str, prompt: str = "") -> str:
         # By a name that only this template knows.
         (im("{{ m.content.split('</muse>')[-1] }}", "<muse>\\n"), "\n</muse>\n\nYes."),
         (im("{{ m.content.split('[/THINK]')[-1] }}", "[THINK]"), "[/THINK]Yes."),
+        # Asks for one in words.
+        (
+            im("{{ m.content }}")
+            .replace("{{ m.content }}{% endif", "{{ m.content + ASK }}{% endif")
+            .replace("ASK", "' Think between <think> and </think> first.'"),
+            "Yes.",
+        ),
         # Strips thoughts that the model itself opens.
         (im("{{ m.content.split('</think>')[-1] | trim }}"), "Yes."),
     ],
