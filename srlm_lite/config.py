@@ -310,7 +310,7 @@ class Pairing(Section):
     """Pairs of the last iteration, of the one before it, and so on that are learned once more: at
     most so many for each new pair."""
     drop_truncated: bool = True
-    """Leave out candidates that ran into the token limit."""
+    """Leave out candidates that ran into the token limit; else they are learned without an end."""
     min_pairs: Positive = 8
     """Stop when an iteration finds fewer."""
 

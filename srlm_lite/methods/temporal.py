@@ -130,7 +130,11 @@ def guided_pairs(
             (best, score), _ = best_and_worst(group, rho=rho, alpha=alpha)
             if score > one.chosen_score and best.text != one.rejected:
                 one = replace(
-                    one, chosen_id=best.candidate_id, chosen=best.text, chosen_score=score
+                    one,
+                    chosen_id=best.candidate_id,
+                    chosen=best.text,
+                    chosen_score=score,
+                    chosen_ids=best.ids,
                 )
         guided.append(one)
     return guided

@@ -26,6 +26,7 @@ from srlm_lite.records import (
     RankedReply,
     TrainingStep,
 )
+from srlm_lite.rollout.protocol import Sample
 from srlm_lite.run_dir import (
     DeltaPlace,
     IterationDir,
@@ -37,6 +38,7 @@ from srlm_lite.run_dir import (
 from srlm_lite.seeds import derive_seed
 from srlm_lite.session import Role, Session
 from srlm_lite.stages.anchor import Sft, fitting_examples, ift_examples, scratch
+from srlm_lite.stages.replies import candidate_of, learned_ids
 from srlm_lite.stages.sampling import judge_replies, sample_candidates
 from srlm_lite.stages.seed_data import prompt_file, read_prompts
 from srlm_lite.stages.self_instruct import write_prompts
@@ -381,8 +383,8 @@ def pair_example(session: Session, pair: PreferencePair) -> PairExample:
 
     return PairExample(
         prompt_ids=tuple(session.chat.prompt_ids(pair.prompt)),
-        chosen_ids=tuple(session.chat.target_ids(pair.chosen)),
-        rejected_ids=tuple(session.chat.target_ids(pair.rejected)),
+        chosen_ids=learned_ids(session.chat, pair.chosen, pair.chosen_ids),
+        rejected_ids=learned_ids(session.chat, pair.rejected, pair.rejected_ids),
         weight=pair.weight,
         smoothing=pair.smoothing,
     )
@@ -577,8 +579,9 @@ def on_policy_delta(
         name = f"{prompt_id}#{seen[prompt_id]}"
         seen[prompt_id] += 1
         reason: FinishReason = "stop" if one.finished else "length"
-        text = session.chat.decode(one.reply_ids)
-        candidates.append(Candidate(prompt_id, name, text, len(one.reply_ids), reason))
+        text, ids = session.chat.decode(one.reply_ids), one.reply_ids
+        sample = Sample(text, ids, reason, len(ids))
+        candidates.append(candidate_of(session.chat, prompt_id, name, sample))
         value = None if one.reward is None else round(one.reward, 6)
         judgements.append(Judgement(name, 0, "", value, reason))
     texts = {prompt.prompt_id: prompt.text for prompt in prompts}

@@ -23,6 +23,7 @@ from srlm_lite.run_dir import Journal, MtBenchDir, read_json, read_jsonl, write_
 from srlm_lite.seeds import derive_seed
 from srlm_lite.session import Session
 from srlm_lite.stages.models import RunModel, digest_of, file_name
+from srlm_lite.stages.replies import candidate_of
 from srlm_lite.stages.sampling import ask, chunked
 
 PLACES = ("turn", "conversation")
@@ -176,9 +177,7 @@ def _answers(
         fitting = {name: one for name, one in requests.items() if len(one.prompt_ids) <= room}
         sampled = session.engine(model.stack()).sample(list(fitting.values()), limits)
         found = {
-            name: Candidate(
-                name, f"{name}#{turn}", one.text.strip(), one.n_tokens, one.finish_reason
-            )
+            name: candidate_of(session.chat, name, f"{name}#{turn}", one)
             for name, [one] in zip(fitting, sampled, strict=True)
         }
         return [

@@ -23,8 +23,10 @@ from srlm_lite.rollout.protocol import Limits, Request, Sample
 from srlm_lite.run_dir import Journal
 from srlm_lite.seeds import derive_seed
 from srlm_lite.session import Advance, Role, Session
+from srlm_lite.stages.replies import candidate_of, reply_of
 
 if TYPE_CHECKING:
+    from srlm_lite.model.chat import ChatFormat
     from srlm_lite.model.stack import Adapter
 
 ReplyToJudge = tuple[str, str, str]
@@ -105,13 +107,7 @@ class _Answer:
         engine = session.engine(self.stack, self.role)
         answers = engine.sample(requests, self.limits, on_samples=advance)
         return [
-            Candidate(
-                prompt_id=prompt.prompt_id,
-                candidate_id=f"{prompt.prompt_id}{mark}",
-                text=sample.text.strip(),
-                n_tokens=sample.n_tokens,
-                finish_reason=sample.finish_reason,
-            )
+            candidate_of(session.chat, prompt.prompt_id, f"{prompt.prompt_id}{mark}", sample)
             for prompt, samples in zip(item, answers, strict=True)
             for mark, sample in zip(self.marks, samples, strict=True)
         ]
@@ -127,8 +123,12 @@ def ask(
     limits: Limits,
     seed_path: Sequence[object],
     role: Role = "judge",
+    learned: bool = False,
 ) -> dict[str, Reply]:
     """One reply to each question (name, text), appended to the journal at `path`, by name.
+
+    Args:
+        learned: Keep what a training needs to know of the replies, see `Ids`.
 
     A question that does not fit the window gets an empty reply of finish reason `length`; a server
     has a window of its own.
@@ -138,7 +138,7 @@ def ask(
     ]
     task = session.reporter.start(stage, len(questions), "replies")
     names = [[name for name, _ in chunk] for chunk in chunks]
-    work = _Reply(stack, role, limits, seed_path)
+    work = _Reply(stack, role, limits, seed_path, learned)
 
     def compute(missing: Sequence[int]) -> Iterator[list[Reply]]:
         items = [chunks[index] for index in missing]
@@ -157,6 +157,7 @@ class _Reply:
     role: Role
     limits: Limits
     seed_path: Sequence[object]
+    learned: bool
 
     def __call__(
         self, session: Session, item: Sequence[tuple[str, str]], advance: Advance
@@ -169,11 +170,18 @@ class _Reply:
         engine = session.engine(self.stack, self.role)
         sampled = engine.sample(list(fitting.values()), self.limits, on_samples=advance)
         advance(len(item) - len(fitting))
+        chat = chat_of(session, self.role)
         found = {
-            name: Reply(name, samples[0].text.strip(), samples[0].finish_reason)
+            name: reply_of(chat, name, samples[0])
             for name, samples in zip(fitting, sampled, strict=True)
         }
-        return [found.get(name, Reply(name, "", "length")) for name, _ in item]
+        replies = [found.get(name, Reply(name, "", "length")) for name, _ in item]
+        return replies if self.learned else [replace(reply, ids=None) for reply in replies]
+
+
+def chat_of(session: Session, role: Role) -> ChatFormat | None:
+    """How the base behind a role is spoken to; None of a server, which needs no base here."""
+    return None if session.engine_name(role) == "openai" else session.chat
 
 
 def _fitting_ids(
@@ -309,17 +317,21 @@ class _Judge:
                 sampled = engine.sample([requests[i] for i in group], rule)
                 by_item.update(zip(group, sampled, strict=True))
         return {
-            (items[i][0][0], vote): _judgement(session, items[i][0][0], vote, sample)
+            (items[i][0][0], vote): _judgement(session, items[i][0], vote, sample)
             for i, samples in by_item.items()
             for vote, sample in zip(items[i][1], samples, strict=True)
         }
 
 
-def _judgement(session: Session, candidate_id: str, vote: int, sample: Sample) -> Judgement:
-    rubric, reason = session.rubric, sample.finish_reason
-    score = parse_score(sample.text, rubric, finish_reason=reason)
-    row = Judgement(candidate_id, vote, sample.text.strip(), score, reason)
-    if score is None or session.recipe.judge.score == "sampled":
+def _judgement(session: Session, of: ReplyToJudge, vote: int, sample: Sample) -> Judgement:
+    rubric, chat = session.rubric, chat_of(session, "judge")
+    said = reply_of(chat, of[0], sample, ruled=not _names_a_score(of))
+    score = parse_score(said.text, rubric, finish_reason=said.finish_reason)
+    row = Judgement(of[0], vote, said.text, score, said.finish_reason)
+    if score is None:
+        return row  # nothing is learned of it
+    row = replace(row, ids=said.ids)
+    if session.recipe.judge.score == "sampled":
         return row
     expected = expected_score(sample.tokens, rubric, sampled=score)
     counts = score if expected is None else round(expected, 4)

@@ -1,0 +1,58 @@
+"""A sampled reply: what of it is read, and what of it is learned.
+
+What is sampled, judged and trained on are the same ids. A record keeps the text, from which they
+are mostly to be had again; where they are not (other merges of the same letters, whitespace around
+them, a special token inside, no end of turn), it keeps the ids too, and those are learned.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from srlm_lite.errors import ProofError
+from srlm_lite.records import Candidate, Ids, Reply
+from srlm_lite.rollout.protocol import Sample
+
+if TYPE_CHECKING:
+    from srlm_lite.model.chat import ChatFormat
+
+
+def learned_ids(chat: ChatFormat, text: str, kept: Ids | None) -> Ids:
+    """Ids of a reply as it is learned: those kept when it was sampled, else those of its text."""
+    return tuple(chat.target_ids(text)) if kept is None else kept
+
+
+def reply_of(chat: ChatFormat | None, name: str, sample: Sample, *, ruled: bool = False) -> Reply:
+    """A sample as it is recorded, with its ids where they are to be kept.
+
+    Args:
+        chat: None of a server that has one of its own.
+        ruled: A stop rule may have ended the sample. The line end that completed its last line is
+            then no part of it.
+
+    Raises:
+        ProofError: The text is not what the ids say.
+    """
+    text, ids, reason = sample.text.strip(), sample.token_ids, sample.finish_reason
+    if chat is None or not ids:
+        return Reply(name, text, reason)
+    while ruled and ids and not chat.spell(ids[-1:]).strip():
+        ids = ids[:-1]
+    if reason == "stop":
+        ids = (*ids, chat.end_id)
+    if ids == tuple(chat.target_ids(text)):
+        return Reply(name, text, reason)
+    if chat.decode(ids) != text:
+        raise ProofError(
+            "what was sampled and what would be learned differ: the engine's text is not what its "
+            "token ids decode to"
+        )
+    return Reply(name, text, reason, ids=ids)
+
+
+def candidate_of(chat: ChatFormat, prompt_id: str, name: str, sample: Sample) -> Candidate:
+    """A sampled answer as a candidate of this name; see `reply_of`."""
+    reply = reply_of(chat, name, sample)
+    return Candidate(
+        prompt_id, name, reply.text, sample.n_tokens, reply.finish_reason, ids=reply.ids
+    )
