@@ -224,6 +224,10 @@ class Rollout(Sampling):
     `openai`: a server that speaks the OpenAI protocol; it never sees what the run learns."""
     n: Annotated[int, Field(ge=2)] = 4
     """Candidates a prompt."""
+    max_thought_tokens: Annotated[Positive, Before(1024)] = 1024
+    """Longest thought before an answer, of a base that thinks; `max_new_tokens` are the answer's
+    alone. It holds for every reply of the base, a judge's and an evaluation's too. A thought that
+    has not closed by then is a reply that ran into the token limit."""
     batch_rows: Positive | Literal["auto"] = "auto"
     """Sequences in one forward pass; `auto` goes by the device's memory. Halved by itself when
     memory runs out."""

@@ -10,8 +10,8 @@ FinishReason = Literal["stop", "length"]
 
 
 Ids = tuple[int, ...]
-"""Token ids of a whole reply as it was sampled, with the end of its turn unless it ran into the
-token limit. A record has them where reading the text again would give others."""
+"""Token ids of a whole reply as it was sampled, thought included, with the end of its turn unless
+it ran into the token limit. A record has them where reading the text again would give others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,16 +54,18 @@ class Prompt(Record):
 class Candidate(Record):
     """One sampled answer.
 
-    `text` is what is judged and shown; `ids` are what is learned, see `Ids`.
+    `text` is what is judged and shown: the answer without the thought before it. `n_tokens` were
+    drawn, those of the thought included. `ids` are what is learned, see `Ids`.
     """
 
-    omitted = frozenset({"ids"})
+    omitted = frozenset({"thought", "ids"})
 
     prompt_id: str
     candidate_id: str
     text: str
     n_tokens: int
     finish_reason: FinishReason
+    thought: str | None = None
     ids: Ids | None = None
 
 
@@ -72,11 +74,11 @@ class Judgement(Record):
     """One sampled grading of a candidate.
 
     `score` is what counts. It is None when the judge's reply could not be read; None never counts
-    as a number. `sampled_score` is what the reply says, where `score` is an expected one. `ids`
-    are what is learned, see `Ids`.
+    as a number. `sampled_score` is what the reply says, where `score` is an expected one. `text`
+    is without the judge's thought; `ids` are what is learned, see `Ids`.
     """
 
-    omitted = frozenset({"ids"})
+    omitted = frozenset({"thought", "ids"})
 
     candidate_id: str
     vote: int
@@ -85,6 +87,7 @@ class Judgement(Record):
     finish_reason: FinishReason = "stop"
     retried: bool = False
     sampled_score: float | None = None
+    thought: str | None = None
     ids: Ids | None = None
 
 
@@ -145,14 +148,15 @@ class Likelihood(Record):
 class Reply(Record):
     """What a model said to a question that a method asked; `name` is unique in its file.
 
-    `ids` as in `Ids`, where the reply is to be learned.
+    `text` is without the thought before it. `ids` as in `Ids`, where the reply is to be learned.
     """
 
-    omitted = frozenset({"ids"})
+    omitted = frozenset({"thought", "ids"})
 
     name: str
     text: str
     finish_reason: FinishReason = "stop"
+    thought: str | None = None
     ids: Ids | None = None
 
 

@@ -232,12 +232,15 @@ def _ifeval(session: Session, directory: StageDir, stack: Sequence[Adapter]) -> 
     tasks = ifeval_tasks(recipe)
     lengths = [len(session.chat.prompt_ids(task.prompt)) for task in tasks]
     limit = recipe.evaluate.ifeval_max_new_tokens
+    thought = session.thought_tokens()
+    room = recipe.base.window - max(lengths) - thought
     if limit is None:
-        limit = min(IFEVAL_TOKENS, recipe.base.window - max(lengths))
-    if max(lengths) + limit > recipe.base.window or limit < 1:
+        limit = min(IFEVAL_TOKENS, room)
+    if limit > room or limit < 1:
+        before = f", a thought of {thought}" if thought else ""
         raise UserError(
-            f"an IFEval prompt of {max(lengths)} tokens and an answer of {limit} do not fit the "
-            f"window of {recipe.base.window}",
+            f"an IFEval prompt of {max(lengths)} tokens{before} and an answer of {limit} do not "
+            f"fit the window of {recipe.base.window}",
             where="evaluate.ifeval_max_new_tokens",
             way_out="Lower it, or raise base.window",
         )

@@ -40,7 +40,7 @@ from srlm_lite.session import Role, Session
 from srlm_lite.stages.anchor import Sft, fitting_examples, ift_examples, scratch
 from srlm_lite.stages.replies import candidate_of, learned_ids
 from srlm_lite.stages.sampling import judge_replies, sample_candidates
-from srlm_lite.stages.seed_data import prompt_file, read_prompts
+from srlm_lite.stages.seed_data import check_window, prompt_file, read_prompts
 from srlm_lite.stages.self_instruct import write_prompts
 
 if TYPE_CHECKING:
@@ -86,8 +86,10 @@ def check_prompts(session: Session, pool: Callable[[Session], Pool | None]) -> N
     """Find out before the anchor is trained whether the last iteration will have prompts.
 
     Raises:
-        UserError: Too few of them fit the window.
+        UserError: Too few of them fit the window, or none can beside a thought.
     """
+    if session.recipe.iterations:
+        check_window(session.recipe, thought=session.thought_tokens())
     found = pool(session) if session.recipe.iterations else None
     if found is not None:
         _fitting(session, found, session.recipe.iterations)
@@ -115,6 +117,8 @@ def _fitting(session: Session, pool: Pool, number: int) -> list[Prompt]:
     fitting = [prompt for prompt in prompts if session.leaves_room(prompt.text)]
     first, last = (number - 1) * section.per_iteration, number * section.per_iteration
     way_out = "Lower prompts.per_iteration"
+    if session.thought_tokens():
+        way_out += " or rollout.max_thought_tokens"
     kept = _in_another_directory(session)
     if last > len(fitting) and not section.reuse:
         raise UserError(
@@ -351,6 +355,8 @@ def _refuse_too_few(
         "undisputed": "raise judge.votes",
         "long_chosen": "raise meta_rewarding.answer_caps",
     }
+    if session.thought_tokens():
+        advice["truncated"] += " or rollout.max_thought_tokens"
     main = next((reason for reason, count in drops.prompts.most_common(1) if count), "")
     go_on = f"Go on with them by pairing.min_pairs={len(pairs)}. " if pairs else ""
     raise UserError(
@@ -570,6 +576,7 @@ def on_policy_delta(
         drop_truncated=recipe.pairing.drop_truncated,
         scratch=scratch(session.run.scratch),
         seed=seed,
+        thought_tokens=session.thought_tokens(),
         on_step=on_step,
     )
     seen: Counter[str] = Counter()

@@ -24,7 +24,7 @@ from srlm_lite.seeds import derive_seed
 from srlm_lite.session import Session
 from srlm_lite.stages.models import RunModel, digest_of, file_name
 from srlm_lite.stages.replies import candidate_of
-from srlm_lite.stages.sampling import ask, chunked
+from srlm_lite.stages.sampling import ask, chunked, with_thought
 
 PLACES = ("turn", "conversation")
 TAGS = ("user", "assistant", "reference")
@@ -154,7 +154,7 @@ def _answers(
         for part in chunked(group, session.recipe.rollout.chunk_prompts)
     ]
     task = session.reporter.start(f"answers, turn {turn}", len(questions), "answers")
-    room = session.recipe.base.window - _max_new_tokens(session)
+    room = session.recipe.base.window - _max_new_tokens(session) - session.thought_tokens()
 
     def request(question: Question) -> Request:
         messages = [{"role": "user", "content": question.turns[0]}]
@@ -175,6 +175,7 @@ def _answers(
         )
         requests = {question.question_id: request(question) for question in chunk}
         fitting = {name: one for name, one in requests.items() if len(one.prompt_ids) <= room}
+        limits = with_thought(session, limits)
         sampled = session.engine(model.stack()).sample(list(fitting.values()), limits)
         found = {
             name: candidate_of(session.chat, name, f"{name}#{turn}", one)

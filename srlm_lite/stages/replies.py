@@ -34,25 +34,48 @@ def reply_of(chat: ChatFormat | None, name: str, sample: Sample, *, ruled: bool 
         ProofError: The text is not what the ids say.
     """
     text, ids, reason = sample.text.strip(), sample.token_ids, sample.finish_reason
-    if chat is None or not ids:
-        return Reply(name, text, reason)
+    thought, answer = split(chat, text)
+    if answer is None:
+        return Reply(name, "", "length", thought, None)
+    if chat is None or not (ids or thought):
+        return Reply(name, answer, reason, thought)
     while ruled and ids and not chat.spell(ids[-1:]).strip():
         ids = ids[:-1]
     if reason == "stop":
         ids = (*ids, chat.end_id)
-    if ids == tuple(chat.target_ids(text)):
-        return Reply(name, text, reason)
+    given = tuple(chat.target_ids(text))
+    if not sample.token_ids:
+        ids = given
+    if ids == given and thought is None:
+        return Reply(name, answer, reason)
     if chat.decode(ids) != text:
         raise ProofError(
             "what was sampled and what would be learned differ: the engine's text is not what its "
             "token ids decode to"
         )
-    return Reply(name, text, reason, ids=ids)
+    return Reply(name, answer, reason, thought, ids)
+
+
+def split(chat: ChatFormat | None, text: str) -> tuple[str | None, str | None]:
+    """A reply's thought, None without one, and its answer, None where the thought never closes.
+
+    Args:
+        chat: None of a server that has one of its own: a thought that stands in what it sends is
+            known by the marks that most models have.
+    """
+    if chat is not None:
+        reply = chat.split(text)
+        return reply.thought, reply.answer
+    opening, closing = "<think>", "</think>"
+    if not text.lstrip().startswith(opening) and closing not in text:
+        return None, text
+    thought, closed, answer = text.lstrip().removeprefix(opening).partition(closing)
+    return thought.strip(), answer.strip() if closed else None
 
 
 def candidate_of(chat: ChatFormat, prompt_id: str, name: str, sample: Sample) -> Candidate:
     """A sampled answer as a candidate of this name; see `reply_of`."""
     reply = reply_of(chat, name, sample)
     return Candidate(
-        prompt_id, name, reply.text, sample.n_tokens, reply.finish_reason, ids=reply.ids
+        prompt_id, name, reply.text, sample.n_tokens, reply.finish_reason, reply.thought, reply.ids
     )

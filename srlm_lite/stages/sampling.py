@@ -19,11 +19,11 @@ from srlm_lite.judging import (
 )
 from srlm_lite.progress import Task
 from srlm_lite.records import Candidate, Judgement, Prompt, Reply
-from srlm_lite.rollout.protocol import Limits, Request, Sample
+from srlm_lite.rollout.protocol import Limits, Request, Sample, StopRule
 from srlm_lite.run_dir import Journal
 from srlm_lite.seeds import derive_seed
 from srlm_lite.session import Advance, Role, Session
-from srlm_lite.stages.replies import candidate_of, reply_of
+from srlm_lite.stages.replies import candidate_of, reply_of, split
 
 if TYPE_CHECKING:
     from srlm_lite.model.chat import ChatFormat
@@ -105,7 +105,8 @@ class _Answer:
             for prompt in item
         ]
         engine = session.engine(self.stack, self.role)
-        answers = engine.sample(requests, self.limits, on_samples=advance)
+        limits = with_thought(session, self.limits, self.role)
+        answers = engine.sample(requests, limits, on_samples=advance)
         return [
             candidate_of(session.chat, prompt.prompt_id, f"{prompt.prompt_id}{mark}", sample)
             for prompt, samples in zip(item, answers, strict=True)
@@ -163,12 +164,13 @@ class _Reply:
         self, session: Session, item: Sequence[tuple[str, str]], advance: Advance
     ) -> list[Reply]:
         fitting = {}
+        limits = with_thought(session, self.limits, self.role)
         for name, text in item:
-            ids = _fitting_ids(session, text, self.role, self.limits.max_new_tokens)
+            ids = _fitting_ids(session, text, self.role, limits)
             if ids is not None:
                 fitting[name] = Request(ids, (derive_seed(*self.seed_path, name),), text)
         engine = session.engine(self.stack, self.role)
-        sampled = engine.sample(list(fitting.values()), self.limits, on_samples=advance)
+        sampled = engine.sample(list(fitting.values()), limits, on_samples=advance)
         advance(len(item) - len(fitting))
         chat = chat_of(session, self.role)
         found = {
@@ -184,9 +186,20 @@ def chat_of(session: Session, role: Role) -> ChatFormat | None:
     return None if session.engine_name(role) == "openai" else session.chat
 
 
-def _fitting_ids(
-    session: Session, text: str, role: Role, max_new_tokens: int
-) -> tuple[int, ...] | None:
+def with_thought(session: Session, limits: Limits, role: Role = "policy") -> Limits:
+    """The limits of an answer with room for a thought before it, where the role's base thinks."""
+    thought = session.thought_tokens(role)
+    whole = limits.max_new_tokens + thought
+    return replace(limits, max_new_tokens=whole, max_thought_tokens=thought)
+
+
+def _of_the_answer(rule: StopRule, text: str) -> bool:
+    """A stop rule for a server, which may send a thought along."""
+    thought, answer = split(None, text)
+    return rule(text) if thought is None else answer is not None and rule(f"{answer}\n")
+
+
+def _fitting_ids(session: Session, text: str, role: Role, limits: Limits) -> tuple[int, ...] | None:
     """A user turn as ids, or None where it does not fit the window.
 
     Empty for a server: it gets the text, has a template and a window of its own, and needs no
@@ -195,7 +208,7 @@ def _fitting_ids(
     if session.engine_name(role) == "openai":
         return ()
     ids = tuple(session.chat.prompt_ids(text))
-    return ids if len(ids) <= session.recipe.base.window - max_new_tokens else None
+    return ids if len(ids) <= session.recipe.base.window - limits.max_new_tokens else None
 
 
 def judge_replies(
@@ -287,7 +300,8 @@ class _Judge:
             session.rubric.render(prompt=prompt, response=response)
             for (_, prompt, response), _ in items
         ]
-        prompt_ids = [_fitting_ids(session, text, "judge", max_new_tokens) for text in texts]
+        limits = with_thought(session, limits_of(judge, max_new_tokens=max_new_tokens), "judge")
+        prompt_ids = [_fitting_ids(session, text, "judge", limits) for text in texts]
         fitting = {i: ids for i, ids in enumerate(prompt_ids) if ids is not None}
         requests = {
             i: Request(
@@ -300,7 +314,6 @@ class _Judge:
             )
             for i, ids in fitting.items()
         }
-        limits = limits_of(judge, max_new_tokens=max_new_tokens)
         if judge.score == "expected":
             if session.engine_name("judge") != "openai":
                 # Of a server's tokens nothing is known in advance, and this process's tokenizer,
@@ -308,7 +321,10 @@ class _Judge:
                 # none where the score is several tokens; the sampled one then counts.
                 _check_scores_are_tokens(session)
             limits = replace(limits, alternatives=ALTERNATIVES)
-        stopped = replace(limits, stop=partial(score_line_complete, session.rubric))
+        complete: StopRule = partial(score_line_complete, session.rubric)
+        if session.engine_name("judge") == "openai":
+            complete = partial(_of_the_answer, complete)
+        stopped = replace(limits, stop=complete)
         engine = session.engine(self.stack, "judge")
         by_item: dict[int, list[Sample]] = {}
         for quotes, rule in ((False, stopped), (True, limits)):
@@ -327,7 +343,7 @@ def _judgement(session: Session, of: ReplyToJudge, vote: int, sample: Sample) ->
     rubric, chat = session.rubric, chat_of(session, "judge")
     said = reply_of(chat, of[0], sample, ruled=not _names_a_score(of))
     score = parse_score(said.text, rubric, finish_reason=said.finish_reason)
-    row = Judgement(of[0], vote, said.text, score, said.finish_reason)
+    row = Judgement(of[0], vote, said.text, score, said.finish_reason, thought=said.thought)
     if score is None:
         return row  # nothing is learned of it
     row = replace(row, ids=said.ids)
@@ -341,7 +357,7 @@ def _judgement(session: Session, of: ReplyToJudge, vote: int, sample: Sample) ->
 def _check_scores_are_tokens(session: Session) -> None:
     def is_token(score: int) -> bool:
         ids = session.chat.target_ids(f"Score: {score}")
-        return str(score) in (session.chat.decode([one]) for one in ids)
+        return str(score) in (session.chat.spell([one]).strip() for one in ids)
 
     split = [score for score in whole_scores(session.rubric) if not is_token(score)]
     if split:
