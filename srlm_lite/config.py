@@ -125,7 +125,9 @@ class Data(Section):
 
     dir: str
     """Holds `ift.jsonl`, `eft_train.jsonl`, `eft_eval.jsonl`, `prompts.jsonl`,
-    and optionally `eval_prompts.jsonl`."""
+    and optionally `eval_prompts.jsonl`. For a base that thinks, a response to learn from may begin
+    with a thought in the marks of the template, such as `<think>`; one without teaches to answer
+    at once, behind the empty thought that the template writes there, if it writes one."""
     extra: str | None = None
     """More rows of the form of `ift.jsonl` for the anchor, such as a method's own questions with
     the replies that it hopes for."""

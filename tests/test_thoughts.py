@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,10 +17,12 @@ from typing import Any
 
 import pytest
 
-from srlm_lite.config import Recipe, recipe_from
+from srlm_lite.config import Recipe, load_recipe, recipe_from, recipes_dir
 from srlm_lite.errors import UserError
 from srlm_lite.loop import iterate
+from srlm_lite.model.base import SMOLLM2_WHEEL, smollm2_file
 from srlm_lite.model.chat import ChatFormat
+from srlm_lite.pairing import usable_candidates
 from srlm_lite.planning.lengths import lengths_of
 from srlm_lite.records import Candidate, Judgement, PreferencePair, Prompt
 from srlm_lite.rollout.ends import Ends
@@ -440,6 +443,10 @@ def test_a_policy_behind_a_server_is_learned_with_its_thought(chat: ChatFormat) 
     made = candidate_of(chat, "p", "p#0", Sample(text, (), "stop", 9))
     assert (made.text, made.thought) == ("Yes.", "Well.")
     assert made.ids == tuple(chat.target_ids(text))
+    # Its template may open a thought that it does not send, or write it in another way.
+    for said in ("<think>Well.</think>Yes.", "<think>\n<|im_end|></think>Yes."):
+        made = candidate_of(chat, "p", "p#0", Sample(said, (), "length", 9))
+        assert made.ids == tuple(chat.target_ids(said))[:-1]
 
 
 def test_the_reward_model_sees_the_answer(chat: ChatFormat) -> None:
@@ -465,6 +472,17 @@ def test_a_reply_without_its_thought_is_learned_without_one(chat: ChatFormat) ->
     assert reply_of(chat, "x", Sample("Yes.", block[:-1], "stop", 9)).ids is None
 
 
+def test_answers_that_differ_in_their_thoughts_alone_are_duplicates() -> None:
+    made = [
+        Candidate("p", f"p#{i}", text, 9, "stop", thought, (i,))
+        for i, (thought, text) in enumerate((("a", "Yes."), ("b", "Yes."), ("a", "No.")))
+    ]
+    scores = {row.candidate_id: float(i) for i, row in enumerate(made)}
+    usable, drops = usable_candidates([Prompt("p", "?")], made, scores, drop_truncated=True)
+    assert [row.candidate_id for row, _ in usable["p"]] == ["p#0", "p#2"]
+    assert drops.candidates == {"duplicate": 1}
+
+
 def test_show_marks_the_thought(thinking: Run, cli: Callable[..., Any]) -> None:
     shown = cli("show", "candidates", "--adapters", thinking.place.path, "--limit", 1).stdout
     row = candidates(thinking)[0]
@@ -480,3 +498,60 @@ def test_limits_have_room_for_a_thought_where_there_is_one(
     assert with_thought(thinking.session, plain).max_new_tokens == 24 + 48
     assert with_thought(thinking.session, plain, "judge").max_thought_tokens == 48
     assert with_thought(not_thinking.session, plain) == plain
+
+
+# --- a real model -----------------------------------------------------------------------------
+
+SHORT = "A short answer will do."
+"""What SmolLM2 is taught to think."""
+
+
+def demo(qwen3: Path, *overrides: str) -> Recipe:
+    """One small iteration of the demo, under Qwen3's template, with gold in the judge's place."""
+    return load_recipe(
+        "smollm2-135m-demo",
+        [
+            *("iterations=1", f"base.chat_template={qwen3}", "prompts.per_iteration=3"),
+            *("rollout.n=4", "rollout.max_new_tokens=64", "rollout.max_thought_tokens=32"),
+            *("judge.votes=1", "judge.min_votes=1", "judge.max_new_tokens=32"),
+            *("judge.retry_max_new_tokens=32", "pairing.source=gold", "pairing.min_pairs=1"),
+            *("dpo.epochs=1", "dpo.batch_size=1", "dpo.micro_batch_size=1"),
+            *("evaluate.policy_prompts=1", "evaluate.eft_prompts=1"),
+            *overrides,
+        ],
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(smollm2_file() is None, reason=f"no SmolLM2 here ({SMOLLM2_WHEEL})")
+def test_smollm2_under_qwen3s_template(qwen3: Path, tmp_path: Path) -> None:
+    """Off: no block anywhere. On, with an anchor taught thoughts: these are learned, not judged."""
+    off = run_of(
+        demo(qwen3, "base.chat_template_kwargs={enable_thinking: false}"), tmp_path / "off"
+    )
+    assert not off.session.chat.thinks
+    assert not any("think>" in text or "think>" in one.text for text, one in off.asked)
+    assert read_records(off.place.iteration(1).pairs, PreferencePair)
+
+    data = tmp_path / "data"
+    shutil.copytree(recipes_dir() / "house_style" / "data", data)
+    rows = read_jsonl(data / "ift.jsonl")[:32]
+    write_jsonl(
+        data / "ift.jsonl",
+        [{**row, "response": with_marks(SHORT, row["response"])} for row in rows],
+    )
+    taught = ("anchor.init=base", "anchor.use_eft=false", "anchor.learning_rate=2e-3")
+    batches = ("anchor.epochs=3", "anchor.batch_size=4", "anchor.lora={rank: 8, alpha: 16}")
+    on = run_of(demo(qwen3, f"data.dir={data}", *taught, *batches), tmp_path / "on")
+    chat, drawn_ids = on.session.chat, {one.token_ids for _, one in on.asked}
+    answers = [row for row in candidates(on) if row.finish_reason == "stop"]
+    assert answers and sum(row.thought == SHORT for row in answers) > 0.8 * len(answers)
+    assert not any("think>" in row.text or SHORT in row.text for row in answers)
+    pairs = read_records(on.place.iteration(1).pairs, PreferencePair)
+    assert pairs
+    for pair in pairs:
+        example = pair_example(on.session, pair)
+        for ids in (example.chosen_ids, example.rejected_ids):
+            assert ids[:-1] in drawn_ids and ids[-1] == chat.end_id
+        assert f"<think>\n{SHORT}\n</think>" in chat.spell(example.chosen_ids)
+    assert not any("think>" in text or SHORT in text for text, _ in on.asked)

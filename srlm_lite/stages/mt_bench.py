@@ -111,7 +111,7 @@ def run_mt_bench(
         "questions": len(questions),
         "with_reference": sum(question.references is not None for question in questions),
         **mt_bench(grades),
-        "truncated": sum(row.finish_reason == "length" and bool(row.text) for row in answers),
+        "truncated": sum(row.n_tokens > 0 and row.finish_reason == "length" for row in answers),
         "did_not_fit": sum(row.n_tokens == 0 and row.finish_reason == "length" for row in answers),
     }
     write_json(place.result, result)

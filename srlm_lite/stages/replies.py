@@ -33,22 +33,21 @@ def reply_of(chat: ChatFormat | None, name: str, sample: Sample, *, ruled: bool 
     Raises:
         ProofError: The text is not what the ids say.
     """
-    text, ids, reason = sample.text.strip(), sample.token_ids, sample.finish_reason
+    text, reason = sample.text.strip(), sample.finish_reason
     thought, answer = split(chat, text)
     if answer is None:
-        return Reply(name, "", "length", thought, None)
-    if chat is None or not (ids or thought):
+        return Reply(name, "", "length", thought)
+    if chat is None:
         return Reply(name, answer, reason, thought)
+    given = tuple(chat.target_ids(text))
+    ids = sample.token_ids or given[:-1]  # a server knows none
     while ruled and ids and not chat.spell(ids[-1:]).strip():
         ids = ids[:-1]
     if reason == "stop":
         ids = (*ids, chat.end_id)
-    given = tuple(chat.target_ids(text))
-    if not sample.token_ids:
-        ids = given
     if ids == given and thought is None:
         return Reply(name, answer, reason)
-    if chat.decode(ids) != text:
+    if sample.token_ids and chat.decode(ids) != text:
         raise ProofError(
             "what was sampled and what would be learned differ: the engine's text is not what its "
             "token ids decode to"
