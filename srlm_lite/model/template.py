@@ -217,9 +217,9 @@ class Template:
         tail = context[start:]
         for open_, close in (known.marks for known in self._known()):
             at, end = tail.rfind(open_), tail.rfind(close)
-            if end > at:  # the mark that opens may be none of the template's
+            if end > at and tail.rstrip().endswith(close):  # it need not say what opens the block
                 return context[: start + (at if at >= 0 else end)], "", close, True
-            if at >= 0 and not tail[at + len(open_) :].strip():
+            if at > end and tail.rstrip().endswith(open_):
                 return context[: start + at], tail[at:], close, False
         tag = _OPENING_TAG.search(tail)
         if tag is not None and not whole.removeprefix(context).lstrip().startswith(_MARK):
