@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_chat_templates import trl_chat
 
 from srlm_lite.config import Recipe, load_recipe, recipe_from, recipes_dir
 from srlm_lite.errors import UserError
@@ -24,7 +25,7 @@ from srlm_lite.model.base import SMOLLM2_WHEEL, smollm2_file
 from srlm_lite.model.chat import ChatFormat
 from srlm_lite.pairing import usable_candidates
 from srlm_lite.planning.lengths import lengths_of
-from srlm_lite.records import Candidate, Judgement, PreferencePair, Prompt
+from srlm_lite.records import Candidate, Judgement, PreferencePair, Prompt, RankedReply
 from srlm_lite.rollout.ends import Ends
 from srlm_lite.rollout.protocol import Limits, Request, Sample
 from srlm_lite.rollout.transformers_engine import TransformersEngine
@@ -32,7 +33,13 @@ from srlm_lite.run_dir import RunDir, read_json, read_jsonl, read_records
 from srlm_lite.session import Session
 from srlm_lite.stages.conversation import Conversation
 from srlm_lite.stages.iteration import check_prompts, pair_example
-from srlm_lite.stages.replies import candidate_of, reply_of, split
+from srlm_lite.stages.replies import (
+    candidate_of,
+    read_as_reply,
+    reply_of,
+    split,
+    without_thoughts,
+)
 from srlm_lite.stages.sampling import judge_replies, with_thought
 
 TOPICS = ("moon", "bicycle", "chain", "air")
@@ -327,36 +334,48 @@ def chat(thinking: Run) -> ChatFormat:
     return thinking.session.chat
 
 
-Drawn = tuple[int, str | None]
-"""Tokens of a sample and why it ended."""
-
-
-def drawn(chat: ChatFormat, text: str, limits: Limits) -> Drawn:
-    """A model that would write this text, held to the limits."""
+def drawn(chat: ChatFormat, ids: Sequence[int], limits: Limits) -> tuple[int, str | None]:
+    """Tokens of a sample whose model would draw these, and why it ended."""
     ends, tokens, reason = Ends(chat), list[int](), None
-    for token in chat.target_ids(text)[:-1]:
+    for token in ids:
         reason = ends.append(tokens, token, limits)
         if reason is not None:
             break
     return len(tokens), reason
 
 
-def test_a_thought_and_an_answer_have_limits_of_their_own(chat: ChatFormat) -> None:
-    """30 tokens for a thought, its marks included, and 10 for the answer behind it."""
-    limits = Limits(1.0, 1.0, max_new_tokens=40, max_thought_tokens=30)
-    marks = "<think>\n{}\n</think>\n\n{}"
-    assert drawn(chat, marks.format("a" * 50, "b"), limits) == (30, "length")
-    for answer, reason in (("b" * 4, None), ("b" * 30, "length"), ("</think>" * 9, "length")):
-        text = marks.format("aaa", answer)
-        ids = chat.target_ids(text)[:-1]
-        closed = next(n for n in range(30) if "</think>" in chat.spell(ids[:n]))
-        assert len(ids) > closed + 10 or reason is None
-        assert drawn(chat, text, limits) == (closed + 10 if reason else len(ids), reason)
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_6", "gptoss", "glm4moe", "nemotron_3_nano"])
+def test_a_thought_and_an_answer_have_limits_of_their_own(name: str) -> None:
+    """60 tokens for a thought, its marks included, and 30 for the answer behind it.
+
+    Marks are words of text, added tokens or special ones, and the prompt may have opened a thought.
+    """
+    chat = trl_chat(name)
+    opening, closing = {
+        "gptoss": (
+            "<|channel|>analysis<|message|>",
+            "<|end|><|start|>assistant<|channel|>final<|message|>",
+        )
+    }.get(name, ("<think>\n", "\n</think>\n\n"))
+    limits = Limits(1.0, 1.0, max_new_tokens=90, max_thought_tokens=60)
+
+    def ids_of(thought: str, answer: str) -> list[int]:
+        ids = chat.target_ids(f"{opening}{thought}{closing}{answer}")[:-1]
+        assert chat.split(chat.decode(ids)).thought == thought.strip()
+        return ids
+
+    def closed(ids: Sequence[int]) -> int:
+        replies = [chat.split(chat.decode(ids[:n])) for n in range(len(ids))]
+        return next(n for n, one in enumerate(replies) if one.thought and one.answer is not None)
+
+    assert drawn(chat, ids_of("a b " * 80, "b"), limits) == (60, "length")
+    short = ids_of("aaa", "bb")
+    assert drawn(chat, short, limits) == (len(short), None)
+    for answer in ("b c " * 40, "</think> " * 30):
+        long = ids_of("aaa", answer)
+        assert drawn(chat, long, limits) == (closed(long) + 30, "length")
     # A reply without a thought is all answer.
-    plain = chat.target_ids("b" * 20)[-21:-1]
-    ends, tokens = Ends(chat), list[int]()
-    reasons = [ends.append(tokens, token, limits) for token in plain[:10]]
-    assert reasons == [None] * 9 + ["length"]
+    assert drawn(chat, chat.target_ids("b c " * 40), limits) == (30, "length")
 
 
 def test_a_stop_rule_is_asked_of_the_answer(chat: ChatFormat) -> None:
@@ -368,8 +387,9 @@ def test_a_stop_rule_is_asked_of_the_answer(chat: ChatFormat) -> None:
 
     limits = Limits(1.0, 1.0, max_new_tokens=200, max_thought_tokens=100, stop=rule)
     text = with_marks("Score: 3\nWell.", "Hm.\nScore: 3\nmore")
-    tokens, reason = drawn(chat, text, limits)
-    assert reason == "stop" and tokens < len(chat.target_ids(text)) - 1
+    ids = chat.target_ids(text)[:-1]
+    tokens, reason = drawn(chat, ids, limits)
+    assert reason == "stop" and tokens < len(ids)
     assert heard[-2:] == ["Hm.\n", "Hm.\nScore: 3\n"] and not any("Well" in one for one in heard)
 
 
@@ -447,6 +467,19 @@ def test_a_policy_behind_a_server_is_learned_with_its_thought(chat: ChatFormat) 
     for said in ("<think>Well.</think>Yes.", "<think>\n<|im_end|></think>Yes."):
         made = candidate_of(chat, "p", "p#0", Sample(said, (), "length", 9))
         assert made.ids == tuple(chat.target_ids(said))[:-1]
+
+
+def test_replies_of_files_are_taken_apart_too(chat: ChatFormat) -> None:
+    """Of teachers, of humans (SPIN, offline DPO), and those that a judge is shown."""
+    text = with_marks("Well.", "Yes.")
+    learned = read_as_reply(chat, Candidate("p", "p#human", text, 0, "stop"))
+    assert (learned.text, learned.ids) == ("Yes.", tuple(chat.target_ids(text)))
+    plain = read_as_reply(chat, Candidate("p", "p#human", "Yes.", 0, "stop"))
+    assert (plain.text, plain.ids) == ("Yes.", None)
+    rows = [RankedReply("p", "?", "a", text, 0), RankedReply("p", "?", "b", "No.", 1)]
+    [shown] = without_thoughts(chat, [rows])
+    assert [row.response for row in shown] == ["Yes.", "No."]
+    assert without_thoughts(None, [rows]) == [rows]
 
 
 def test_the_reward_model_sees_the_answer(chat: ChatFormat) -> None:

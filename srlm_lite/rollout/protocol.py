@@ -38,7 +38,8 @@ class Limits:
 
     `max_thought_tokens` of the `max_new_tokens` are a thought's, where the model thinks before it
     answers: a thought that has not closed by then ends the sample, and the answer behind one that
-    has may be as long as the others allow. A stop rule is then asked of the answer alone.
+    has may be as long as the others allow; an empty one counts with the answer. A stop rule is then
+    asked of the answer alone.
     """
 
     temperature: float

@@ -24,7 +24,7 @@ from srlm_lite.records import (
 from srlm_lite.run_dir import read_json, write_json, write_records
 from srlm_lite.seeds import derive_seed
 from srlm_lite.session import Session
-from srlm_lite.stages.replies import learned_ids
+from srlm_lite.stages.replies import learned_ids, without_thoughts
 from srlm_lite.stages.sampling import judge_replies
 from srlm_lite.stages.seed_data import data_file, read_extra, read_ift, read_ranked
 
@@ -97,7 +97,7 @@ def eft_rows(session: Session, ift: Sequence[Example], facts: dict[str, Any]) ->
     """Judge data with targets, from where the recipe says."""
     section = session.recipe.anchor
     path = data_file(session.recipe, "eft_train.jsonl")
-    groups = read_ranked(path, section.eft_prompts)
+    groups = without_thoughts(session.chat, read_ranked(path, section.eft_prompts))
     if section.eft_targets == "given":
         return _given_targets(session, groups, path)
     drops: dict[str, int] = {}

@@ -20,7 +20,8 @@ from srlm_lite.records import Candidate, Prompt
 from srlm_lite.run_dir import RunDir, StageDir, read_json, write_json, write_records
 from srlm_lite.session import Session
 from srlm_lite.stages.likelihood import candidate_likelihoods
-from srlm_lite.stages.sampling import judge_replies, sample_candidates
+from srlm_lite.stages.replies import without_thoughts
+from srlm_lite.stages.sampling import chat_of, judge_replies, sample_candidates
 from srlm_lite.stages.seed_data import data_file, ifeval_tasks, policy_prompts, read_ranked
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def evaluation(
         return None, read_json(directory.evaluation)
     recipe = session.recipe
     groups = read_ranked(data_file(recipe, "eft_eval.jsonl"), recipe.evaluate.eft_prompts)
+    groups = without_thoughts(chat_of(session, "judge"), groups)
     replies = [(row.response_id, row.prompt, row.response) for group in groups for row in group]
     judgements = judge_replies(
         session,

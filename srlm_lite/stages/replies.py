@@ -7,10 +7,12 @@ them, a special token inside, no end of turn), it keeps the ids too, and those a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from srlm_lite.errors import ProofError
-from srlm_lite.records import Candidate, Ids, Reply
+from srlm_lite.records import Candidate, Ids, RankedReply, Reply
 from srlm_lite.rollout.protocol import Sample
 
 if TYPE_CHECKING:
@@ -78,3 +80,23 @@ def candidate_of(chat: ChatFormat, prompt_id: str, name: str, sample: Sample) ->
     return Candidate(
         prompt_id, name, reply.text, sample.n_tokens, reply.finish_reason, reply.thought, reply.ids
     )
+
+
+def read_as_reply(chat: ChatFormat, candidate: Candidate) -> Candidate:
+    """A candidate that is a text of a file, taken apart as a sampled one of a base that thinks."""
+    if not chat.thinks:
+        return candidate
+    sample = Sample(candidate.text, (), candidate.finish_reason, candidate.n_tokens)
+    return candidate_of(chat, candidate.prompt_id, candidate.candidate_id, sample)
+
+
+def without_thoughts(
+    chat: ChatFormat | None, groups: Sequence[Sequence[RankedReply]]
+) -> list[list[RankedReply]]:
+    """Ranked replies as a judge is to see them: of those that begin with a thought the answer."""
+    if chat is None or not chat.thinks:
+        return [list(group) for group in groups]
+    return [
+        [replace(row, response=chat.split(row.response).answer or "") for row in group]
+        for group in groups
+    ]
