@@ -308,6 +308,8 @@ def test_variables_of_the_template_travel_with_it(tiny_base_dir: Path, tmp_path:
         [{"role": "user", "content": "Hi"}], add_generation_prompt=True, tokenize=False
     )
     assert text == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    card_text = (tmp_path / "out" / "README.md").read_text()
+    assert "**chat template:** with `{enable_thinking: false}` written into it" in card_text
 
 
 def give_bos(base: Path) -> None:
