@@ -15,9 +15,9 @@ from srlm_lite.errors import ProofError
 from srlm_lite.judging import load_rubric, score_line_complete
 from srlm_lite.methods.meta_rewarding import _pair
 from srlm_lite.methods.rlaif import to_learn
-from srlm_lite.methods.temporal import guided_pairs
+from srlm_lite.methods.temporal import anchored_pairs
 from srlm_lite.model.chat import ChatFormat
-from srlm_lite.pairing import pair, replayed
+from srlm_lite.pairing import Drops, pair, replayed
 from srlm_lite.records import (
     Candidate,
     Instruction,
@@ -257,10 +257,10 @@ def test_pairs_carry_the_ids_to_the_training(session: Session, tmp_path: Path) -
 
 
 def test_methods_that_make_pairs_themselves_carry_them_too() -> None:
-    start = pair(PROMPTS[0], (A, 2.0), (B, 1.0))
     better = replace(B, candidate_id="p0#future-0", text="star", ids=(7, 8))
-    [guided] = guided_pairs([start], {"p0": [(better, 5.0)]})
-    assert (guided.chosen, guided.chosen_ids, guided.rejected_ids) == ("star", (7, 8), None)
+    group, coming = {"p0": [(A, 1.0), (B, 2.0)]}, {"p0": [(better, 5.0)]}
+    [guided] = anchored_pairs(PROMPTS, group, Drops(), future=coming)
+    assert (guided.chosen, guided.chosen_ids, guided.rejected_ids) == ("star", (7, 8), A.ids)
     best, worst = (Judgement("p0#0", vote, "s", 3.0, ids=(vote,)) for vote in (4, 5))
     of_votes = _pair("p0", "Grade this.", best, worst, [0.5, -0.5])
     assert (of_votes.chosen_ids, of_votes.rejected_ids) == ((4,), (5,))
