@@ -347,6 +347,8 @@ def _refuse_too_few(
         "narrow": "lower pairing.min_gap",
         "truncated": "raise rollout.max_new_tokens",
         "unreadable": "raise judge.max_new_tokens, or give the anchor more judge data",
+        "too_long_to_judge": "raise base.window, or lower rollout.max_new_tokens or "
+        "judge.max_new_tokens: what is sampled has to fit the judge's question",
         "too_few_votes": "raise judge.max_new_tokens or judge.votes",
         "duplicate": "raise rollout.temperature",
         "empty": "check the chat template and the anchor",
