@@ -94,6 +94,11 @@ class Checkpoint:
         return name in self._places
 
     @property
+    def names(self) -> list[str]:
+        """Of all tensors."""
+        return list(self._places)
+
+    @property
     def shards(self) -> dict[str, list[TensorInfo]]:
         """The files and what lies in each, in the order of the bytes."""
         shards: dict[str, list[TensorInfo]] = {}
