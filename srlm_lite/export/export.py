@@ -101,6 +101,23 @@ class Export:
         return ChatFormat(tokenizer, template=template, stop_ids=ends)
 
     @cached_property
+    def generation(self) -> tuple[Any, str]:
+        """The merged model's generation config, and a line on what of the base's is not in it."""
+        from srlm_lite.model.companions import generation_config
+
+        return generation_config(self.files.folder, self._skeleton[0], self.chat)
+
+    @cached_property
+    def placing(self) -> dict[str, Any]:
+        """How the adapter's settings name its modules for PEFT."""
+        from srlm_lite.model.exportable import placing
+
+        return placing(
+            self._skeleton[0],
+            list(dict.fromkeys(name for each in self.stack for name in each.factors)),
+        )
+
+    @cached_property
     def layout(self) -> Layout:
         """What the base's files are in memory."""
         from srlm_lite.model.checkpoint import Checkpoint
@@ -192,6 +209,8 @@ class Export:
                 way_out="Choose another --out, or delete it",
             )
         needed = self.nbytes  # planned before anything is written: the plan may refuse
+        if self.wish.form == "adapter":
+            _ = self.placing
         with self._draft() as draft, _disk_errors(out):
             self._check_space(draft, needed)
             self.write_companions(draft)  # first: they may be what cannot be written
@@ -209,15 +228,16 @@ class Export:
     def write_companions(self, folder: Path) -> None:
         """All files but the weights and their parity."""
         from srlm_lite.model.companions import (
+            copy_processors,
             write_config,
-            write_generation_config,
             write_tokenizer,
         )
 
         if self.wish.form == "merged":
             base = self.files.folder
             write_config(base, folder, dtype=self._dtype, unties=self.plan.unties)
-            write_generation_config(base, folder, self._skeleton[0], self.chat)
+            self.generation[0].save_pretrained(str(folder))
+            copy_processors(base, folder)
         write_tokenizer(folder, self._skeleton[1], self.chat)
         write_card(
             folder,
@@ -304,6 +324,7 @@ class Export:
             base_name=source["location"],
             revision=source.get("revision"),
             dtype=self._dtype,
+            placing=self.placing,
         )
 
     def _compare(self, draft: Path) -> dict[str, Any]:
