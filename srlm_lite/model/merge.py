@@ -162,22 +162,24 @@ def plan(layout: Layout, stack: Sequence[Adapter], *, dtype: torch.dtype | None)
     """
     checkpoint = layout.checkpoint
     updates = _updates(stack, layout)
-    added: list[Merge] = []
-    unties = False
+    parted = False
     for alias, one in layout.tied.items():
         if updates.keys().isdisjoint((alias, one)):
             continue
-        held = layout.held_as(one)
         if layout.is_one_module(alias, one):  # what changes it changes it under both names
-            updates[held] = updates.pop(alias) if alias in updates else updates[one]
-            continue
-        # Under both names, the base has one tensor; with an update on one side it needs two.
-        unties = True
-        other = alias if held == one else one
-        if other not in layout:
-            (source,) = layout.group(held).files
-            info = replace(checkpoint.info(source), name=layout.name_in_files(other))
-            added.append(Merge(_typed(info, dtype), source, updates.pop(other, None)))
+            updates[layout.held_as(one)] = updates.pop(alias if alias in updates else one)
+        else:
+            parted = True
+    added: list[Merge] = []
+    if parted:
+        # Under both names, the base has one tensor; with an update on one side it needs two. The
+        # setting that says so parts all that is tied.
+        for alias, one in layout.tied.items():
+            for other in (alias, one):
+                if other not in layout:
+                    (source,) = layout.group(layout.held_as(other)).files
+                    info = replace(checkpoint.info(source), name=layout.name_in_files(other))
+                    added.append(Merge(_typed(info, dtype), source, updates.pop(other, None)))
     changes: dict[str, dict[str, Any]] = {}
     for name, update in updates.items():
         group = layout.group(name)
@@ -195,7 +197,7 @@ def plan(layout: Layout, stack: Sequence[Adapter], *, dtype: torch.dtype | None)
         for file, infos in checkpoint.shards.items()
     }
     shards[list(shards)[-1]] += added
-    return Plan(shards=shards, unties=unties)
+    return Plan(shards=shards, unties=parted)
 
 
 def _rearranged(layout: Layout, group: Group, updates: Mapping[str, Factors], file: str) -> Tensor:
