@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.transformers_weight_conversion import (
     convert_peft_adapter_state_dict_for_transformers,
 )
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -32,19 +34,38 @@ def refuse_unexportable(folder: Path, targets: Iterable[str]) -> None:
     Raises:
         UserError: Says which tensor of the files, or which layer, stands in the way.
     """
-    targets = tuple(targets)
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if kept := settings.get("quantization_config"):
+        raise UserError(
+            f"is quantized already ({kept.get('quant_method')}): what is trained on it could "
+            "neither be merged into it nor held against it",
+            where=str(folder),
+            way_out="Name the checkpoint in 16 bits that it was made from; base.quantization=nf4 "
+            "puts that in 4 bits",
+        )
+    checkpoint = Checkpoint(folder)
     try:
-        layout = Layout(Checkpoint(folder), model := empty_model(folder))
-        for name, _ in model.named_parameters(remove_duplicate=False):
-            module = name.removesuffix(".weight")
-            if is_targeted(module, targets) and layout.held_as(name) not in layout:
-                raise UserError(f"{name} is in none of its files", where=str(folder))
+        model = empty_model(folder)
+    except Exception:  # loading the base will say what is wrong with it
+        return
+    try:
+        layout = Layout(checkpoint, model)
     except UserError as error:
         raise UserError(
-            f"what is trained on this base could not be exported: {error.what}",
+            f"what is trained on it could not be exported: {error.what}",
             where=error.where,
             way_out=error.way_out,
         ) from error
+    targets = tuple(targets)
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear | Conv1D) or not is_targeted(name, targets):
+            continue
+        if layout.held_as(f"{name}.weight") not in layout:
+            raise UserError(
+                f"an adapter on {name} could not be exported: its weight is in none of the files",
+                where=str(folder),
+                way_out="Get the files again",
+            )
 
 
 def placing(model: PreTrainedModel, modules: Sequence[str]) -> dict[str, Any]:
