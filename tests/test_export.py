@@ -31,6 +31,7 @@ from srlm_lite.model import merge, parity
 from srlm_lite.model.base import load_base, skeleton
 from srlm_lite.model.chat import ChatFormat
 from srlm_lite.model.checkpoint import Checkpoint, ShardWriter, TensorInfo, write_shard
+from srlm_lite.model.nf4 import nf4_modules
 from srlm_lite.model.stack import Adapter, Slot
 from srlm_lite.progress import Silent
 from srlm_lite.run_dir import RunDir, read_json, write_json
@@ -176,7 +177,7 @@ def test_dequantized_weights_are_those_the_adapters_were_trained_against(
 
     section = Base(name=str(tiny_base_dir), quantization="nf4", dtype=dtype, device="cpu")
     loaded: Any = load_base(section).model
-    names = merge.nf4_modules(skeleton(tiny_base_dir)[0])
+    names = nf4_modules(skeleton(tiny_base_dir)[0])
     weights = merge.Weights(Checkpoint(tiny_base_dir), nf4=names, dtype=getattr(torch, dtype))
     quantized = {
         f"{name}.weight": module.weight
