@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from srlm_lite.config import Recipe, as_noted_now
+from srlm_lite.config import Recipe, as_noted_now, recipe_of_run
 from srlm_lite.errors import UserError
 from srlm_lite.records import Record
 
@@ -722,6 +722,14 @@ class RunDir:
         if not isinstance(recipe, dict) or not isinstance(base, dict) or "name" not in base:
             raise UserError("not the run.json of a run of srlm-lite", where=str(self.run_json))
         return facts
+
+    def recipe(self) -> Recipe:
+        """The recipe that the run was begun or last gone on with.
+
+        Raises:
+            UserError: There is no run here, or its recipe cannot be read.
+        """
+        return recipe_of_run(self.facts()["recipe"], where=str(self.run_json))
 
     def open(self, recipe: Recipe, facts: dict[str, Any], *, fresh: bool = False) -> None:
         """Begin a run here, or go on with the one that is here.

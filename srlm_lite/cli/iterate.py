@@ -13,7 +13,7 @@ from srlm_lite.cli.facts import hardware, versions
 from srlm_lite.cli.plan import refuse_what_cannot_fit
 from srlm_lite.cli.progress import Console
 from srlm_lite.cli.tables import closing_table
-from srlm_lite.config import Recipe, load_recipe, overridden
+from srlm_lite.config import Recipe, as_begun, load_recipe, overridden
 from srlm_lite.errors import GateError, program
 from srlm_lite.hardware import pick_recipe
 from srlm_lite.loop import iterate
@@ -93,10 +93,15 @@ def run_iterate(
 
 def _recipe(name: str | None, overrides: Sequence[str], run: RunDir | None, say: Console) -> Recipe:
     """The recipe that is named, or that of the run that is there, or one for this machine."""
+    begun = run if run is not None and run.path.is_dir() and run.exists else None
     if name is not None:
-        return load_recipe(name, overrides)
-    if run is not None and run.path.is_dir() and run.exists:
-        return overridden(run.facts()["recipe"], overrides, where=str(run.run_json))
+        named = load_recipe(name, overrides)
+        if begun is None or not begun.is_begun:
+            return named
+        return as_begun(named, begun.facts()["recipe"], where=name)
+    if begun is not None:
+        raw = begun.recipe().model_dump(mode="json")
+        return overridden(raw, overrides, where=str(begun.run_json))
     name, why = pick_recipe()
     say.say(f"recipe {name}: {why}")
     return load_recipe(name, overrides)
