@@ -104,6 +104,8 @@ class Session:
         if self.processes.place.leads:
             _refuse_different(self.processes.gather(base.source))
             self.run.hold_to_base(base.source)
+            if base.source["kind"] == "hub":  # whose files are here only now
+                refuse_unexportable(self.recipe, self.run)
             self._warn_of_positions(base)
         return base
 
@@ -119,7 +121,10 @@ class Session:
     def chat(self) -> ChatFormat:
         from srlm_lite.model.chat import ChatFormat
 
-        return ChatFormat.of(self.base, template=self.recipe.base.chat_template)
+        section = self.recipe.base
+        return ChatFormat.of(
+            self.base, template=section.chat_template, settings=section.chat_template_kwargs
+        )
 
     @cached_property
     def slot(self) -> Slot:
@@ -386,6 +391,26 @@ def refuse_absent_base(recipe: Recipe, run: RunDir) -> None:
     noted = run.base_revision if run.path.is_dir() else None
     revision = noted or recipe.base.revision
     base_is_here(recipe.base.model_copy(update={"revision": revision}))
+
+
+def refuse_unexportable(recipe: Recipe, run: RunDir) -> None:
+    """Make sure that what a run is about to train can be exported, as far as its files are here.
+
+    A run that has its anchor goes on: it may have been begun before this was asked. Files of the
+    Hub that are not here yet are asked when they are (`Session.base`).
+
+    Raises:
+        UserError: It cannot be, and why.
+    """
+    from srlm_lite.model.base import directory_here
+    from srlm_lite.model.exportable import refuse_unexportable as refuse
+
+    if run.path.is_dir() and run.anchor.is_done:
+        return
+    revision = run.base_revision if run.path.is_dir() else None
+    folder = directory_here(recipe.base, revision=revision)
+    if folder is not None:
+        refuse(folder, (*recipe.anchor.lora.targets, *recipe.dpo.lora.targets))
 
 
 def import_backend(recipe: Recipe) -> None:

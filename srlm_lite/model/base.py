@@ -144,16 +144,38 @@ def base_is_here(section: config.Base) -> bool:
             _check_directory(Path(location))
         return True
     with contextlib.suppress(LocalEntryNotFoundError):
-        patterns = [f"*{ending}" for ending in _ENDINGS]
-        folder = snapshot_download(
-            location, revision=section.revision, allow_patterns=patterns, local_files_only=True
-        )
-        return _is_complete(Path(folder))
+        return _is_complete(_snapshot_here(location, section.revision))
     with _quiet(), _explained(section, kind, location):
         api = HfApi()
         if api.model_info(location, revision=section.revision, timeout=_HUB_TIMEOUT_S).gated:
             api.auth_check(location)
     return False
+
+
+def directory_here(section: config.Base, *, revision: str | None = None) -> Path | None:
+    """The base's directory where it is one, or one that the Hub's cache has whole; else None.
+
+    Args:
+        revision: Commit on the Hub; default: the recipe's.
+    """
+    kind, location = _locate(section.name)
+    if kind == "directory":
+        return Path(location)
+    if kind == "hub":
+        with contextlib.suppress(LocalEntryNotFoundError):
+            folder = _snapshot_here(location, revision or section.revision)
+            return folder if _is_complete(folder) else None
+    return None
+
+
+def _snapshot_here(location: str, revision: str | None) -> Path:
+    """A Hub model's directory in the cache; LocalEntryNotFoundError where there is none."""
+    patterns = [f"*{ending}" for ending in _ENDINGS]
+    return Path(
+        snapshot_download(
+            location, revision=revision, allow_patterns=patterns, local_files_only=True
+        )
+    )
 
 
 def _is_complete(folder: Path) -> bool:

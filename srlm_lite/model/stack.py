@@ -101,11 +101,13 @@ class Adapter:
         base_name: str,
         revision: str | None = None,
         dtype: torch.dtype = torch.float32,
+        placing: Mapping[str, Any] | None = None,
     ) -> None:
         """Write a PEFT LoRA directory; each file is complete or absent.
 
         Args:
             revision: The base's commit, for a base from the Hub.
+            placing: Settings that tell PEFT where it goes; default: the modules' short names.
         """
         directory.mkdir(parents=True, exist_ok=True)
         tensors = {}
@@ -123,6 +125,7 @@ class Adapter:
             "bias": "none",
             "inference_mode": True,
             "target_modules": sorted({module.rsplit(".", 1)[-1] for module in self.factors}),
+            **(placing or {}),
         }
         with tempfile.TemporaryDirectory(dir=directory, prefix=".") as temporary:
             weights = Path(temporary) / WEIGHTS

@@ -9,7 +9,7 @@ from typing import Any
 from srlm_lite.config import Base
 from srlm_lite.errors import UserError
 from srlm_lite.planning.memory import Linear, Shape, attention_of
-from srlm_lite.planning.shapes import SHAPES, llama_config, shape_of
+from srlm_lite.planning.shapes import SHAPES, config_of, shape_of
 
 
 def shape_of_base(section: Base, targets: Iterable[str] = ()) -> Shape:
@@ -32,7 +32,7 @@ def base_config(section: Base) -> Any:
 
     known = shape_of(section.name)
     if known is not None and not Path(section.name).exists():
-        return llama_config(known)
+        return config_of(known)
     try:
         return read_config(section)
     except UserError as error:
