@@ -110,7 +110,7 @@ class Session:
         return base
 
     def _warn_of_positions(self, base: LoadedBase) -> None:
-        positions = getattr(base.model.config, "max_position_embeddings", None)
+        positions = getattr(base.model.config.get_text_config(), "max_position_embeddings", None)
         if isinstance(positions, int) and self.recipe.base.window > positions:
             self.reporter.warn(
                 f"base.window is {self.recipe.base.window}, and the base was made for {positions} "
@@ -128,17 +128,21 @@ class Session:
 
     @cached_property
     def slot(self) -> Slot:
-        from srlm_lite.model.base import check_targets
         from srlm_lite.model.stack import Slot
+        from srlm_lite.model.targets import check_targets, experts_left_out
 
         recipe = self.recipe
         shipped = self.shipped_anchor
         rank = recipe.anchor.lora.rank if shipped is None else shipped.rank
-        targets = tuple(dict.fromkeys((*recipe.anchor.lora.targets, *recipe.dpo.lora.targets)))
-        check_targets(self.base.model, targets)
+        check_targets(self.base.model, recipe.targets)
+        if left_out := experts_left_out(self.base.model, recipe.targets):
+            self.reporter.warn(
+                f"the base's experts lie fused in memory, where no adapter reaches them: "
+                f"{', '.join(left_out)} are adapted in its other layers alone"
+            )
         return Slot(
             self.base.model,
-            targets=targets,
+            targets=recipe.targets,
             rank=rank + recipe.dpo.lora.rank,
             fold=recipe.rollout.fold,
             backend=recipe.base.backend,

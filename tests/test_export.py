@@ -32,6 +32,7 @@ from srlm_lite.model.base import load_base, skeleton
 from srlm_lite.model.chat import ChatFormat
 from srlm_lite.model.checkpoint import Checkpoint, ShardWriter, TensorInfo, write_shard
 from srlm_lite.model.layout import Layout
+from srlm_lite.model.nf4 import nf4_modules
 from srlm_lite.model.stack import Adapter, Slot
 from srlm_lite.progress import Silent
 from srlm_lite.run_dir import RunDir, read_json, write_json
@@ -178,7 +179,7 @@ def test_dequantized_weights_are_those_the_adapters_were_trained_against(
     section = Base(name=str(tiny_base_dir), quantization="nf4", dtype=dtype, device="cpu")
     loaded: Any = load_base(section).model
     model, _ = skeleton(tiny_base_dir)
-    names, layout = merge.nf4_modules(model), Layout(Checkpoint(tiny_base_dir), model)
+    names, layout = nf4_modules(model), Layout(Checkpoint(tiny_base_dir), model)
     weights = merge.Weights(layout, nf4=names, dtype=getattr(torch, dtype))
     quantized = {
         f"{name}.weight": module.weight

@@ -38,7 +38,8 @@ from srlm_lite.model import parity
 from srlm_lite.model.base import base_files, empty_model
 from srlm_lite.model.checkpoint import Checkpoint, TensorInfo, write_index, write_shard
 from srlm_lite.model.layout import Layout
-from srlm_lite.model.merge import Weights, nf4_modules, plan, write
+from srlm_lite.model.merge import Weights, plan, write
+from srlm_lite.model.nf4 import nf4_modules
 from srlm_lite.model.stack import Adapter, fuse
 from srlm_lite.progress import Reporter
 

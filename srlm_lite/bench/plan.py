@@ -155,10 +155,9 @@ def _stack(job: Job) -> tuple[Any, Any, list[Any]]:
     recipe = job.recipe
     base = _random(recipe.base) if job.random else load_base(recipe.base)
     lora = recipe.anchor.lora.model_copy(update={"rank": job.anchor_rank})
-    targets = tuple(dict.fromkeys((*lora.targets, *recipe.dpo.lora.targets)))
     slot = Slot(
         base.model,
-        targets=targets,
+        targets=recipe.targets,
         rank=lora.rank + recipe.dpo.lora.rank,
         fold=recipe.rollout.fold,
     )

@@ -21,10 +21,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.quantizers.base import HfQuantizer
-from transformers.quantizers.quantizers_utils import should_convert_module
 
 from srlm_lite.config import Base
 from srlm_lite.errors import UserError
@@ -38,6 +36,7 @@ from srlm_lite.model.checkpoint import (
     write_index,
 )
 from srlm_lite.model.layout import Group, Layout
+from srlm_lite.model.nf4 import nf4_modules
 from srlm_lite.model.stack import Adapter, Factors, fuse
 
 Onto = Literal["original", "dequantized"]
@@ -128,17 +127,6 @@ class Plan:
     def is_sharded(self) -> bool:
         """Several files have an index beside them."""
         return set(self.shards) != {SINGLE}
-
-
-def nf4_modules(model: PreTrainedModel) -> frozenset[str]:
-    """Names of the weights that loading in NF4 quantizes."""
-    kept: Any = model._keep_in_fp32_modules
-    skipped = HfQuantizer.get_modules_to_not_convert(model, None, kept)
-    return frozenset(
-        f"{name}.weight"
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and should_convert_module(name, skipped)
-    )
 
 
 def nf4_rounded(weight: Tensor, dtype: torch.dtype, device: str = "cpu") -> Tensor:
