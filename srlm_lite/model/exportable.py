@@ -104,7 +104,7 @@ def _placed(model: PreTrainedModel, settings: dict[str, Any]) -> set[str]:
         try:
             config = LoraConfig(r=1, task_type="CAUSAL_LM", **given)
             wrapped: Any = get_peft_model(copy.deepcopy(model), config, low_cpu_mem_usage=True)
-        except ValueError:
+        except Exception:  # it refuses a layer with whatever it trips over
             return set()
         found = {
             name.removeprefix(_PREFIX)
