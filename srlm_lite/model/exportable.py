@@ -67,11 +67,11 @@ def placing(model: PreTrainedModel, modules: Sequence[str]) -> dict[str, Any]:
     Raises:
         UserError: There is no such way to say it.
     """
-    transposed = {"fan_in_fan_out": True} if _are_transposed(model, modules) else {}
+    transposed: dict[str, Any] = {"fan_in_fan_out": True} if _are_transposed(model, modules) else {}
     short = {"target_modules": sorted({name.rpartition(".")[2] for name in modules}), **transposed}
     if _placed(model, short) == set(modules):
         return short
-    full = {"target_modules": sorted(modules), **transposed}
+    full: dict[str, Any] = {"target_modules": sorted(modules), **transposed}
     there = _placed(model, full)
     if there == set(modules):
         return full
