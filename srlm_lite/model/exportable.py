@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -34,15 +33,6 @@ def refuse_unexportable(folder: Path, targets: Iterable[str]) -> None:
     Raises:
         UserError: Says which tensor of the files, or which layer, stands in the way.
     """
-    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if kept := settings.get("quantization_config"):
-        raise UserError(
-            f"is quantized already ({kept.get('quant_method')}): what is trained on it could "
-            "neither be merged into it nor held against it",
-            where=str(folder),
-            way_out="Name the checkpoint in 16 bits that it was made from; base.quantization=nf4 "
-            "puts that in 4 bits",
-        )
     checkpoint = Checkpoint(folder)
     try:
         model = empty_model(folder)
@@ -85,7 +75,7 @@ def placing(model: PreTrainedModel, modules: Sequence[str]) -> dict[str, Any]:
     short = {"target_modules": sorted({name.rpartition(".")[2] for name in modules}), **transposed}
     if _placed(model, short) == set(modules):
         return short
-    full = {"target_modules": sorted(modules), **transposed}
+    full: dict[str, Any] = {"target_modules": sorted(modules), **transposed}
     there = _placed(model, full)
     if there == set(modules):
         return full
