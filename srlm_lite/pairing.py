@@ -167,6 +167,8 @@ def pair(prompt: Prompt, chosen: Scored, rejected: Scored) -> PreferencePair:
         rejected=rejected[0].text,
         chosen_score=chosen[1],
         rejected_score=rejected[1],
+        chosen_ids=chosen[0].ids,
+        rejected_ids=rejected[0].ids,
     )
 
 
