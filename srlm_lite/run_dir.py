@@ -361,6 +361,11 @@ class AnchorDir(StageDir):
         return adapter_files(self.adapter)
 
     @property
+    def reading(self) -> Path:
+        """How well the bare base reads the run's data."""
+        return self.path / "reading.json"
+
+    @property
     def ift_only(self) -> Path:
         """The IFT-only adapter that writes the EFT targets."""
         return self.path / "ift_only"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from srlm_lite.config import Optim
 from srlm_lite.errors import UserError
+from srlm_lite.evaluate.reading import ADVICE, anchor_doubts
 from srlm_lite.judging import Rubric, as_sampled, parse_score
 from srlm_lite.progress import Training
 from srlm_lite.records import (
@@ -65,6 +66,9 @@ def anchor(session: Session) -> tuple[None, dict[str, Any]]:
             where=f"data.dir = {session.recipe.data.dir}",
         )
     adapter, training = _train(session, examples, stage="anchor SFT", seed_name="anchor")
+    reading = read_json(directory.reading) if directory.reading.is_file() else {}
+    if told := anchor_doubts(reading, training):
+        session.reporter.warn(f"{'; '.join(told)}: {ADVICE}")
     return None, _save(session, adapter, {**facts, "too_long": too_long, **training})
 
 
