@@ -64,6 +64,7 @@ class Session:
         self.processes = processes or Processes()
         self._engines: dict[EngineName, Engine] = {}
         self._revision: str | None = None
+        self._conversion: int | None = None
         self.pace: Pace | None = None
         """What keeps the processes of a sharded base in step, once it is loaded."""
         self._prompt_lengths: dict[str, int] = {}
@@ -84,14 +85,17 @@ class Session:
     @cached_property
     def base(self) -> LoadedBase:
         from srlm_lite.model.base import load_base
+        from srlm_lite.model.gguf import outdated
 
         if self.processes.place.leads:
             self._revision = self.run.base_revision
-            self._order(_LoadBase(self._revision))  # so that all of them load at the same time
+            self._conversion = self.run.base_conversion
+            # So that all of them load at the same time.
+            self._order(_LoadBase(self._revision, self._conversion))
         section = self.recipe.base
         if self._revision is not None:  # the Hub's model may have moved on since the run began
             section = section.model_copy(update={"revision": self._revision})
-        base = load_base(section, sharded=self.processes.shards)
+        base = load_base(section, sharded=self.processes.shards, conversion=self._conversion)
         if self.processes.shards:
             from srlm_lite.model.sharding import Pace
 
@@ -105,6 +109,8 @@ class Session:
             _refuse_different(self.processes.gather(base.source))
             self.run.hold_to_base(base.source)
             self._warn_of_positions(base)
+            if old := outdated(self._conversion):
+                self.reporter.warn(old)
         return base
 
     def _warn_of_positions(self, base: LoadedBase) -> None:
@@ -331,9 +337,11 @@ def follow(processes: Processes) -> None:
 @dataclass(frozen=True, slots=True)
 class _LoadBase:
     revision: str | None
+    conversion: int | None
 
     def __call__(self, follower: Follower) -> dict[str, Any]:
         follower.session._revision = self.revision
+        follower.session._conversion = self.conversion
         return follower.session.base.source
 
 

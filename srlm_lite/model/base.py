@@ -40,7 +40,7 @@ from srlm_lite import config
 from srlm_lite.errors import UserError
 from srlm_lite.model import unsloth_backend
 from srlm_lite.model.checkpoint import INDEX, Checkpoint, weight_files
-from srlm_lite.model.gguf import converted
+from srlm_lite.model.gguf import CONVERSION, converted, gguf_settings
 from srlm_lite.model.heap import give_back
 from srlm_lite.model.nf4 import nf4_settings
 from srlm_lite.model.quiet import first_line as _first_line
@@ -103,19 +103,22 @@ class BaseFiles:
     """As `LoadedBase.source`."""
 
 
-def base_files(section: config.Base, *, revision: str | None = None) -> BaseFiles:
+def base_files(
+    section: config.Base, *, revision: str | None = None, conversion: int | None = None
+) -> BaseFiles:
     """The files of the base that a recipe names, without loading it.
 
     Args:
         revision: Commit on the Hub; default: the recipe's.
+        conversion: Of a GGUF file, by number; default: the newest.
 
     Raises:
         UserError: They cannot be found, fetched or read.
     """
     kind, location = _locate(section.name)
     if kind != "hub":
-        folder, digest = _local_files(kind, location)
-        source = {"name": section.name, "kind": kind, "location": location, "sha256": digest}
+        folder, known_by = _local_files(kind, location, conversion)
+        source = {"name": section.name, "kind": kind, "location": location, **known_by}
         return BaseFiles(folder=Path(folder), kind=kind, source=source)
     with _quiet(), _explained(section, kind, location):
         folder = snapshot_download(
@@ -169,12 +172,12 @@ def read_config(section: config.Base) -> Any:
         UserError: It cannot be found, fetched or read.
     """
     kind, location = _locate(section.name)
-    options: dict[str, Any] = {"revision": section.revision or "main"}
     if kind == "gguf":
-        location, file = str(Path(location).parent), Path(location).name
-        options = {"gguf_file": file}
+        return gguf_settings(Path(location))
     with _quiet(), _explained(section, kind, location):
-        return hf.AutoConfig.from_pretrained(location, trust_remote_code=False, **options)
+        return hf.AutoConfig.from_pretrained(
+            location, revision=section.revision or "main", trust_remote_code=False
+        )
 
 
 def skeleton(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -208,11 +211,14 @@ def empty_model(folder: Path) -> PreTrainedModel:
     return model
 
 
-def load_base(section: config.Base, *, sharded: bool = False) -> LoadedBase:
+def load_base(
+    section: config.Base, *, sharded: bool = False, conversion: int | None = None
+) -> LoadedBase:
     """Load the base that a recipe names, ready for adapters.
 
     Args:
         sharded: Only this process's part of it; all processes call this at the same time.
+        conversion: Of a GGUF file, by number; default: the newest.
 
     Raises:
         UserError: It cannot be found, fetched, read or placed; says which and what to do.
@@ -229,7 +235,8 @@ def load_base(section: config.Base, *, sharded: bool = False) -> LoadedBase:
     source: dict[str, Any] = {"name": section.name, "kind": kind, "location": location}
     folder = location
     if kind != "hub":
-        folder, source["sha256"] = _local_files(kind, location)
+        folder, known_by = _local_files(kind, location, conversion)
+        source |= known_by
     with _quiet(), _explained(section, kind, location):
         model, tokenizer = _load(section, folder, kind, device, dtype, sharded=sharded)
     if kind == "hub":
@@ -295,13 +302,15 @@ def _locate(name: str) -> tuple[Kind, str]:
     return "hub", name
 
 
-def _local_files(kind: Kind, location: str) -> tuple[str, str]:
-    """The directory to load a local base from, and the SHA-256 that it is known by."""
+def _local_files(kind: Kind, location: str, conversion: int | None) -> tuple[str, dict[str, Any]]:
+    """The directory to load a local base from, and what it is known by: the SHA-256 of its files,
+    and how a GGUF file was converted."""
     if kind == "gguf":
-        digest = _sha256([Path(location)])
-        return str(converted(Path(location), digest)), digest
+        digest, conversion = _sha256([Path(location)]), conversion or CONVERSION
+        folder = converted(Path(location), digest, conversion)
+        return str(folder), {"sha256": digest, "conversion": conversion}
     _check_directory(Path(location))
-    return location, _sha256(_base_files(Path(location)))
+    return location, {"sha256": _sha256(_base_files(Path(location)))}
 
 
 def compute_device(wanted: str) -> torch.device:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from srlm_lite.errors import ProofError
 from srlm_lite.model.chat import ChatFormat
+from srlm_lite.model.gguf_tokenizer import SENTENCEPIECE_FILE
 
 hf: Any = transformers  # only partly typed
 
@@ -52,7 +54,8 @@ def write_generation_config(
 
 
 def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, chat: ChatFormat) -> None:
-    """The tokenizer with the chat template in use.
+    """The tokenizer with the chat template in use, and its model of SentencePiece where it has one:
+    llama.cpp's converter has the scores from there alone.
 
     Raises:
         ProofError: Plain transformers, given these files, renders a conversation otherwise.
@@ -60,6 +63,9 @@ def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, chat: Chat
     tokens: Any = copy.deepcopy(tokenizer)
     tokens.chat_template = chat.portable_template
     tokens.save_pretrained(str(folder))
+    model = Path(tokens.name_or_path) / SENTENCEPIECE_FILE
+    if model.is_file():
+        shutil.copyfile(model, folder / SENTENCEPIECE_FILE)
     plain = hf.AutoTokenizer.from_pretrained(str(folder))
     for messages in (_CONVERSATION[:1], _CONVERSATION):
         ids = plain.apply_chat_template(
