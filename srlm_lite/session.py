@@ -389,7 +389,9 @@ def refuse_absent_base(recipe: Recipe, run: RunDir) -> None:
 
     noted = run.base_revision if run.path.is_dir() else None
     revision = noted or recipe.base.revision
-    base_is_here(recipe.base.model_copy(update={"revision": revision}))
+    base_is_here(
+        recipe.base.model_copy(update={"revision": revision}), conversion=run.base_conversion
+    )
 
 
 def import_backend(recipe: Recipe) -> None:

@@ -39,7 +39,7 @@ from srlm_lite.model.gguf_splits import SPLITS
 from srlm_lite.model.gguf_tokenizer import build_tokenizer, read_vocabulary
 from srlm_lite.progress import Silent
 from srlm_lite.run_dir import RunDir
-from srlm_lite.session import Session
+from srlm_lite.session import Session, refuse_absent_base
 
 
 @pytest.fixture(autouse=True)
@@ -318,6 +318,19 @@ def test_a_run_keeps_the_conversion_that_it_began_with(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "now" / "base.json").read_text())["conversion"] == 2
 
 
+def test_a_run_is_refused_before_it_begins_and_an_earlier_one_goes_on(tmp_path: Path) -> None:
+    file = llama().set(logit_scale=0.25).write(tmp_path / "tiny.gguf")
+    recipe, run = load_recipe("tiny", [f"base.name={file}"]), RunDir(tmp_path / "run")
+    with pytest.raises(UserError, match=r"llama\.logit_scale"):
+        refuse_absent_base(recipe, run)
+    assert not run.path.exists()
+    run.path.mkdir()
+    source = base_files(recipe.base, conversion=1).source
+    run.base_json.write_text(json.dumps({**source, "conversion": 1}))
+    refuse_absent_base(recipe, run)
+    assert Session(recipe, run).run.base_conversion == 1
+
+
 def test_conversions_do_not_share_a_folder(tmp_path: Path) -> None:
     file = llama("smollm").write(tmp_path / "tiny.gguf")
     first, second = (base_files(Base(name=str(file)), conversion=n).folder for n in (1, 2))
@@ -421,10 +434,10 @@ def test_smollm2s_ids_and_logits_are_llama_cpps(smollm2: LoadedBase, shared_data
     with llama_cpp(file) as reference:
         for text in texts:
             assert tokenizer(text).input_ids == reference.ids(text, bos=True)
-        for length in (64, 256, 1024):
-            with torch.no_grad():
-                ours = smollm2.model(torch.tensor([ids[:length]])).logits[0, -1]
-            found = torch.log_softmax(ours.double(), -1).numpy()
+        with torch.no_grad():
+            logits = smollm2.model(torch.tensor([ids[:1024]])).logits[0]
+        for length in (64, 1024):
+            found = torch.log_softmax(logits[length - 1].double(), -1).numpy()
             wanted = reference.log_probabilities(ids[:length], rows)
             divergence = float(np.nansum(np.exp(wanted) * (wanted - found)))
             # llama.cpp rounds the activations that meet 4-bit weights to 8 bits.

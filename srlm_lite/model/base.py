@@ -132,8 +132,11 @@ def base_files(
     return BaseFiles(folder=Path(folder), kind=kind, source=source)
 
 
-def base_is_here(section: config.Base) -> bool:
+def base_is_here(section: config.Base, *, conversion: int | None = None) -> bool:
     """Whether the base's files are on this machine; if not, the Hub has them and gives them out.
+
+    Args:
+        conversion: Of a GGUF file, by number; default: the newest.
 
     Raises:
         UserError: As `load_base` would, as far as that shows without fetching the weights.
@@ -142,6 +145,8 @@ def base_is_here(section: config.Base) -> bool:
     if kind != "hub":
         if kind == "directory":
             _check_directory(Path(location))
+        elif conversion in (None, CONVERSION):
+            gguf_settings(Path(location))
         return True
     with contextlib.suppress(LocalEntryNotFoundError):
         patterns = [f"*{ending}" for ending in _ENDINGS]
