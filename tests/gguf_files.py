@@ -123,7 +123,9 @@ class File:
         arch, rows = self.architecture, len(self.tokenizer["tokens"])
         q, kv = HEADS * HEAD_WIDTH, KV_HEADS * HEAD_WIDTH
         shapes: dict[str, tuple[int, ...]] = {"token_embd": (rows, WIDTH), "output_norm": (WIDTH,)}
-        if arch not in ("gemma2", "gemma3"):
+        if arch == "lfm2":
+            shapes["token_embd_norm"] = shapes.pop("output_norm")
+        elif arch not in ("gemma2", "gemma3"):
             shapes["output"] = (rows, WIDTH)
         for block in range(LAYERS):
             part: dict[str, tuple[int, ...]] = {
@@ -143,6 +145,38 @@ class File:
                 part |= {"attn_q_norm": (HEAD_WIDTH,), "attn_k_norm": (HEAD_WIDTH,)}
             if arch in ("qwen2", "qwen2moe"):
                 part |= {"attn_q.bias": (q,), "attn_k.bias": (kv,), "attn_v.bias": (kv,)}
+            if arch == "lfm2":
+                if self.keys["attention.head_count_kv"][block]:
+                    part |= {"attn_q_norm": (HEAD_WIDTH,), "attn_k_norm": (HEAD_WIDTH,)}
+                else:
+                    for name in ("attn_q", "attn_k", "attn_v", "attn_output"):
+                        del part[name]
+                    part |= {
+                        "shortconv.in_proj": (3 * WIDTH, WIDTH),
+                        "shortconv.conv": (WIDTH, self.keys["shortconv.l_cache"]),
+                        "shortconv.out_proj": (WIDTH, WIDTH),
+                    }
+            if arch == "qwen35":
+                part["post_attention_norm"] = part.pop("ffn_norm")
+                if (block + 1) % self.keys["full_attention_interval"]:
+                    for name in ("attn_q", "attn_k", "attn_v", "attn_output"):
+                        del part[name]
+                    heads, inner = self.keys["ssm.time_step_rank"], self.keys["ssm.inner_size"]
+                    mixed = 2 * self.keys["ssm.state_size"] * self.keys["ssm.group_count"] + inner
+                    part |= {
+                        "attn_qkv": (mixed, WIDTH),
+                        "attn_gate": (inner, WIDTH),
+                        "ssm_conv1d": (mixed, self.keys["ssm.conv_kernel"]),
+                        "ssm_alpha": (heads, WIDTH),
+                        "ssm_beta": (heads, WIDTH),
+                        "ssm_dt.bias": (heads,),
+                        "ssm_a": (heads,),
+                        "ssm_norm": (inner // heads,),
+                        "ssm_out": (WIDTH, inner),
+                    }
+                else:
+                    part["attn_q"] = (2 * q, WIDTH)
+                    part |= {"attn_q_norm": (HEAD_WIDTH,), "attn_k_norm": (HEAD_WIDTH,)}
             if arch == "phi3":
                 for name in ("attn_q", "attn_k", "attn_v", "ffn_gate", "ffn_up"):
                     del part[name]
@@ -161,10 +195,12 @@ class File:
                 }
             shapes |= {f"blk.{block}.{name}": shape for name, shape in part.items()}
         for name, shape in shapes.items():
-            full = name if name.endswith(".bias") else f"{name}.weight"
+            full = name if name.endswith((".bias", "ssm_a")) else f"{name}.weight"
             values = random.normal(0, scale, shape)
             if name.endswith("norm"):
                 values = 1 + 0.1 * values
+            if name.endswith("ssm_a"):
+                values = -np.exp(values)
             # In bfloat16 already, so that a conversion rounds nothing off.
             bits = values.astype(np.float32).view(np.uint32) & 0xFFFF0000
             self.tensors[full] = bits.astype(np.uint32).view(np.float32)

@@ -37,6 +37,9 @@ log = logging.getLogger(__name__)
 hf: Any = transformers  # only partly typed
 hf_gguf: Any = modeling_gguf_pytorch_utils
 
+_TELLING = {"qwen35"}
+"""Architectures whose loader says which of a file's tensors it has not read."""
+
 CONVERSION = 2
 """Number of the conversion, which a run keeps: raise it when a file is converted otherwise."""
 FIRST_CONVERSION = 1
@@ -114,12 +117,15 @@ def _convert(file: Path, target: Path, conversion: int) -> None:
     vocabulary = read_vocabulary(header)
     settings = read_settings(header, vocabulary)
     tokenizer = build_tokenizer(vocabulary)
-    model = _load(file, settings)
-    processor = hf_gguf.TENSOR_PROCESSORS.get(header.architecture, hf_gguf.TensorProcessor)
-    read = hf_gguf.get_gguf_hf_weights_map(model, processor(config={}))
-    if unread := unread_tensors(header, read):
+    model, unexpected = _load(file, settings)
+    if header.architecture not in _TELLING:
+        processor = hf_gguf.TENSOR_PROCESSORS.get(header.architecture, hf_gguf.TensorProcessor)
+        unexpected = unread_tensors(
+            header, hf_gguf.get_gguf_hf_weights_map(model, processor(config={}))
+        )
+    if unexpected:
         raise header.refusal(
-            f"the model has no place for {len(unread)} tensors, such as {unread[0]}"
+            f"the model has no place for {len(unexpected)} tensors, such as {unexpected[0]}"
         )
     _save(file, target, model, tokenizer)
     if vocabulary.sentencepiece:
@@ -128,8 +134,9 @@ def _convert(file: Path, target: Path, conversion: int) -> None:
         check_tokenizer(vocabulary, tokenizer, target)
 
 
-def _load(file: Path, settings: Any = None) -> PreTrainedModel:
-    """The model with the file's weights, of the settings given or of those the library reads."""
+def _load(file: Path, settings: Any = None) -> tuple[PreTrainedModel, list[str]]:
+    """The model with the file's weights, of the settings given or of those the library reads; and
+    the tensors left over, which the library tells of some architectures only (`_TELLING`)."""
     # The conversion's progress bar cannot be switched off, only redirected.
     with quiet(), contextlib.redirect_stderr(io.StringIO()):
         try:
@@ -149,7 +156,7 @@ def _load(file: Path, settings: Any = None) -> PreTrainedModel:
             where=WHERE,
             way_out="Get the file again",
         )
-    return model
+    return model, sorted(report["unexpected_keys"])
 
 
 def _first_conversion(file: Path) -> tuple[PreTrainedModel, Any]:
@@ -159,7 +166,7 @@ def _first_conversion(file: Path) -> tuple[PreTrainedModel, Any]:
             tokenizer = hf.AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
         except Exception as error:
             raise _unreadable_gguf(file, error) from error
-    model = _load(file)
+    model, _ = _load(file)
     for role in ("bos", "eos", "unk", "pad"):
         token_id = getattr(model.config, f"{role}_token_id", None)
         if isinstance(token_id, int):
@@ -169,7 +176,8 @@ def _first_conversion(file: Path) -> tuple[PreTrainedModel, Any]:
 
 def _save(file: Path, target: Path, model: Any, tokenizer: Any) -> None:
     # The weights are dequantized by now, yet the model refuses to be saved while it is marked.
-    del model.config.quantization_config
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
     model.hf_quantizer = None
     with quiet():
         try:

@@ -91,7 +91,7 @@ def _common(header: Header, vocabulary: Vocabulary) -> dict[str, Any]:
         "intermediate_size": header.need("feed_forward_length"),
         "num_hidden_layers": header.need("block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": header.need("attention.head_count_kv"),
+        "num_key_value_heads": max(_kv_heads(header)),
         "head_dim": key_width,
         "max_position_embeddings": header.need("context_length"),
         "rms_norm_eps": header.need("attention.layer_norm_rms_epsilon"),
@@ -100,6 +100,22 @@ def _common(header: Header, vocabulary: Vocabulary) -> dict[str, Any]:
         "eos_token_id": (ends[0] if len(ends) == 1 else ends) or None,
         "pad_token_id": vocabulary.special_id("padding"),
     }
+
+
+def _kv_heads(header: Header) -> list[int]:
+    """Key-value heads of every layer; 0: the layer has no attention.
+
+    Raises:
+        UserError: Layers with attention differ in them.
+    """
+    key = f"{header.architecture}.attention.head_count_kv"
+    said = header.fields.get(key)
+    if not isinstance(said, list) or header.architecture not in _WITHOUT_ATTENTION:
+        return [header.need("attention.head_count_kv")]
+    header.asked.add(key)
+    if len(set(said) - {0}) != 1:
+        raise header.refusal(f"{key} differs between layers of attention")
+    return said
 
 
 def _refuse_unknown(header: Header) -> None:
@@ -306,13 +322,54 @@ def _phi3(header: Header) -> dict[str, Any]:
     }
 
 
+def _lfm2(header: Header) -> dict[str, Any]:
+    kinds = ["full_attention" if heads else "conv" for heads in _kv_heads(header)]
+    if len(kinds) != header.need("block_count"):
+        raise header.refusal(f"{header.architecture}.attention.head_count_kv misses layers")
+    return {
+        "norm_eps": header.need("attention.layer_norm_rms_epsilon"),
+        "layer_types": kinds,
+        "conv_L_cache": header.need("shortconv.l_cache"),
+        "block_auto_adjust_ff_dim": False,  # the file's width is the adjusted one
+    }
+
+
+def _qwen35(header: Header) -> dict[str, Any]:
+    width, layers = header.need("attention.key_length"), header.need("block_count")
+    sections = f"{header.architecture}.rope.dimension_sections"
+    header.asked.add(sections)
+    extra = header.get("nextn_predict_layers", 0)  # blocks that predict further, left out
+    values, every = header.need("ssm.time_step_rank"), header.need("full_attention_interval")
+    return {
+        "num_hidden_layers": layers - extra,
+        "layer_types": [
+            "linear_attention" if (n + 1) % every else "full_attention"
+            for n in range(layers - extra)
+        ],
+        "linear_conv_kernel_dim": header.need("ssm.conv_kernel"),
+        "linear_key_head_dim": header.need("ssm.state_size"),
+        "linear_num_key_heads": header.need("ssm.group_count"),
+        "linear_num_value_heads": values,
+        "linear_value_head_dim": header.need("ssm.inner_size") // values,
+        "rope_parameters": {
+            **_rope(header, width, partial=True),
+            "mrope_section": [one for one in header.fields.get(sections, []) if one],
+            "mrope_interleaved": True,
+        },
+    }
+
+
+_WITHOUT_ATTENTION = {"lfm2"}
+"""Architectures some of whose layers have none."""
 _FAMILIES = {
     "llama": _Family("llama", _llama),
     "qwen2": _Family("qwen2", _nothing),
     "qwen2moe": _Family("qwen2_moe", _qwen2_experts),
+    "qwen35": _Family("qwen3_5_text", _qwen35),
     "qwen3": _Family("qwen3", _nothing),
     "qwen3moe": _Family("qwen3_moe", _qwen3_experts),
     "gemma2": _Family("gemma2", _gemma2),
     "gemma3": _Family("gemma3_text", _gemma3),
+    "lfm2": _Family("lfm2", _lfm2),
     "phi3": _Family("phi3", _phi3),
 }
