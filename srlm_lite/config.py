@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -46,6 +47,17 @@ def known_temperature(value: float) -> float:
 
 
 Temperature = Annotated[float, AfterValidator(known_temperature)]
+
+
+@dataclass(frozen=True, slots=True)
+class Before:
+    """Marks a setting that came later: what a run does that was begun without it.
+
+    Such a run keeps this value, whatever the default is, until somebody names another; and a
+    recipe with this value is the same configuration as one that cannot say it.
+    """
+
+    value: Any
 
 
 class Section(BaseModel):
@@ -455,8 +467,11 @@ class Compare(Section):
 class MtBench(Section):
     """`srlm-lite mt-bench`; decides nothing in a run."""
 
-    max_new_tokens: Positive | None = None
-    """Of an answer; default: `rollout.max_new_tokens`."""
+    max_new_tokens: Positive | None = 1024
+    """Of an answer, as in MT-Bench's own program; half of `base.window` where that is less. None:
+    as `rollout.max_new_tokens`."""
+    top_p: Annotated[Probability | None, Before(None)] = 1.0
+    """Of an answer, as in MT-Bench's own program. None: as `rollout.top_p`."""
     template: str = "mt-bench"
     """Of the judge's question: name of a shipped template or a path."""
     judge_max_new_tokens: Positive = 1024
@@ -732,6 +747,15 @@ class Recipe(Section):
         return teacher or "openai" in (self.rollout.engine, self.judge.engine)
 
     @property
+    def judge_makes_pairs(self) -> bool:
+        """Whether differences of the rubric's scores decide what is a pair."""
+        if self.pairing.source != "judge" or self.method in ("dpo", "rlaif"):
+            return False
+        if self.method == "dno" and self.dno.grading == "side-by-side":
+            return False
+        return self.method != "cream" or self.cream.scores == "judge"
+
+    @property
     def judge_has_deltas(self) -> bool:
         """Whether the judge's role has deltas of its own."""
         return self.method == "meta-rewarding" and self.meta_rewarding.roles == "separate"
@@ -743,7 +767,8 @@ class Recipe(Section):
         figures on), name, description, what is for comparisons afterwards, the sections of other
         methods, and `DECIDES_NOTHING`. A path counts by what the file holds, not by where it lies;
         that of a shipped base by its place among the recipes, so that a run goes on from another
-        installation (`RunDir.hold_to_base` holds it to the weights).
+        installation (`RunDir.hold_to_base` holds it to the weights). A setting that came later
+        counts where it is not what it was `Before`.
         """
         others = {section for method, section in METHOD_SECTIONS.items() if method != self.method}
         left_out = {"iterations", "name", "description", "tracking", *AFTERWARDS, *others}
@@ -754,6 +779,11 @@ class Recipe(Section):
             value = settings[section][key]
             if isinstance(value, str) and (section, key) != ("base", "name"):
                 settings[section][key] = _content_digest(section, key, value)
+        for name, before in _came_later(Recipe):
+            *sections, key = name.split(".")
+            part = _below(settings, sections)
+            if key in part and part[key] == before:
+                del part[key]
         return as_noted_now(settings)
 
     def digest(self) -> str:
@@ -889,11 +919,56 @@ def as_noted_now(identity: dict[str, Any]) -> dict[str, Any]:
     noted["base"]["name"] = place_of_base(noted["base"]["name"])
     for name in DECIDES_NOTHING:
         *sections, key = name.split(".")
-        at: Any = noted
-        for section in sections:
-            at = at.get(section, {})
-        at.pop(key, None)
+        _below(noted, sections).pop(key, None)
     return noted
+
+
+def _below(settings: dict[str, Any], sections: Iterable[str]) -> dict[str, Any]:
+    """The section at a path of names; an empty one where there is none."""
+    for section in sections:
+        settings = settings.get(section, {})
+    return settings
+
+
+def recipe_of_run(noted: Mapping[str, Any], *, where: str) -> Recipe:
+    """The recipe that a run has noted; settings that it did not know yet are what they were before.
+
+    Raises:
+        UserError: As `recipe_from`.
+    """
+    recipe = recipe_from(noted, where=where)
+    return as_begun(recipe, noted, where=where)
+
+
+def as_begun(recipe: Recipe, noted: Mapping[str, Any], *, where: str) -> Recipe:
+    """A recipe for going on with a run that has noted `noted`.
+
+    What the run was begun without, and the recipe does not name itself, stays as it was before.
+
+    Raises:
+        UserError: As `recipe_from`.
+    """
+    given = recipe.model_dump(mode="json", exclude_unset=True)
+    for name, before in _came_later(Recipe):
+        *sections, key = name.split(".")
+        if key in _below(dict(noted), sections):
+            continue
+        part = given
+        for section in sections:
+            part = part.setdefault(section, {})
+        part.setdefault(key, before)
+    return recipe_from(given, where=where)
+
+
+def _came_later(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted names of the settings marked with `Before`, and what they were, in JSON's terms."""
+    below = _sections(section)
+    for name, field in section.model_fields.items():
+        if name in below:
+            yield from _came_later(below[name], f"{prefix}{name}.")
+        for mark in field.metadata:
+            if isinstance(mark, Before):
+                yield f"{prefix}{name}", mark.value
 
 
 def shipped_recipes() -> list[str]:

@@ -34,7 +34,6 @@ def run(adapters: Adapters, json_: Json = False) -> None:
     import json
 
     from srlm_lite.cli.tables import closing_table
-    from srlm_lite.config import recipe_from
     from srlm_lite.run_dir import RunDir
 
     run_dir = RunDir(adapters)
@@ -42,7 +41,7 @@ def run(adapters: Adapters, json_: Json = False) -> None:
     if json_:
         typer.echo(json.dumps({**facts, "stages": run_dir.read_metrics()}, ensure_ascii=False))
         return
-    recipe = recipe_from(facts["recipe"], where=str(run_dir.run_json))
+    recipe = run_dir.recipe()
     table = closing_table(run_dir, recipe)
     typer.echo(f"{recipe.name}: {recipe.method}, seed {recipe.seed}, base {recipe.base.name}")
     typer.echo(table)
