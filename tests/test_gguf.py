@@ -34,6 +34,8 @@ from srlm_lite.model.base import (
     read_config,
     smollm2_file,
 )
+from srlm_lite.model.chat import ChatFormat
+from srlm_lite.model.companions import write_tokenizer
 from srlm_lite.model.gguf_header import read_header
 from srlm_lite.model.gguf_splits import SPLITS
 from srlm_lite.model.gguf_tokenizer import build_tokenizer, read_vocabulary
@@ -174,6 +176,13 @@ def test_a_vocabulary_of_sentencepiece_comes_with_its_model(tmp_path: Path) -> N
     assert [model.GetScore(token) for token in range(len(pieces))] == pytest.approx(scores)
     plain = TEXT.replace("<tool>", "")
     assert model.EncodeAsIds(plain) == base.tokenizer(plain, add_special_tokens=False).input_ids
+
+
+def test_an_export_carries_the_scores_too(tmp_path: Path) -> None:
+    file, base = load(File("llama").spm().weights(), tmp_path)
+    write_tokenizer(tmp_path, base.tokenizer, ChatFormat.of(base, template="plain"))
+    own = base_files(Base(name=str(file))).folder / "tokenizer.model"
+    assert (tmp_path / "tokenizer.model").read_bytes() == own.read_bytes()
 
 
 @pytest.mark.parametrize(
