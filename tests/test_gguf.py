@@ -181,8 +181,10 @@ def test_a_vocabulary_of_sentencepiece_comes_with_its_model(tmp_path: Path) -> N
 def test_an_export_carries_the_scores_too(tmp_path: Path) -> None:
     file, base = load(File("llama").spm().weights(), tmp_path)
     write_tokenizer(tmp_path, base.tokenizer, ChatFormat.of(base, template="plain"))
-    own = base_files(Base(name=str(file))).folder / "tokenizer.model"
-    assert (tmp_path / "tokenizer.model").read_bytes() == own.read_bytes()
+    own = base_files(Base(name=str(file))).folder
+    for name in ("tokenizer.model", "added_tokens.json"):
+        assert (tmp_path / name).read_bytes() == (own / name).read_bytes()
+    assert "<tool>" in json.loads((tmp_path / "added_tokens.json").read_text())
 
 
 @pytest.mark.parametrize(

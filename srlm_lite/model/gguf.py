@@ -25,11 +25,10 @@ from srlm_lite.model.cache import cache_dir
 from srlm_lite.model.gguf_config import read_settings, refuse_unserved, unread_tensors
 from srlm_lite.model.gguf_header import WHERE, Header, read_header
 from srlm_lite.model.gguf_tokenizer import (
-    SENTENCEPIECE_FILE,
     build_tokenizer,
     check_tokenizer,
     read_vocabulary,
-    sentencepiece_model,
+    write_sentencepiece,
 )
 from srlm_lite.model.quiet import first_line, quiet
 
@@ -129,7 +128,7 @@ def _convert(file: Path, target: Path, conversion: int) -> None:
         )
     _save(file, target, model, tokenizer)
     if vocabulary.sentencepiece:
-        (target / SENTENCEPIECE_FILE).write_bytes(sentencepiece_model(vocabulary))
+        write_sentencepiece(vocabulary, target)
     with quiet():
         check_tokenizer(vocabulary, tokenizer, target)
 

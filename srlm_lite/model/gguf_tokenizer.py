@@ -7,6 +7,7 @@ first.
 
 from __future__ import annotations
 
+import json
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,8 +31,9 @@ from srlm_lite.model.gguf_splits import SPLITS
 
 hf: Any = transformers  # only partly typed
 
-SENTENCEPIECE_FILE = "tokenizer.model"
-"""Without it llama.cpp's converter gives every piece of such a vocabulary the same score."""
+SENTENCEPIECE_FILE, ADDED_FILE = "tokenizer.model", "added_tokens.json"
+"""Without them llama.cpp's converter gives every piece of such a vocabulary the same score, and
+takes tokens that are found before all others, such as Gemma's runs of spaces, for plain ones."""
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 """Types of a token, in GGUF as in SentencePiece."""
@@ -255,6 +257,14 @@ def _add_tokens(vocabulary: Vocabulary, backend: Tokenizer) -> None:
         [added(token, True) for token in vocabulary.of_type(_UNKNOWN, _CONTROL)]
     )
     backend.add_tokens([added(token, False) for token in vocabulary.of_type(_USER_DEFINED)])
+
+
+def write_sentencepiece(vocabulary: Vocabulary, folder: Path) -> None:
+    """The files that llama.cpp's converter reads such a vocabulary from."""
+    (folder / SENTENCEPIECE_FILE).write_bytes(sentencepiece_model(vocabulary))
+    if added := {vocabulary.pieces[token]: token for token in vocabulary.of_type(_USER_DEFINED)}:
+        text = json.dumps(added, ensure_ascii=False, indent=0)
+        (folder / ADDED_FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def sentencepiece_model(vocabulary: Vocabulary) -> bytes:
