@@ -90,6 +90,8 @@ class Base(Section):
     chat_template: str | None = None
     """Name of a shipped template or a path; used in place of the tokenizer's own.
     Needed by bases that have none, such as Llama-2."""
+    chat_template_kwargs: Annotated[dict[str, bool | int | float | str], Before({})] = {}
+    """Variables that the template reads, such as `enable_thinking: false` or `reasoning_effort`."""
     window: Positive = 2048
     """Longest sequence in tokens that training and judging may see."""
 

@@ -125,7 +125,10 @@ class Session:
     def chat(self) -> ChatFormat:
         from srlm_lite.model.chat import ChatFormat
 
-        return ChatFormat.of(self.base, template=self.recipe.base.chat_template)
+        section = self.recipe.base
+        return ChatFormat.of(
+            self.base, template=section.chat_template, settings=section.chat_template_kwargs
+        )
 
     @cached_property
     def slot(self) -> Slot:

@@ -190,7 +190,10 @@ def _sample(job: Job) -> dict[str, Any]:
 
     libraries = status_bytes("VmRSS")
     base, slot, stack = _stack(job)
-    chat, shape = ChatFormat.of(base, template=job.recipe.base.chat_template), job.shape
+    section, shape = job.recipe.base, job.shape
+    chat = ChatFormat.of(
+        base, template=section.chat_template, settings=section.chat_template_kwargs
+    )
     engine = TransformersEngine(
         slot,
         chat,

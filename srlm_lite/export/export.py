@@ -97,8 +97,13 @@ class Export:
 
         model, tokenizer = self._skeleton
         ends = model.generation_config.eos_token_id or ()
-        template = self.source.recipe.base.chat_template
-        return ChatFormat(tokenizer, template=template, stop_ids=ends)
+        section = self.source.recipe.base
+        return ChatFormat(
+            tokenizer,
+            template=section.chat_template,
+            settings=section.chat_template_kwargs,
+            stop_ids=ends,
+        )
 
     @cached_property
     def weights(self) -> Weights:
