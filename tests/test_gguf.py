@@ -397,6 +397,8 @@ KINDS: dict[str, Callable[[], File]] = {
             ssm__group_count=2,
             ssm__time_step_rank=4,
             ssm__inner_size=64,
+            # transformers normalises keys and queries of the delta rule with 1e-6, whatever this is.
+            attention__layer_norm_rms_epsilon=1e-6,
         )
         .weights()
     ),
@@ -420,8 +422,12 @@ def _longrope(made: File) -> File:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_ids_and_logits_are_llama_cpps(tmp_path: Path, kind: str) -> None:
-    """On real text, and at 64 to 1,024 tokens. llama.cpp looks GELU up in float16, and sums
-    Qwen3.5's recurrence in other blocks, which moves unlikely tokens by thousandths of a nat."""
+    """On real text, and at 64 to 1,024 tokens.
+
+    llama.cpp looks GELU up in float16, which moves unlikely tokens of a Gemma by thousandths of a
+    nat. Its Qwen3.5 goes to .01 with the length, from both of transformers' rules, in chunks and
+    token by token, which are within 2e-5 of each other.
+    """
     pytest.importorskip("xllamacpp")
     file, base = load(KINDS[kind](), tmp_path)
     tokenizer: Any = base.tokenizer
@@ -439,8 +445,8 @@ def test_ids_and_logits_are_llama_cpps(tmp_path: Path, kind: str) -> None:
             wanted = reference.log_probabilities(ids[:length], rows)
             divergence = float((np.exp(wanted) * (wanted - found)).sum())
             assert abs(divergence) < 1e-5, (length, divergence)
-            loose = kind.startswith(("gemma", "qwen35"))
-            assert np.abs(wanted - found).max() < (5e-3 if loose else 1e-3), length
+            bound = 2e-2 if kind == "qwen35" else 5e-3 if "gemma" in kind else 1e-3
+            assert np.abs(wanted - found).max() < bound, length
 
 
 @pytest.mark.parametrize("pre", sorted({split: name for name, split in SPLITS.items()}.values()))
