@@ -397,7 +397,7 @@ KINDS: dict[str, Callable[[], File]] = {
             ssm__group_count=2,
             ssm__time_step_rank=4,
             ssm__inner_size=64,
-            # transformers normalises keys and queries of the delta rule with 1e-6, whatever this is.
+            # transformers normalises keys and queries of the delta rule with 1e-6 in any case.
             attention__layer_norm_rms_epsilon=1e-6,
         )
         .weights()
