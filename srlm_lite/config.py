@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -48,6 +49,17 @@ def known_temperature(value: float) -> float:
 Temperature = Annotated[float, AfterValidator(known_temperature)]
 
 
+@dataclass(frozen=True, slots=True)
+class Before:
+    """Marks a setting that came later: what a run does that was begun without it.
+
+    Such a run keeps this value, whatever the default is, until somebody names another; and a
+    recipe with this value is the same configuration as one that cannot say it.
+    """
+
+    value: Any
+
+
 class Section(BaseModel):
     """A part of a recipe. Frozen, and closed: an unknown key is an error."""
 
@@ -78,6 +90,8 @@ class Base(Section):
     chat_template: str | None = None
     """Name of a shipped template or a path; used in place of the tokenizer's own.
     Needed by bases that have none, such as Llama-2."""
+    chat_template_kwargs: Annotated[dict[str, bool | int | float | str], Before({})] = {}
+    """Variables that the template reads, such as `enable_thinking: false` or `reasoning_effort`."""
     window: Positive = 2048
     """Longest sequence in tokens that training and judging may see."""
 
@@ -101,6 +115,10 @@ class Lora(Section):
     """Names of the linear layers that carry the adapter, or the ends of their dotted names."""
 
 
+LORA_TARGETS = "lora.targets"
+"""Where a target that the base does not have is told of."""
+
+
 def is_targeted(module: str, targets: Iterable[str]) -> bool:
     """Whether `lora.targets` name a module, by its dotted name; as PEFT reads them."""
     return any(module == target or module.endswith(f".{target}") for target in targets)
@@ -111,7 +129,9 @@ class Data(Section):
 
     dir: str
     """Holds `ift.jsonl`, `eft_train.jsonl`, `eft_eval.jsonl`, `prompts.jsonl`,
-    and optionally `eval_prompts.jsonl`."""
+    and optionally `eval_prompts.jsonl`. For a base that thinks, a response to learn from may begin
+    with a thought in the marks of the template, such as `<think>`; one without teaches to answer
+    at once, behind the empty thought that the template writes there, if it writes one."""
     extra: str | None = None
     """More rows of the form of `ift.jsonl` for the anchor, such as a method's own questions with
     the replies that it hopes for."""
@@ -210,6 +230,10 @@ class Rollout(Sampling):
     `openai`: a server that speaks the OpenAI protocol; it never sees what the run learns."""
     n: Annotated[int, Field(ge=2)] = 4
     """Candidates a prompt."""
+    max_thought_tokens: Annotated[Positive, Before(1024)] = 1024
+    """Longest thought before an answer, of a base that thinks; `max_new_tokens` are the answer's
+    alone. It holds for every reply of the base, a judge's and an evaluation's too. A thought that
+    has not closed by then is a reply that ran into the token limit."""
     batch_rows: Positive | Literal["auto"] = "auto"
     """Sequences in one forward pass; `auto` goes by the device's memory. Halved by itself when
     memory runs out."""
@@ -310,7 +334,7 @@ class Pairing(Section):
     """Pairs of the last iteration, of the one before it, and so on that are learned once more: at
     most so many for each new pair."""
     drop_truncated: bool = True
-    """Leave out candidates that ran into the token limit."""
+    """Leave out candidates that ran into the token limit; else they are learned without an end."""
     min_pairs: Positive = 8
     """Stop when an iteration finds fewer."""
 
@@ -455,8 +479,11 @@ class Compare(Section):
 class MtBench(Section):
     """`srlm-lite mt-bench`; decides nothing in a run."""
 
-    max_new_tokens: Positive | None = None
-    """Of an answer; default: `rollout.max_new_tokens`."""
+    max_new_tokens: Positive | None = 1024
+    """Of an answer, as in MT-Bench's own program; half of `base.window` where that is less. None:
+    as `rollout.max_new_tokens`."""
+    top_p: Annotated[Probability | None, Before(None)] = 1.0
+    """Of an answer, as in MT-Bench's own program. None: as `rollout.top_p`."""
     template: str = "mt-bench"
     """Of the judge's question: name of a shipped template or a path."""
     judge_max_new_tokens: Positive = 1024
@@ -726,10 +753,24 @@ class Recipe(Section):
         return self
 
     @property
+    def targets(self) -> tuple[str, ...]:
+        """Names of the layers that carry an adapter: the anchor's, a delta's or both."""
+        return tuple(dict.fromkeys((*self.anchor.lora.targets, *self.dpo.lora.targets)))
+
+    @property
     def asks_a_server(self) -> bool:
         """Whether the run needs the server of the section `openai`."""
         teacher = self.method == "dno" and self.dno.teacher == "server"
         return teacher or "openai" in (self.rollout.engine, self.judge.engine)
+
+    @property
+    def judge_makes_pairs(self) -> bool:
+        """Whether differences of the rubric's scores decide what is a pair."""
+        if self.pairing.source != "judge" or self.method in ("dpo", "rlaif"):
+            return False
+        if self.method == "dno" and self.dno.grading == "side-by-side":
+            return False
+        return self.method != "cream" or self.cream.scores == "judge"
 
     @property
     def judge_has_deltas(self) -> bool:
@@ -743,7 +784,8 @@ class Recipe(Section):
         figures on), name, description, what is for comparisons afterwards, the sections of other
         methods, and `DECIDES_NOTHING`. A path counts by what the file holds, not by where it lies;
         that of a shipped base by its place among the recipes, so that a run goes on from another
-        installation (`RunDir.hold_to_base` holds it to the weights).
+        installation (`RunDir.hold_to_base` holds it to the weights). A setting that came later
+        counts where it is not what it was `Before`.
         """
         others = {section for method, section in METHOD_SECTIONS.items() if method != self.method}
         left_out = {"iterations", "name", "description", "tracking", *AFTERWARDS, *others}
@@ -754,6 +796,11 @@ class Recipe(Section):
             value = settings[section][key]
             if isinstance(value, str) and (section, key) != ("base", "name"):
                 settings[section][key] = _content_digest(section, key, value)
+        for name, before in _came_later(Recipe):
+            *sections, key = name.split(".")
+            part = _below(settings, sections)
+            if key in part and part[key] == before:
+                del part[key]
         return as_noted_now(settings)
 
     def digest(self) -> str:
@@ -889,11 +936,56 @@ def as_noted_now(identity: dict[str, Any]) -> dict[str, Any]:
     noted["base"]["name"] = place_of_base(noted["base"]["name"])
     for name in DECIDES_NOTHING:
         *sections, key = name.split(".")
-        at: Any = noted
-        for section in sections:
-            at = at.get(section, {})
-        at.pop(key, None)
+        _below(noted, sections).pop(key, None)
     return noted
+
+
+def _below(settings: dict[str, Any], sections: Iterable[str]) -> dict[str, Any]:
+    """The section at a path of names; an empty one where there is none."""
+    for section in sections:
+        settings = settings.get(section, {})
+    return settings
+
+
+def recipe_of_run(noted: Mapping[str, Any], *, where: str) -> Recipe:
+    """The recipe that a run has noted; settings that it did not know yet are what they were before.
+
+    Raises:
+        UserError: As `recipe_from`.
+    """
+    recipe = recipe_from(noted, where=where)
+    return as_begun(recipe, noted, where=where)
+
+
+def as_begun(recipe: Recipe, noted: Mapping[str, Any], *, where: str) -> Recipe:
+    """A recipe for going on with a run that has noted `noted`.
+
+    What the run was begun without, and the recipe does not name itself, stays as it was before.
+
+    Raises:
+        UserError: As `recipe_from`.
+    """
+    given = recipe.model_dump(mode="json", exclude_unset=True)
+    for name, before in _came_later(Recipe):
+        *sections, key = name.split(".")
+        if key in _below(dict(noted), sections):
+            continue
+        part = given
+        for section in sections:
+            part = part.setdefault(section, {})
+        part.setdefault(key, before)
+    return recipe_from(given, where=where)
+
+
+def _came_later(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted names of the settings marked with `Before`, and what they were, in JSON's terms."""
+    below = _sections(section)
+    for name, field in section.model_fields.items():
+        if name in below:
+            yield from _came_later(below[name], f"{prefix}{name}.")
+        for mark in field.metadata:
+            if isinstance(mark, Before):
+                yield f"{prefix}{name}", mark.value
 
 
 def shipped_recipes() -> list[str]:

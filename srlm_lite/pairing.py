@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from random import Random
@@ -12,10 +12,17 @@ from random import Random
 from srlm_lite.config import Pairing
 from srlm_lite.records import Candidate, PreferencePair, Prompt
 
-CANDIDATE_REASONS = ("truncated", "empty", "duplicate", "unreadable", "too_few_votes")
+CANDIDATE_REASONS = (
+    "truncated",
+    "empty",
+    "duplicate",
+    "too_long_to_judge",
+    "unreadable",
+    "too_few_votes",
+)
 """Why a candidate cannot be part of a pair, in the order in which it is asked."""
 
-PROMPT_REASONS = (*CANDIDATE_REASONS, "tied", "too_long")
+PROMPT_REASONS = (*CANDIDATE_REASONS, "tied", "narrow", "too_long")
 """Why a prompt gave no pair."""
 
 JUDGE = "judge"
@@ -55,6 +62,7 @@ def usable_candidates(
     scores: Scores,
     *,
     votes: Mapping[str, Sequence[float | None]] | None = None,
+    unasked: Container[str] = (),
     drop_truncated: bool,
 ) -> tuple[dict[str, list[Scored]], Drops]:
     """The candidates of each prompt that can be part of a pair, with their scores.
@@ -64,6 +72,7 @@ def usable_candidates(
 
     Args:
         votes: Tells a candidate with too few readable votes from one with none.
+        unasked: Candidates that the judge was not asked about: the question did not fit its window.
     """
     by_prompt: dict[str, list[Candidate]] = {prompt.prompt_id: [] for prompt in prompts}
     for candidate in candidates:
@@ -71,7 +80,9 @@ def usable_candidates(
     found: dict[str, list[Scored]] = {}
     drops = Drops()
     for prompt in prompts:
-        usable, reasons = _usable(by_prompt[prompt.prompt_id], scores, votes or {}, drop_truncated)
+        usable, reasons = _usable(
+            by_prompt[prompt.prompt_id], scores, votes or {}, unasked, drop_truncated
+        )
         drops.candidates.update(reasons)
         if len(usable) < 2:
             drops.prompts[_main_reason(reasons)] += 1
@@ -108,11 +119,44 @@ def pairs_of(
             chosen, rejected = Random(f"{seed}/{prompt.prompt_id}").sample(scored, 2)
         else:
             chosen, rejected = best_and_worst(scored, rho=rho, alpha=alpha)
-            if chosen[1] - rejected[1] <= pairing.min_gap:
-                drops.prompts["tied"] += 1
+            if reason := too_close(chosen, rejected, scored, pairing.min_gap, alpha=alpha):
+                drops.prompts[reason] += 1
                 continue
         pairs.append(pair(prompt, chosen, rejected))
     return pairs, drops
+
+
+def too_close(
+    chosen: Scored,
+    rejected: Scored,
+    scored: Sequence[Scored],
+    min_gap: float,
+    *,
+    alpha: float = 0.0,
+) -> str | None:
+    """Why two candidates, picked from `scored`, are no pair; None where they are one.
+
+    `tied`: the scores do not tell the candidates apart, or the two are one. `narrow`: they do, but
+    not by more than `min_gap`. Scores count as they rank: lowered by alpha a character. So a pair
+    that the penalty has turned round is one, as in DICE; but where all scores are equal length
+    alone does not make one, for no judge has preferred anything.
+
+    Source: Chen et al. 2024 (DICE), arXiv:2406.09760, and its code.
+    """
+    gap = lowered(chosen, alpha) - lowered(rejected, alpha)
+    same = chosen[0].text == rejected[0].text
+    if gap <= 0 or same or _all_equal(scored):
+        return "tied"
+    return "narrow" if gap <= min_gap else None
+
+
+def lowered(one: Scored, alpha: float) -> float:
+    """A score as it ranks under a length penalty."""
+    return one[1] - alpha * len(one[0].text)
+
+
+def _all_equal(scored: Sequence[Scored]) -> bool:
+    return len({score for _, score in scored}) < 2
 
 
 def told_apart(
@@ -134,6 +178,8 @@ def pair(prompt: Prompt, chosen: Scored, rejected: Scored) -> PreferencePair:
         rejected=rejected[0].text,
         chosen_score=chosen[1],
         rejected_score=rejected[1],
+        chosen_ids=chosen[0].ids,
+        rejected_ids=rejected[0].ids,
     )
 
 
@@ -149,7 +195,7 @@ def best_and_worst(
     Source: rho, Wu et al. 2024, arXiv:2407.19594, section 2.1; alpha, Chen et al. 2024 (DICE),
     arXiv:2406.09760.
     """
-    adjusted = [score - alpha * len(candidate.text) for candidate, score in scored]
+    adjusted = [lowered(one, alpha) for one in scored]
     top, bottom = max(adjusted), min(adjusted)
     if not rho:
         return scored[adjusted.index(top)], scored[adjusted.index(bottom)]
@@ -189,13 +235,12 @@ def length_penalty(groups: Sequence[Sequence[Scored]], pairing: Pairing) -> floa
 def mean_length_gap(groups: Sequence[Sequence[Scored]], alpha: float) -> float:
     """Characters by which chosen are longer than rejected under a length penalty, on average.
 
-    Groups that a penalty turns round count too, though `pairs_of` makes no pair of them: else a
-    penalty high enough to leave no pair at all would look like the remedy.
+    Of the groups that give a pair: those whose scores are not all equal.
     """
     gaps = []
     for group in groups:
         chosen, rejected = best_and_worst(group, alpha=alpha)
-        if chosen is not rejected:
+        if not too_close(chosen, rejected, group, 0.0, alpha=alpha):
             gaps.append(len(chosen[0].text) - len(rejected[0].text))
     return sum(gaps) / len(gaps) if gaps else 0.0
 
@@ -245,6 +290,7 @@ def _usable(
     candidates: Sequence[Candidate],
     scores: Scores,
     votes: Mapping[str, Sequence[float | None]],
+    unasked: Container[str],
     drop_truncated: bool,
 ) -> tuple[list[Scored], list[str]]:
     usable: list[Scored] = []
@@ -258,6 +304,8 @@ def _usable(
             reasons.append("empty")
         elif candidate.text in seen:
             reasons.append("duplicate")
+        elif score is None and candidate.candidate_id in unasked:
+            reasons.append("too_long_to_judge")
         elif score is None:
             readable = [vote for vote in votes.get(candidate.candidate_id, ()) if vote is not None]
             reasons.append("too_few_votes" if readable else "unreadable")

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from srlm_lite.config import Recipe, as_noted_now
+from srlm_lite.config import Recipe, as_noted_now, recipe_of_run
 from srlm_lite.errors import UserError
 from srlm_lite.records import Record
 
@@ -330,6 +330,22 @@ class StageDir:
                 )
         return found
 
+    def changed(self) -> list[str]:
+        """Files of a finished folder that are not what the run has written, and what they are now.
+
+        None of a folder that is not finished: its files may still grow.
+        """
+        if not self.is_done:
+            return []
+        told = []
+        for name, digest in read_json(self.done, sha256=dict)["sha256"].items():
+            file = self.path / name
+            if not file.is_file():
+                told.append(f"{file} (missing)")
+            elif sha256_file(file) != digest:
+                told.append(f"{file} (changed)")
+        return told
+
 
 @dataclass(frozen=True, slots=True)
 class AnchorDir(StageDir):
@@ -343,6 +359,11 @@ class AnchorDir(StageDir):
     def adapter_files(self) -> tuple[Path, ...]:
         """What the adapter is, on disk."""
         return adapter_files(self.adapter)
+
+    @property
+    def reading(self) -> Path:
+        """How well the bare base reads the run's data."""
+        return self.path / "reading.json"
 
     @property
     def ift_only(self) -> Path:
@@ -694,6 +715,22 @@ class RunDir:
                     way_out=_RESTORE,
                 )
 
+    def hold_to_files(self) -> None:
+        """Hold every file of the finished stages against the hash that was noted of it.
+
+        Raises:
+            UserError: Some have been edited, truncated or deleted since; names them.
+        """
+        stages: list[StageDir] = [self.anchor, self.reward, *self.iterations()]
+        changed = [line for stage in stages for line in stage.changed()]
+        if changed:
+            raise UserError(
+                f"holds files that the run has not written so: {_some(changed)}",
+                where=str(self.path),
+                way_out="Restore them, or delete the iterations from the first of them on and go "
+                "on (iterate makes them again)",
+            )
+
     @property
     def exists(self) -> bool:
         return self.run_json.is_file()
@@ -723,6 +760,14 @@ class RunDir:
             raise UserError("not the run.json of a run of srlm-lite", where=str(self.run_json))
         return facts
 
+    def recipe(self) -> Recipe:
+        """The recipe that the run was begun or last gone on with.
+
+        Raises:
+            UserError: There is no run here, or its recipe cannot be read.
+        """
+        return recipe_of_run(self.facts()["recipe"], where=str(self.run_json))
+
     def open(self, recipe: Recipe, facts: dict[str, Any], *, fresh: bool = False) -> None:
         """Begin a run here, or go on with the one that is here.
 
@@ -747,6 +792,7 @@ class RunDir:
                 way_out="Use another directory, undo the difference, or start over with --fresh",
             )
         self._hold_to_models()
+        self.hold_to_files()
         if before["recipe"] != recipe.model_dump(mode="json"):
             self._write_run(recipe, facts)  # more iterations, other gates, the same files elsewhere
 
@@ -814,6 +860,17 @@ class RunDir:
             return None
         revision: str | None = read_json(self.base_json).get("revision")
         return revision
+
+    @property
+    def base_conversion(self) -> int | None:
+        """How the run's GGUF file was converted, by number; None where it is on none, or not yet.
+
+        Runs from before there was a second way noted no number.
+        """
+        if not self.base_json.is_file():
+            return None
+        noted = read_json(self.base_json)
+        return noted.get("conversion", 1) if noted.get("kind") == "gguf" else None
 
     def hold_to_base(self, source: dict[str, Any]) -> None:
         """Note which base the run is on, by hash or revision; refuse any other from then on.

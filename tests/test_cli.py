@@ -296,12 +296,13 @@ def test_files_of_the_run_that_somebody_has_emptied_are_one_line(cli: Cli, tmp_p
     there = ("--adapters", made.path)
     done, measured = made.anchor.done.read_bytes(), made.anchor.evaluation.read_bytes()
     made.anchor.done.write_text("{}")
-    for command in (("show", "run"), ("report",)):
-        assert "anchor/done.json: not as written: no `counts`" in mistake(cli(*command, *there))
+    for command, key in ((("show", "run"), "counts"), (("report",), "sha256")):
+        assert f"anchor/done.json: not as written: no `{key}`" in mistake(cli(*command, *there))
     made.anchor.done.write_bytes(done)
     made.anchor.evaluation.write_text("{}")
-    for command in (("show", "run"), ("report",), ("evaluate", "--iteration", "anchor")):
-        assert "anchor/eval.json: not as written: no `judge`" in mistake(cli(*command, *there))
+    assert "eval.json: not as written: no `judge`" in mistake(cli("show", "run", *there))
+    for command in (("report",), ("evaluate", "--iteration", "anchor")):
+        assert "anchor/eval.json (changed)" in mistake(cli(*command, *there))
     made.anchor.evaluation.write_bytes(measured)
     made.iteration(1).candidates.unlink()
     line = mistake(cli("show", "judgements", "--iteration", "1", *there))
@@ -697,6 +698,12 @@ def test_a_log_file_is_told_now_and_then_how_far_a_long_stage_is(
     ("stage", "facts", "text"),
     [
         ("anchor", {"taken_from": "x/anchor"}, "shipped with the recipe (x/anchor)"),
+        (
+            "base",
+            {"answers": {"bits_per_byte": 1.234, "shuffled": {"bits_per_byte": 4.5}}},
+            "1.23 bits a byte of answers (letters shuffled: 4.50)",
+        ),
+        ("base", {}, "no instruction data to read"),
         (
             "anchor",
             {"ift": 9, "eft": 8, "too_long": 2, "steps": 5, "first_loss": 1.0, "last_loss": 0.5},

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from srlm_lite.methods.meta_rewarding import (
     Battle,
     battle_matrix,
     elo,
+    extremes,
     most_disputed,
     position_weights,
     read_verdict,
@@ -41,7 +43,7 @@ from srlm_lite.methods.rlaif import (
 )
 from srlm_lite.methods.scir import judge_preference
 from srlm_lite.methods.spin import against_human
-from srlm_lite.methods.temporal import anchored_pairs, guided_pairs
+from srlm_lite.methods.temporal import anchored_pairs
 from srlm_lite.pairing import Drops, Scored
 from srlm_lite.principles import load_principles
 from srlm_lite.records import (
@@ -158,8 +160,8 @@ def test_spin_pairs_the_human_s_answer_with_each_of_the_model_s() -> None:
         Candidate("q", "q#0", "human q", 1, "stop"),  # as good as the human's
         Candidate("r", "r#0", "cut", 1, "length"),
     ]
-    human = {name: f"human {name}" for name in "pqr"}
-    pairs, drops = against_human(prompts, human, rows, drop_truncated=True)
+    golden = [Candidate(name, f"{name}#human", f"human {name}", 0, "stop") for name in "pqr"]
+    pairs, drops = against_human(prompts, golden, rows, drop_truncated=True)
     assert [(one.chosen, one.rejected_id) for one in pairs] == [
         ("human p", "p#0"),
         ("human p", "p#1"),
@@ -169,7 +171,8 @@ def test_spin_pairs_the_human_s_answer_with_each_of_the_model_s() -> None:
     }
     assert +drops.prompts == {"duplicate": 1, "truncated": 1}
     # Without a human's answer the first of the model's does not become the better one.
-    pairs, drops = against_human(prompts[:1], {"p": " "}, rows[:2], drop_truncated=True)
+    silent = [Candidate("p", "p#human", " ", 0, "stop")]
+    pairs, drops = against_human(prompts[:1], silent, rows[:2], drop_truncated=True)
     assert not pairs
     assert +drops.prompts == {"empty": 1}
 
@@ -239,17 +242,28 @@ def test_a_prompt_may_be_called_what_marks_a_candidate() -> None:
 
 
 def test_the_chosen_is_guided_by_the_next_model() -> None:
-    def made(name: str) -> PreferencePair:
-        return PreferencePair(name, name, f"{name}#0", f"{name}#1", "now", "bad", 3.0, 1.0)
-
+    prompts = [Prompt(name, name) for name in "pqrst"]
+    usable = {
+        name: [scored(f"{name}#0", "now", 3), scored(f"{name}#1", "bad", 1)] for name in "pqr"
+    } | {name: [scored(f"{name}#0", "one", 2), scored(f"{name}#1", "other", 2)] for name in "st"}
     future = {
         "p": [scored("p#future-0", "better", 4), scored("p#future-1", "worse", 0)],
         "q": [scored("q#future-0", "as good", 3), scored("q#future-1", "worse", 0)],
+        "s": [scored("s#future-0", "better", 5), scored("s#future-1", "good", 4)],
+        "t": [scored("t#future-0", "worse", 1), scored("t#future-1", "worst", 0)],
     }
-    first, second, third = guided_pairs([made("p"), made("q"), made("r")], future)
-    assert (first.chosen_id, first.chosen, first.chosen_score) == ("p#future-0", "better", 4)
-    assert (first.rejected_id, first.rejected) == ("p#1", "bad")
-    assert (second, third) == (made("q"), made("r"))
+    drops = Drops()
+    pairs = anchored_pairs(prompts, usable, drops, future=future)
+    # p: 4 beats 3. q: 3 does not. r: no candidates. s: tied before, and a pair with the next
+    # model's 5. t: the policy's own are the best, and they are tied.
+    assert [(one.chosen_id, one.chosen_score, one.rejected_id) for one in pairs] == [
+        ("p#future-0", 4, "p#1"),
+        ("q#0", 3, "q#1"),
+        ("r#0", 3, "r#1"),
+        ("s#future-0", 5, "s#0"),
+    ]
+    assert drops.prompts == {"tied": 1}
+    assert len(anchored_pairs(prompts, usable, Drops())) == 3
 
 
 # --- SCIR -------------------------------------------------------------------------------------
@@ -435,6 +449,14 @@ def test_ratings_are_the_most_likely_ones() -> None:
     # One that never loses is finite: 1.01 against 0.01.
     first, second = elo([[0, 1], [0, 0]])
     assert first - second == pytest.approx(math.log(101), abs=1e-6)
+
+
+def test_equal_ratings_are_drawn_from() -> None:
+    """The earlier judgement would be chosen and rejected more often than the later otherwise."""
+    drawn = Counter(extremes([1.0, -1.0, 1.0, -1.0 + 1e-12], Random(seed)) for seed in range(400))
+    assert set(drawn) == {(0, 1), (0, 3), (2, 1), (2, 3)}
+    assert min(drawn.values()) > 60  # 100 each; 4.6 standard deviations
+    assert extremes([0.0, 2.0, -2.0], Random(0)) == (1, 2)
 
 
 def test_scores_can_be_hidden_and_quotes_end_no_tag() -> None:
@@ -886,7 +908,8 @@ def test_a_method_runs_from_end_to_end(
     second = directory.iteration(2)
     pairs = read_records(second.pairs, PreferencePair)
     assert len(pairs) >= recipe.pairing.min_pairs
-    assert all(one.chosen_score > one.rejected_score for one in pairs)
+    if not recipe.pairing.alpha:  # a penalty turns pairs round
+        assert all(one.chosen_score > one.rejected_score for one in pairs)
     CHECKS.get(case, lambda pairs: None)(pairs)
     # What `show judgements` looks up is there.
     shown = [row for path in second.judged_candidates for row in read_records(path, Candidate)]

@@ -28,7 +28,7 @@ from srlm_lite.planning.plan import (
 )
 from srlm_lite.planning.probe import probe, shape_of_base
 from srlm_lite.planning.rates import known_rates, remember
-from srlm_lite.planning.shapes import llama_config
+from srlm_lite.planning.shapes import config_of
 
 RANK = 8
 GB = 10**9
@@ -226,7 +226,7 @@ def test_sampling_holds_what_the_shapes_say(wide_base: Path) -> None:
 
 def test_a_second_micro_batch_finds_the_gradients_of_the_first() -> None:
     """AdamW has 8 bytes a parameter of the slot; a float32 gradient that waits is 4 more."""
-    shape = probe(llama_config("smollm2-135m"))
+    shape = probe(config_of("smollm2-135m"))
     slot = shape.adapter_parameters(Lora().targets, 16)  # the anchor's 8 ranks and the delta's
     for micro, bytes_each in ((16, 8), (8, 12)):
         settings = ["dpo.batch_size=16", f"dpo.micro_batch_size={micro}"]
@@ -278,7 +278,7 @@ def test_a_cpu_s_heap_loses_half_of_the_activations_again() -> None:
 
     From 32 MB on, of 29,128 tokens here, glibc maps each block by itself.
     """
-    shape = probe(llama_config("smollm2-135m"))
+    shape = probe(config_of("smollm2-135m"))
     here, there = (
         Held(shape, nf4=False, itemsize=2, device=device, targets=Lora().targets, rank=16)
         for device in ("cpu", "cuda")
@@ -308,7 +308,7 @@ def test_a_leaf_grows_by_doubling() -> None:
 
 def test_llama2_70b_in_nf4_by_hand() -> None:
     """68.98B parameters, 2 x 32000 x 8192 of them in embeddings and head, 161 norms of 8192."""
-    shape = probe(llama_config("llama2-70b"))
+    shape = probe(config_of("llama2-70b"))
     held = Held(shape, nf4=True, itemsize=2, device="cuda", targets=Lora().targets, rank=32)
     kept = 2 * 32000 * 8192 + 161 * 8192
     rounded = 68_976_648_192 - kept
@@ -323,8 +323,18 @@ def test_llama2_70b_in_nf4_by_hand() -> None:
     assert held.slot == 32 * 80 * layer
 
 
-@pytest.mark.parametrize(("recipe", "gpus"), [("llama2-70b", "2x80GB"), ("llama2-7b", "24GB")])
-def test_the_llama_recipes_fit_where_they_say(recipe: str, gpus: str) -> None:
+@pytest.mark.parametrize(
+    ("recipe", "gpus"),
+    [
+        ("llama2-70b", "2x80GB"),
+        ("llama2-7b", "24GB"),
+        ("qwen3-8b", "24GB"),
+        ("gemma3-4b", "24GB"),
+        ("mistral-7b", "24GB"),
+        ("smollm3-3b", "16GB"),
+    ],
+)
+def test_the_recipes_for_a_gpu_fit_where_they_say(recipe: str, gpus: str) -> None:
     plan = plan_for(load_recipe(recipe), parse_gpus(gpus))
     assert [phase.name for phase in plan.phases if not plan.fits(phase)] == []
 

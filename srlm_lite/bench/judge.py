@@ -10,7 +10,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from srlm_lite.config import Recipe, recipe_from
+from srlm_lite.config import Recipe
 from srlm_lite.errors import UserError
 from srlm_lite.judging import as_sampled, mean_scores, votes_by_candidate
 from srlm_lite.pairing import pairs_of, usable_candidates
@@ -30,7 +30,7 @@ def bench_judge(directory: Path, iteration: int | None = None) -> dict[str, Any]
         UserError: There is no such iteration, it has no judgements yet, or none with both scores.
     """
     run = RunDir(directory)
-    recipe = recipe_from(run.facts()["recipe"], where=str(run.run_json))
+    recipe = run.recipe()
     place = _iteration(run, iteration)
     judgements = read_records(place.judgements, Judgement)
     readable = [row for row in judgements if row.score is not None]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import typer
 
-from srlm_lite.config import Recipe, known_temperature, recipe_from
+from srlm_lite.config import Recipe, known_temperature
 from srlm_lite.errors import UserError
 from srlm_lite.export.source import find_source
 from srlm_lite.run_dir import RunDir
@@ -32,7 +32,7 @@ def run_chat(*, directory: Path, which: str, temperature: float | None) -> None:
         except ValueError as error:
             raise UserError(str(error), where="--temperature") from error
     run = RunDir(directory)
-    recipe = _in_process(recipe_from(run.facts()["recipe"], where=str(run.run_json)))
+    recipe = _in_process(run.recipe())
     session = Session(recipe, run)
     conversation = Conversation(session, temperature=temperature)
     _switch(conversation, session, which)

@@ -10,7 +10,7 @@ from typing import Any
 import typer
 
 from srlm_lite.cli.progress import Console, summary
-from srlm_lite.config import Recipe, overridden, recipe_from
+from srlm_lite.config import Recipe, overridden
 from srlm_lite.errors import UserError
 from srlm_lite.processes import Processes, place
 from srlm_lite.run_dir import RunDir, StageDir, read_json
@@ -45,6 +45,7 @@ def run_evaluate(
             # By content: another data directory of the same name is another evaluation.
             label = "set" if data_dir is None else data_dir.resolve().name
             where = where.evaluation_on(f"{label}-{recipe.digest()[:8]}")
+        run.hold_to_files()
         session = Session(recipe, run, console, processes)
         with session.leading():
             if not where.evaluation.is_file():
@@ -62,7 +63,6 @@ def run_evaluate(
 
 def _recipe(run: RunDir, data_dir: Path | None, overrides: Sequence[str]) -> Recipe:
     """The run's recipe, with another way to measure."""
-    raw, where = run.facts()["recipe"], str(run.run_json)
     for override in overrides:
         section = override.partition("=")[0].partition(".")[0].strip()
         if section not in MEASURES:
@@ -71,9 +71,10 @@ def _recipe(run: RunDir, data_dir: Path | None, overrides: Sequence[str]) -> Rec
                 where=f"--set {override}",
                 way_out=f"Set something of {', '.join(MEASURES)}",
             )
+    raw = run.recipe().model_dump(mode="json")
     if data_dir is not None:
         raw = {**raw, "data": {"dir": str(data_dir.resolve())}}
-    return overridden(raw, overrides, where=where) if overrides else recipe_from(raw, where=where)
+    return overridden(raw, overrides, where=str(run.run_json))
 
 
 def _place(run: RunDir, which: str) -> tuple[StageDir, int | None]:

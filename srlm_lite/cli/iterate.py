@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 import typer
@@ -13,7 +14,7 @@ from srlm_lite.cli.facts import hardware, versions
 from srlm_lite.cli.plan import refuse_what_cannot_fit
 from srlm_lite.cli.progress import Console
 from srlm_lite.cli.tables import closing_table
-from srlm_lite.config import Recipe, load_recipe, overridden
+from srlm_lite.config import Recipe, as_begun, load_recipe, overridden
 from srlm_lite.errors import GateError, program
 from srlm_lite.hardware import pick_recipe
 from srlm_lite.loop import iterate
@@ -28,8 +29,14 @@ from srlm_lite.session import (
     refuse_absent_base,
     refuse_several,
     refuse_sharding,
+    refuse_unexportable,
 )
-from srlm_lite.stages.seed_data import check_inputs, unmeasured
+from srlm_lite.stages.seed_data import (
+    check_inputs,
+    nearly_held_out,
+    refuse_held_out_among_training,
+    unmeasured,
+)
 from srlm_lite.tracking import check_installed, tracked
 
 
@@ -58,9 +65,12 @@ def run_iterate(
         if processes.shards:
             refuse_sharding(recipe)  # before anybody installs what would be refused
         check_inputs(recipe)
+        if fresh or not run.is_begun:  # what was begun without this question goes on
+            refuse_held_out_among_training(recipe)
         check_installed(recipe.tracking.report_to)
         import_backend(recipe)  # a plan imports transformers
         refuse_absent_base(recipe, run)
+        refuse_unexportable(recipe, run)
         if planned:
             refuse_what_cannot_fit(recipe, shards=processes.world if processes.shards else 1)
         facts = {
@@ -78,7 +88,7 @@ def run_iterate(
                 session = Session(recipe, run, console, processes, tracker)
                 with console, session.leading():
                     _warn_of_idle(session)
-                    for line in unmeasured(recipe):
+                    for line in chain(unmeasured(recipe), nearly_held_out(recipe)):
                         console.warn(line)
                     try:
                         iterate(session)
@@ -93,10 +103,15 @@ def run_iterate(
 
 def _recipe(name: str | None, overrides: Sequence[str], run: RunDir | None, say: Console) -> Recipe:
     """The recipe that is named, or that of the run that is there, or one for this machine."""
+    begun = run if run is not None and run.path.is_dir() and run.exists else None
     if name is not None:
-        return load_recipe(name, overrides)
-    if run is not None and run.path.is_dir() and run.exists:
-        return overridden(run.facts()["recipe"], overrides, where=str(run.run_json))
+        named = load_recipe(name, overrides)
+        if begun is None or not begun.is_begun:
+            return named
+        return as_begun(named, begun.facts()["recipe"], where=name)
+    if begun is not None:
+        raw = begun.recipe().model_dump(mode="json")
+        return overridden(raw, overrides, where=str(begun.run_json))
     name, why = pick_recipe()
     say.say(f"recipe {name}: {why}")
     return load_recipe(name, overrides)

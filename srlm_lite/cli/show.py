@@ -34,7 +34,6 @@ def run(adapters: Adapters, json_: Json = False) -> None:
     import json
 
     from srlm_lite.cli.tables import closing_table
-    from srlm_lite.config import recipe_from
     from srlm_lite.run_dir import RunDir
 
     run_dir = RunDir(adapters)
@@ -42,7 +41,7 @@ def run(adapters: Adapters, json_: Json = False) -> None:
     if json_:
         typer.echo(json.dumps({**facts, "stages": run_dir.read_metrics()}, ensure_ascii=False))
         return
-    recipe = recipe_from(facts["recipe"], where=str(run_dir.run_json))
+    recipe = run_dir.recipe()
     table = closing_table(run_dir, recipe)
     typer.echo(f"{recipe.name}: {recipe.method}, seed {recipe.seed}, base {recipe.base.name}")
     typer.echo(table)
@@ -103,6 +102,7 @@ def judgements(
         text = draft(row.candidate_id)
         _heading(f"{row.candidate_id}{vote}", f"{words.judgement} {_score(row.score)}{wrote}")
         typer.echo(_indented(text))
+        _words("the judge's thought", row.thought or "")
         _words("the judge", row.text)
         typer.echo("")
 
@@ -140,6 +140,7 @@ def candidates(
 
     def tell(row: Candidate) -> None:
         _heading(row.candidate_id, f"{row.n_tokens} tokens, ended by {row.finish_reason}")
+        _words("the thought", row.thought or "")
         typer.echo(_indented(row.text) + "\n")
 
     _, place, _ = _opened(adapters, iteration)

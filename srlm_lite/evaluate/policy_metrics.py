@@ -25,7 +25,8 @@ def policy_metrics(
         `answers`; with a gold scorer also `gold_mean`, its standard error `gold_se` over prompts
         (answers to one prompt are averaged first, for they are not independent), and the same of
         each criterion, `gold_by_criterion` and `gold_by_criterion_se`. `intervals` has the 95%
-        interval of each mean and rate.
+        interval of each mean and rate. Tokens are counted with those of thoughts, characters
+        without.
     """
     by_prompt: dict[str, list[Candidate]] = {}
     for answer in answers:
@@ -66,7 +67,7 @@ def policy_metrics(
                 name: standard_error(values) for name, values in by_criterion.items()
             },
         }
-    return {**metrics, "intervals": intervals(terms)}
+    return {**metrics, "intervals": intervals(terms, means=("mean_length_chars", "gold_mean"))}
 
 
 def means_by_prompt(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from srlm_lite.config import Recipe, recipe_from
+from srlm_lite.config import Recipe
 from srlm_lite.errors import UserError
 from srlm_lite.records import Candidate, Prompt
 from srlm_lite.run_dir import RunDir, StageDir, read_records
@@ -68,7 +68,10 @@ class Source:
                 "is missing: nothing says which weights the run was on",
                 where=str(self.run.base_json),
             )
-        files = base_files(self.recipe.base, revision=self.run.base_revision)
+        run = self.run
+        files = base_files(
+            self.recipe.base, revision=run.base_revision, conversion=run.base_conversion
+        )
         self.run.hold_to_base(files.source)
         return files
 
@@ -89,8 +92,9 @@ def find_source(directory: Path, which: str) -> Source:
         UserError: There is no such model, it is not finished, or a file of it has changed.
     """
     run = RunDir(directory)
-    recipe = recipe_from(run.facts()["recipe"], where=str(run.run_json))
+    recipe = run.recipe()
     iteration = _iteration(run, which)
+    run.hold_to_files()
     hashes = list(run.anchor.verify(*run.anchor.adapter_files).values())
     if iteration:
         place = run.iteration(iteration)

@@ -14,6 +14,7 @@ from srlm_lite.records import Candidate, Judgement, Prompt, RankedReply
 from srlm_lite.run_dir import IterationDir, write_records
 from srlm_lite.session import Session
 from srlm_lite.stages import iteration as stages
+from srlm_lite.stages.replies import read_as_reply
 from srlm_lite.stages.seed_data import ranked_file, read_ranked
 
 
@@ -31,12 +32,15 @@ class OfflineDpo(SelfRewarding):
     ) -> tuple[list[Candidate], dict[str, Any]]:
         """The human replies."""
         rows = [
-            Candidate(
-                row.prompt_id,
-                row.response_id,
-                row.response,
-                len(session.chat.target_ids(row.response)),
-                "stop",
+            read_as_reply(
+                session.chat,
+                Candidate(
+                    row.prompt_id,
+                    row.response_id,
+                    row.response,
+                    len(session.chat.target_ids(row.response)),
+                    "stop",
+                ),
             )
             for row in _replies(session, prompts)
         ]
@@ -73,7 +77,9 @@ class OfflineDpo(SelfRewarding):
         for prompt in (prompt for prompt in prompts if prompt.prompt_id in usable):
             differing = told_apart(prompt, usable[prompt.prompt_id], min_gap=recipe.pairing.min_gap)
             pairs += differing
-            drops.prompts["tied"] += not differing
+            if not differing:
+                told = told_apart(prompt, usable[prompt.prompt_id])
+                drops.prompts["narrow" if told else "tied"] += 1
         return pairs, drops, {}
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
-from srlm_lite.config import SHIPPED, Recipe, shipped_text
+from srlm_lite.config import SHIPPED, Recipe, shipped_text, shorten
+from srlm_lite.data.text import words_of
 from srlm_lite.errors import UserError
 from srlm_lite.evaluate import ifeval
 from srlm_lite.evaluate.gold import load_gold
@@ -60,6 +62,23 @@ def read_extra(recipe: Recipe) -> list[Instruction]:
     return _instructions(Path(named)) if named else []
 
 
+def answered_prompts(recipe: Recipe) -> list[Instruction]:
+    """Prompts with the answer that a human gave, whatever of the data has them.
+
+    Instruction data if the anchor learns it, else the best of the ranked replies; empty where the
+    run reads neither, and cannot be read either.
+    """
+    for read in (read_ift if recipe.anchor.use_ift else None, _best_ranked):
+        with contextlib.suppress(UserError):
+            if read is not None:
+                return read(recipe)
+    return []
+
+
+def _best_ranked(recipe: Recipe) -> list[Instruction]:
+    return _best(read_ranked(ranked_file(recipe), recipe.anchor.eft_prompts))
+
+
 def _instructions(path: Path) -> list[Instruction]:
     rows = read_records(path, Instruction)
     for number, row in enumerate(rows, start=1):
@@ -101,8 +120,13 @@ def read_human_answers(recipe: Recipe) -> tuple[list[Instruction], Path]:
         _refuse_doubles((row.prompt_id for row in rows), "prompts", path)
         return rows, path
     path = ranked_file(recipe)
-    best = [min(group, key=lambda row: row.rank) for group in read_ranked(path, None)]
-    return [Instruction(row.prompt_id, row.prompt, row.response) for row in best], path
+    return _best(read_ranked(path, None)), path
+
+
+def _best(groups: Iterable[Sequence[RankedReply]]) -> list[Instruction]:
+    """The best reply of each prompt."""
+    best = (min(group, key=lambda row: row.rank) for group in groups)
+    return [Instruction(row.prompt_id, row.prompt, row.response) for row in best]
 
 
 def read_prompts(path: Path) -> list[Prompt]:
@@ -147,6 +171,17 @@ def ifeval_tasks(recipe: Recipe) -> list[ifeval.Task]:
     return tasks
 
 
+def _check_gap(recipe: Recipe) -> None:
+    rubric, gap = load_rubric(recipe.judge.rubric), recipe.pairing.min_gap
+    if recipe.judge_makes_pairs and gap >= rubric.max - rubric.min:
+        raise UserError(
+            f"no two scores of the rubric {rubric.name} differ by more than {gap:g}: it goes from "
+            f"{rubric.min:g} to {rubric.max:g}",
+            where="pairing.min_gap",
+            way_out="Lower it",
+        )
+
+
 def check_inputs(recipe: Recipe) -> None:
     """Find out before a run begins what of its inputs is missing or cannot be read.
 
@@ -159,7 +194,7 @@ def check_inputs(recipe: Recipe) -> None:
         check_vllm()
     if recipe.asks_a_server:
         key_of(recipe.openai)
-    load_rubric(recipe.judge.rubric)
+    _check_gap(recipe)
     if recipe.base.chat_template is not None:
         shipped_text(*SHIPPED["base", "chat_template"], name=recipe.base.chat_template)
     if recipe.anchor.init != "base" and not Path(recipe.anchor.init).is_dir():
@@ -191,8 +226,71 @@ def check_inputs(recipe: Recipe) -> None:
         if recipe.rlaif.helpful:
             read_ift(recipe)
     if recipe.iterations:
-        _check_window(recipe)
+        check_window(recipe)
         _check_prompts(recipe)
+
+
+def refuse_held_out_among_training(recipe: Recipe) -> None:
+    """That no prompt which measures a model is one that it learns from.
+
+    Raises:
+        UserError: One is, letter for letter.
+    """
+    held_out = _held_out(recipe)
+    for path, texts in _learned_from(recipe).items():
+        for where, text in held_out.items():
+            if text in texts:
+                same = sum(one in texts for one in held_out.values())
+                raise UserError(
+                    f"{same} of its prompts are also in {path}, which the run learns from; the "
+                    f"first is {shorten(repr(text))}",
+                    where=where.partition(":")[0],
+                    way_out="Take them out of one of the two files: a model is not measured on "
+                    "what it was taught",
+                )
+
+
+def nearly_held_out(recipe: Recipe) -> Iterator[str]:
+    """Held-out prompts that the run learns from in the same words, a line for each file."""
+    held_out = {words_of(text): text for text in _held_out(recipe).values()}
+    for path, texts in _learned_from(recipe).items():
+        shared = [held_out[words] for words in map(words_of, texts) if words in held_out]
+        if shared:
+            yield (
+                f"{len(shared)} prompts of {path} are held-out ones in the same words, such as "
+                f"{shorten(repr(shared[0]))}: figures on them flatter the model"
+            )
+
+
+def _held_out(recipe: Recipe) -> dict[str, str]:
+    """The prompts that models are measured on, by their file and their place in it."""
+    own = Path(recipe.data.dir) / "eval_prompts.jsonl"
+    judge = data_file(recipe, "eft_eval.jsonl")
+    policy = own if own.is_file() else judge
+    found = {f"{policy}:{i}": row.text for i, row in enumerate(policy_prompts(recipe))}
+    for i, group in enumerate(read_ranked(judge, recipe.evaluate.eft_prompts)):
+        found[f"{judge}:eft {i}"] = group[0].prompt
+    return found
+
+
+def _learned_from(recipe: Recipe) -> dict[Path, set[str]]:
+    """The prompts of each file that the run's adapters learn from."""
+    found: dict[Path, set[str]] = {}
+    trained = recipe.anchor.init == "base"
+    if trained and recipe.anchor.use_ift:
+        path = data_file(recipe, "ift.jsonl")
+        found[path] = {row.prompt for row in read_ift(recipe)}
+    if trained and recipe.anchor.use_eft:
+        path = data_file(recipe, "eft_train.jsonl")
+        found[path] = {group[0].prompt for group in read_ranked(path, recipe.anchor.eft_prompts)}
+    if recipe.data.ranked is not None:
+        path = ranked_file(recipe)
+        found[path] = {group[0].prompt for group in read_ranked(path, None)}
+    if recipe.iterations and recipe.prompts.source == "file":
+        path = prompt_file(recipe)
+        if path.is_file():
+            found[path] = {prompt.text for prompt in read_prompts(path)}
+    return found
 
 
 def unmeasured(recipe: Recipe) -> Iterator[str]:
@@ -206,8 +304,11 @@ def unmeasured(recipe: Recipe) -> Iterator[str]:
         yield f"{empty} is empty: the policy's held-out answers are not measured"
 
 
-def _check_window(recipe: Recipe) -> None:
+def check_window(recipe: Recipe, *, thought: int = 0) -> None:
     """That a prompt fits the window beside what is to be written after it.
+
+    Args:
+        thought: Tokens that come before an answer, where the base thinks.
 
     Raises:
         UserError: None does, whatever its length.
@@ -217,11 +318,12 @@ def _check_window(recipe: Recipe) -> None:
     if (judge.engine or recipe.rollout.engine) != "openai":  # a server has a window of its own
         shortest["judge.max_new_tokens"] = min(judge.max_new_tokens, judge.retry_max_new_tokens)
     for key, tokens in shortest.items():
-        if tokens >= window:
+        if tokens + thought >= window:
+            beside = f" and a thought of rollout.max_thought_tokens = {thought}" if thought else ""
             raise UserError(
-                f"leaves no room for a prompt in base.window = {window}",
+                f"leaves no room for a prompt{beside} in base.window = {window}",
                 where=f"{key} = {tokens}",
-                way_out="Lower it, or raise base.window",
+                way_out="Lower it, or raise base.window" if not thought else "Lower one of them",
             )
 
 
