@@ -75,7 +75,16 @@ class Session:
         if prompt not in self._prompt_lengths:
             self._prompt_lengths[prompt] = len(self.chat.prompt_ids(prompt))
         room = self.recipe.base.window - self.recipe.rollout.max_new_tokens
-        return self._prompt_lengths[prompt] <= room
+        return self._prompt_lengths[prompt] <= room - self.thought_tokens()
+
+    def thought_tokens(self, role: Role = "policy") -> int:
+        """Tokens that a thought before the answer may take: 0 where the base does not think.
+
+        0 for a judge or teacher behind a server, too: it has limits of its own.
+        """
+        if role != "policy" and self.engine_name(role) == "openai":
+            return 0
+        return self.recipe.rollout.max_thought_tokens if self.chat.thinks else 0
 
     @cached_property
     def rubric(self) -> Rubric:
@@ -410,7 +419,7 @@ def refuse_unexportable(recipe: Recipe, run: RunDir) -> None:
     revision = run.base_revision if run.path.is_dir() else None
     folder = directory_here(recipe.base, revision=revision)
     if folder is not None:
-        refuse(folder, (*recipe.anchor.lora.targets, *recipe.dpo.lora.targets))
+        refuse(folder, recipe.targets)
 
 
 def import_backend(recipe: Recipe) -> None:

@@ -13,8 +13,9 @@ from conftest import CHATML, CORPUS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from srlm_lite.config import load_recipe, recipes_dir
 from srlm_lite.errors import UserError
 from srlm_lite.model.base import LoadedBase
 from srlm_lite.model.chat import ChatFormat, Reply
@@ -84,7 +85,7 @@ FAMILIES: dict[str, tuple[str, str | None, tuple[str, ...], tuple[str, ...]]] = 
 """Of each family the ends of text and of a turn, the start of text, other special tokens, and added
 tokens that are not marked as special, as their makers' tokenizers have them."""
 
-WANTS_LISTS = {"idefics3", "idefics3_training", "llava_next", "llava_next_training"}
+WANTS_PARTS = ("idefics3", "llava_next")
 """Their content has to be a list of parts; rendered from text, the user's words are missing."""
 REWRITES_PAST_TURNS = ("deepseek", "gptoss", "nemotron", "qwen3_5", "qwen3_6")
 """They take thoughts out of past turns, as `qwen3` does, or end the last in a way of its own."""
@@ -140,7 +141,7 @@ def trl_cases(*, training: bool) -> list[Any]:
     """
     cases = []
     for name, source in sorted(trl_templates().items()):
-        if name in WANTS_LISTS or (name.endswith("_training") and not training):
+        if name.endswith("_training") and not training:
             continue
         switched = [{"enable_thinking": value} for value in (True, False)]
         for kwargs in ({}, *(switched if "enable_thinking is defined" in source else ())):
@@ -166,8 +167,12 @@ def assistant(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
 
 
-def rendered(chat: ChatFormat, messages: list[dict[str, str]], *, generation: bool = False) -> str:
+def rendered(
+    chat: ChatFormat, messages: list[dict[str, Any]], *, name: str = "", generation: bool = False
+) -> str:
     """What transformers alone makes of it, on the day that stands for all."""
+    if name.startswith(WANTS_PARTS):
+        messages = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
     text: str = chat._tokenizer.apply_chat_template(
         messages,
         tokenize=False,
@@ -203,7 +208,7 @@ def test_what_is_sampled_is_what_is_learned(name: str, kwargs: Mapping[str, Any]
         assert chat.target_ids(chat.decode(target)) == target
         assert target[-1] == chat.end_id and chat.end_id not in target[:-1]
         if reply in REPLIES:
-            whole = rendered(chat, [user(QUESTION), assistant(reply)])
+            whole = rendered(chat, [user(QUESTION), assistant(reply)], name=name)
             learned = spelled(chat, target[:-1])
             if chat.thinks and name.startswith(OPENS_AND_REWRITES):
                 thought = chat._frame.thought
@@ -226,12 +231,6 @@ def test_an_exported_template_gives_the_same_ids_by_itself(
         assert list(ids) == chat.render(messages, generation=True)
 
 
-@pytest.mark.parametrize("name", sorted(WANTS_LISTS))
-def test_a_template_for_lists_of_parts_is_refused(name: str) -> None:
-    with pytest.raises(UserError, match="leaves out what the user says"):
-        trl_chat(name)
-
-
 @pytest.mark.parametrize(
     ("name", "prompt", "target"),
     [
@@ -244,6 +243,8 @@ def test_a_template_for_lists_of_parts_is_refused(name: str) -> None:
         ("lfm2", "<|im_start|>assistant\n", "Yes.<|im_end|>"),
         ("cohere", "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>", "Yes.<|END_OF_TURN_TOKEN|>"),
         ("gemma4", "<|turn>model\n", "Yes.<turn|>"),
+        ("idefics3", "<end_of_utterance>\nAssistant:", " Yes.<end_of_utterance>"),
+        ("llava_next", " [/INST]", " Yes.</s>"),
         ("qwen3", "<|im_start|>assistant\n", "<think>\n\n</think>\n\nYes.<|im_end|>"),
         ("qwen3_6", "<|im_start|>assistant\n<think>\n", "\n</think>\n\nYes.<|im_end|>"),
         ("glm4moe", "<|assistant|>", "\n<think></think>\nYes.<|endoftext|>"),
@@ -375,6 +376,16 @@ def test_a_setting_that_the_template_refuses_is_one_line() -> None:
         trl_chat("qwen3_8", reasoning_effort="utmost")
 
 
+def test_a_recipe_says_them() -> None:
+    sets = ["base.chat_template_kwargs.enable_thinking=false"]
+    off, without = load_recipe("toy", sets), load_recipe("toy")
+    assert off.base.chat_template_kwargs == {"enable_thinking": False}
+    assert off.identity() != without.identity()
+    assert "chat_template_kwargs" not in without.identity()["base"]
+    with pytest.raises(UserError, match="chat_template_kwargs"):
+        load_recipe("toy", ["base.chat_template_kwargs.tools=[1]"])
+
+
 # Templates of other kinds
 
 
@@ -402,6 +413,13 @@ def im(reply: str, prompt: str = "") -> str:
         # By a name that only this template knows.
         (im("{{ m.content.split('</muse>')[-1] }}", "<muse>\\n"), "\n</muse>\n\nYes."),
         (im("{{ m.content.split('[/THINK]')[-1] }}", "[THINK]"), "[/THINK]Yes."),
+        # Asks for one in words.
+        (
+            im("{{ m.content }}")
+            .replace("{{ m.content }}{% endif", "{{ m.content + ASK }}{% endif")
+            .replace("ASK", "' Think between <think> and </think> first.'"),
+            "Yes.",
+        ),
         # Strips thoughts that the model itself opens.
         (im("{{ m.content.split('</think>')[-1] | trim }}"), "Yes."),
     ],
@@ -436,8 +454,8 @@ def test_a_header_before_each_reply_belongs_to_the_prompt(template: str, header:
     ("template", "why"),
     [
         (im("{{ m.content | upper }}"), "otherwise than where it asks for one"),
-        (im("{{ m.content.split('\\n')[0] }}"), "rewrites replies"),
-        (im("{{ m.content | replace('b', 'p') }}"), "rewrites replies"),
+        (im("{{ m.content.split('\\n')[0] }}"), "or the tokenizer rewrites replies"),
+        (im("{{ m.content | replace('b', 'p') }}"), "or the tokenizer rewrites replies"),
         (im("{{ m.content }}", "Sure, "), "otherwise than where it asks for one"),
         (im("{{ m.content + 1 }}"), "the chat template fails"),
         ("{{ messages[0].content }}", "otherwise than where it asks for one"),
@@ -576,3 +594,74 @@ def test_smollm2_under_the_template_of_qwen3(smollm2: LoadedBase, tmp_path: Path
         for reply in (*REPLIES, "<think>\nWell.\n</think>\n\nYes."):
             target = chat.target_ids(reply)
             assert chat.decode(target) == reply and chat.target_ids(chat.decode(target)) == target
+
+
+# SentencePiece
+
+
+@pytest.mark.parametrize("template", ["llama-2", "plain", "chatml", "vicuna", "qwen3"])
+def test_sentencepiece_gives_replies_back(
+    llama2_tokenizer: Any, tmp_path: Path, template: str
+) -> None:
+    """Llama-2's way to encode: a text begins with a space, however it begins."""
+    own = {"vicuna": VICUNA, "qwen3": trl_templates()["qwen3"]}
+    if template in own:
+        file = tmp_path / f"{template}.jinja"
+        file.write_text(own[template], encoding="utf-8")
+    chat = ChatFormat(llama2_tokenizer, template=str(file) if template in own else template)
+    for reply in (*REPLIES, "x  y", *([thought_of(chat)] if chat.thinks else [])):
+        target = chat.target_ids(reply)
+        assert chat.decode(target) == reply and chat.target_ids(chat.decode(target)) == target
+        parts = [*chat.prompt_ids(QUESTION), *target]
+        whole = chat.render([user(QUESTION), assistant(reply)], generation=False)
+        assert spelled(chat, whole).startswith(spelled(chat, parts))
+
+
+# Runs that were begun before
+
+
+@pytest.mark.parametrize(
+    ("template", "prompt", "target"),
+    [
+        (
+            None,
+            "1 9690 198 2683 359 253 5356 5646 11173 3365 3511 308 34519 28 7018 411 407 19712 8182"
+            " 2 198 1 4093 198 1780 314 2067 82 46 269 9617 82 46 47 198 198 31530 30 2 198 1 520"
+            " 9531 198",
+            "1589 314 588 30 198 198 26 9805 2",
+        ),
+        (
+            "chatml",
+            "1 4093 198 1780 314 2067 82 46 269 9617 82 46 47 198 198 31530 30 2 198 1 520 9531"
+            " 198",
+            "1589 314 588 30 198 198 26 9805 2",
+        ),
+        (
+            "plain",
+            "44 4093 46 198 1780 314 2067 82 46 269 9617 82 46 47 198 198 31530 30 198 9617 4093"
+            " 46 198 44 520 9531 46 198",
+            "1589 314 588 30 198 198 26 9805 2",
+        ),
+        (
+            "llama-2",
+            "1 75 39637 77 1812 314 2067 82 46 269 9617 82 46 47 198 198 31530 30 933 31 39637 77",
+            "657 314 588 30 198 198 26 9805 216 2",
+        ),
+    ],
+)
+def test_ids_of_smollm2_are_those_of_commit_513090d(
+    smollm2: LoadedBase, template: str | None, prompt: str, target: str
+) -> None:
+    chat = ChatFormat.of(smollm2, template=template)
+    assert chat.prompt_ids("What is <b>it</b>?\n\nTell.") == [*map(int, prompt.split())]
+    assert chat.target_ids("It is so.\n\n* yes") == [*map(int, target.split())]
+    assert chat.stop_ids == (2,) and not chat.thinks
+    assert chat.portable_template == chat.template
+
+
+def test_ids_of_the_toy_base_are_those_of_commit_513090d() -> None:
+    chat = ChatFormat(AutoTokenizer.from_pretrained(recipes_dir() / "toy" / "base"))
+    prompt = chat.prompt_ids("tell me facts about the river")
+    assert prompt == [2, 4, 125, 112, 106, 123, 23, 59, 5]
+    assert chat.target_ids("here you go ! the river") == [89, 90, 91, 10, 23, 59, 3]
+    assert (chat.stop_ids, chat.pad_id) == ((3,), 0)

@@ -14,15 +14,14 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.transformers_weight_conversion import (
     convert_peft_adapter_state_dict_for_transformers,
 )
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from srlm_lite.config import is_targeted
 from srlm_lite.errors import UserError
 from srlm_lite.model.base import empty_model
 from srlm_lite.model.checkpoint import Checkpoint
 from srlm_lite.model.layout import Layout
+from srlm_lite.model.targets import targeted
 
 _PREFIX = "base_model.model."
 
@@ -46,10 +45,7 @@ def refuse_unexportable(folder: Path, targets: Iterable[str]) -> None:
             where=error.where,
             way_out=error.way_out,
         ) from error
-    targets = tuple(targets)
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear | Conv1D) or not is_targeted(name, targets):
-            continue
+    for name in targeted(model, targets):
         if layout.held_as(f"{name}.weight") not in layout:
             raise UserError(
                 f"an adapter on {name} could not be exported: its weight is in none of the files",
@@ -71,7 +67,7 @@ def placing(model: PreTrainedModel, modules: Sequence[str]) -> dict[str, Any]:
     Raises:
         UserError: There is no such way to say it.
     """
-    transposed = {"fan_in_fan_out": True} if _are_transposed(model, modules) else {}
+    transposed: dict[str, Any] = {"fan_in_fan_out": True} if _are_transposed(model, modules) else {}
     short = {"target_modules": sorted({name.rpartition(".")[2] for name in modules}), **transposed}
     if _placed(model, short) == set(modules):
         return short
@@ -108,7 +104,7 @@ def _placed(model: PreTrainedModel, settings: dict[str, Any]) -> set[str]:
         try:
             config = LoraConfig(r=1, task_type="CAUSAL_LM", **given)
             wrapped: Any = get_peft_model(copy.deepcopy(model), config, low_cpu_mem_usage=True)
-        except ValueError:
+        except Exception:  # it refuses a layer with whatever it trips over
             return set()
         found = {
             name.removeprefix(_PREFIX)

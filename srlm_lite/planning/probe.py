@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,36 @@ def shape_of_base(section: Base, targets: Iterable[str] = ()) -> Shape:
             or as `probe`.
     """
     return probe(base_config(section), targets)
+
+
+def thinks(section: Base) -> bool:
+    """Whether a base thinks before it answers; False where its tokenizer is not here to tell."""
+    return _thinks(section.model_dump_json(include=set(_OF_TEMPLATES)))
+
+
+@lru_cache
+def _thinks(of_templates: str) -> bool:
+    from transformers import AutoTokenizer
+
+    from srlm_lite.model.chat import ChatFormat
+
+    found = json.loads(of_templates)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            found["name"],
+            revision=found["revision"],
+            local_files_only=True,
+            trust_remote_code=False,
+        )
+        settings = found["chat_template_kwargs"]
+        chat = ChatFormat(tokenizer, template=found["chat_template"], settings=settings)
+    except Exception:  # whatever is wrong with it: a run says so
+        return False
+    return chat.thinks
+
+
+_OF_TEMPLATES = ("name", "revision", "chat_template", "chat_template_kwargs")
+"""Settings of a base that decide how it is spoken to."""
 
 
 def base_config(section: Base) -> Any:
