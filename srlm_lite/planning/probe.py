@@ -10,7 +10,7 @@ from typing import Any
 
 from srlm_lite.config import Base
 from srlm_lite.errors import UserError
-from srlm_lite.planning.memory import Linear, Shape, attention_of
+from srlm_lite.planning.memory import Linear, Shape, attention_of, widest
 from srlm_lite.planning.shapes import SHAPES, config_of, shape_of
 
 
@@ -132,13 +132,9 @@ def probe(settings: Any, targets: Iterable[str] = ()) -> Shape:
 def _widest(text: Any, *, mixture: bool) -> int:
     """What a token takes in the widest MLP: of a mixture, the experts that it goes through."""
 
-    def size(*names: str) -> int:
-        found = next((value for name in names if (value := getattr(text, name, None))), 0)
-        return int(max(found) if isinstance(found, list | tuple) else found)
-
-    dense = size("intermediate_size", "n_inner", "ffn_dim") or 4 * text.hidden_size
+    dense = widest(text, "intermediate_size", "n_inner", "ffn_dim") or 4 * text.hidden_size
     if not mixture:
         return dense
-    of_one = size("moe_intermediate_size", "intermediate_size") or dense
-    chosen = size("num_experts_per_tok", "moe_k", "moe_topk") or 1
-    return max(dense, chosen * of_one + size("shared_expert_intermediate_size"))
+    of_one = widest(text, "moe_intermediate_size", "intermediate_size") or dense
+    chosen = widest(text, "num_experts_per_tok", "moe_k", "moe_topk") or 1
+    return max(dense, chosen * of_one + widest(text, "shared_expert_intermediate_size"))
