@@ -497,10 +497,13 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def build_family(name: str, folder: Path) -> Path:
+def build_family(name: str, folder: Path, tokenizer: Any = None) -> Path:
     """The folder of its tiny base below this one, built unless it is there.
 
     Several processes may ask at once: each builds aside, and the first to finish gives it its name.
+
+    Args:
+        tokenizer: In place of the toy base's, with a chat template; for a folder of its own.
     """
     path = folder / name
     if path.is_dir():
@@ -508,7 +511,7 @@ def build_family(name: str, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=folder))
     try:
-        _build(FAMILIES[name], aside)
+        _build(FAMILIES[name], aside, tokenizer)
         aside.chmod(0o755)  # a temporary folder is closed to others
         aside.rename(path)
     except OSError:
@@ -519,7 +522,7 @@ def build_family(name: str, folder: Path) -> Path:
     return path
 
 
-def _build(family: Family, folder: Path) -> None:
+def _build(family: Family, folder: Path, tokenizer: Any) -> None:
     import torch
     import transformers
 
@@ -528,13 +531,22 @@ def _build(family: Family, folder: Path) -> None:
     torch.manual_seed(0)
     hf: Any = transformers
     config = _config(family, hf)
+    if tokenizer is None:
+        ends = _ENDS
+        for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            shutil.copy(recipes_dir() / "toy" / "base" / file, folder / file)
+    else:
+        ends = {key: getattr(tokenizer, key) for key in _ENDS}
+        config.get_text_config().vocab_size = len(tokenizer)
+        for part in (config, config.get_text_config()):
+            for key, token_id in ends.items():
+                setattr(part, key, token_id)
+        tokenizer.save_pretrained(folder)
     kind = hf.AutoModelForImageTextToText if family.vision else hf.AutoModelForCausalLM
     model = kind.from_config(config, dtype=torch.float32)
     _draw(model)
-    model.generation_config = hf.GenerationConfig(**_ENDS)
+    model.generation_config = hf.GenerationConfig(**ends)
     model.to(torch.bfloat16).save_pretrained(folder)
-    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(recipes_dir() / "toy" / "base" / file, folder / file)
 
 
 def _config(family: Family, hf: Any) -> Any:
