@@ -469,8 +469,11 @@ class Compare(Section):
 class MtBench(Section):
     """`srlm-lite mt-bench`; decides nothing in a run."""
 
-    max_new_tokens: Positive | None = None
-    """Of an answer; default: `rollout.max_new_tokens`."""
+    max_new_tokens: Positive | None = 1024
+    """Of an answer, as in MT-Bench's own program; half of `base.window` where that is less. None:
+    as `rollout.max_new_tokens`."""
+    top_p: Annotated[Probability | None, Before(None)] = 1.0
+    """Of an answer, as in MT-Bench's own program. None: as `rollout.top_p`."""
     template: str = "mt-bench"
     """Of the judge's question: name of a shipped template or a path."""
     judge_max_new_tokens: Positive = 1024
@@ -744,6 +747,15 @@ class Recipe(Section):
         """Whether the run needs the server of the section `openai`."""
         teacher = self.method == "dno" and self.dno.teacher == "server"
         return teacher or "openai" in (self.rollout.engine, self.judge.engine)
+
+    @property
+    def judge_makes_pairs(self) -> bool:
+        """Whether differences of the rubric's scores decide what is a pair."""
+        if self.pairing.source != "judge" or self.method in ("dpo", "rlaif"):
+            return False
+        if self.method == "dno" and self.dno.grading == "side-by-side":
+            return False
+        return self.method != "cream" or self.cream.scores == "judge"
 
     @property
     def judge_has_deltas(self) -> bool:

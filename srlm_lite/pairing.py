@@ -15,7 +15,7 @@ from srlm_lite.records import Candidate, PreferencePair, Prompt
 CANDIDATE_REASONS = ("truncated", "empty", "duplicate", "unreadable", "too_few_votes")
 """Why a candidate cannot be part of a pair, in the order in which it is asked."""
 
-PROMPT_REASONS = (*CANDIDATE_REASONS, "tied", "too_long")
+PROMPT_REASONS = (*CANDIDATE_REASONS, "tied", "narrow", "too_long")
 """Why a prompt gave no pair."""
 
 JUDGE = "judge"
@@ -108,11 +108,43 @@ def pairs_of(
             chosen, rejected = Random(f"{seed}/{prompt.prompt_id}").sample(scored, 2)
         else:
             chosen, rejected = best_and_worst(scored, rho=rho, alpha=alpha)
-            if chosen[1] - rejected[1] <= pairing.min_gap:
-                drops.prompts["tied"] += 1
+            if reason := too_close(chosen, rejected, scored, pairing.min_gap, alpha=alpha):
+                drops.prompts[reason] += 1
                 continue
         pairs.append(pair(prompt, chosen, rejected))
     return pairs, drops
+
+
+def too_close(
+    chosen: Scored,
+    rejected: Scored,
+    scored: Sequence[Scored],
+    min_gap: float,
+    *,
+    alpha: float = 0.0,
+) -> str | None:
+    """Why two candidates, picked from `scored`, are no pair; None where they are one.
+
+    `tied`: the scores do not tell the candidates apart, or the two are one. `narrow`: they do, but
+    not by more than `min_gap`. Scores count as they rank: lowered by alpha a character. So a pair
+    that the penalty has turned round is one, as in DICE; but where all scores are equal length
+    alone does not make one, for no judge has preferred anything.
+
+    Source: Chen et al. 2024 (DICE), arXiv:2406.09760, and its code.
+    """
+    gap = _lowered(chosen, alpha) - _lowered(rejected, alpha)
+    if gap <= 0 or _all_equal(scored):
+        return "tied"
+    return "narrow" if gap <= min_gap else None
+
+
+def _lowered(one: Scored, alpha: float) -> float:
+    """A score as it ranks under a length penalty."""
+    return one[1] - alpha * len(one[0].text)
+
+
+def _all_equal(scored: Sequence[Scored]) -> bool:
+    return len({score for _, score in scored}) < 2
 
 
 def told_apart(
@@ -149,7 +181,7 @@ def best_and_worst(
     Source: rho, Wu et al. 2024, arXiv:2407.19594, section 2.1; alpha, Chen et al. 2024 (DICE),
     arXiv:2406.09760.
     """
-    adjusted = [score - alpha * len(candidate.text) for candidate, score in scored]
+    adjusted = [_lowered(one, alpha) for one in scored]
     top, bottom = max(adjusted), min(adjusted)
     if not rho:
         return scored[adjusted.index(top)], scored[adjusted.index(bottom)]
@@ -189,13 +221,12 @@ def length_penalty(groups: Sequence[Sequence[Scored]], pairing: Pairing) -> floa
 def mean_length_gap(groups: Sequence[Sequence[Scored]], alpha: float) -> float:
     """Characters by which chosen are longer than rejected under a length penalty, on average.
 
-    Groups that a penalty turns round count too, though `pairs_of` makes no pair of them: else a
-    penalty high enough to leave no pair at all would look like the remedy.
+    Of the groups that give a pair: those whose scores are not all equal.
     """
     gaps = []
     for group in groups:
         chosen, rejected = best_and_worst(group, alpha=alpha)
-        if chosen is not rejected:
+        if not too_close(chosen, rejected, group, 0.0, alpha=alpha):
             gaps.append(len(chosen[0].text) - len(rejected[0].text))
     return sum(gaps) / len(gaps) if gaps else 0.0
 

@@ -13,7 +13,12 @@ from typing import Any
 import pytest
 
 from srlm_lite.errors import UserError
-from srlm_lite.evaluate.length_control import length_controlled, win_rate
+from srlm_lite.evaluate import length_control as module
+from srlm_lite.evaluate.length_control import (
+    length_controlled,
+    why_lengths_do_not_tell,
+    win_rate,
+)
 from srlm_lite.stages.annotations import compare_annotations, read_difficulties
 
 
@@ -69,6 +74,63 @@ def test_a_known_preference_is_recovered(quality: float, length: float) -> None:
     assert abs(win_rate(preferences).value - 100 * sigmoid(quality)) > 10
     assert found.rate.low is not None and found.rate.high is not None
     assert found.rate.low < found.rate.value < found.rate.high
+
+
+def longer_throughout(scale: float) -> tuple[list[float], list[int]]:
+    """200 prompts where the model is longer by about `scale` of what differences vary by."""
+    rng = Random(3)
+    gaps = [-round(200 * rng.gauss(scale, 1)) for _ in range(200)]
+    return [float(rng.random() < 0.7) for _ in gaps], gaps
+
+
+def test_lengths_do_not_tell_where_one_side_is_longer_throughout() -> None:
+    preferences, gaps = longer_throughout(10)
+    assert max(gaps) < 0
+    assert why_lengths_do_not_tell(gaps) == "one side's replies are longer in all 200 prompts"
+    assert why_lengths_do_not_tell([-gap for gap in gaps]) == why_lengths_do_not_tell(gaps)
+    assert length_controlled(preferences, gaps) is None
+    # One prompt of 200 the other way makes no measurement of it.
+    assert "nearly all prompts" in str(why_lengths_do_not_tell([*gaps[1:], 100]))
+    assert why_lengths_do_not_tell([0] * 20) is None  # equal lengths: nothing to control for
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 1.5, 2.0])
+def test_where_lengths_tell_the_rate_is_a_number(
+    scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the solver's seed; where they do not, seeds alone give rates 19 and more apart."""
+
+    def by_seed(scale: float) -> list[float]:
+        preferences, gaps = longer_throughout(scale)
+        rates = []
+        for seed in (123, 0, 1, 2):
+            monkeypatch.setattr(module, "_SEED", seed)
+            found = length_controlled(preferences, gaps)
+            rates += [] if found is None else [found.rate.value]
+        return rates
+
+    monkeypatch.setattr(module, "_REFITS", 2)
+    rates = by_seed(scale)
+    assert len(rates) == 4 and max(rates) - min(rates) < 0.1
+    if not scale:
+        monkeypatch.setattr(module, "why_lengths_do_not_tell", lambda gaps: None)
+        rates = by_seed(10)
+        assert max(rates) - min(rates) > 10
+
+
+def test_unread_prompts_count_as_in_alpaca_eval() -> None:
+    """They teach nothing, but are in the spread of the lengths and in the mean over prompts."""
+    rng = Random(5)
+    gaps = [rng.randint(-500, 500) for _ in range(120)]
+    std = math.sqrt(sum((gap - sum(gaps) / 120) ** 2 for gap in gaps) / 119)
+    hard = [rng.gauss(0, 1) for _ in gaps]
+    known = [sigmoid(0.4 - math.tanh(gap / std) + one) for gap, one in zip(gaps, hard, strict=True)]
+    preferences: list[float | None] = [None if i % 4 == 0 else p for i, p in enumerate(known)]
+    found = length_controlled(preferences, gaps, difficulties=hard)
+    assert found is not None and found.difficulty is not None
+    assert found.length == pytest.approx(-1, abs=0.05)  # it is in units of the whole's spread
+    level = [sigmoid(found.quality + found.difficulty * one) for one in hard]
+    assert found.rate.value == pytest.approx(100 * sum(level) / 120, abs=1e-9)
 
 
 def test_difficulty_is_a_term_of_its_own() -> None:

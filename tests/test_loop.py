@@ -329,8 +329,8 @@ def test_too_few_pairs_stop_the_run_with_the_counts(tmp_path: Path) -> None:
         run(tmp_path / "out", *settings, "pairing.min_pairs=12")
     text = str(error.value)
     assert "fewer than pairing.min_pairs = 12" in text
-    assert "tied" in text and "judge.votes" in text
-    assert read_json(RunDir(tmp_path / "out").iteration(1).drops)["tied"] > 0
+    assert "narrow" in text and "lower pairing.min_gap" in text
+    assert read_json(RunDir(tmp_path / "out").iteration(1).drops)["narrow"] > 0
     assert "anchor.init=" in text
     found = re.search(r"Go on with them by (pairing\.min_pairs=\d+)\.", text)
     assert found is not None, text

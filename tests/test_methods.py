@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from srlm_lite.methods.meta_rewarding import (
     Battle,
     battle_matrix,
     elo,
+    extremes,
     most_disputed,
     position_weights,
     read_verdict,
@@ -435,6 +437,14 @@ def test_ratings_are_the_most_likely_ones() -> None:
     # One that never loses is finite: 1.01 against 0.01.
     first, second = elo([[0, 1], [0, 0]])
     assert first - second == pytest.approx(math.log(101), abs=1e-6)
+
+
+def test_equal_ratings_are_drawn_from() -> None:
+    """The earlier judgement would be chosen and rejected more often than the later otherwise."""
+    drawn = Counter(extremes([1.0, -1.0, 1.0, -1.0 + 1e-12], Random(seed)) for seed in range(400))
+    assert set(drawn) == {(0, 1), (0, 3), (2, 1), (2, 3)}
+    assert min(drawn.values()) > 60  # 100 each; 4.6 standard deviations
+    assert extremes([0.0, 2.0, -2.0], Random(0)) == (1, 2)
 
 
 def test_scores_can_be_hidden_and_quotes_end_no_tag() -> None:
@@ -886,7 +896,8 @@ def test_a_method_runs_from_end_to_end(
     second = directory.iteration(2)
     pairs = read_records(second.pairs, PreferencePair)
     assert len(pairs) >= recipe.pairing.min_pairs
-    assert all(one.chosen_score > one.rejected_score for one in pairs)
+    if not recipe.pairing.alpha:  # a penalty turns pairs round
+        assert all(one.chosen_score > one.rejected_score for one in pairs)
     CHECKS.get(case, lambda pairs: None)(pairs)
     # What `show judgements` looks up is there.
     shown = [row for path in second.judged_candidates for row in read_records(path, Candidate)]

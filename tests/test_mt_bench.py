@@ -12,7 +12,7 @@ from chat_server import Reply, completion, scripted
 from commands import Cli
 from exporting import make_run, random_adapter
 
-from srlm_lite.config import recipe_from
+from srlm_lite.config import MtBench, load_recipe, recipe_from, recipe_of_run
 from srlm_lite.errors import UserError
 from srlm_lite.evaluate.mt_bench import TEMPERATURES, Grade, mt_bench, read_rating
 from srlm_lite.judging import load_template
@@ -20,7 +20,13 @@ from srlm_lite.records import Candidate
 from srlm_lite.rollout.protocol import Limits, Request
 from srlm_lite.run_dir import RunDir, read_jsonl, read_records
 from srlm_lite.session import Session
-from srlm_lite.stages.mt_bench import PLACES, Question, judge_question, read_questions
+from srlm_lite.stages.mt_bench import (
+    PLACES,
+    Question,
+    answer_limits,
+    judge_question,
+    read_questions,
+)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +176,8 @@ def command(run: RunDir, tmp_path: Path, cli: Cli) -> Any:
 
     def call(*args: str) -> Any:
         files = ("--questions", questions, "--references", references)
-        done = cli("mt-bench", "--adapters", run.path, *files, *args)
+        short = ("--set", "mt_bench.max_new_tokens=16")  # noise does not end by itself
+        done = cli("mt-bench", "--adapters", run.path, *files, *short, *args)
         if done.returncode:
             line = done.stderr.strip()
             assert (done.returncode, len(line.splitlines())) == (2, 1), line
@@ -219,6 +226,27 @@ def test_two_turns_are_answered_and_graded(command: Any, run: RunDir) -> None:
     assert second["111"].text == sample.text.strip()
     # In the judge's question a tag that the answer spells would be fenced; this noise has none.
     assert any(first["111"].text in text for text in asked)
+
+
+def test_answers_are_drawn_as_in_mt_bench_s_own_program(run: RunDir) -> None:
+    """FastChat: 1,024 tokens, and a top-p of 1; a window of this size has room for half of it."""
+    named = load_recipe("tiny")
+    assert (named.mt_bench.max_new_tokens, named.mt_bench.top_p) == (1024, 1.0)
+    settings = MtBench(max_new_tokens=None, top_p=None)
+    for recipe, tokens, top_p in (
+        (named, named.base.window // 2, 1.0),
+        (load_recipe("llama3.1-8b"), 1024, 1.0),
+        (named.model_copy(update={"mt_bench": settings}), named.rollout.max_new_tokens, 1.0),
+        (load_recipe("llama3.1-8b", ["mt_bench.top_p=null", "rollout.top_p=0.8"]), 1024, 0.8),
+    ):
+        limits = answer_limits(Session(recipe, run), "writing")
+        assert (limits.temperature, limits.top_p, limits.max_new_tokens) == (0.7, top_p, tokens)
+    # A run that noted neither setting keeps to its own.
+    noted: dict[str, Any] = named.model_dump(mode="json")
+    noted["mt_bench"] = {"max_new_tokens": None}
+    old = Session(recipe_of_run(noted, where="test"), run)
+    assert old.recipe.mt_bench.top_p is None
+    assert answer_limits(old, "math").max_new_tokens == named.rollout.max_new_tokens
 
 
 def test_a_stopped_one_goes_on_with_the_same_bytes(command: Any, run: RunDir) -> None:

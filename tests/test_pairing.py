@@ -6,6 +6,9 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from random import Random
+from statistics import fmean
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -183,7 +186,7 @@ def test_scores_must_differ_by_more_than_the_gap(gap: float, expected: int) -> N
     # Means 3.5 and 3.0: they differ by 0.5, which is not more than 0.5.
     found, drops = made(case(("a", (3, 4)), ("b", (3, 3))), pairing=Pairing(min_gap=gap))
     assert len(found) == expected
-    assert reasons(drops) == ({} if expected else {"tied": 1})
+    assert reasons(drops) == ({} if expected else {"narrow": 1})
 
 
 # --- candidates that cannot be used -----------------------------------------------------------
@@ -519,6 +522,44 @@ def test_alpha_is_found_where_the_mean_length_gap_vanishes() -> None:
     assert mean_length_gap(groups, 0.0) == 10
     assert mean_length_gap(groups, alpha) == 0
     assert length_penalty(groups[1:], Pairing(alpha="auto")) == 0.0  # chosen is shorter anyway
+
+
+def test_a_pair_that_the_penalty_turns_round_is_one() -> None:
+    # 5 - 0.1 * 40 = 1 against 4 - 0.1 * 10 = 3: DICE learns the short one over the long one.
+    rows = case(("long" * 10, (5, 5)), ("s" * 10, (4, 4)))
+    [pair], drops = made(rows, pairing=Pairing(alpha=0.1))
+    assert (pair.chosen_score, pair.rejected_score) == (4, 5)
+    assert reasons(drops) == {}
+    # The gap of what ranks is 2, and that is what `min_gap` asks for.
+    assert made(rows, pairing=Pairing(alpha=0.1, min_gap=1.9))[0] == [pair]
+    none, drops = made(rows, pairing=Pairing(alpha=0.1, min_gap=2))
+    assert (none, reasons(drops)) == ([], {"narrow": 1})
+
+
+def test_length_alone_makes_no_pair() -> None:
+    none, drops = made(case(("a" * 9, (3, 3)), ("b", (3, 3))), pairing=Pairing(alpha=0.1))
+    assert (none, reasons(drops)) == ([], {"tied": 1})
+
+
+def test_alpha_is_found_for_the_pairs_that_are_made() -> None:
+    """A judge that likes length, with noise: 500 prompts, 4 replies, half of a point a unit."""
+    rng = Random(0)
+    cases = []
+    for i in range(500):
+        lengths = [rng.randint(20, 400) for _ in range(4)]
+        scores = [round(min(5, max(0, n / 100 + rng.gauss(0, 1)))) for n in lengths]
+        rows = [(f"{j}" * n, (s, s)) for j, (n, s) in enumerate(zip(lengths, scores, strict=True))]
+        cases.append(case(*rows, prompt_id=f"p{i}"))
+
+    def gap(**settings: Any) -> tuple[float, int]:
+        found, _ = made(*cases, pairing=Pairing(**settings))
+        return fmean(len(one.chosen) - len(one.rejected) for one in found), len(found)
+
+    plain, kept = gap()
+    assert plain > 100
+    without, still = gap(alpha="auto")
+    assert abs(without) < 3
+    assert still == kept  # the same prompts: none is lost to the penalty
 
 
 # --- replay -----------------------------------------------------------------------------------

@@ -132,3 +132,15 @@ def test_what_there_is_nothing_to_measure_on_is_said(data: Path) -> None:
     assert lines("evaluate.policy_prompts=0") == [judge]
     held_out.unlink()
     assert lines() == [judge, f"{graded} {policy}"]
+
+
+def test_a_gap_that_no_two_scores_can_have(data: Path) -> None:
+    assert refusal(data, "pairing.min_gap=5") == (
+        "pairing.min_gap: no two scores of the rubric toy differ by more than 5: it goes from 0 "
+        "to 5. Lower it"
+    )
+    check_inputs(load_recipe("tiny", [f"data.dir={data}", "pairing.min_gap=4.9"]))
+    # Likelihood ratios and ranks are on no rubric's scale.
+    gap = "pairing.min_gap=5"
+    check_inputs(load_recipe("tiny", [f"data.dir={data}", gap, "method=cream"]))
+    check_inputs(load_recipe("tiny", [f"data.dir={data}", gap, "method=dpo"]))

@@ -118,8 +118,8 @@ def head_to_head_text(result: dict[str, Any]) -> str:
     rows.append(["length-controlled", "", *_rate(controlled)])
     chars = result["mean_chars"]
     notes = [
-        "win rate: a tie is half a win.  95%: Wilson's interval for shares, bootstrap for rates",
-        _controlled_note(controlled),
+        "win rate: a tie is half a win.  95%: Wilson's intervals; length-controlled: bootstrap",
+        _controlled_note(controlled, result.get("lengths_do_not_tell")),
         f"mean characters: {chars['model']:.0f}, the baseline's {chars['baseline']:.0f}",
     ]
     notes += [text for count, text in _left_out(result) if count]
@@ -142,7 +142,9 @@ def _left_out(result: dict[str, Any]) -> list[tuple[int, str]]:
     ]
 
 
-def _controlled_note(controlled: dict[str, Any] | None) -> str:
+def _controlled_note(controlled: dict[str, Any] | None, why: str | None) -> str:
+    if why:
+        return f"length-controlled: lengths do not tell, for {why}"
     if controlled is None:
         return "length-controlled: too few prompts, or too one-sided, to fit"
     return (

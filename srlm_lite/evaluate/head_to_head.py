@@ -16,7 +16,13 @@ from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any, Literal
 
-from srlm_lite.evaluate.length_control import GamedRow, Rate, length_controlled, win_rate
+from srlm_lite.evaluate.length_control import (
+    GamedRow,
+    Rate,
+    length_controlled,
+    why_lengths_do_not_tell,
+    win_rate,
+)
 from srlm_lite.judging import plain_lines
 from srlm_lite.records import FinishReason
 
@@ -100,16 +106,23 @@ def head_to_head(outcomes: Sequence[Outcome], gamed: Sequence[GamedRow] = ()) ->
 
     Returns:
         As `tally`, and `length_controlled`: `value`, `low`, `high` in percent and the weights
-        behind them, or None where nothing can be fitted; `mean_chars` of both.
+        behind them, or None where nothing can be fitted; `lengths_do_not_tell`, where that is why,
+        says in which way; `mean_chars` of both.
     """
+    why = why_lengths_do_not_tell([_gap(one) for one in outcomes])
     return {
         **tally([one.preference for one in outcomes]),
         "length_controlled": _length_controlled(outcomes, gamed),
+        **({"lengths_do_not_tell": why} if why else {}),
         "mean_chars": {
             "model": round(fmean(one.model_chars for one in outcomes), 1),
             "baseline": round(fmean(one.baseline_chars for one in outcomes), 1),
         },
     }
+
+
+def _gap(one: Outcome) -> int:
+    return one.baseline_chars - one.model_chars
 
 
 def _share(count: int, of: int) -> dict[str, Any]:
@@ -136,12 +149,11 @@ def _rounded(rate: Rate) -> dict[str, float | None]:
 def _length_controlled(
     outcomes: Sequence[Outcome], gamed: Sequence[GamedRow]
 ) -> dict[str, Any] | None:
-    read = [(one, one.preference) for one in outcomes if one.preference is not None]
-    known = [one.difficulty for one, _ in read if one.difficulty is not None]
-    difficulties = known if known and len(known) == len(read) else None
+    known = [one.difficulty for one in outcomes if one.difficulty is not None]
+    difficulties = known if known and len(known) == len(outcomes) else None
     fitted = length_controlled(
-        [preference for _, preference in read],
-        [one.baseline_chars - one.model_chars for one, _ in read],
+        [one.preference for one in outcomes],
+        [_gap(one) for one in outcomes],
         difficulties=difficulties,
         gamed=gamed,
     )

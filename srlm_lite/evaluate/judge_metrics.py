@@ -42,6 +42,10 @@ class _Pair:
     judge: int | None
 
 
+_MEANS = ("spearman", "kendall", "mean_score")
+"""Figures that are no shares."""
+
+
 def judge_metrics(
     groups: Sequence[Sequence[RankedReply]],
     judgements: Sequence[Judgement],
@@ -82,7 +86,7 @@ def judge_metrics(
         "score_histogram": histogram(judgements),
         "prompts": len(groups),
         "pairs": sum(bool(pair.human) for group in groups for pair in _pairs(group, scores)),
-        **({"intervals": intervals(terms)} if with_intervals else {}),
+        **({"intervals": intervals(terms, means=_MEANS)} if with_intervals else {}),
     }
 
 

@@ -66,7 +66,7 @@ def policy_metrics(
                 name: standard_error(values) for name, values in by_criterion.items()
             },
         }
-    return {**metrics, "intervals": intervals(terms)}
+    return {**metrics, "intervals": intervals(terms, means=("mean_length_chars", "gold_mean"))}
 
 
 def means_by_prompt(

@@ -73,7 +73,9 @@ class OfflineDpo(SelfRewarding):
         for prompt in (prompt for prompt in prompts if prompt.prompt_id in usable):
             differing = told_apart(prompt, usable[prompt.prompt_id], min_gap=recipe.pairing.min_gap)
             pairs += differing
-            drops.prompts["tied"] += not differing
+            if not differing:
+                told = told_apart(prompt, usable[prompt.prompt_id])
+                drops.prompts["narrow" if told else "tied"] += 1
         return pairs, drops, {}
 
 

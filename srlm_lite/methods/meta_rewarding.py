@@ -38,6 +38,9 @@ from srlm_lite.stages.sampling import ask, limits_of
 PRIOR = 0.01
 """Wins that every judgement is given over every other before the first battle."""
 
+_SAME = 1e-9
+"""Ratings closer than this are equal: they come out of an iteration."""
+
 
 @dataclass(frozen=True, slots=True)
 class Battle:
@@ -116,6 +119,16 @@ def elo(matrix: Sequence[Sequence[float]], *, prior: float = PRIOR) -> list[floa
         scale = math.exp(fmean(math.log(value) for value in new))
         strengths = [value / scale for value in new]
     return [math.log(value) for value in strengths]
+
+
+def extremes(ratings: Sequence[float], rng: Random) -> tuple[int, int]:
+    """Places of a highest and of a lowest rating, drawn where several are equal.
+
+    The first one would be favoured otherwise: judgements stand in the order of their votes.
+    """
+    top, bottom = max(ratings), min(ratings)
+    best = rng.choice([i for i, rating in enumerate(ratings) if top - rating < _SAME])
+    return best, rng.choice([i for i, rating in enumerate(ratings) if rating - bottom < _SAME])
 
 
 def without_score(judgement: str) -> str:
@@ -204,8 +217,8 @@ def _judge_pairs(
             drops["no_verdict"] += 1
             continue
         ratings = elo(battle_matrix(battles[prompt_id], len(rows), weights))
-        best, worst = ratings.index(max(ratings)), ratings.index(min(ratings))
-        if ratings[best] - ratings[worst] < 1e-9:
+        best, worst = extremes(ratings, _rng(session, iteration, prompt_id, "elo"))
+        if ratings[best] - ratings[worst] < _SAME:
             drops["tied"] += 1
         elif len(rows[best].text) > cap:
             drops["long_judgement"] += 1
@@ -214,6 +227,11 @@ def _judge_pairs(
             question = session.rubric.render(prompt=texts[prompt_id], response=answer)
             pairs.append(_pair(prompt_id, question, rows[best], rows[worst], ratings))
     return pairs, Drops(prompts=drops), _biases(disputed, battles)
+
+
+def _rng(session: Session, iteration: IterationDir, prompt_id: str, *what: str) -> Random:
+    parts = (session.recipe.seed, iteration.number, "meta", prompt_id, *what)
+    return Random("/".join(map(str, parts)))
 
 
 def _pair(
@@ -248,7 +266,7 @@ def _disputed(
         by_prompt.setdefault(candidate.prompt_id, {})[name] = votes.get(name, [])
     found = {}
     for prompt_id, groups in by_prompt.items():
-        rng = Random(f"{session.recipe.seed}/{iteration.number}/meta/{prompt_id}")
+        rng = _rng(session, iteration, prompt_id)
         rows = most_disputed(groups, rng)
         if rows is not None:
             found[prompt_id] = list({row.text: row for row in rows}.values())

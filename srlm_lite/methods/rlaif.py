@@ -118,7 +118,7 @@ def labelled_pairs(
     """A pair for each label, the likelier answer chosen; `smoothing` is 1 - p.
 
     A label without a preference gives none. A prompt that has labels but no pair is counted in
-    `drops`, as `tied` or `unlabelled`.
+    `drops`, as `tied`, `narrow` (no preference exceeds `min_gap`) or `unlabelled`.
     """
     by_prompt: dict[str, list[Label]] = {}
     for row in labels:
@@ -135,7 +135,8 @@ def labelled_pairs(
                 made = pair(prompt, (chosen, high), (rejected, low))
                 found.append(_soft(made, low))
         if not found:
-            drops.prompts["tied" if known else "unlabelled"] += 1
+            told = any(row.p_first != 0.5 for row in known)
+            drops.prompts["narrow" if told else "tied" if known else "unlabelled"] += 1
         pairs += found
     return pairs
 

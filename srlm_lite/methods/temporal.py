@@ -28,6 +28,7 @@ from srlm_lite.pairing import (
     has_tag,
     length_penalty,
     pair,
+    too_close,
 )
 from srlm_lite.records import Candidate, Judgement, PreferencePair, Prompt
 from srlm_lite.run_dir import IterationDir
@@ -108,10 +109,10 @@ def anchored_pairs(
             continue
         chosen, _ = best_and_worst(own, rho=rho, alpha=alpha)
         _, rejected = best_and_worst(group, rho=rho, alpha=alpha)
-        if chosen[1] - rejected[1] > min_gap:
-            pairs.append(pair(prompt, chosen, rejected))
+        if reason := too_close(chosen, rejected, group, min_gap, alpha=alpha):
+            drops.prompts[reason] += 1
         else:
-            drops.prompts["tied"] += 1
+            pairs.append(pair(prompt, chosen, rejected))
     return pairs
 
 
@@ -128,7 +129,8 @@ def guided_pairs(
         group = future.get(one.prompt_id)
         if group:
             (best, score), _ = best_and_worst(group, rho=rho, alpha=alpha)
-            if score > one.chosen_score and best.text != one.rejected:
+            longer = len(best.text) - len(one.chosen)
+            if score - alpha * longer > one.chosen_score and best.text != one.rejected:
                 one = replace(
                     one, chosen_id=best.candidate_id, chosen=best.text, chosen_score=score
                 )

@@ -154,6 +154,8 @@ def _by_duel(
     fair = duel.length_controlled
     if fair:
         details = [f"length-controlled: {fair.value:.0f}%", *details]
+    elif why := duel.result.get("lengths_do_not_tell"):
+        details = [f"no length-controlled rate: lengths do not tell, for {why}", *details]
     if _is_of_the_run(duel):
         details = [*details, "the judge is a model of this run: it may like its own style"]
     if rate.low is not None and rate.low > 50:

@@ -207,7 +207,9 @@ def _duel(duel: Duel) -> tuple[str, ...]:
         str(result.get("source", "")),
         " / ".join(counts),
         _with_bounds(duel.win_rate, 1),
-        _with_bounds(duel.length_controlled, 1),
+        "lengths do not tell"
+        if result.get("lengths_do_not_tell")
+        else _with_bounds(duel.length_controlled, 1),
         number(gold, 1),
     )
 

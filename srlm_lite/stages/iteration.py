@@ -338,6 +338,7 @@ def _refuse_too_few(
         return
     advice = {
         "tied": "raise judge.votes or rollout.n, or train a finer judge",
+        "narrow": "lower pairing.min_gap",
         "truncated": "raise rollout.max_new_tokens",
         "unreadable": "raise judge.max_new_tokens, or give the anchor more judge data",
         "too_few_votes": "raise judge.max_new_tokens or judge.votes",

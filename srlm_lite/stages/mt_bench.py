@@ -123,7 +123,7 @@ def _place(model: RunModel, questions: Sequence[Question], judge: Session) -> Mt
         model.digest,
         model.session.recipe.seed,
         _max_new_tokens(model.session),
-        model.session.recipe.rollout.top_p,
+        _top_p(model.session),
         questions,
         recipe.openai.url,
         recipe.openai.model,
@@ -135,7 +135,24 @@ def _place(model: RunModel, questions: Sequence[Question], judge: Session) -> Mt
 
 
 def _max_new_tokens(session: Session) -> int:
-    return session.recipe.mt_bench.max_new_tokens or session.recipe.rollout.max_new_tokens
+    recipe = session.recipe
+    wanted = recipe.mt_bench.max_new_tokens
+    if wanted is None:
+        return recipe.rollout.max_new_tokens
+    return min(wanted, recipe.base.window // 2)
+
+
+def _top_p(session: Session) -> float:
+    return session.recipe.mt_bench.top_p or session.recipe.rollout.top_p
+
+
+def answer_limits(session: Session, category: str) -> Limits:
+    """How an answer to a category is drawn."""
+    return Limits(
+        temperature=TEMPERATURES.get(category, 0.0),
+        top_p=_top_p(session),
+        max_new_tokens=_max_new_tokens(session),
+    )
 
 
 def _answers(
@@ -167,11 +184,7 @@ def _answers(
 
     def compute(index: int) -> list[Candidate]:
         chunk = chunks[index]
-        limits = Limits(
-            temperature=TEMPERATURES.get(chunk[0].category, 0.0),
-            top_p=session.recipe.rollout.top_p,
-            max_new_tokens=_max_new_tokens(session),
-        )
+        limits = answer_limits(session, chunk[0].category)
         requests = {question.question_id: request(question) for question in chunk}
         fitting = {name: one for name, one in requests.items() if len(one.prompt_ids) <= room}
         sampled = session.engine(model.stack()).sample(list(fitting.values()), limits)

@@ -170,6 +170,17 @@ def ifeval_tasks(recipe: Recipe) -> list[ifeval.Task]:
     return tasks
 
 
+def _check_gap(recipe: Recipe) -> None:
+    rubric, gap = load_rubric(recipe.judge.rubric), recipe.pairing.min_gap
+    if recipe.judge_makes_pairs and gap >= rubric.max - rubric.min:
+        raise UserError(
+            f"no two scores of the rubric {rubric.name} differ by more than {gap:g}: it goes from "
+            f"{rubric.min:g} to {rubric.max:g}",
+            where="pairing.min_gap",
+            way_out="Lower it",
+        )
+
+
 def check_inputs(recipe: Recipe) -> None:
     """Find out before a run begins what of its inputs is missing or cannot be read.
 
@@ -182,7 +193,7 @@ def check_inputs(recipe: Recipe) -> None:
         check_vllm()
     if recipe.asks_a_server:
         key_of(recipe.openai)
-    load_rubric(recipe.judge.rubric)
+    _check_gap(recipe)
     if recipe.base.chat_template is not None:
         shipped_text(*SHIPPED["base", "chat_template"], name=recipe.base.chat_template)
     if recipe.anchor.init != "base" and not Path(recipe.anchor.init).is_dir():
