@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tokenizers
-from conftest import CHATML, CORPUS
+from conftest import CHATML
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import decoders, models, normalizers, processors, trainers
+from tokenizers import models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from srlm_lite.config import recipes_dir
@@ -29,36 +28,6 @@ TEXTS = (
     "Score: 5",
 )
 REPLIES = ("It is small.", "One\n\nTwo", "4/5\nScore: 4", "🙂", "x")
-
-
-@pytest.fixture(scope="session")
-def llama2_tokenizer() -> PreTrainedTokenizerFast:
-    """Built the way of Llama-2's: SentencePiece-like pieces, BOS put in front, no chat template."""
-    backend = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
-    backend.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-    )
-    backend.decoder = decoders.Sequence([
-        decoders.Replace("▁", " "),
-        decoders.ByteFallback(),
-        decoders.Fuse(),
-        decoders.Strip(" ", 1, 0),
-    ])  # fmt: skip
-    trainer = trainers.BpeTrainer(
-        vocab_size=500, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False
-    )
-    backend.train_from_iterator([*CORPUS, "[INST] [/INST] INST"], trainer)
-    learned = json.loads(backend.to_str())
-    vocabulary = learned["model"]["vocab"]
-    for byte in range(256):
-        vocabulary[f"<0x{byte:02X}>"] = len(vocabulary)
-    backend = tokenizers.Tokenizer.from_str(json.dumps(learned))
-    backend.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 1)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
 
 
 @pytest.fixture(scope="session")

@@ -13,8 +13,9 @@ from conftest import CHATML, CORPUS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from srlm_lite.config import load_recipe, recipes_dir
 from srlm_lite.errors import UserError
 from srlm_lite.model.base import LoadedBase
 from srlm_lite.model.chat import ChatFormat, Reply
@@ -375,6 +376,16 @@ def test_a_setting_that_the_template_refuses_is_one_line() -> None:
         trl_chat("qwen3_8", reasoning_effort="utmost")
 
 
+def test_a_recipe_says_them() -> None:
+    sets = ["base.chat_template_kwargs.enable_thinking=false"]
+    off, without = load_recipe("toy", sets), load_recipe("toy")
+    assert off.base.chat_template_kwargs == {"enable_thinking": False}
+    assert off.identity() != without.identity()
+    assert "chat_template_kwargs" not in without.identity()["base"]
+    with pytest.raises(UserError, match="chat_template_kwargs"):
+        load_recipe("toy", ["base.chat_template_kwargs.tools=[1]"])
+
+
 # Templates of other kinds
 
 
@@ -436,8 +447,8 @@ def test_a_header_before_each_reply_belongs_to_the_prompt(template: str, header:
     ("template", "why"),
     [
         (im("{{ m.content | upper }}"), "otherwise than where it asks for one"),
-        (im("{{ m.content.split('\\n')[0] }}"), "rewrites replies"),
-        (im("{{ m.content | replace('b', 'p') }}"), "rewrites replies"),
+        (im("{{ m.content.split('\\n')[0] }}"), "or the tokenizer rewrites replies"),
+        (im("{{ m.content | replace('b', 'p') }}"), "or the tokenizer rewrites replies"),
         (im("{{ m.content }}", "Sure, "), "otherwise than where it asks for one"),
         (im("{{ m.content + 1 }}"), "the chat template fails"),
         ("{{ messages[0].content }}", "otherwise than where it asks for one"),
@@ -576,3 +587,74 @@ def test_smollm2_under_the_template_of_qwen3(smollm2: LoadedBase, tmp_path: Path
         for reply in (*REPLIES, "<think>\nWell.\n</think>\n\nYes."):
             target = chat.target_ids(reply)
             assert chat.decode(target) == reply and chat.target_ids(chat.decode(target)) == target
+
+
+# SentencePiece
+
+
+@pytest.mark.parametrize("template", ["llama-2", "plain", "chatml", "vicuna", "qwen3"])
+def test_sentencepiece_gives_replies_back(
+    llama2_tokenizer: Any, tmp_path: Path, template: str
+) -> None:
+    """Llama-2's way to encode: a text begins with a space, however it begins."""
+    own = {"vicuna": VICUNA, "qwen3": trl_templates()["qwen3"]}
+    if template in own:
+        file = tmp_path / f"{template}.jinja"
+        file.write_text(own[template], encoding="utf-8")
+    chat = ChatFormat(llama2_tokenizer, template=str(file) if template in own else template)
+    for reply in (*REPLIES, "x  y", *([thought_of(chat)] if chat.thinks else [])):
+        target = chat.target_ids(reply)
+        assert chat.decode(target) == reply and chat.target_ids(chat.decode(target)) == target
+        parts = [*chat.prompt_ids(QUESTION), *target]
+        whole = chat.render([user(QUESTION), assistant(reply)], generation=False)
+        assert spelled(chat, whole).startswith(spelled(chat, parts))
+
+
+# Runs that were begun before
+
+
+@pytest.mark.parametrize(
+    ("template", "prompt", "target"),
+    [
+        (
+            None,
+            "1 9690 198 2683 359 253 5356 5646 11173 3365 3511 308 34519 28 7018 411 407 19712 8182"
+            " 2 198 1 4093 198 1780 314 2067 82 46 269 9617 82 46 47 198 198 31530 30 2 198 1 520"
+            " 9531 198",
+            "1589 314 588 30 198 198 26 9805 2",
+        ),
+        (
+            "chatml",
+            "1 4093 198 1780 314 2067 82 46 269 9617 82 46 47 198 198 31530 30 2 198 1 520 9531"
+            " 198",
+            "1589 314 588 30 198 198 26 9805 2",
+        ),
+        (
+            "plain",
+            "44 4093 46 198 1780 314 2067 82 46 269 9617 82 46 47 198 198 31530 30 198 9617 4093"
+            " 46 198 44 520 9531 46 198",
+            "1589 314 588 30 198 198 26 9805 2",
+        ),
+        (
+            "llama-2",
+            "1 75 39637 77 1812 314 2067 82 46 269 9617 82 46 47 198 198 31530 30 933 31 39637 77",
+            "657 314 588 30 198 198 26 9805 216 2",
+        ),
+    ],
+)
+def test_ids_of_smollm2_are_those_of_commit_513090d(
+    smollm2: LoadedBase, template: str | None, prompt: str, target: str
+) -> None:
+    chat = ChatFormat.of(smollm2, template=template)
+    assert chat.prompt_ids("What is <b>it</b>?\n\nTell.") == [*map(int, prompt.split())]
+    assert chat.target_ids("It is so.\n\n* yes") == [*map(int, target.split())]
+    assert chat.stop_ids == (2,) and not chat.thinks
+    assert chat.portable_template == chat.template
+
+
+def test_ids_of_the_toy_base_are_those_of_commit_513090d() -> None:
+    chat = ChatFormat(AutoTokenizer.from_pretrained(recipes_dir() / "toy" / "base"))
+    prompt = chat.prompt_ids("tell me facts about the river")
+    assert prompt == [2, 4, 125, 112, 106, 123, 23, 59, 5]
+    assert chat.target_ids("here you go ! the river") == [89, 90, 91, 10, 23, 59, 3]
+    assert (chat.stop_ids, chat.pad_id) == ((3,), 0)

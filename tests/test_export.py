@@ -16,6 +16,7 @@ import exporting
 import pytest
 import torch
 import yaml
+from conftest import CHATML
 from exporting import TARGETS, make_run, random_adapter
 from peft import PeftModel
 from safetensors import safe_open
@@ -285,6 +286,28 @@ def test_the_template_travels_with_the_tokenizer(
         assert ids[0] == plain.bos_token_id
     ends = GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id
     assert ends == list(chat.stop_ids)
+
+
+def test_variables_of_the_template_travel_with_it(tiny_base_dir: Path, tmp_path: Path) -> None:
+    template = tmp_path / "thinks.jinja"
+    template.write_text(
+        CHATML + "{% if add_generation_prompt and enable_thinking is false %}"
+        "{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}"
+    )
+    run = make_run(
+        tmp_path / "run",
+        tiny_base_dir,
+        adapters=[random_adapter(tiny_base_dir, seed=0)],
+        dtype="float32",
+        chat_template=str(template),
+        chat_template_kwargs={"enable_thinking": False},
+    )
+    export(run, tmp_path / "out")
+    plain = AutoTokenizer.from_pretrained(tmp_path / "out")
+    text = plain.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], add_generation_prompt=True, tokenize=False
+    )
+    assert text == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
 
 
 def give_bos(base: Path) -> None:

@@ -80,9 +80,13 @@ class ChatFormat:
         self._frame = frame = self._jinja.learn(_alternation(controls))
         self._turns = _alternation(controls, words=self._jinja.marks(frame.thought))
         self._context_ids = self._encode(frame.context)
-        self._visible = self._marks_that_are_special(special)
+        number = {token: int(tokens.convert_tokens_to_ids(token)) for token in special}
+        marks = "\n".join((frame.before, *frame.thought)) if frame.thought else ""
+        self._visible = frozenset(at for token, at in number.items() if token in marks)
+        self._hidden = frozenset(number.values()) - self._visible
         self.end_id = int(tokens.convert_tokens_to_ids(frame.end))
-        self.stop_ids = tuple(sorted(ending | {self.end_id}))
+        # What ends a thought ends no reply, even where generation stops at it for want of tools.
+        self.stop_ids = tuple(sorted(ending - self._visible | {self.end_id}))
         self.pad_id = self.end_id if tokens.pad_token_id is None else int(tokens.pad_token_id)
         self._prove()
 
@@ -153,7 +157,11 @@ class ChatFormat:
         # In context, because SentencePiece tokenizers encode the start of a text differently.
         if ids[: len(self._context_ids)] == self._context_ids:
             return ids[len(self._context_ids) :]
-        return self._encode(text)
+        alone = self._encode(text)
+        for other in (alone, self._encode(text.removeprefix(" "))):  # they add that space
+            if self._spell_all([*self._context_ids, *other]) == self._spell_all(ids):
+                return other
+        return alone
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of a reply: up to the first stop id, without special tokens, stripped.
@@ -181,29 +189,15 @@ class ChatFormat:
 
     def _spell_with_marks(self, ids: Sequence[int]) -> str:
         """The same with the special tokens that marks of thoughts consist of."""
-        if self._visible.isdisjoint(ids):
+        if not self.thinks or self._visible.isdisjoint(ids):
             return self.spell(ids)
-        hidden = {*self._tokenizer.all_special_ids} - self._visible
-        hidden |= {
-            number
-            for number, token in self._tokenizer.added_tokens_decoder.items()
-            if token.special and number not in self._visible
-        }
+        return self._spell_all([token for token in ids if token not in self._hidden])
+
+    def _spell_all(self, ids: Sequence[int]) -> str:
         text: str = self._tokenizer.decode(
-            [token for token in ids if token not in hidden],
-            skip_special_tokens=False,
-            clean_up_tokenization_spaces=False,
+            list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
         return text
-
-    def _marks_that_are_special(self, special: Iterable[str]) -> frozenset[int]:
-        frame = self._frame
-        if frame.thought is None:
-            return frozenset()
-        marks = "\n".join((frame.before, *frame.thought))
-        return frozenset(
-            int(self._tokenizer.convert_tokens_to_ids(token)) for token in special if token in marks
-        )
 
     def _target(self, reply: str) -> str:
         """What the model writes behind the context, up to the end of the answer."""
@@ -285,7 +279,7 @@ class ChatFormat:
                 if drops or (reply != answer and "Well." not in whole):
                     told = answer + frame.after
                 target = self.target_ids(reply)
-                spellable = self._spell_with_marks(self._encode(reply)).strip() == reply
+                spellable = self.spell(self._encode(answer)).strip() == answer
                 back = self.decode(target) if spellable else reply
                 if told not in whole or back != reply or self.target_ids(back) != target:
                     raise _refused()
@@ -294,10 +288,13 @@ class ChatFormat:
             conversation = [USER, REPLY, USER]
             ours = self._jinja.render([*map(self._safe, conversation)], generation=True)
             theirs = self._jinja.render(conversation, generation=True, source=portable, settings={})
-            if theirs.removeprefix(self._tokenizer.bos_token or "") != (
-                ours + frame.header
-            ).removeprefix(self._tokenizer.bos_token or ""):
-                raise _refused()
+            bos = self._tokenizer.bos_token or ""
+            if theirs.removeprefix(bos) != (ours + frame.header).removeprefix(bos):
+                raise UserError(
+                    "the chat template cannot be exported with what it is given here, because it "
+                    "writes something else when its variables are set in itself",
+                    where="base.chat_template_kwargs",
+                )
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer(text, add_special_tokens=False).input_ids
@@ -328,7 +325,8 @@ class ChatFormat:
 
 def _refused() -> UserError:
     return UserError(
-        "the chat template rewrites replies, so they could not be learned as they are sampled",
+        "the chat template or the tokenizer rewrites replies, so they could not be learned as they "
+        "are sampled",
         where=WHERE,
         way_out="Name another template (plain, chatml, llama-2, or a .jinja file)",
     )
