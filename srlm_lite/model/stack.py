@@ -16,7 +16,7 @@ import hashlib
 import json
 import math
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -506,10 +506,16 @@ class Slot:
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
 
-    def set_dropout(self, probability: float) -> None:
-        """Dropout on the adapter's input; it acts in training mode only."""
-        for layer in self._layers.values():
-            layer.lora_dropout[_SLOT] = nn.Dropout(probability) if probability else nn.Identity()
+    @contextmanager
+    def dropping_out(self, of_layer: Callable[[str], nn.Module]) -> Iterator[None]:
+        """Within this context the adapter's input passes through a module, one for each layer."""
+        for name, layer in self._layers.items():
+            layer.lora_dropout[_SLOT] = of_layer(name)
+        try:
+            yield
+        finally:
+            for layer in self._layers.values():
+                layer.lora_dropout[_SLOT] = nn.Identity()
 
 
 def _weight(part: Any, adapter: str) -> nn.Parameter:

@@ -27,6 +27,7 @@ from srlm_lite.model.base import LoadedBase
 from srlm_lite.model.chat import ChatFormat
 from srlm_lite.model.stack import Adapter, Slot
 from srlm_lite.training.arguments import (
+    NO_ROUTER_LOSS,
     Listener,
     OnStep,
     common_arguments,
@@ -209,6 +210,7 @@ def train_rloo(
                 args=one_device(
                     RLOOConfig(
                         **arguments,
+                        router_aux_loss_coef=NO_ROUTER_LOSS,
                         beta=kl_weight,
                         num_generations=rollout.n,
                         max_completion_length=rollout.max_new_tokens,
