@@ -115,6 +115,10 @@ class Lora(Section):
     """Names of the linear layers that carry the adapter, or the ends of their dotted names."""
 
 
+LORA_TARGETS = "lora.targets"
+"""Where a target that the base does not have is told of."""
+
+
 def is_targeted(module: str, targets: Iterable[str]) -> bool:
     """Whether `lora.targets` name a module, by its dotted name; as PEFT reads them."""
     return any(module == target or module.endswith(f".{target}") for target in targets)
@@ -741,6 +745,11 @@ class Recipe(Section):
                 told = f"{name}={value}" if values else name
                 raise ValueError(f"method {self.method} knows no {told}")
         return self
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Names of the layers that carry an adapter: the anchor's, a delta's or both."""
+        return tuple(dict.fromkeys((*self.anchor.lora.targets, *self.dpo.lora.targets)))
 
     @property
     def asks_a_server(self) -> bool:

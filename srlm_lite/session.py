@@ -104,11 +104,13 @@ class Session:
         if self.processes.place.leads:
             _refuse_different(self.processes.gather(base.source))
             self.run.hold_to_base(base.source)
+            if base.source["kind"] == "hub":  # whose files are here only now
+                refuse_unexportable(self.recipe, self.run)
             self._warn_of_positions(base)
         return base
 
     def _warn_of_positions(self, base: LoadedBase) -> None:
-        positions = getattr(base.model.config, "max_position_embeddings", None)
+        positions = getattr(base.model.config.get_text_config(), "max_position_embeddings", None)
         if isinstance(positions, int) and self.recipe.base.window > positions:
             self.reporter.warn(
                 f"base.window is {self.recipe.base.window}, and the base was made for {positions} "
@@ -126,17 +128,21 @@ class Session:
 
     @cached_property
     def slot(self) -> Slot:
-        from srlm_lite.model.base import check_targets
         from srlm_lite.model.stack import Slot
+        from srlm_lite.model.targets import check_targets, experts_left_out
 
         recipe = self.recipe
         shipped = self.shipped_anchor
         rank = recipe.anchor.lora.rank if shipped is None else shipped.rank
-        targets = tuple(dict.fromkeys((*recipe.anchor.lora.targets, *recipe.dpo.lora.targets)))
-        check_targets(self.base.model, targets)
+        check_targets(self.base.model, recipe.targets)
+        if left_out := experts_left_out(self.base.model, recipe.targets):
+            self.reporter.warn(
+                f"the base's experts lie fused in memory, where no adapter reaches them: "
+                f"{', '.join(left_out)} are adapted in its other layers alone"
+            )
         return Slot(
             self.base.model,
-            targets=targets,
+            targets=recipe.targets,
             rank=rank + recipe.dpo.lora.rank,
             fold=recipe.rollout.fold,
             backend=recipe.base.backend,
@@ -385,6 +391,26 @@ def refuse_absent_base(recipe: Recipe, run: RunDir) -> None:
     noted = run.base_revision if run.path.is_dir() else None
     revision = noted or recipe.base.revision
     base_is_here(recipe.base.model_copy(update={"revision": revision}))
+
+
+def refuse_unexportable(recipe: Recipe, run: RunDir) -> None:
+    """Make sure that what a run is about to train can be exported, as far as its files are here.
+
+    A run that has its anchor goes on: it may have been begun before this was asked. Files of the
+    Hub that are not here yet are asked when they are (`Session.base`).
+
+    Raises:
+        UserError: It cannot be, and why.
+    """
+    from srlm_lite.model.base import directory_here
+    from srlm_lite.model.exportable import refuse_unexportable as refuse
+
+    if run.path.is_dir() and run.anchor.is_done:
+        return
+    revision = run.base_revision if run.path.is_dir() else None
+    folder = directory_here(recipe.base, revision=revision)
+    if folder is not None:
+        refuse(folder, (*recipe.anchor.lora.targets, *recipe.dpo.lora.targets))
 
 
 def import_backend(recipe: Recipe) -> None:

@@ -37,11 +37,11 @@ from srlm_lite.model.base import (
     SMOLLM2,
     SMOLLM2_WHEEL,
     LoadedBase,
-    check_targets,
     load_base,
-    load_nf4,
+    load_files,
 )
 from srlm_lite.model.heap import give_back
+from srlm_lite.model.targets import check_targets
 
 DIMENSION, HIDDEN, HEADS, LAYERS = 32, 64, 4, 2
 IM_START, IM_END, END_OF_TEXT = 1, 2, 0
@@ -616,14 +616,14 @@ def test_what_nf4_has_replaced_goes_back_to_the_system(
     monkeypatch.setattr(base_module, "_READ_BEFORE_TRIM", 1)  # as for layers of a large base
     device = torch.device("cpu")
     tiny = AutoConfig.from_pretrained(tiny_base_dir)
-    load_nf4(tiny_base_dir, tiny, device, torch.bfloat16)  # so that all code is there
+    load_files(tiny_base_dir, tiny, device, torch.bfloat16, nf4=True)  # so that all code is there
     give_back()
     try:
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts here
     except OSError:
         pytest.skip("the system does not let us reset the peak of memory")
     before = status("VmRSS")
-    model, _ = load_nf4(tmp_path, settings, device, torch.bfloat16)
+    model, _ = load_files(tmp_path, settings, device, torch.bfloat16, nf4=True)
     assert status("VmHWM") - before < 14e6
     assert status("VmRSS") - before < 9e6
     assert model.num_parameters() > 4e6

@@ -144,16 +144,38 @@ def base_is_here(section: config.Base) -> bool:
             _check_directory(Path(location))
         return True
     with contextlib.suppress(LocalEntryNotFoundError):
-        patterns = [f"*{ending}" for ending in _ENDINGS]
-        folder = snapshot_download(
-            location, revision=section.revision, allow_patterns=patterns, local_files_only=True
-        )
-        return _is_complete(Path(folder))
+        return _is_complete(_snapshot_here(location, section.revision))
     with _quiet(), _explained(section, kind, location):
         api = HfApi()
         if api.model_info(location, revision=section.revision, timeout=_HUB_TIMEOUT_S).gated:
             api.auth_check(location)
     return False
+
+
+def directory_here(section: config.Base, *, revision: str | None = None) -> Path | None:
+    """The base's directory where it is one, or one that the Hub's cache has whole; else None.
+
+    Args:
+        revision: Commit on the Hub; default: the recipe's.
+    """
+    kind, location = _locate(section.name)
+    if kind == "directory":
+        return Path(location)
+    if kind == "hub":
+        with contextlib.suppress(LocalEntryNotFoundError):
+            folder = _snapshot_here(location, revision or section.revision)
+            return folder if _is_complete(folder) else None
+    return None
+
+
+def _snapshot_here(location: str, revision: str | None) -> Path:
+    """A Hub model's directory in the cache; LocalEntryNotFoundError where there is none."""
+    patterns = [f"*{ending}" for ending in _ENDINGS]
+    return Path(
+        snapshot_download(
+            location, revision=revision, allow_patterns=patterns, local_files_only=True
+        )
+    )
 
 
 def _is_complete(folder: Path) -> bool:
@@ -199,9 +221,11 @@ def skeleton(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return model, tokenizer
 
 
-def empty_model(folder: Path) -> PreTrainedModel:
-    """The model that a directory's `config.json` describes, without weights."""
-    settings = hf.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+def empty_model(base: Path | Any) -> PreTrainedModel:
+    """The model that a configuration describes, or a directory's `config.json`; no weights."""
+    settings = base
+    if isinstance(base, Path):
+        settings = hf.AutoConfig.from_pretrained(str(base), trust_remote_code=False)
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = hf.AutoModelForCausalLM.from_config(
             settings, dtype=torch.float32, trust_remote_code=False
@@ -242,7 +266,7 @@ def load_base(section: config.Base, *, sharded: bool = False) -> LoadedBase:
     _settle_special_tokens(model, tokenizer)
     model.requires_grad_(False)
     model.train(False)
-    model.config.use_cache = True
+    model.config.use_cache = model.config.get_text_config().use_cache = True
     return LoadedBase(
         model=model, tokenizer=tokenizer, device=device, dtype=dtype, folder=folder, source=source
     )
@@ -251,23 +275,6 @@ def load_base(section: config.Base, *, sharded: bool = False) -> LoadedBase:
 def compute_dtype(section: config.Base) -> torch.dtype:
     """What the section's `dtype` means on this machine."""
     return _dtype(section.dtype, compute_device(section.device))
-
-
-def check_targets(model: torch.nn.Module, targets: Iterable[str]) -> None:
-    """Make sure that every LoRA target names at least one linear layer.
-
-    Raises:
-        UserError: A target matches nothing; lists the names there are.
-    """
-    linear = [name for name, module in model.named_modules() if _is_linear(module)]
-    for target in targets:
-        if not any(config.is_targeted(name, (target,)) for name in linear):
-            known = sorted({name.rpartition(".")[2] for name in linear} - {"lm_head"})
-            raise UserError(
-                f"the base has no linear layer named {target}",
-                where="lora.targets",
-                way_out=f"It has {', '.join(known)}",
-            )
 
 
 def smollm2_file() -> Path | None:
@@ -353,6 +360,7 @@ def _load(
     settings = hf.AutoConfig.from_pretrained(
         folder, revision=section.revision or "main", trust_remote_code=False
     )
+    _refuse_quantized(section.name, settings.to_dict())
     tokenizer = hf.AutoTokenizer.from_pretrained(
         folder, revision=section.revision or "main", trust_remote_code=False
     )
@@ -361,25 +369,11 @@ def _load(
         _check_complete(model, section, folder, kind)
         return model, tokenizer
     nf4 = section.quantization == "nf4"
-    if (nf4 or sharded) and kind == "hub":
+    if kind == "hub":
         folder = str(base_files(section, revision=settings._commit_hash).folder)
-    if Path(folder).is_dir():  # transformers holds a Hub model's shapes against it by itself
-        _check_shapes(section, Path(folder))
-    if sharded:
-        model, report = load_shards(Path(folder), settings, device, dtype, nf4=nf4)
-    elif nf4:
-        model, report = load_nf4(Path(folder), settings, device, dtype)
-    else:
-        model, report = hf.AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=settings,
-            revision=section.revision or "main",
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            **({"device_map": {"": device}} if device.type == "cuda" else {}),
-        )
+    _check_shapes(section, Path(folder))
+    load = load_shards if sharded else load_files
+    model, report = load(Path(folder), settings, device, dtype, nf4=nf4)
     _check_missing(section, sorted(report["missing_keys"]))
     return model, tokenizer
 
@@ -425,27 +419,50 @@ def _times(shape: Iterable[int]) -> str:
     return " x ".join(map(str, shape))
 
 
-def load_nf4(
-    folder: Path, settings: Any, device: torch.device, dtype: torch.dtype
+def load_files(
+    folder: Path, settings: Any, device: torch.device, dtype: torch.dtype, *, nf4: bool
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The model of a directory in NF4, and what transformers reports of its loading."""
-    if type(settings) not in hf.MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ValueError("Unrecognized configuration class")
-    family = hf.MODEL_FOR_CAUSAL_LM_MAPPING[type(settings)]
+    """The model of a directory's weights, and what transformers reports of its loading.
+
+    transformers gets the tensors and no directory: in one that an `adapter_config.json` strayed
+    into, it would load the adapter as well, or the base that this one names in place of ours.
+    """
+    family, settings = causal_class(settings)
+    options: dict[str, Any] = {}
+    if device.type == "cuda" or nf4:
+        options["device_map"] = {"": device}
+    if nf4:
+        options["quantization_config"] = nf4_settings(dtype, empty_model(settings))
     model, report = family.from_pretrained(
         None,
         config=settings,
         state_dict=_streamed(folder),
         dtype=dtype,
-        device_map={"": device},
-        quantization_config=nf4_settings(dtype),
         output_loading_info=True,
+        **options,
     )
     give_back()
     model.name_or_path = model.config._name_or_path = str(folder)
     if (folder / "generation_config.json").is_file():
         model.generation_config = hf.GenerationConfig.from_pretrained(str(folder))
     return model, report
+
+
+def causal_class(settings: Any) -> tuple[Any, Any]:
+    """The class that `AutoModelForCausalLM` takes for a configuration, and what it makes it from.
+
+    Of a vision-language model that is either the whole model, which reads text without images, or
+    the text model alone, from the text's part of the configuration.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if type(settings) not in hf.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError("Unrecognized configuration class")
+    family = hf.MODEL_FOR_CAUSAL_LM_MAPPING[type(settings)]
+    if family.config_class == type(settings).sub_configs.get("text_config", settings):
+        settings = settings.get_text_config()
+    return family, settings
 
 
 def _streamed(folder: Path) -> dict[str, Any]:
@@ -588,6 +605,24 @@ def _check_directory(folder: Path) -> None:
         )
     if (folder / INDEX).is_file():
         weight_files(folder)
+    with contextlib.suppress(ValueError):  # a damaged one is told of where it is loaded
+        _refuse_quantized(str(folder), json.loads((folder / "config.json").read_bytes()))
+
+
+def _refuse_quantized(name: str, settings: Any) -> None:
+    """What was trained on weights in 4 or 8 bits could not be merged into them again."""
+    quantized = settings.get("quantization_config") if isinstance(settings, dict) else None
+    if not quantized:
+        return
+    method = str(quantized.get("quant_method", "a way of its own"))
+    bits = "4 bits" if quantized.get("load_in_4bit") else quantized.get("bits")
+    kind = method.replace("bitsandbytes", f"bitsandbytes, {bits or '8 bits'}")
+    raise UserError(
+        f"{name} is quantized already ({kind}), and adapters are merged here into weights of 16 "
+        "bits or more",
+        where=_WHERE,
+        way_out="Name the model that it was made from; base.quantization=nf4 loads that in 4 bits",
+    )
 
 
 def _base_files(folder: Path) -> list[Path]:
@@ -620,9 +655,18 @@ def keep_differentiable(model: PreTrainedModel) -> None:
 
 
 def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer whose ids the embedding has no rows for.
+
+    Special tokens may lie beyond its rows, as Gemma 3's for images do in the sizes that read none:
+    no text is ever spelled with them (see `ChatFormat`), unless the template itself writes one.
+    """
     embedding: Any = model.get_input_embeddings()
     rows = embedding.weight.shape[0]
-    if len(tokenizer) > rows:
+    tokens: Any = tokenizer
+    added = tokens.added_tokens_decoder
+    beyond = {token: i for token, i in tokens.get_vocab().items() if i >= rows}
+    template = str(tokens.chat_template or "")
+    if any(i not in added or not added[i].special or t in template for t, i in beyond.items()):
         raise UserError(
             f"the tokenizer has {len(tokenizer)} tokens, the embedding only {rows} rows",
             where=_WHERE,
@@ -633,7 +677,9 @@ def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 def _settle_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Make tokenizer, config and generation config agree on where a text ends and what pads it."""
     tokens: Any = tokenizer
-    eos = _ids(model.generation_config.eos_token_id) or _ids(model.config.eos_token_id)
+    settings = (model.generation_config, model.config, model.config.get_text_config())
+    ends = (_ids(getattr(one, "eos_token_id", None)) for one in settings)
+    eos = next(filter(None, ends), ())
     if tokens.eos_token_id is None and eos:
         tokens.eos_token = tokens.convert_ids_to_tokens(eos[0])
     if tokens.eos_token_id is not None:
@@ -655,10 +701,6 @@ def _ids(value: int | list[int] | None) -> tuple[int, ...]:
     if value is None:
         return ()
     return (value,) if isinstance(value, int) else tuple(value)
-
-
-def _is_linear(module: torch.nn.Module) -> bool:
-    return isinstance(module, torch.nn.Linear)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from srlm_lite.config import is_targeted
 
@@ -64,12 +64,14 @@ LOSS_CHUNK = 256
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """A linear layer of the model. `quantized`: NF4 rounds it, where a base is held in NF4."""
+    """A linear layer of the model. `quantized`: NF4 rounds it, where a base is held in NF4;
+    `adaptable`: it is of the text model and can carry an adapter."""
 
     name: str
     inputs: int
     outputs: int
     quantized: bool
+    adaptable: bool = True
 
     @property
     def last_name(self) -> str:
@@ -93,15 +95,22 @@ class Shape:
     intermediate: int
     layers: int
     heads: int
-    kv_heads: int
+    """Query heads of a layer, and the width of one; 0 where nothing attends."""
     head_width: int
+    kv_width: int
+    """Keys and values that a layer keeps of a token."""
     linears: tuple[Linear, ...]
     largest: int
     """Parameters of the largest tensor."""
+    embedded: int
+    """Parameters of the embedding and the head."""
+    experts: int = 0
+    """Parameters of a mixture's experts, where all of a layer lie in one: no NF4 reaches them."""
 
     def adapted(self, targets: Collection[str]) -> list[Linear]:
         """The linear layers that carry an adapter."""
-        return [linear for linear in self.linears if is_targeted(linear.name, targets)]
+        layers = (linear for linear in self.linears if linear.adaptable)
+        return [linear for linear in layers if is_targeted(linear.name, targets)]
 
     def adapter_parameters(self, targets: Collection[str], rank: int) -> int:
         """Of one LoRA: R (inputs + outputs) for each layer."""
@@ -135,8 +144,10 @@ class Held:
         if self.shards == 1:
             return self._whole
         # The scales of 4-bit weights are not spread, nor are the norms, which are next to nothing.
-        weights = sum(one.inputs * one.outputs for one in self.shape.linears if one.is_of_a_layer)
+        layers = [one for one in self.shape.linears if one.is_of_a_layer and one.adaptable]
+        weights = sum(one.inputs * one.outputs for one in layers)
         spread = weights // 2 if self.nf4 else weights * self.itemsize
+        spread += self.shape.experts * self.itemsize
         gathered = GATHERED * spread // self.shape.layers
         return self._whole - spread + math.ceil(spread / self.shards) + gathered
 
@@ -161,6 +172,15 @@ class Held:
         return sum(one.inputs * one.outputs for one in self.shape.linears if one.quantized)
 
     @property
+    def not_in_4_bits(self) -> dict[str, int]:
+        """Bytes of what NF4 does not reach."""
+        shape = self.shape
+        parts = {"fused experts": shape.experts, "embedding and head": shape.embedded}
+        rest = shape.parameters - self.quantized - sum(parts.values())
+        parts["convolutions, norms and the like"] = rest
+        return {part: count * self.itemsize for part, count in parts.items()}
+
+    @property
     def slot(self) -> int:
         """Parameters of the slot."""
         return self.shape.adapter_parameters(self.targets, self.rank)
@@ -173,9 +193,11 @@ class Held:
 
     @property
     def rounding(self) -> int:
-        """NF4: the largest tensor on its way there, while the rest of the base is loaded."""
+        """The largest tensor on its way, while the rest of the base is loaded: into NF4, or from
+        one tensor an expert into one for all."""
         sizes = [one.inputs * one.outputs for one in self.shape.linears if one.quantized]
-        return ROUNDING[self.device] * max(sizes, default=0) if self.nf4 else 0
+        rounded = ROUNDING[self.device] * max(sizes, default=0) if self.nf4 else 0
+        return max(rounded, self.itemsize * self.shape.largest if self.shape.experts else 0)
 
     @property
     def mixed(self) -> bool:
@@ -191,17 +213,35 @@ class Held:
     def kv_per_token(self) -> int:
         """Keys and values of one token in all layers."""
         shape = self.shape
-        return kv_bytes(
-            layers=shape.layers,
-            heads=shape.kv_heads,
-            width=shape.head_width,
-            itemsize=self.itemsize,
-        )
+        return kv_bytes(layers=shape.layers, width=shape.kv_width, itemsize=self.itemsize)
 
 
-def kv_bytes(*, layers: int, heads: int, width: int, itemsize: int) -> int:
-    """Keys and values of one token in all layers."""
-    return 2 * layers * heads * width * itemsize
+def kv_bytes(*, layers: int, width: int, itemsize: int) -> int:
+    """Keys and values of one token in all layers; `width`: those of one layer."""
+    return layers * width * itemsize
+
+
+def attention_of(text: Any) -> tuple[int, int, int]:
+    """Query heads of a layer, the width of one, and the keys and values kept of a token.
+
+    Where layers differ, the widest; zeros where nothing attends, as in Mamba.
+
+    Args:
+        text: The configuration of the text model, as transformers has it.
+    """
+
+    def size(*names: str) -> int:
+        found = next((value for name in names if (value := getattr(text, name, None))), 0)
+        return int(max(found) if isinstance(found, list | tuple) else found)
+
+    heads = size("num_attention_heads")
+    if not heads:
+        return 0, 0, 0
+    if size("kv_lora_rank"):  # the latent is expanded before it is kept
+        width = size("qk_nope_head_dim") + size("qk_rope_head_dim")
+        return heads, width, heads * (width + size("v_head_dim"))
+    width = size("head_dim") or text.hidden_size // heads
+    return heads, width, 2 * size("num_key_value_heads", "num_attention_heads") * width
 
 
 def drawing_bytes(vocabulary: int, itemsize: int) -> int:

@@ -26,7 +26,6 @@ from srlm_lite.planning.memory import (
     drawing_bytes,
     exporting,
     holes,
-    kv_bytes,
     loading,
     rows_within,
     sampling,
@@ -105,6 +104,8 @@ class Plan:
     itemsize: int
     """Bytes of the compute dtype."""
     anchor_rank: int
+    not_in_4_bits: Mapping[str, int]
+    """Bytes of a base in NF4 that NF4 does not reach, by what they are of."""
 
     @property
     def peak(self) -> int:
@@ -164,13 +165,12 @@ def make_plan(
         itemsize: Bytes of the compute dtype.
         anchor_rank: Of a shipped anchor; None: the recipe trains its own.
     """
-    targets = tuple(dict.fromkeys((*recipe.anchor.lora.targets, *recipe.dpo.lora.targets)))
     held = Held(
         shape=shape,
         nf4=recipe.base.quantization == "nf4",
         itemsize=itemsize,
         device=hardware.device,
-        targets=targets,
+        targets=recipe.targets,
         rank=(anchor_rank or recipe.anchor.lora.rank) + recipe.dpo.lora.rank,
         fold=recipe.rollout.fold,
         shards=hardware.shards,
@@ -185,6 +185,7 @@ def make_plan(
         disk=_disk(recipe, held),
         itemsize=itemsize,
         anchor_rank=held.rank - recipe.dpo.lora.rank,
+        not_in_4_bits=held.not_in_4_bits if held.nf4 else {},
     )
 
 
@@ -279,13 +280,10 @@ class _Phases:
         if said != "auto":
             return said
         shape, c = self.held.shape, self.held.itemsize
-        kept = kv_bytes(
-            layers=shape.layers, heads=shape.kv_heads, width=shape.head_width, itemsize=c
-        )
         return rows_within(
             self.hardware.memory,
             weights=self.held.base,
-            row=kept * tokens + drawing_bytes(shape.vocabulary, c),
+            row=self.held.kv_per_token * tokens + drawing_bytes(shape.vocabulary, c),
         )
 
     @property

@@ -302,7 +302,7 @@ class _Proof(TrainerCallback):
         self._judge.drawn.clear()
         # The mean of signed log-ratios could vanish by chance; the advantages tell of each reply.
         worst = self._worst_reply(batch)
-        return max(mean, worst)
+        return float(torch.tensor([mean, worst]).max())  # NaN where either is, unlike Python's max
 
     def _worst_reply(self, batch: dict[str, Any]) -> float:
         """The largest log-ratio of a whole reply, a token, through TRL's own code."""
