@@ -410,7 +410,7 @@ def refuse_unexportable(recipe: Recipe, run: RunDir) -> None:
     revision = run.base_revision if run.path.is_dir() else None
     folder = directory_here(recipe.base, revision=revision)
     if folder is not None:
-        refuse(folder, (*recipe.anchor.lora.targets, *recipe.dpo.lora.targets))
+        refuse(folder, recipe.targets)
 
 
 def import_backend(recipe: Recipe) -> None:

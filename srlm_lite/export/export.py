@@ -326,7 +326,8 @@ class Export:
         source = self.files.source
         fuse(self.stack).save(
             draft,
-            base_name=source["location"],
+            # Of a GGUF file, the directory that it was converted into: PEFT opens no .gguf path.
+            base_name=str(self.files.folder) if self.files.kind == "gguf" else source["location"],
             revision=source.get("revision"),
             dtype=self._dtype,
             placing=self.placing,

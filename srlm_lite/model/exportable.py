@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,15 +14,14 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.transformers_weight_conversion import (
     convert_peft_adapter_state_dict_for_transformers,
 )
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from srlm_lite.config import is_targeted
 from srlm_lite.errors import UserError
 from srlm_lite.model.base import empty_model
 from srlm_lite.model.checkpoint import Checkpoint
 from srlm_lite.model.layout import Layout
+from srlm_lite.model.targets import targeted
 
 _PREFIX = "base_model.model."
 
@@ -34,15 +32,6 @@ def refuse_unexportable(folder: Path, targets: Iterable[str]) -> None:
     Raises:
         UserError: Says which tensor of the files, or which layer, stands in the way.
     """
-    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if kept := settings.get("quantization_config"):
-        raise UserError(
-            f"is quantized already ({kept.get('quant_method')}): what is trained on it could "
-            "neither be merged into it nor held against it",
-            where=str(folder),
-            way_out="Name the checkpoint in 16 bits that it was made from; base.quantization=nf4 "
-            "puts that in 4 bits",
-        )
     checkpoint = Checkpoint(folder)
     try:
         model = empty_model(folder)
@@ -56,10 +45,7 @@ def refuse_unexportable(folder: Path, targets: Iterable[str]) -> None:
             where=error.where,
             way_out=error.way_out,
         ) from error
-    targets = tuple(targets)
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear | Conv1D) or not is_targeted(name, targets):
-            continue
+    for name in targeted(model, targets):
         if layout.held_as(f"{name}.weight") not in layout:
             raise UserError(
                 f"an adapter on {name} could not be exported: its weight is in none of the files",

@@ -38,6 +38,7 @@ from srlm_lite.model.checkpoint import (
 from srlm_lite.model.layout import Group, Layout
 from srlm_lite.model.nf4 import nf4_modules
 from srlm_lite.model.stack import Adapter, Factors, fuse
+from srlm_lite.model.targets import text_model
 
 Onto = Literal["original", "dequantized"]
 
@@ -66,7 +67,11 @@ class Weights:
     def read(self, name: str) -> Tensor:
         """One parameter, on the CPU; KeyError where the files do not have it."""
         weight = self.layout.read(name)
-        return nf4_rounded(weight, self.dtype, self.device) if name in self.nf4 else weight
+        if name not in self.nf4:
+            return weight
+        if not self.layout.is_transposed(name.removesuffix(".weight")):
+            return nf4_rounded(weight, self.dtype, self.device)
+        return nf4_rounded(weight.T.contiguous(), self.dtype, self.device).T.contiguous()
 
     def rounds(self, file: str) -> bool:
         """Whether NF4 rounds anything of a tensor of the files."""
@@ -86,11 +91,16 @@ class Weights:
 
 
 def base_weights(layout: Layout, section: Base, model: PreTrainedModel, *, nf4: bool) -> Weights:
-    """The base's weights as its files hold them; with `nf4`, as the section loads them."""
+    """The base's weights as its files hold them; with `nf4`, as the section loads them.
+
+    Of the text model: no adapter was trained against the rounding of a vision tower.
+    """
     if not nf4 or section.quantization != "nf4":
         return Weights(layout)
+    text = {module for part in text_model(model) for module in part.modules()}
+    names = {f"{name}.weight" for name, module in model.named_modules() if module in text}
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Weights(layout, nf4_modules(model), compute_dtype(section), device)
+    return Weights(layout, nf4_modules(model) & names, compute_dtype(section), device)
 
 
 @dataclass(frozen=True, slots=True)

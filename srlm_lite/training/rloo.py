@@ -302,7 +302,7 @@ class _Proof(TrainerCallback):
         self._judge.drawn.clear()
         # The mean of signed log-ratios could vanish by chance; the advantages tell of each reply.
         worst = self._worst_reply(batch)
-        return float(torch.tensor([mean, worst]).max())  # NaN where either is, unlike Python's max
+        return larger(mean, worst)
 
     def _worst_reply(self, batch: dict[str, Any]) -> float:
         """The largest log-ratio of a whole reply, a token, through TRL's own code."""
@@ -317,3 +317,8 @@ class _Proof(TrainerCallback):
         lengths = batch["completion_mask"].sum(dim=1).clamp(min=1)
         summed = (tokens * batch["completion_mask"]).sum(dim=1)
         return float(((batch["old_logps"] - summed).abs() / lengths).max())
+
+
+def larger(a: float, b: float) -> float:
+    """The larger of two; NaN where either is, unlike Python's `max`, which depends on the order."""
+    return float(torch.tensor([a, b], dtype=torch.float64).max())
