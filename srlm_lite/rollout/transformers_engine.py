@@ -21,7 +21,7 @@ from srlm_lite.records import FinishReason
 from srlm_lite.rollout.ends import Ends
 from srlm_lite.rollout.memory import rows_that_fit
 from srlm_lite.rollout.nucleus import Alternatives, draw, most_probable, uniforms
-from srlm_lite.rollout.plain import generate
+from srlm_lite.rollout.plain import generate, hides_padding
 from srlm_lite.rollout.protocol import Limits, Request, Sample, Token
 from srlm_lite.rollout.steps import SAME, Steps, divergence
 from srlm_lite.rollout.tree import (
@@ -85,7 +85,8 @@ class TransformersEngine:
     is halved and the work goes on.
 
     Models whose attention a tree cannot compute are sampled with plain `generate`; which it is, is
-    found out by computing one token in both ways, and again where a window begins to bind.
+    found out by computing one token in both ways, and again where a window begins to bind. Where
+    such a model does not hide padding, prompts of equal length alone share a batch.
 
     Args:
         slot: Around the base.
@@ -106,6 +107,7 @@ class TransformersEngine:
         self._model: Any = slot.model.get_base_model()
         may = may_branch(self._model) and not slot.has_own_attention
         self._branches: bool | None = None if may else False
+        self._pads: bool | None = None
         self._windows: set[int] = set()
         self._proven_window = 0
         self._captures = cuda_graphs and self._device.type == "cuda" and not slot.sharded
@@ -262,9 +264,12 @@ class TransformersEngine:
     def _run_plain(
         self, waiting: deque[Group], limits: Limits, on_samples: Callable[[int], None]
     ) -> None:
+        pads = self._may_pad(waiting)
         while waiting:
             rows = list(waiting.popleft())
             while waiting and len(rows) + len(waiting[0]) <= self._batch_rows:
+                if not pads and len(waiting[0][0].prompt_ids) != len(rows[0].prompt_ids):
+                    break
                 rows += waiting.popleft()
             drawn = generate(
                 self._model,
@@ -278,6 +283,18 @@ class TransformersEngine:
                     if row.finish_reason is None:
                         self._append(row, token, alternatives, limits)
             on_samples(len(rows))
+
+    def _may_pad(self, waiting: Sequence[Group]) -> bool:
+        """Whether prompts of several lengths may share a batch; two of them have to prove it."""
+        prompts = sorted((group[0].prompt_ids for group in waiting), key=len)
+        if self._pads is None and len(prompts[0]) < len(prompts[-1]):
+            self._pads = hides_padding(self._model, self._chat, prompts[0], prompts[-1])
+            if not self._pads:
+                logger.warning(
+                    "padding changes what this model samples; sampling prompts of equal length "
+                    "together alone, slower"
+                )
+        return bool(self._pads)
 
     def _can_branch(self, waiting: Sequence[Group], limits: Limits) -> bool:
         """Whether these prompts can grow on a tree; one of them has to prove it.
