@@ -85,7 +85,7 @@ FAMILIES: dict[str, tuple[str, str | None, tuple[str, ...], tuple[str, ...]]] = 
 """Of each family the ends of text and of a turn, the start of text, other special tokens, and added
 tokens that are not marked as special, as their makers' tokenizers have them."""
 
-WANTS_LISTS = {"idefics3", "idefics3_training", "llava_next", "llava_next_training"}
+WANTS_PARTS = ("idefics3", "llava_next")
 """Their content has to be a list of parts; rendered from text, the user's words are missing."""
 REWRITES_PAST_TURNS = ("deepseek", "gptoss", "nemotron", "qwen3_5", "qwen3_6")
 """They take thoughts out of past turns, as `qwen3` does, or end the last in a way of its own."""
@@ -141,7 +141,7 @@ def trl_cases(*, training: bool) -> list[Any]:
     """
     cases = []
     for name, source in sorted(trl_templates().items()):
-        if name in WANTS_LISTS or (name.endswith("_training") and not training):
+        if name.endswith("_training") and not training:
             continue
         switched = [{"enable_thinking": value} for value in (True, False)]
         for kwargs in ({}, *(switched if "enable_thinking is defined" in source else ())):
@@ -167,8 +167,12 @@ def assistant(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
 
 
-def rendered(chat: ChatFormat, messages: list[dict[str, str]], *, generation: bool = False) -> str:
+def rendered(
+    chat: ChatFormat, messages: list[dict[str, Any]], *, name: str = "", generation: bool = False
+) -> str:
     """What transformers alone makes of it, on the day that stands for all."""
+    if name.startswith(WANTS_PARTS):
+        messages = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
     text: str = chat._tokenizer.apply_chat_template(
         messages,
         tokenize=False,
@@ -204,7 +208,7 @@ def test_what_is_sampled_is_what_is_learned(name: str, kwargs: Mapping[str, Any]
         assert chat.target_ids(chat.decode(target)) == target
         assert target[-1] == chat.end_id and chat.end_id not in target[:-1]
         if reply in REPLIES:
-            whole = rendered(chat, [user(QUESTION), assistant(reply)])
+            whole = rendered(chat, [user(QUESTION), assistant(reply)], name=name)
             learned = spelled(chat, target[:-1])
             if chat.thinks and name.startswith(OPENS_AND_REWRITES):
                 thought = chat._frame.thought
@@ -227,12 +231,6 @@ def test_an_exported_template_gives_the_same_ids_by_itself(
         assert list(ids) == chat.render(messages, generation=True)
 
 
-@pytest.mark.parametrize("name", sorted(WANTS_LISTS))
-def test_a_template_for_lists_of_parts_is_refused(name: str) -> None:
-    with pytest.raises(UserError, match="leaves out what the user says"):
-        trl_chat(name)
-
-
 @pytest.mark.parametrize(
     ("name", "prompt", "target"),
     [
@@ -245,6 +243,8 @@ def test_a_template_for_lists_of_parts_is_refused(name: str) -> None:
         ("lfm2", "<|im_start|>assistant\n", "Yes.<|im_end|>"),
         ("cohere", "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>", "Yes.<|END_OF_TURN_TOKEN|>"),
         ("gemma4", "<|turn>model\n", "Yes.<turn|>"),
+        ("idefics3", "<end_of_utterance>\nAssistant:", " Yes.<end_of_utterance>"),
+        ("llava_next", " [/INST]", " Yes.</s>"),
         ("qwen3", "<|im_start|>assistant\n", "<think>\n\n</think>\n\nYes.<|im_end|>"),
         ("qwen3_6", "<|im_start|>assistant\n<think>\n", "\n</think>\n\nYes.<|im_end|>"),
         ("glm4moe", "<|assistant|>", "\n<think></think>\nYes.<|endoftext|>"),
@@ -413,6 +413,13 @@ def im(reply: str, prompt: str = "") -> str:
         # By a name that only this template knows.
         (im("{{ m.content.split('</muse>')[-1] }}", "<muse>\\n"), "\n</muse>\n\nYes."),
         (im("{{ m.content.split('[/THINK]')[-1] }}", "[THINK]"), "[/THINK]Yes."),
+        # Asks for one in words.
+        (
+            im("{{ m.content }}")
+            .replace("{{ m.content }}{% endif", "{{ m.content + ASK }}{% endif")
+            .replace("ASK", "' Think between <think> and </think> first.'"),
+            "Yes.",
+        ),
         # Strips thoughts that the model itself opens.
         (im("{{ m.content.split('</think>')[-1] | trim }}"), "Yes."),
     ],

@@ -32,7 +32,8 @@ class ChatFormat:
     so a reply is learned with the very ids after which it will be sampled.
 
     Text of users and candidates cannot end its own turn: where it spells a special token, or in
-    system and user turns a tag that the template writes, a space is put after the first character
+    system and user turns a mark that the template writes around turns and thoughts, or an added
+    token that could be one (`is_control`), a space is put after the first character
     (`< |im_end|>`). All other text stays as it is.
     """
 

@@ -107,6 +107,7 @@ class Template:
         self._tokenizer = tokenizer
         self.source = source
         self.settings = dict(settings)
+        self._wants_parts = False
         self._variables = self._read_variables()
         for name in settings:
             if name not in self._variables:
@@ -141,7 +142,7 @@ class Template:
         """
         try:
             text: str = self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
+                [self._as_wanted(message) for message in messages] if source is None else messages,
                 tokenize=False,
                 add_generation_prompt=generation,
                 chat_template=self.source if source is None else source,
@@ -151,6 +152,11 @@ class Template:
         except Exception as error:  # a template runs code of its own, which raises what it likes
             raise UserError(f"the chat template fails: {error}", where=WHERE) from error
         return text
+
+    def _as_wanted(self, message: Message) -> dict[str, Any]:
+        if self._wants_parts:
+            return {**message, "content": [{"type": "text", "text": message["content"]}]}
+        return dict(message)
 
     def learn(self, is_control: re.Pattern[str]) -> Frame:
         """What it writes around replies.
@@ -162,6 +168,9 @@ class Template:
             UserError: It leaves out a side, or what is sampled could not be learned in its place.
         """
         context = self.render([USER], generation=True)
+        if USER["content"] not in context:  # it may know content as lists alone, as for images
+            self._wants_parts = True
+            context = self.render([USER], generation=True)
         if USER["content"] not in context:
             raise UserError("the chat template leaves out what the user says", where=WHERE)
         whole = self.render([USER, REPLY], generation=False)
@@ -217,9 +226,9 @@ class Template:
         tail = context[start:]
         for open_, close in (known.marks for known in self._known()):
             at, end = tail.rfind(open_), tail.rfind(close)
-            if end > at:  # the mark that opens may be none of the template's
+            if end > at and tail.rstrip().endswith(close):  # it need not say what opens the block
                 return context[: start + (at if at >= 0 else end)], "", close, True
-            if at >= 0 and not tail[at + len(open_) :].strip():
+            if at > end and tail.rstrip().endswith(open_):
                 return context[: start + at], tail[at:], close, False
         tag = _OPENING_TAG.search(tail)
         if tag is not None and not whole.removeprefix(context).lstrip().startswith(_MARK):
@@ -325,8 +334,14 @@ class Template:
         sets = "".join(
             f"{{% set {name} = {_literal(value)} %}}\n" for name, value in self.settings.items()
         )
+        content = "message['content']"
         if not frame.ends_turns:
-            sets += _ENDS_TURNS.replace("END", _literal(frame.end))
+            ended = f"{content} | trim + {_literal(frame.end)}"
+            content = f"({ended} if message['role'] == 'assistant' else {content})"
+        if self._wants_parts:
+            content = f"[{{'type': 'text', 'text': {content}}}]"
+        if self._wants_parts or not frame.ends_turns:
+            sets += _REWRITES.replace("CONTENT", content)
         if frame.header:
             # Jinja itself drops a newline at the very end.
             source = source.removesuffix("\n")
@@ -337,15 +352,15 @@ class Template:
 USER: dict[str, str] = {"role": "user", "content": _MARK * 2}
 REPLY: dict[str, str] = {"role": "assistant", "content": _MARK}
 
-_ENDS_TURNS = (
-    "{% set ended = namespace(messages=[]) %}\n"
+_REWRITES = (
+    "{% set given = namespace(messages=[]) %}\n"
     "{% for message in messages %}\n"
-    "{% set ended.messages = ended.messages + [dict(message, content=message['content'] | trim + "
-    "END) if message['role'] == 'assistant' else message] %}\n"
+    "{% set given.messages = given.messages + [dict(message, content=CONTENT) "
+    "if message['content'] is string else message] %}\n"
     "{% endfor %}\n"
-    "{% set messages = ended.messages %}\n"
+    "{% set messages = given.messages %}\n"
 )
-"""Jinja that ends each past reply as replies are learned, where the template does not."""
+"""Jinja that gives each message the content that a template gets here."""
 
 
 def is_control(token: str) -> bool:
