@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from test_chat_templates import tokenizer_of, trl_templates
 
 from srlm_lite.config import load_recipe, recipes_dir
 from srlm_lite.model.chat import ChatFormat
+from srlm_lite.planning.machine import plan_for
+from srlm_lite.planning.plan import parse_gpus
 from srlm_lite.run_dir import read_jsonl
 
 MISTRAL = (
@@ -74,6 +77,16 @@ def test_a_reply_is_learned_where_its_recipe_samples_it(recipe: str) -> None:
             generation=False,
         )
         assert tokenizer.decode(whole).startswith(spoken)
+
+
+def test_the_readme_says_what_a_plan_of_each_says() -> None:
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    rows = re.findall(r"\| `([\w.-]+)` \| .* \| one (\d+) GB GPU \(([\d.]+) GB\)", text)
+    assert {name for name, *_ in rows} >= {*RECIPES, "llama3.1-8b", "llama2-7b", "llama2-70b"}
+    for name, gpu, said in rows:
+        plan = plan_for(load_recipe(name), parse_gpus(f"{gpu}GB"))
+        assert f"{plan.peak / 1e9:.1f}" == said, name
+        assert all(plan.fits(phase) for phase in plan.phases), name
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
