@@ -132,13 +132,14 @@ def too_close(
 
     Source: Chen et al. 2024 (DICE), arXiv:2406.09760, and its code.
     """
-    gap = _lowered(chosen, alpha) - _lowered(rejected, alpha)
-    if gap <= 0 or _all_equal(scored):
+    gap = lowered(chosen, alpha) - lowered(rejected, alpha)
+    same = chosen[0].text == rejected[0].text
+    if gap <= 0 or same or _all_equal(scored):
         return "tied"
     return "narrow" if gap <= min_gap else None
 
 
-def _lowered(one: Scored, alpha: float) -> float:
+def lowered(one: Scored, alpha: float) -> float:
     """A score as it ranks under a length penalty."""
     return one[1] - alpha * len(one[0].text)
 
@@ -181,7 +182,7 @@ def best_and_worst(
     Source: rho, Wu et al. 2024, arXiv:2407.19594, section 2.1; alpha, Chen et al. 2024 (DICE),
     arXiv:2406.09760.
     """
-    adjusted = [_lowered(one, alpha) for one in scored]
+    adjusted = [lowered(one, alpha) for one in scored]
     top, bottom = max(adjusted), min(adjusted)
     if not rho:
         return scored[adjusted.index(top)], scored[adjusted.index(bottom)]

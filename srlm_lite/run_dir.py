@@ -330,6 +330,22 @@ class StageDir:
                 )
         return found
 
+    def changed(self) -> list[str]:
+        """Files of a finished folder that are not what the run has written, and what they are now.
+
+        None of a folder that is not finished: its files may still grow.
+        """
+        if not self.is_done:
+            return []
+        told = []
+        for name, digest in read_json(self.done, sha256=dict)["sha256"].items():
+            file = self.path / name
+            if not file.is_file():
+                told.append(f"{file} (missing)")
+            elif sha256_file(file) != digest:
+                told.append(f"{file} (changed)")
+        return told
+
 
 @dataclass(frozen=True, slots=True)
 class AnchorDir(StageDir):
@@ -699,6 +715,22 @@ class RunDir:
                     way_out=_RESTORE,
                 )
 
+    def hold_to_files(self) -> None:
+        """Hold every file of the finished stages against the hash that was noted of it.
+
+        Raises:
+            UserError: Some have been edited, truncated or deleted since; names them.
+        """
+        stages: list[StageDir] = [self.anchor, self.reward, *self.iterations()]
+        changed = [line for stage in stages for line in stage.changed()]
+        if changed:
+            raise UserError(
+                f"holds files that the run has not written so: {_some(changed)}",
+                where=str(self.path),
+                way_out="Restore them, or delete the iterations from the first of them on and go "
+                "on (iterate makes them again)",
+            )
+
     @property
     def exists(self) -> bool:
         return self.run_json.is_file()
@@ -760,6 +792,7 @@ class RunDir:
                 way_out="Use another directory, undo the difference, or start over with --fresh",
             )
         self._hold_to_models()
+        self.hold_to_files()
         if before["recipe"] != recipe.model_dump(mode="json"):
             self._write_run(recipe, facts)  # more iterations, other gates, the same files elsewhere
 

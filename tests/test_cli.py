@@ -296,12 +296,13 @@ def test_files_of_the_run_that_somebody_has_emptied_are_one_line(cli: Cli, tmp_p
     there = ("--adapters", made.path)
     done, measured = made.anchor.done.read_bytes(), made.anchor.evaluation.read_bytes()
     made.anchor.done.write_text("{}")
-    for command in (("show", "run"), ("report",)):
-        assert "anchor/done.json: not as written: no `counts`" in mistake(cli(*command, *there))
+    for command, key in ((("show", "run"), "counts"), (("report",), "sha256")):
+        assert f"anchor/done.json: not as written: no `{key}`" in mistake(cli(*command, *there))
     made.anchor.done.write_bytes(done)
     made.anchor.evaluation.write_text("{}")
-    for command in (("show", "run"), ("report",), ("evaluate", "--iteration", "anchor")):
-        assert "anchor/eval.json: not as written: no `judge`" in mistake(cli(*command, *there))
+    assert "eval.json: not as written: no `judge`" in mistake(cli("show", "run", *there))
+    for command in (("report",), ("evaluate", "--iteration", "anchor")):
+        assert "anchor/eval.json (changed)" in mistake(cli(*command, *there))
     made.anchor.evaluation.write_bytes(measured)
     made.iteration(1).candidates.unlink()
     line = mistake(cli("show", "judgements", "--iteration", "1", *there))

@@ -259,7 +259,6 @@ def test_answers_without_text_have_the_lowest_grade(finished: RunDir, tmp_path: 
     answers = place.evaluation_dir / "answers_sampled.jsonl"
     rows = read_records(answers, Candidate)
     write_records(answers, [replace(row, text="", n_tokens=1) for row in rows])
-    mute.open(recipe, {})
     session = Session(recipe, mute)
     evaluation(session, place, session.stack(2))
     policy = read_json(place.evaluation)["policy"]

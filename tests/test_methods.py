@@ -43,7 +43,7 @@ from srlm_lite.methods.rlaif import (
 )
 from srlm_lite.methods.scir import judge_preference
 from srlm_lite.methods.spin import against_human
-from srlm_lite.methods.temporal import anchored_pairs, guided_pairs
+from srlm_lite.methods.temporal import anchored_pairs
 from srlm_lite.pairing import Drops, Scored
 from srlm_lite.principles import load_principles
 from srlm_lite.records import (
@@ -241,17 +241,28 @@ def test_a_prompt_may_be_called_what_marks_a_candidate() -> None:
 
 
 def test_the_chosen_is_guided_by_the_next_model() -> None:
-    def made(name: str) -> PreferencePair:
-        return PreferencePair(name, name, f"{name}#0", f"{name}#1", "now", "bad", 3.0, 1.0)
-
+    prompts = [Prompt(name, name) for name in "pqrst"]
+    usable = {
+        name: [scored(f"{name}#0", "now", 3), scored(f"{name}#1", "bad", 1)] for name in "pqr"
+    } | {name: [scored(f"{name}#0", "one", 2), scored(f"{name}#1", "other", 2)] for name in "st"}
     future = {
         "p": [scored("p#future-0", "better", 4), scored("p#future-1", "worse", 0)],
         "q": [scored("q#future-0", "as good", 3), scored("q#future-1", "worse", 0)],
+        "s": [scored("s#future-0", "better", 5), scored("s#future-1", "good", 4)],
+        "t": [scored("t#future-0", "worse", 1), scored("t#future-1", "worst", 0)],
     }
-    first, second, third = guided_pairs([made("p"), made("q"), made("r")], future)
-    assert (first.chosen_id, first.chosen, first.chosen_score) == ("p#future-0", "better", 4)
-    assert (first.rejected_id, first.rejected) == ("p#1", "bad")
-    assert (second, third) == (made("q"), made("r"))
+    drops = Drops()
+    pairs = anchored_pairs(prompts, usable, drops, future=future)
+    # p: 4 beats 3. q: 3 does not. r: no candidates. s: tied before, and a pair with the next
+    # model's 5. t: the policy's own are the best, and they are tied.
+    assert [(one.chosen_id, one.chosen_score, one.rejected_id) for one in pairs] == [
+        ("p#future-0", 4, "p#1"),
+        ("q#0", 3, "q#1"),
+        ("r#0", 3, "r#1"),
+        ("s#future-0", 5, "s#0"),
+    ]
+    assert drops.prompts == {"tied": 1}
+    assert len(anchored_pairs(prompts, usable, Drops())) == 3
 
 
 # --- SCIR -------------------------------------------------------------------------------------

@@ -105,3 +105,25 @@ def test_a_default_that_came_later_leaves_older_runs_as_they_were(
     assert as_begun(noted(dpo={"beta": 0.2}), old, where="r").dpo.beta == 0.2
     newer = noted().model_dump(mode="json")
     assert as_begun(noted(), newer, where="r").dpo.beta == 0.1
+
+
+@pytest.mark.parametrize("command", ["iterate", "report", "evaluate", "export"])
+@pytest.mark.parametrize("harm", ["edited", "truncated", "deleted"])
+def test_a_file_of_a_finished_stage_that_is_not_as_written(
+    cli: Cli, run: RunDir, tmp_path: Path, command: str, harm: str
+) -> None:
+    moved_here(run)
+    harmed = [run.iteration(1).pairs, run.anchor.evaluation_dir / "answers_greedy.jsonl"]
+    for file in harmed:
+        if harm == "deleted":
+            file.unlink()
+        elif harm == "truncated":
+            file.write_bytes(file.read_bytes()[:-40])
+        else:
+            file.write_text(file.read_text().replace(".", "!", 1))
+    extra = {"export": ("--iteration", "1", "--out", tmp_path / "m2")}.get(command, ())
+    done = cli(command, "--adapters", run.path, *extra)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    state = "missing" if harm == "deleted" else "changed"
+    assert all(f"{file} ({state})" in done.stderr for file in harmed)
+    assert "Restore them" in done.stderr

@@ -13,8 +13,10 @@ from srlm_lite.config import load_recipe
 from srlm_lite.errors import UserError
 from srlm_lite.stages.seed_data import (
     check_inputs,
+    nearly_held_out,
     read_human_answers,
     read_prompts,
+    refuse_held_out_among_training,
     unmeasured,
 )
 
@@ -144,3 +146,37 @@ def test_a_gap_that_no_two_scores_can_have(data: Path) -> None:
     gap = "pairing.min_gap=5"
     check_inputs(load_recipe("tiny", [f"data.dir={data}", gap, "method=cream"]))
     check_inputs(load_recipe("tiny", [f"data.dir={data}", gap, "method=dpo"]))
+
+
+@pytest.mark.parametrize("name", ["ift", "eft_train", "prompts"])
+@pytest.mark.parametrize("held_out", ["eval_prompts", "eft_eval"])
+def test_a_held_out_prompt_that_is_learned_from(data: Path, name: str, held_out: str) -> None:
+    recipe = load_recipe("tiny", [f"data.dir={data}"])
+    refuse_held_out_among_training(recipe)
+    assert list(nearly_held_out(recipe)) == []
+    [first, *rest] = rows_of(data / f"{name}.jsonl")
+    key = "text" if name == "prompts" else "prompt"
+    held_key = "text" if held_out == "eval_prompts" else "prompt"
+    text = rows_of(data / f"{held_out}.jsonl")[0][held_key]
+    write(data / f"{name}.jsonl", [{**first, "prompt_id": "mine", key: text}, *rest])
+    with pytest.raises(UserError) as caught:
+        refuse_held_out_among_training(recipe)
+    line = str(caught.value)
+    assert line.startswith(f"{data}/{held_out}.jsonl: 1 of its prompts are also in {data}/{name}")
+    assert text in line
+    # The same words otherwise: told, and no mistake.
+    again = f"  {text.upper()} !?"
+    write(data / f"{name}.jsonl", [{**first, "prompt_id": "mine", key: again}, *rest])
+    refuse_held_out_among_training(recipe)
+    [told] = nearly_held_out(recipe)
+    assert told.startswith(f"1 prompts of {data}/{name}.jsonl are held-out ones in the same words")
+
+
+def test_ranked_replies_are_learned_from(data: Path) -> None:
+    text = rows_of(data / "eval_prompts.jsonl")[0]["text"]
+    row = {"prompt_id": "p", "prompt": text, "response_id": "r", "response": "a", "rank": 0}
+    write(data / "mine.jsonl", [row])
+    with pytest.raises(UserError, match=r"mine\.jsonl"):
+        refuse_held_out_among_training(
+            load_recipe("tiny", [f"data.dir={data}", f"data.ranked={data}/mine.jsonl"])
+        )

@@ -45,6 +45,7 @@ def run_evaluate(
             # By content: another data directory of the same name is another evaluation.
             label = "set" if data_dir is None else data_dir.resolve().name
             where = where.evaluation_on(f"{label}-{recipe.digest()[:8]}")
+        run.hold_to_files()
         session = Session(recipe, run, console, processes)
         with session.leading():
             if not where.evaluation.is_file():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 import typer
@@ -30,7 +31,12 @@ from srlm_lite.session import (
     refuse_sharding,
     refuse_unexportable,
 )
-from srlm_lite.stages.seed_data import check_inputs, unmeasured
+from srlm_lite.stages.seed_data import (
+    check_inputs,
+    nearly_held_out,
+    refuse_held_out_among_training,
+    unmeasured,
+)
 from srlm_lite.tracking import check_installed, tracked
 
 
@@ -59,6 +65,8 @@ def run_iterate(
         if processes.shards:
             refuse_sharding(recipe)  # before anybody installs what would be refused
         check_inputs(recipe)
+        if fresh or not run.is_begun:  # what was begun without this question goes on
+            refuse_held_out_among_training(recipe)
         check_installed(recipe.tracking.report_to)
         import_backend(recipe)  # a plan imports transformers
         refuse_absent_base(recipe, run)
@@ -80,7 +88,7 @@ def run_iterate(
                 session = Session(recipe, run, console, processes, tracker)
                 with console, session.leading():
                     _warn_of_idle(session)
-                    for line in unmeasured(recipe):
+                    for line in chain(unmeasured(recipe), nearly_held_out(recipe)):
                         console.warn(line)
                     try:
                         iterate(session)

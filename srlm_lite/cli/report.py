@@ -18,6 +18,8 @@ from srlm_lite.run_dir import RunDir, write_atomically
 def run_report(*, directory: Path, out: Path | None, as_markdown: bool) -> None:
     """Print the summary, or write the page and print where it is."""
     run = RunDir(directory)
+    run.facts()  # whether it is a run, before its files are looked at
+    run.hold_to_files()
     if as_markdown:
         typer.echo(markdown(gather(run)), nl=False)
         return

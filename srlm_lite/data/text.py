@@ -25,6 +25,15 @@ def normalised(text: str) -> str:
     return spaced.rstrip(" .?!") or spaced
 
 
+def words_of(text: str) -> str:
+    """Its words alone, case folded: without punctuation and spacing, what tells near copies.
+
+    A text without letters or figures is its own.
+    """
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    return " ".join(re.findall(r"\w+", folded)) or text
+
+
 def is_garbled(text: str) -> bool:
     """Whether it holds characters that no one writes.
 

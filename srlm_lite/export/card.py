@@ -144,6 +144,9 @@ def _lineage(source: Source, base: dict[str, Any], *, form: str, onto: str, dtyp
         ("recipe", f"`{recipe.name}`, digest `{facts['digest']}`; as run in `{RECIPE}`"),
         ("weights", f"{weights}{dtype}; held against the stack, see `parity.json`"),
     ]
+    if kwargs := recipe.base.chat_template_kwargs:
+        given = yaml.safe_dump(kwargs, default_flow_style=True, allow_unicode=True, width=10**6)
+        rows.append(("chat template", f"with `{given.strip()}` written into it"))
     return "\n".join(f"- **{name}:** {text}" for name, text in rows)
 
 

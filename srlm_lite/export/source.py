@@ -91,6 +91,7 @@ def find_source(directory: Path, which: str) -> Source:
     run = RunDir(directory)
     recipe = run.recipe()
     iteration = _iteration(run, which)
+    run.hold_to_files()
     hashes = list(run.anchor.verify(*run.anchor.adapter_files).values())
     if iteration:
         place = run.iteration(iteration)

@@ -3,8 +3,9 @@
 As a model improves, its best and its worst answer come closer and DPO has less to learn from.
 So the rejected one is anchored in the first model: it is the worst candidate of M1, where that is
 worse than the policy's own worst. With these pairs a provisional next model is trained; where its
-best candidate beats the policy's best, it takes the chosen place. The policy, as judge, scores all
-of them; the delta is then trained on the final pairs from where the provisional one began.
+best candidate beats the policy's best, it takes the chosen place, in every prompt. The policy, as
+judge, scores all of them; the delta is then trained on the final pairs from where the provisional
+one began.
 
 In the first iteration the policy is M1, and there is no past. With stacked deltas the past costs
 no memory and no loading.
@@ -16,8 +17,7 @@ the future model (trained, not an average).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from typing import Any, TypedDict
 
 from srlm_lite.methods.self_rewarding import MadePairs, SelfRewarding, judged
 from srlm_lite.pairing import (
@@ -27,6 +27,7 @@ from srlm_lite.pairing import (
     best_and_worst,
     has_tag,
     length_penalty,
+    lowered,
     pair,
     too_close,
 )
@@ -68,15 +69,15 @@ class Temporal(SelfRewarding):
         usable, drops = judged(session, prompts, candidates, judgements)
         alpha = length_penalty(list(usable.values()), pairing)
         rho = at_iteration(pairing.rho, iteration.number)
-        provisional = anchored_pairs(
-            prompts, usable, drops, min_gap=pairing.min_gap, rho=rho, alpha=alpha
-        )
+        rules: Rules = {"min_gap": pairing.min_gap, "rho": rho, "alpha": alpha}
+        undone = Drops(drops.prompts.copy(), drops.candidates)
+        provisional = anchored_pairs(prompts, usable, undone, **rules)
         fitting = stages.fitting_pairs(session, provisional)
         if len(fitting) < pairing.min_pairs:
-            return provisional, drops, {}  # too few for any delta: the stage will say so
+            return provisional, undone, {}  # too few for any delta: the stage will say so
         stages.delta(session, iteration, fitting, place=iteration.provisional_place)
         future = _future(session, iteration, prompts)
-        pairs = guided_pairs(provisional, future, rho=rho, alpha=alpha)
+        pairs = anchored_pairs(prompts, usable, drops, future=future, **rules)
         return (
             pairs,
             drops,
@@ -87,11 +88,20 @@ class Temporal(SelfRewarding):
         )
 
 
+class Rules(TypedDict, total=False):
+    """How candidates are ranked and when two are a pair, as in `Pairing`."""
+
+    min_gap: float
+    rho: float
+    alpha: float
+
+
 def anchored_pairs(
     prompts: Sequence[Prompt],
     usable: Mapping[str, Sequence[Scored]],
     drops: Drops,
     *,
+    future: Mapping[str, Sequence[Scored]] | None = None,
     min_gap: float = 0.0,
     rho: float = 0.0,
     alpha: float = 0.0,
@@ -99,6 +109,10 @@ def anchored_pairs(
     """The policy's best against the worst of the policy and the first model; ties: the policy's.
 
     Prompts without a pair are counted in `drops`.
+
+    Args:
+        future: The next model's candidates: its best takes the chosen place where it ranks higher,
+            in every prompt, also one whose candidates of now make no pair.
     """
     pairs = []
     for prompt in prompts:
@@ -109,33 +123,16 @@ def anchored_pairs(
             continue
         chosen, _ = best_and_worst(own, rho=rho, alpha=alpha)
         _, rejected = best_and_worst(group, rho=rho, alpha=alpha)
-        if reason := too_close(chosen, rejected, group, min_gap, alpha=alpha):
+        coming = (future or {}).get(prompt.prompt_id, ())
+        if coming:
+            best, _ = best_and_worst(coming, rho=rho, alpha=alpha)
+            if lowered(best, alpha) > lowered(chosen, alpha):
+                chosen = best
+        if reason := too_close(chosen, rejected, [*group, *coming], min_gap, alpha=alpha):
             drops.prompts[reason] += 1
         else:
             pairs.append(pair(prompt, chosen, rejected))
     return pairs
-
-
-def guided_pairs(
-    pairs: Sequence[PreferencePair],
-    future: Mapping[str, Sequence[Scored]],
-    *,
-    rho: float = 0.0,
-    alpha: float = 0.0,
-) -> list[PreferencePair]:
-    """The pairs, with the next model's best in the chosen place where it scores higher."""
-    guided = []
-    for one in pairs:
-        group = future.get(one.prompt_id)
-        if group:
-            (best, score), _ = best_and_worst(group, rho=rho, alpha=alpha)
-            longer = len(best.text) - len(one.chosen)
-            if score - alpha * longer > one.chosen_score and best.text != one.rejected:
-                one = replace(
-                    one, chosen_id=best.candidate_id, chosen=best.text, chosen_score=score
-                )
-        guided.append(one)
-    return guided
 
 
 def _future(

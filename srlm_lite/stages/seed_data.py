@@ -9,7 +9,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
-from srlm_lite.config import SHIPPED, Recipe, shipped_text
+from srlm_lite.config import SHIPPED, Recipe, shipped_text, shorten
+from srlm_lite.data.text import words_of
 from srlm_lite.errors import UserError
 from srlm_lite.evaluate import ifeval
 from srlm_lite.evaluate.gold import load_gold
@@ -227,6 +228,69 @@ def check_inputs(recipe: Recipe) -> None:
     if recipe.iterations:
         _check_window(recipe)
         _check_prompts(recipe)
+
+
+def refuse_held_out_among_training(recipe: Recipe) -> None:
+    """That no prompt which measures a model is one that it learns from.
+
+    Raises:
+        UserError: One is, letter for letter.
+    """
+    held_out = _held_out(recipe)
+    for path, texts in _learned_from(recipe).items():
+        for where, text in held_out.items():
+            if text in texts:
+                same = sum(one in texts for one in held_out.values())
+                raise UserError(
+                    f"{same} of its prompts are also in {path}, which the run learns from; the "
+                    f"first is {shorten(repr(text))}",
+                    where=where.partition(":")[0],
+                    way_out="Take them out of one of the two files: a model is not measured on "
+                    "what it was taught",
+                )
+
+
+def nearly_held_out(recipe: Recipe) -> Iterator[str]:
+    """Held-out prompts that the run learns from in the same words, a line for each file."""
+    held_out = {words_of(text): text for text in _held_out(recipe).values()}
+    for path, texts in _learned_from(recipe).items():
+        shared = [held_out[words] for words in map(words_of, texts) if words in held_out]
+        if shared:
+            yield (
+                f"{len(shared)} prompts of {path} are held-out ones in the same words, such as "
+                f"{shorten(repr(shared[0]))}: figures on them flatter the model"
+            )
+
+
+def _held_out(recipe: Recipe) -> dict[str, str]:
+    """The prompts that models are measured on, by their file and their place in it."""
+    own = Path(recipe.data.dir) / "eval_prompts.jsonl"
+    judge = data_file(recipe, "eft_eval.jsonl")
+    policy = own if own.is_file() else judge
+    found = {f"{policy}:{i}": row.text for i, row in enumerate(policy_prompts(recipe))}
+    for i, group in enumerate(read_ranked(judge, recipe.evaluate.eft_prompts)):
+        found[f"{judge}:eft {i}"] = group[0].prompt
+    return found
+
+
+def _learned_from(recipe: Recipe) -> dict[Path, set[str]]:
+    """The prompts of each file that the run's adapters learn from."""
+    found: dict[Path, set[str]] = {}
+    trained = recipe.anchor.init == "base"
+    if trained and recipe.anchor.use_ift:
+        path = data_file(recipe, "ift.jsonl")
+        found[path] = {row.prompt for row in read_ift(recipe)}
+    if trained and recipe.anchor.use_eft:
+        path = data_file(recipe, "eft_train.jsonl")
+        found[path] = {group[0].prompt for group in read_ranked(path, recipe.anchor.eft_prompts)}
+    if recipe.data.ranked is not None:
+        path = ranked_file(recipe)
+        found[path] = {group[0].prompt for group in read_ranked(path, None)}
+    if recipe.iterations and recipe.prompts.source == "file":
+        path = prompt_file(recipe)
+        if path.is_file():
+            found[path] = {prompt.text for prompt in read_prompts(path)}
+    return found
 
 
 def unmeasured(recipe: Recipe) -> Iterator[str]:
