@@ -388,8 +388,9 @@ def test_a_tensor_of_another_shape_is_refused(
     tensors[name] = tensors[name][: rows // 2].contiguous()
     save_file(tensors, tiny_copy / "model.safetensors", metadata={"format": "pt"})
     line = refusal(Base(name=str(tiny_copy), quantization=quantization))
-    there, wanted = (" x ".join(map(str, (n, *columns))) for n in (rows // 2, rows))
-    assert f"{name} of {tiny_copy} is {there}, and its config.json wants {wanted}" in line
+    there, wanted = ([n, *columns] for n in (rows // 2, rows))
+    assert f"{name} cannot be read as {name} ({there} for {name}, the model has {wanted})" in line
+    assert str(tiny_copy) in line
 
 
 def test_an_unknown_architecture_is_refused(tiny_copy: Path) -> None:

@@ -382,7 +382,7 @@ class Export:
             row["max_abs_logit_diff"] <= row["tolerance"]
             and check.error <= row["tensors"]["tolerance"]
         ):
-            raise _broken(row, check.worst, check.error)
+            raise _broken(row, check.worst, check.error, allowed=row["tensors"]["tolerance"])
         if passes == 3:
             read = self._counting(self._weights(nf4=True).read)
             (evaluated,) = parity.logits(model, read, texts, stacks=[self.stack])
@@ -436,11 +436,21 @@ class _Megabytes:
         self._task.advance(self._bytes // 10**6 - before)
 
 
-def _broken(row: dict[str, Any], worst: str, share: float) -> ProofError:
+def _broken(row: dict[str, Any], worst: str, share: float, *, allowed: float = 0.0) -> ProofError:
+    """Why an export is not kept; `share` is the error of its worst tensor."""
+    if not row["tolerance"]:
+        why = "the stack's own logits are not all finite"
+    elif share <= allowed:
+        why = (
+            "every tensor is right, so the base computes with a layer's weight past the adapter "
+            "that lies on the layer"
+        )
+    else:
+        why = f"{worst} differs most, by {share:.3g} of its norm"
     return ProofError(
         "the export does not answer as the stack does: logits differ by up to "
-        f"{row['max_abs_logit_diff']:.3g} (tolerance {row['tolerance']:.3g}); {worst} differs "
-        f"most, by {share:.3g} of its norm. Nothing was kept"
+        f"{row['max_abs_logit_diff']:.3g} (tolerance {row['tolerance']:.3g}); {why}. Nothing was "
+        "kept"
     )
 
 

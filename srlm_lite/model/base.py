@@ -45,6 +45,7 @@ from srlm_lite.model import unsloth_backend
 from srlm_lite.model.cache import cache_dir
 from srlm_lite.model.checkpoint import INDEX, Checkpoint, weight_files
 from srlm_lite.model.heap import give_back
+from srlm_lite.model.layout import Layout
 from srlm_lite.model.nf4 import nf4_settings
 from srlm_lite.model.sharding import load_shards
 
@@ -371,7 +372,7 @@ def _load(
     nf4 = section.quantization == "nf4"
     if kind == "hub":
         folder = str(base_files(section, revision=settings._commit_hash).folder)
-    _check_shapes(section, Path(folder))
+    _check_shapes(Path(folder))
     load = load_shards if sharded else load_files
     model, report = load(Path(folder), settings, device, dtype, nf4=nf4)
     _check_missing(section, sorted(report["missing_keys"]))
@@ -396,27 +397,12 @@ def _check_missing(section: config.Base, missing: list[str]) -> None:
         )
 
 
-def _check_shapes(section: config.Base, folder: Path) -> None:
+def _check_shapes(folder: Path) -> None:
     """Hold the tensors of a directory against the model that its `config.json` describes.
 
     A layer that is rounded to NF4 takes any shape, and fails when it first computes, or never.
     """
-    wanted = {name: tuple(one.shape) for name, one in empty_model(folder).named_parameters()}
-    for file in weight_files(folder):
-        opened: Any = safe_open(folder / file, framework="pt")
-        for name in sorted(wanted.keys() & set(opened.keys())):
-            there = tuple(opened.get_slice(name).get_shape())
-            if there != wanted[name]:
-                raise UserError(
-                    f"{name} of {section.name} is {_times(there)}, and its config.json wants "
-                    f"{_times(wanted[name])}",
-                    where=_WHERE,
-                    way_out="Weights and config.json do not belong together: get both again",
-                )
-
-
-def _times(shape: Iterable[int]) -> str:
-    return " x ".join(map(str, shape))
+    Layout(Checkpoint(folder), empty_model(folder))
 
 
 def load_files(

@@ -306,7 +306,9 @@ def _header(path: Path) -> list[_Place]:
     except FileNotFoundError as error:
         raise UserError("the index names it, but it is missing", where=str(path)) from error
     except SafetensorError as error:
-        raise UserError(f"truncated or damaged ({error})", where=str(path)) from error
+        raise UserError(
+            f"truncated or damaged weights ({error})", where=str(path), way_out="Get the file again"
+        ) from error
     header.pop("__metadata__", None)
     places = []
     for name, entry in header.items():

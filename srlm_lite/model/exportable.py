@@ -67,11 +67,11 @@ def placing(model: PreTrainedModel, modules: Sequence[str]) -> dict[str, Any]:
     Raises:
         UserError: There is no such way to say it.
     """
-    transposed = {"fan_in_fan_out": True} if _are_transposed(model, modules) else {}
+    transposed: dict[str, Any] = {"fan_in_fan_out": True} if _are_transposed(model, modules) else {}
     short = {"target_modules": sorted({name.rpartition(".")[2] for name in modules}), **transposed}
     if _placed(model, short) == set(modules):
         return short
-    full = {"target_modules": sorted(modules), **transposed}
+    full: dict[str, Any] = {"target_modules": sorted(modules), **transposed}
     there = _placed(model, full)
     if there == set(modules):
         return full
@@ -104,7 +104,7 @@ def _placed(model: PreTrainedModel, settings: dict[str, Any]) -> set[str]:
         try:
             config = LoraConfig(r=1, task_type="CAUSAL_LM", **given)
             wrapped: Any = get_peft_model(copy.deepcopy(model), config, low_cpu_mem_usage=True)
-        except ValueError:
+        except Exception:  # it refuses a layer with whatever it trips over
             return set()
         found = {
             name.removeprefix(_PREFIX)

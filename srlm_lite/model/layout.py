@@ -106,12 +106,6 @@ class Layout:
         """Names of all parameters that the files have."""
         return list(self._groups)
 
-    @property
-    def missing(self) -> list[str]:
-        """Names of the parameters that the files do not have, under any name."""
-        tied = {*self.tied, *self.tied.values()}
-        return [name for name in self._inside if name not in self._groups and name not in tied]
-
     def held_as(self, name: str) -> str:
         """A parameter's name of those that it is tied under: the one that the files have."""
         others = [one for pair in self.tied.items() if name in pair for one in pair]

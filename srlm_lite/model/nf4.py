@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from srlm_lite.model.targets import is_linear, not_in_4_bits
+from srlm_lite.model.targets import not_in_4_bits
 
 hf: Any = transformers  # only partly typed
 
@@ -48,7 +48,9 @@ def nf4_modules(model: PreTrainedModel) -> frozenset[str]:
     return frozenset(
         f"{name}.weight"
         for name, module in model.named_modules()
-        if is_linear(module) and should_convert_module(name, skipped)
+        # No kinds of linear layers either, such as that of an attention pool.
+        if (type(module) is nn.Linear or isinstance(module, Conv1D))
+        and should_convert_module(name, skipped)
     )
 
 

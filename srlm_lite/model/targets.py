@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import ast
 import functools
+import importlib.util
 import inspect
 import textwrap
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from peft import LoraConfig
+from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -27,6 +30,9 @@ from srlm_lite.errors import UserError
 _ASKED = ("dtype", "device", "shape")
 """What code may ask a weight for without its numbers."""
 _CHANGES = ("data", "clamp", "clamp_")
+_KERNELS = ("kernels", "mamba_ssm")
+"""Packages with the kernels that transformers hands weights to."""
+_PLAIN = LoraConfig()
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +41,9 @@ class Reads:
 
     used: frozenset[str]
     """Layers whose weight it computes with, at least in places, without calling them."""
+    handed: frozenset[str]
+    """Layers whose weight it hands to a function, which is a kernel where one is installed; else it
+    calls them."""
     not_in_4_bits: frozenset[str]
     """Layers that it never calls, whose weight it changes, or whose dtype it casts to: packed into
     4 bits they would fail, or compute something else."""
@@ -61,11 +70,22 @@ def text_model(model: Any) -> tuple[nn.Module, ...]:
 def adaptable(model: PreTrainedModel) -> dict[str, nn.Module]:
     """The layers that can carry an adapter, by their names, in the model's order."""
     passed_over = {name for name, _ in _layers_where(model, "used")}
+    if any(map(importlib.util.find_spec, _KERNELS)):
+        passed_over |= {name for name, _ in _layers_where(model, "handed")}
     return {
         name: module
         for name, module in _of_the_text(model)
-        if is_linear(module) and name not in passed_over
+        if is_linear(module) and name not in passed_over and _peft_takes(model, name)
     }
+
+
+def _peft_takes(model: PreTrainedModel, name: str) -> bool:
+    """PEFT refuses layers of models like Mamba whose weight their kernels read."""
+    try:
+        _check_lora_target_modules_mamba(_PLAIN, model, name.rpartition(".")[2])
+    except ValueError:
+        return False
+    return True
 
 
 def not_in_4_bits(model: nn.Module) -> list[str]:
@@ -167,6 +187,7 @@ def reads(kind: type[nn.Module]) -> Reads:
     What makes and initialises them is left out.
     """
     used: set[str] = set()
+    handed: set[str] = set()
     cast: set[str] = set()
     changed: set[str] = set()
     called: set[str] = set()
@@ -180,12 +201,17 @@ def reads(kind: type[nn.Module]) -> Reads:
             continue
         asked = above[-1].attr if isinstance(above[-1], ast.Attribute) else None
         if asked not in _ASKED:
-            used.add(child)
+            (handed if _is_plain_call(above) else used).add(child)
             if asked in _CHANGES:
                 changed.add(child)
         elif asked == "dtype" and isinstance(above[-2], ast.Call) and _is_cast(above[-2]):
             cast.add(child)
-    return Reads(frozenset(used), frozenset((used - called) | cast | changed))
+    uncalled = (used | handed) - called
+    return Reads(
+        frozenset(used | (handed & uncalled)),
+        frozenset(handed),
+        frozenset(uncalled | cast | changed),
+    )
 
 
 def _code(kind: type[nn.Module]) -> Iterator[tuple[ast.AST, list[ast.AST]]]:
@@ -212,6 +238,12 @@ def _child(node: ast.AST) -> str:
     """`x` of `self.x`, else nothing."""
     is_own = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
     return node.attr if is_own and node.value.id == "self" else ""  # type: ignore[attr-defined]
+
+
+def _is_plain_call(above: list[ast.AST]) -> bool:
+    """Whether a node is an argument of a function that is called by its bare name."""
+    call = above[-2] if isinstance(above[-1], ast.keyword) else above[-1]
+    return isinstance(call, ast.Call) and isinstance(call.func, ast.Name)
 
 
 def _is_cast(call: ast.Call) -> bool:
