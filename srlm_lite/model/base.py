@@ -213,7 +213,7 @@ def skeleton(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """
     section = config.Base(name=str(folder))
     with _quiet(), _explained(section, "directory", str(folder)):
-        tokenizer = hf.AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        tokenizer = _tokenizer(str(folder))
         model = empty_model(folder)
         if (folder / "generation_config.json").is_file():
             model.generation_config = hf.GenerationConfig.from_pretrained(str(folder))
@@ -362,9 +362,7 @@ def _load(
         folder, revision=section.revision or "main", trust_remote_code=False
     )
     _refuse_quantized(section.name, settings.to_dict())
-    tokenizer = hf.AutoTokenizer.from_pretrained(
-        folder, revision=section.revision or "main", trust_remote_code=False
-    )
+    tokenizer = _tokenizer(folder, section.revision)
     if section.backend == "unsloth":
         model = unsloth_backend.load(folder, section, device=device, dtype=dtype)
         _check_complete(model, section, folder, kind)
@@ -377,6 +375,18 @@ def _load(
     model, report = load(Path(folder), settings, device, dtype, nf4=nf4)
     _check_missing(section, sorted(report["missing_keys"]))
     return model, tokenizer
+
+
+def _tokenizer(folder: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a directory or a Hub model.
+
+    Never mistral-common's, which transformers takes wherever that is installed and a `tekken.json`
+    lies there: it knows no chat template, and hides what its ids stand for.
+    """
+    tokenizer: PreTrainedTokenizerBase = hf.AutoTokenizer.from_pretrained(
+        folder, revision=revision or "main", mistral_format=False, trust_remote_code=False
+    )
+    return tokenizer
 
 
 def _check_complete(model: PreTrainedModel, section: config.Base, folder: str, kind: Kind) -> None:
