@@ -87,6 +87,9 @@ class Base(Section):
     backend: Literal["transformers", "unsloth"] = "transformers"
     """What holds the weights and computes on them. `unsloth`: its loader and kernels, an extra; a
     tool for GPUs, which on a CPU only shows that it works."""
+    attention: Annotated[Literal["own", "sdpa"], Before("sdpa")] = "own"
+    """`own`: whatever the base's layers compute. `sdpa`: always by transformers' `sdpa`, which is
+    faster and leaves out, without a word, the cap that Gemma 2 puts on its scores."""
     chat_template: str | None = None
     """Name of a shipped template or a path; used in place of the tokenizer's own.
     Needed by bases that have none, such as Llama-2."""

@@ -18,7 +18,7 @@ from srlm_lite.model.stack import Adapter, Slot
 from srlm_lite.rollout import steps, tree
 from srlm_lite.rollout.protocol import Limits, Request
 from srlm_lite.rollout.transformers_engine import TransformersEngine
-from srlm_lite.rollout.tree import Window
+from srlm_lite.rollout.tree import Tree, Window
 
 hf: Any = transformers
 
@@ -53,9 +53,9 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "norms behind": ("Olmo3Config", THREE),
     "caps": (
         "Gemma2Config",
-        {**THREE, "attn_logit_softcapping": 2.0, "attn_implementation": "eager"},
+        {**THREE, "attn_logit_softcapping": 0.2, "attn_implementation": "eager"},
     ),
-    "caps that sdpa drops": ("Gemma2Config", {**THREE, "attn_logit_softcapping": 2.0}),
+    "caps that sdpa drops": ("Gemma2Config", {**THREE, "attn_logit_softcapping": 0.2}),
     "sinks": (
         "GptOssConfig",
         {**THREE, "num_local_experts": 2, "num_experts_per_tok": 1, "rope_parameters": None},
@@ -178,6 +178,22 @@ def test_what_lies_behind_the_window_is_hidden(kind: str, chat: ChatFormat) -> N
     assert [a != b for a, b in zip(one, other, strict=True)] == longer
 
 
+@pytest.mark.parametrize("kind", ["caps", "sinks"])
+def test_caps_and_sinks_change_what_is_sampled(
+    kind: str, chat: ChatFormat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a tree without them could not pass for one with them."""
+    engine, asked = engine_of(model_of(kind), chat), prompts(shared=0)
+    expected = engine.sample(asked, GREEDY)
+    whole = Tree.attend
+
+    def bare(self: Tree, *args: Any, **kwargs: Any) -> Any:
+        return whole(self, *args, **{**kwargs, "softcap": None, "s_aux": None})
+
+    monkeypatch.setattr(Tree, "attend", bare)
+    assert engine.sample(asked, GREEDY) != expected
+
+
 @pytest.mark.parametrize("kind", ["caps", "one key-value head"])
 def test_a_prompt_longer_than_a_block_is_computed_in_blocks(
     kind: str, chat: ChatFormat, monkeypatch: pytest.MonkeyPatch
@@ -256,3 +272,18 @@ def test_a_layer_that_counts_its_own_positions_is_sampled_with_generate(chat: Ch
     [row] = engine.sample([request], GREEDY)
     assert engine._branches is False
     assert row[0].token_ids == generated(model, request)
+
+
+@torch.inference_mode()
+def test_a_base_that_caps_its_scores_is_loaded_with_its_caps(
+    tiny_base_dir: Path, tmp_path: Path
+) -> None:
+    """With transformers' default they are gone; a run that was begun so goes on so."""
+    model_of("caps").save_pretrained(tmp_path)
+    hf.AutoTokenizer.from_pretrained(tiny_base_dir).save_pretrained(tmp_path)
+    ids = torch.tensor([prompts(shared=0)[3].prompt_ids])
+    own, bare = (model_of(kind)(ids).logits for kind in ("caps", "caps that sdpa drops"))
+    assert float((own - bare).abs().max()) > 0.005
+    for attention, expected in {"own": own, "sdpa": bare}.items():
+        section = Base(name=str(tmp_path), dtype="float32", attention=attention)
+        assert torch.allclose(load_base(section).model(ids).logits, expected, atol=1e-6)

@@ -182,9 +182,10 @@ def _session(settings: Settings, folder: Path, reporter: Reporter) -> Session:
 
 
 def _recipe(settings: Settings, base: LoadedBase) -> Recipe:
+    model: Any = base.model
     linear = {
         name.rpartition(".")[2]
-        for name, module in base.model.get_decoder().named_modules()
+        for name, module in model.get_decoder().named_modules()
         if isinstance(module, torch.nn.Linear)
     }
     usual = [target for target in Lora().targets if target in linear]

@@ -262,6 +262,8 @@ def load_base(section: config.Base, *, sharded: bool = False) -> LoadedBase:
         model, tokenizer = _load(section, folder, kind, device, dtype, sharded=sharded)
     if kind == "hub":
         source["revision"] = getattr(model.config, "_commit_hash", None) or section.revision
+    if section.attention == "own" and _caps_its_scores(model):
+        model.set_attn_implementation("eager")
     keep_differentiable(model)
     _check_vocabulary(model, tokenizer)
     _settle_special_tokens(model, tokenizer)
@@ -271,6 +273,12 @@ def load_base(section: config.Base, *, sharded: bool = False) -> LoadedBase:
     return LoadedBase(
         model=model, tokenizer=tokenizer, device=device, dtype=dtype, folder=folder, source=source
     )
+
+
+def _caps_its_scores(model: PreTrainedModel) -> bool:
+    """Whether its attention has a soft cap: transformers 5.17 drops it in `sdpa`, its default."""
+    capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
+    return capped is not None and model.config._attn_implementation == "sdpa"
 
 
 def compute_dtype(section: config.Base) -> torch.dtype:
