@@ -1,7 +1,7 @@
 """Bytes that a base, its adapters and the work on them take, from shapes alone.
 
 Everything here is arithmetic on what the code keeps: what autograd saves of a layer whose base is
-frozen, what TRL's losses hold of the logits, what the tree of keys and values holds. A test runs
+frozen, what the losses hold of the logits, what the tree of keys and values holds. A test runs
 the real thing and counts. What shapes cannot give, the memory of an interpreter with its libraries,
 are the constants `LIBRARIES`.
 
@@ -59,7 +59,7 @@ GATHERED = 3
 """Decoder layers that FSDP2 has whole at a time, counted from its code: the one that computes, in
 one piece and in its tensors, and the next one, on its way."""
 LOSS_CHUNK = 256
-"""Tokens whose logits TRL's SFT loss computes at once."""
+"""Target tokens whose logits a loss computes at once: `PIECE` in `training/tokens.py`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -339,7 +339,7 @@ def saved(held: Held, *, dropout: bool = False) -> int:
         two norms       their input, in float32                             8 H
         adapters        the input of A, of width n                          c n
                         its output, the input of B                          c R
-                        with dropout, its mask
+                        with dropout, its mask: a byte each
         attention       queries, keys, values (repeated for the query heads)
                         and its output; the log-sum-exp in float32          4 c D heads + 4 heads
         MLP             both projections and the activation                 3 c I
@@ -358,8 +358,7 @@ def saved(held: Held, *, dropout: bool = False) -> int:
         elif there and group != ("o_proj",):
             inputs += there[0].inputs * c
     if dropout:
-        # A GPU keeps it as a byte, a CPU in the dtype of the input, which is float32 here.
-        inputs += sum(one.inputs for one in adapted) * (1 if held.device == "cuda" else 4)
+        inputs += sum(one.inputs for one in adapted)
     width = shape.heads * shape.head_width
     attention = 4 * c * width + 4 * shape.heads
     return (
@@ -388,10 +387,9 @@ def training(
     """One micro-batch in training: the optimiser's states are there, the backward pass begins.
 
     AdamW keeps two float32 numbers for each parameter, DPO's reference is a second copy of the
-    slot. TRL's DPO loss has float32 logits of all tokens: those that autograd keeps, and on a CPU
-    three gradients of that size at once (of the gather, its scatter, and of the rows taken apart);
-    on a GPU, with its fused kernel, two. Its SFT loss has 256 tokens' logits at a time, four times.
-    A reward model has none.
+    slot. The losses of SFT and DPO have the logits of 256 target tokens at a time, in float32: they
+    themselves and three gradients (of the gather, of the log-sum-exp, and their sum). A reward
+    model has none.
 
     Args:
         rows: Sequences; a pair is two.
@@ -408,13 +406,10 @@ def training(
     kept = count * 4 * shape.hidden + (
         shape.layers * count * c * shape.hidden if checkpointing else shape.layers * layer
     )
-    if kind == "dpo":
-        logits = count * shape.vocabulary * 4 * (4 if held.device == "cpu" else 3)
-    elif kind == "sft":
-        logits = min(count, LOSS_CHUNK) * shape.vocabulary * 4 * 4
-    else:
-        logits = 0
+    logits = 0 if kind == "reward" else min(count, LOSS_CHUNK) * shape.vocabulary * 4 * 4
     within = passing_by + (layer if checkpointing else 0) + held.scratch
+    if kind == "dpo":  # the reference's pass, which keeps nothing, beside what the policy's keeps
+        within = max(within, count * passing(held) + held.scratch)
     copies = (2 if kind == "dpo" else 1) * 4 + (c if held.mixed else 0)
     return {
         "base": held.base,

@@ -82,4 +82,4 @@ class SequenceDropout(nn.Module):
         if not self.training:
             return inputs
         dropped = self._masks.of(self._layer, inputs)
-        return inputs.masked_fill(dropped, 0) / (1 - self._masks.probability)
+        return inputs.masked_fill(dropped, 0).div_(1 - self._masks.probability)
