@@ -46,7 +46,7 @@ _GRANITE = {
     "embedding_multiplier": 2.0,
     "residual_multiplier": 0.75,
     "attention_multiplier": 0.0625,
-    "tie_word_embeddings": True,
+    "tie_word_embeddings": False,
 }
 _MAMBA_2 = {
     "mamba_n_heads": 8,
@@ -418,6 +418,7 @@ FAMILIES: dict[str, Family] = {
             "num_key_value_heads": 4,
             "head_dim": 8,
             "dim_model_base": 16,
+            "tie_word_embeddings": False,
             "scale_emb": 2,
             "scale_depth": 2.8,
         },
