@@ -4,7 +4,11 @@ Each has the settings by which its family differs from Llama, two layers, random
 published checkpoints have, and the toy base's tokenizer of whole words. They write noise in
 milliseconds: for tests of what is loaded, trained, sampled and exported, not of quality.
 
-    python tests/families.py FOLDER [NAME...]    builds them there
+What a run of each ends in stands here as well. `test_families.py` holds every run to it, and
+`docs/bases.md` is written from it:
+
+    python tests/families.py docs                writes that page
+    python tests/families.py FOLDER [NAME...]    builds bases there
 """
 
 from __future__ import annotations
@@ -39,10 +43,10 @@ _WINDOW = 24
 
 _GRANITE = {
     "logits_scaling": 8.0,
-    "embedding_multiplier": 12.0,
-    "residual_multiplier": 0.25,
+    "embedding_multiplier": 2.0,
+    "residual_multiplier": 0.75,
     "attention_multiplier": 0.0625,
-    "tie_word_embeddings": True,
+    "tie_word_embeddings": False,
 }
 _MAMBA_2 = {
     "mamba_n_heads": 8,
@@ -80,12 +84,20 @@ _SLIDING = {"sliding_window": _WINDOW, "layer_types": ["sliding_attention", "ful
 _VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 
 
+TREE = "tree"
+PLAIN = "plain `generate`"
+ALIKE = "plain `generate`, prompts of equal length together"
+MERGED = "merged"
+ADAPTER = "adapter"
+
+
 @dataclass(frozen=True, slots=True)
 class Family:
-    """How to build its tiny base, and what it stands for.
+    """How to build its tiny base, what it stands for, and what a run on it ends in.
 
     `config` is a class of transformers, `settings` what differs from Llama's shape; with `vision`
-    they are of the text model within a checkpoint of text and images.
+    they are of the text model within a checkpoint of text and images. `targets` are all the layers
+    that can carry an adapter.
     """
 
     config: str
@@ -94,6 +106,12 @@ class Family:
     settings: dict[str, Any] = field(default_factory=dict)
     vision: dict[str, Any] = field(default_factory=dict)
     outer: dict[str, Any] = field(default_factory=dict)
+    sampled: str = TREE
+    exports: tuple[str, ...] = (MERGED, ADAPTER)
+    experts: bool = False
+    """Whether experts lie fused in memory: they stay in 16 bits, and carry no adapter."""
+    refused: str = ""
+    """What the one line says that a run ends in before its anchor; empty where it runs."""
 
 
 FAMILIES: dict[str, Family] = {
@@ -212,7 +230,7 @@ FAMILIES: dict[str, Family] = {
     "bloom": Family(
         "BloomConfig",
         "BLOOM",
-        ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
+        ("query_key_value", "dense_h_to_4h"),
         settings={"n_layer": 2, "n_head": 4},
     ),
     "falcon": Family(
@@ -400,8 +418,9 @@ FAMILIES: dict[str, Family] = {
             "num_key_value_heads": 4,
             "head_dim": 8,
             "dim_model_base": 16,
-            "scale_emb": 12,
-            "scale_depth": 1.4,
+            "tie_word_embeddings": False,
+            "scale_emb": 2,
+            "scale_depth": 2.8,
         },
     ),
     "cohere": Family("CohereConfig", "Command R, Aya 23", settings={"logit_scale": 0.0625}),
@@ -433,7 +452,7 @@ FAMILIES: dict[str, Family] = {
         settings={"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
     ),
     "mamba": Family(
-        "MambaConfig", "Mamba 130M to 2.8B", ("in_proj", "x_proj"), settings={"state_size": 8}
+        "MambaConfig", "Mamba 130M to 2.8B", ("in_proj",), settings={"state_size": 8}
     ),
     "mamba2": Family(
         "Mamba2Config",
@@ -497,10 +516,13 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def build_family(name: str, folder: Path) -> Path:
+def build_family(name: str, folder: Path, tokenizer: Any = None) -> Path:
     """The folder of its tiny base below this one, built unless it is there.
 
     Several processes may ask at once: each builds aside, and the first to finish gives it its name.
+
+    Args:
+        tokenizer: In place of the toy base's, with a chat template; for a folder of its own.
     """
     path = folder / name
     if path.is_dir():
@@ -508,7 +530,7 @@ def build_family(name: str, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=folder))
     try:
-        _build(FAMILIES[name], aside)
+        _build(FAMILIES[name], aside, tokenizer)
         aside.chmod(0o755)  # a temporary folder is closed to others
         aside.rename(path)
     except OSError:
@@ -519,7 +541,7 @@ def build_family(name: str, folder: Path) -> Path:
     return path
 
 
-def _build(family: Family, folder: Path) -> None:
+def _build(family: Family, folder: Path, tokenizer: Any) -> None:
     import torch
     import transformers
 
@@ -528,13 +550,22 @@ def _build(family: Family, folder: Path) -> None:
     torch.manual_seed(0)
     hf: Any = transformers
     config = _config(family, hf)
+    if tokenizer is None:
+        ends = _ENDS
+        for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            shutil.copy(recipes_dir() / "toy" / "base" / file, folder / file)
+    else:
+        ends = {key: getattr(tokenizer, key) for key in _ENDS}
+        config.get_text_config().vocab_size = len(tokenizer)
+        for part in (config, config.get_text_config()):
+            for key, token_id in ends.items():
+                setattr(part, key, token_id)
+        tokenizer.save_pretrained(folder)
     kind = hf.AutoModelForImageTextToText if family.vision else hf.AutoModelForCausalLM
     model = kind.from_config(config, dtype=torch.float32)
     _draw(model)
-    model.generation_config = hf.GenerationConfig(**_ENDS)
+    model.generation_config = hf.GenerationConfig(**ends)
     model.to(torch.bfloat16).save_pretrained(folder)
-    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(recipes_dir() / "toy" / "base" / file, folder / file)
 
 
 def _config(family: Family, hf: Any) -> Any:
@@ -572,7 +603,68 @@ def _draw(model: Any) -> None:
             head.mul_(2 / spread)
 
 
+DOCS = Path(__file__).parent.parent / "docs" / "bases.md"
+
+_HEAD = """# Bases
+
+<!-- Written by `python tests/families.py docs`; do not edit. -->
+
+What srlm-lite does with the model families of today. Each row is a test that runs on every commit,
+on a CPU, in NF4: a tiny base of random weights with the family's shape goes through an iteration
+with both proofs (the anchor's first loss is the model's own, DPO's is ln 2 at a margin of 0), is
+exported, loaded by transformers alone, and held against PEFT's model of the same adapter on the
+base. So a row says that the code of the family is served, not how well a published model of it
+learns; the real models that are named have that architecture in transformers {version}.
+
+- **Targets**: all layers that can carry an adapter, by the names that `lora.targets` takes. The
+  default is Llama's: {default}.
+- **Sampling**: the tree keeps a prompt's keys and values once for all its candidates; plain
+  `generate` is slower, and samples from the same distribution.
+- **Exports**: the forms that `srlm-lite export --as` gives, each equal to PEFT on the base.
+- **Experts** of a mixture lie fused in one parameter a layer: they stay in 16 bits, which
+  `srlm-lite plan` counts, and carry no adapter; attention and dense layers do.
+
+| family | for example | targets | sampling | exports | experts |
+|---|---|---|---|---|---|
+"""
+
+
+def page() -> str:
+    """`docs/bases.md`."""
+    import transformers
+
+    text = _HEAD.format(
+        version=".".join(transformers.__version__.split(".")[:2]),
+        default=", ".join(f"`{name}`" for name in _DENSE),
+    )
+    served = {name: family for name, family in FAMILIES.items() if not family.refused}
+    for name, family in served.items():
+        targets = "the default"
+        if family.targets != _DENSE:
+            targets = ", ".join(f"`{target}`" for target in family.targets)
+        cells = (
+            f"`{name}`",
+            family.stands_for,
+            targets,
+            family.sampled,
+            ", ".join(family.exports),
+            "16 bits" if family.experts else "",
+        )
+        text += "| " + " | ".join(cells) + " |\n"
+    refused = {name: family for name, family in FAMILIES.items() if family.refused}
+    if refused:
+        text += "\n## Refused\n\nBefore the anchor, in one line.\n\n"
+        text += "| family | for example | why |\n|---|---|---|\n"
+        for name, family in refused.items():
+            text += f"| `{name}` | {family.stands_for} | {family.refused} |\n"
+    return text
+
+
 if __name__ == "__main__":
     os.environ["HF_HUB_OFFLINE"] = "1"
+    if sys.argv[1] == "docs":
+        DOCS.parent.mkdir(exist_ok=True)
+        DOCS.write_text(page())
+        sys.exit()
     for each in sys.argv[2:] or FAMILIES:
         print(build_family(each, Path(sys.argv[1])))

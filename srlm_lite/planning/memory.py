@@ -229,6 +229,10 @@ def attention_of(text: Any) -> tuple[int, int, int]:
     Args:
         text: The configuration of the text model, as transformers has it.
     """
+    if getattr(text, "is_heterogeneous", False):  # as Gemma 4: it says these layer by layer
+        layers = (text.per_layer_config[at] for at in range(text.num_hidden_layers))
+        heads, widths, kept = zip(*map(attention_of, layers), strict=True)
+        return max(heads), max(widths), max(kept)
 
     heads = widest(text, "num_attention_heads")
     if not heads:

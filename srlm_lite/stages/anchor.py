@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from srlm_lite.config import Optim
 from srlm_lite.errors import UserError
-from srlm_lite.evaluate.reading import ADVICE, anchor_doubts
+from srlm_lite.evaluate.reading import ADVICE, anchor_doubts, doubts
 from srlm_lite.judging import Rubric, as_sampled, parse_score
 from srlm_lite.progress import Training
 from srlm_lite.records import (
@@ -67,7 +67,8 @@ def anchor(session: Session) -> tuple[None, dict[str, Any]]:
         )
     adapter, training = _train(session, examples, stage="anchor SFT", seed_name="anchor")
     reading = read_json(directory.reading) if directory.reading.is_file() else {}
-    if told := anchor_doubts(reading, training):
+    told = anchor_doubts(reading, training)
+    if told and not doubts(reading):  # of which the user knows
         session.reporter.warn(f"{'; '.join(told)}: {ADVICE}")
     return None, _save(session, adapter, {**facts, "too_long": too_long, **training})
 
