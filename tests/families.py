@@ -451,9 +451,7 @@ FAMILIES: dict[str, Family] = {
         ("q_proj", "k_proj", "v_proj", "out_proj", "w1", "w2", "w3"),
         settings={"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
     ),
-    "mamba": Family(
-        "MambaConfig", "Mamba 130M to 2.8B", ("in_proj",), settings={"state_size": 8}
-    ),
+    "mamba": Family("MambaConfig", "Mamba 130M to 2.8B", ("in_proj",), settings={"state_size": 8}),
     "mamba2": Family(
         "Mamba2Config",
         "Mamba 2",

@@ -230,10 +230,8 @@ def attention_of(text: Any) -> tuple[int, int, int]:
         text: The configuration of the text model, as transformers has it.
     """
     if getattr(text, "is_heterogeneous", False):  # as Gemma 4: it says these layer by layer
-        layers = (text.per_layer_config[at] for at in range(text.num_hidden_layers))
-        heads, widths, kept = zip(*map(attention_of, layers), strict=True)
-        return max(heads), max(widths), max(kept)
-
+        found = [attention_of(text.per_layer_config[at]) for at in range(text.num_hidden_layers)]
+        return max(a for a, _, _ in found), max(b for _, b, _ in found), max(c for *_, c in found)
     heads = widest(text, "num_attention_heads")
     if not heads:
         return 0, 0, 0
