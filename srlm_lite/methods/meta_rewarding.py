@@ -26,7 +26,7 @@ from random import Random
 from statistics import fmean, pvariance
 from typing import Any
 
-from srlm_lite.judging import fill, load_template, plain_lines
+from srlm_lite.judging import fill, load_template, options, plain_lines
 from srlm_lite.methods.self_rewarding import MadePairs, SelfRewarding
 from srlm_lite.pairing import JUDGE, Drops, at_iteration
 from srlm_lite.records import Candidate, Judgement, PreferencePair, Prompt, Reply
@@ -283,19 +283,19 @@ def _battles(
     recipe, meta = session.recipe, session.recipe.meta_rewarding
     template = load_template(meta.template, "first", "second")
     show = without_score if meta.hide_scores else str
+    quote, written = session.rubric.quote, options(*meta.verdicts)
     questions = []
     for prompt_id, rows in disputed.items():
         prompt, answer = texts[prompt_id], answers[rows[0].candidate_id].text
+        # What is compared are judgements: their score lines stay, those in other texts do not.
         shown = {
-            "prompt": prompt,
-            "response": answer,
+            "prompt": quote(prompt),
+            "response": quote(answer),
             "question": session.rubric.render(prompt=prompt, response=answer),
         }
         for m, n in permutations(range(len(rows)), 2):
             both = {"first": show(rows[m].text), "second": show(rows[n].text)}
-            questions.append(
-                (f"{prompt_id}:{m}>{n}", fill(template, {**shown, **both}, tags=["judge"]))
-            )
+            questions.append((f"{prompt_id}:{m}>{n}", fill(template, {**shown, **both}, written)))
     replies = ask(
         session,
         session.stack(iteration.number - 1, "judge"),
