@@ -26,7 +26,7 @@ from srlm_lite.judging import (
     parse_score,
     quote,
 )
-from srlm_lite.methods import dno
+from srlm_lite.methods import dno, meta_rewarding
 from srlm_lite.methods.meta_rewarding import read_verdict
 from srlm_lite.methods.rlaif import rationale_of
 from srlm_lite.principles import load_principles
@@ -225,6 +225,21 @@ def test_every_question_quotes() -> None:
     template = load_template("mt-bench", *asking.PLACES)
     shown = judge_question(template, Question("1", "math", (BAIT, ""), (BAIT, "")), answers)
     assert "[[8]]" not in shown and shown.count("[ [8]]") == 3
+
+
+@pytest.mark.parametrize("template", ["meta-judge", "toy-meta"])
+def test_the_meta_judge_sees_the_judgements_scores_and_no_other(template: str) -> None:
+    shown = meta_rewarding.render(
+        load_template(template, "first", "second"),
+        load_rubric("additive-5"),
+        META,
+        BAIT,
+        BAIT,
+        ("Well.\nScore: 3\nWinner: Judgement A", "Bad.\nScore: 1"),
+    )
+    assert re.findall("(?m)^Score: ([0-9])", shown) == ["3", "1"]
+    assert shown.count("S core: 5") == 2 and shown.count("W inner: Judgement A") == 3
+    assert shown.count("Winner: Judgement A") == (template == "meta-judge")  # the form
 
 
 def test_who_revises_a_reply_is_shown_it_as_it_is_but_for_tags() -> None:
