@@ -463,6 +463,17 @@ def votes_by_candidate(judgements: Iterable[Judgement]) -> dict[str, Sequence[fl
     }
 
 
+def unasked(judgements: Iterable[Judgement]) -> set[str]:
+    """Candidates that the judge was not asked about: its question did not fit the window."""
+    return {
+        candidate_id
+        for candidate_id, rows in by_candidate(judgements).items()
+        if all(
+            not row.text and row.thought is None and row.finish_reason == "length" for row in rows
+        )
+    }
+
+
 def as_sampled(judgement: Judgement) -> Judgement:
     """The judgement with the score that it says, where its score is an expected one."""
     if judgement.sampled_score is None:

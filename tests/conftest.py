@@ -6,13 +6,14 @@ import gc
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from chat_server import transformers_serve
 from commands import Cli, in_process
+from families import build_family
 from hypothesis import settings
 
 # A busy machine is slow, not wrong.
@@ -101,6 +102,15 @@ def tiny_base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def family_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a family's tiny base, by its name in `families.py`; test processes share it."""
+    folder = tmp_path_factory.getbasetemp()
+    if os.environ.get("PYTEST_XDIST_WORKER"):  # whose own folder lies in the one of all
+        folder = folder.parent
+    return lambda name: build_family(name, folder / "families")
 
 
 @pytest.fixture(scope="session")

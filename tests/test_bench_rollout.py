@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from commands import Cli
+from transformers import AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from srlm_lite.bench.floor import Shape, Work, decode, phases, prefill, shared_prefix
 from srlm_lite.bench.machine import peak_memory, resident
 from srlm_lite.bench.plain import PlainGenerate
 from srlm_lite.bench.rollout import Settings, bench_rollout, ways_of
 from srlm_lite.bench.roofline import copy_bandwidth, matmul_rates, shape_of
-from srlm_lite.bench.workload import PROMPTS, Workload
+from srlm_lite.bench.workload import PROMPTS, StandIn, Workload
 from srlm_lite.config import Base
 from srlm_lite.errors import UserError
 from srlm_lite.model.base import LoadedBase, load_base
+from srlm_lite.planning.shapes import SHAPES
 from srlm_lite.progress import Silent
 
 SMALL = Shape(linear=100, head=50, layers=2, query_width=4, cache_width=2, number_bytes=2)
@@ -54,6 +57,32 @@ def test_decoding_reads_a_prompt_once_for_all_its_samples() -> None:
     work = decode(SMALL, [3, 4], samples=2, new_tokens=3, shared=2)
     assert work.flops == 2 * 4 * 2 * 150 + 4 * 2 * 4 * 40
     assert work.bytes == 2 * (2 * 150 + 2 * 2 * 2 * 22)
+
+
+def test_a_window_bounds_what_is_attended_to_and_kept() -> None:
+    """The same prompts; of the two layers one has a window of 2 tokens.
+
+    There the prefill attends to (1 + 2) + 2 + (2 + 2) = 9 tokens for 13, and a sample's first token
+    can reach no more than the last one of each prompt: 2 tokens for 5. In both steps each of the 4
+    rows attends to 2 tokens: 16 for 40. Read are, besides 4 and 8 of their own, the last one of
+    each prompt in the first step and none in the second: 2 + 4 + 8 = 14 for 22.
+    """
+    shape = replace(SMALL, windowed=1, window=2)
+    before = prefill(shape, [3, 4], shared=2)
+    assert before.flops == 2 * 100 * 5 + 4 * 4 * (13 + 9) + 2 * 50 * 2
+    assert before.bytes == 2 * (150 + 2 * 2 * (5 + 2))
+    after = decode(shape, [3, 4], samples=2, new_tokens=3, shared=2)
+    assert after.flops == 2 * 4 * 2 * 150 + 4 * 4 * (40 + 16)
+    assert after.bytes == 2 * (2 * 150 + 2 * 2 * (22 + 14))
+
+
+def test_a_shared_prefix_is_kept_as_far_as_some_window_reaches() -> None:
+    """Prompts of 3 and 4 tokens, 2 of them shared, a window of 4: 3 tokens back, from the first.
+
+    Of the one prompt its own token and both shared ones, of the other its 2 own and a shared one.
+    """
+    shape = replace(SMALL, windowed=2, window=4)
+    assert prefill(shape, [3, 4], shared=2).bytes == 2 * (150 + 2 * 2 * 2 * (1 + 2 + 2))
 
 
 def test_one_token_a_sample_needs_no_step() -> None:
@@ -113,6 +142,30 @@ def test_the_workload() -> None:
     assert len(set(PROMPTS)) == 16
     assert Workload().new_tokens == 16 * 4 * 96 + 64 * 3 * 64 == 18_432
     assert Workload(prompts=2, votes=5).new_tokens == 2 * 4 * 96 + 8 * 5 * 64
+
+
+def test_prompts_of_a_given_length() -> None:
+    """Four characters a token: as many words of other questions as fit, in another order each."""
+    spelling = StandIn(1000)
+
+    def tokens(text: str) -> int:
+        return len(spelling.prompt_ids(text))
+
+    assert Workload().texts(tokens) == PROMPTS
+    texts = Workload(prompts=3, question_tokens=1500).texts(tokens)
+    assert [tokens(text) for text in texts] == pytest.approx([1500] * 3, abs=5)
+    assert max(map(tokens, texts)) <= 1500
+    assert all(text.endswith(question) for text, question in zip(texts, PROMPTS, strict=False))
+    assert shared_prefix(texts) == 0
+    assert Workload(prompts=1, question_tokens=2).texts(tokens) == PROMPTS[:1]
+
+
+def test_a_stand_in_keeps_what_texts_share() -> None:
+    spelling = StandIn(500)
+    one, other = (spelling.prompt_ids("The same start, then " + end) for end in ("this", "that."))
+    assert len(one) == 7 and max(one) < 500
+    assert one[:5] == other[:5] and one[5:] != other[5:]
+    assert len(spelling.prompt_ids(spelling.text_of([7, 499, 3]))) == 3
 
 
 @pytest.mark.parametrize("prompts", [0, 17])
@@ -220,3 +273,41 @@ def test_one_by_one_is_extrapolated(tiny_base_dir: Path, monkeypatch: pytest.Mon
     assert found["one_by_one_measured_prompts"] == 1
     clocked = found["phases"]["one-by-one"]
     assert found["one_by_one_s"] == pytest.approx(sum(clocked.values()), abs=0.002)
+
+
+def test_a_base_of_random_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a shape with a window, that is shorter than the prompts."""
+    shape = {**SHAPES["gemma3-270m"], "vocab_size": 2048, "hidden_size": 32, "head_dim": 16}
+    monkeypatch.setitem(
+        SHAPES,
+        "tiny",
+        {**shape, "intermediate_size": 64, "num_hidden_layers": 6, "sliding_window": 9},
+    )
+    small = Workload(prompts=2, n=2, answer_tokens=8, votes=2, vote_tokens=8, question_tokens=60)
+    settings = Settings(base="random:tiny", ways=("ours", "batched"), workload=small)
+    found = bench_rollout(settings, Silent())
+    assert found["ratio_vs_batched_generate"] > 0
+    assert found["base"] == {"name": "random:tiny", "kind": "random", "seed": 0}
+    assert found["workload"]["prompt_tokens"] == pytest.approx(2 * 60, abs=8)
+    assert found["workload"]["judge_prompt_tokens"] > 4 * (60 + 8)
+
+
+def test_a_shape_that_the_table_lacks() -> None:
+    with pytest.raises(UserError, match=r"--base: no such shape: llama9\. Known: gemma3-270m"):
+        bench_rollout(Settings(base="random:llama9"), Silent())
+
+
+def test_a_base_whose_layers_have_other_names(tiny_base_dir: Path, tmp_path: Path) -> None:
+    """One projection for queries, keys and values, and no layer of the usual names."""
+    config = GPTNeoXConfig(
+        vocab_size=512,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+    )
+    GPTNeoXForCausalLM(config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_base_dir).save_pretrained(tmp_path)
+    small = Workload(prompts=1, n=2, answer_tokens=4, votes=1, vote_tokens=4)
+    found = bench_rollout(Settings(base=str(tmp_path), ways=("ours",), workload=small), Silent())
+    assert found["ours_s"] > 0

@@ -39,7 +39,7 @@ ALLOWED: dict[str, set[str]] = {
     # torch
     "model": {"config", "errors"},
     "rollout": {"config", "errors", "model", "planning", "processes", "records"},
-    "training": {"config", "errors", "model", "processes"},
+    "training": {"config", "errors", "model", "processes", "seeds"},
     # the run
     "session": {
         "config",

@@ -160,8 +160,8 @@ def test_spin_pairs_the_human_s_answer_with_each_of_the_model_s() -> None:
         Candidate("q", "q#0", "human q", 1, "stop"),  # as good as the human's
         Candidate("r", "r#0", "cut", 1, "length"),
     ]
-    human = {name: f"human {name}" for name in "pqr"}
-    pairs, drops = against_human(prompts, human, rows, drop_truncated=True)
+    golden = [Candidate(name, f"{name}#human", f"human {name}", 0, "stop") for name in "pqr"]
+    pairs, drops = against_human(prompts, golden, rows, drop_truncated=True)
     assert [(one.chosen, one.rejected_id) for one in pairs] == [
         ("human p", "p#0"),
         ("human p", "p#1"),
@@ -171,7 +171,8 @@ def test_spin_pairs_the_human_s_answer_with_each_of_the_model_s() -> None:
     }
     assert +drops.prompts == {"duplicate": 1, "truncated": 1}
     # Without a human's answer the first of the model's does not become the better one.
-    pairs, drops = against_human(prompts[:1], {"p": " "}, rows[:2], drop_truncated=True)
+    silent = [Candidate("p", "p#human", " ", 0, "stop")]
+    pairs, drops = against_human(prompts[:1], silent, rows[:2], drop_truncated=True)
     assert not pairs
     assert +drops.prompts == {"empty": 1}
 

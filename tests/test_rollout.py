@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 from scipy.stats import chisquare
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from tapes import Tape, logits_by_prefix, taped
 from transformers import AutoModelForCausalLM, FalconConfig, LlamaConfig, MiniCPM3Config
 
 from srlm_lite.config import Base, Lora
@@ -21,12 +19,12 @@ from srlm_lite.model.chat import ChatFormat
 from srlm_lite.model.random_base import random_base
 from srlm_lite.model.stack import Adapter, Slot
 from srlm_lite.planning.memory import MOST_ROWS
-from srlm_lite.rollout import memory, steps, transformers_engine, tree
+from srlm_lite.rollout import memory, nucleus, steps, transformers_engine, tree
 from srlm_lite.rollout.attention import attention, merged, plain_attention
 from srlm_lite.rollout.nucleus import draw, largest, most_probable, uniforms
 from srlm_lite.rollout.protocol import Limits, Request, Sample
 from srlm_lite.rollout.steps import Steps
-from srlm_lite.rollout.transformers_engine import Row, TransformersEngine
+from srlm_lite.rollout.transformers_engine import TransformersEngine
 from srlm_lite.rollout.tree import shared_prefix
 
 TEXTS = ("moon", "How do I look after a bicycle?", "Read the reply and judge it, please.", "a b c")
@@ -444,83 +442,10 @@ def test_architectures_that_a_tree_does_not_reach_are_sampled_as_they_are(
 # --- steps from a graph -----------------------------------------------------------------------
 
 
-aten = torch.ops.aten
-READS = (
-    aten.item.default,
-    aten.is_nonzero.default,
-    aten.nonzero.default,
-    aten._local_scalar_dense.default,
-)
-"""Operations that wait for the device; the first two are how inference mode has the last."""
-
-
-class Tape(TorchDispatchMode):
-    """What a CUDA graph is, on a CPU: the same operations on the same memory, once more.
-
-    Numbers that Python has read of a tensor are constants of it; a graph cannot even be captured
-    where Python reads one.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.operations: list[tuple[Any, Any, Any, Any]] = []
-        self.replays = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        assert func not in READS
-        result = func(*args, **(kwargs or {}))
-        self.operations.append((func, args, kwargs or {}, result))
-        return result
-
-    def replay(self) -> None:
-        self.replays += 1
-        for func, args, kwargs, result in self.operations:
-            again = func(*args, **kwargs)
-            for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
-                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
-                    old.copy_(new)
-
-
 @pytest.fixture
 def tapes(engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
     """The graphs that are captured from now on."""
-    made: list[Tape] = []
-
-    def captured(work: Any, *, after: Tape | None) -> tuple[Tape, torch.Tensor]:
-        assert after is (made[-1] if made else None)  # it keeps the memory of the one before
-        with Tape() as tape:
-            logits = work()
-        engine._tree.step_back()  # a capture computes nothing
-        made.append(tape)
-        return tape, logits
-
-    monkeypatch.setattr(steps, "captured", captured)
-    monkeypatch.setattr(engine, "_captures", True)
-    return made
-
-
-def logits_by_prefix(
-    call: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
-) -> dict[tuple[Any, ...], torch.Tensor]:
-    """What a call draws each token from: by the prompt, the sample and the tokens before."""
-    found: dict[tuple[Any, ...], torch.Tensor] = {}
-    step = TransformersEngine._step
-
-    def spied(self: TransformersEngine, steps: Steps, live: list[Row], limits: Limits) -> int:
-        def kept(ids: torch.Tensor) -> torch.Tensor:
-            logits = Steps.next_logits(steps, ids)
-            for row, row_logits in zip(live, logits, strict=True):
-                key = (row.prompt_ids, row.numbers[0], *row.tokens)
-                found[key] = row_logits.clone()
-            return logits
-
-        monkeypatch.setattr(steps, "next_logits", kept)
-        return step(self, steps, live, limits)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(TransformersEngine, "_step", spied)
-        call()
-    return found
+    return taped(engine, monkeypatch)
 
 
 @pytest.mark.parametrize("limits", [GREEDY, WARM], ids=["greedy", "sampled"])
@@ -593,11 +518,14 @@ def test_a_graph_that_gives_something_else_is_not_used(
     assert "nats from the model's" in said
 
 
-def test_soft_caps_and_sliding_windows_are_refused_by_the_tree(engine: TransformersEngine) -> None:
+def test_biases_and_masks_of_a_models_own_are_refused_by_the_tree(
+    engine: TransformersEngine,
+) -> None:
     states = torch.zeros(1, 2, 3, 4)
-    for odd in ({"softcap": 50.0}, {"sliding_window": 8}, {"s_aux": torch.zeros(2)}):
-        with pytest.raises(tree.UnsupportedAttention, match=next(iter(odd))):
-            tree.Tree().attend(torch.nn.Identity(), states, states, states, None, **odd)
+    with pytest.raises(tree.UnsupportedAttention, match="position_bias"):
+        tree.Tree().attend(
+            torch.nn.Identity(), states, states, states, None, position_bias=torch.zeros(1)
+        )
     with pytest.raises(tree.UnsupportedAttention, match="mask"):
         tree.Tree().attend(torch.nn.Identity(), states, states, states, torch.zeros(1))
 
@@ -688,6 +616,31 @@ def test_a_flat_distribution_widens_the_cut_and_stays_exact() -> None:
     counts = torch.bincount(tokens, minlength=1000)
     assert int((counts > 0).sum()) == 900
     assert chisquare(counts[counts > 0]).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.5, 4.0])
+@pytest.mark.parametrize("top_p", [0.6, 0.9, 1.0])
+def test_a_wide_nucleus_needs_no_sorting(
+    monkeypatch: pytest.MonkeyPatch, top_p: float, spread: float
+) -> None:
+    """The token is the one that sorting all of the vocabulary gives, at both ends as well."""
+    torch.manual_seed(3)
+    logits = spread * torch.randn(6, 30_000)
+    logits[5, 20_000:] = -torch.inf
+    number = torch.tensor([0.0, 0.2, 0.5, 0.999, 1 - 2**-53, 0.7], dtype=torch.float64)
+    order = logits.argsort(dim=-1, descending=True, stable=True)
+    probabilities = (logits - logits.logsumexp(-1, keepdim=True)).exp().double()
+    cumulative = probabilities.gather(1, order).cumsum(-1)
+    last = (cumulative < top_p).sum(-1, keepdim=True).clamp(max=29_999)
+    target = number.unsqueeze(1) * cumulative.gather(1, last)
+    expected = order.gather(1, torch.searchsorted(cumulative, target, right=True).minimum(last))
+    found = draw(logits, number, temperature=1.0, top_p=top_p)
+    inside = slice(None) if spread else slice(1, None, 2)  # equal ones have no order of their own
+    sorts: list[int] = []
+    monkeypatch.setattr(nucleus, "largest", lambda values, n: sorts.append(n) or largest(values, n))
+    assert torch.equal(draw(logits, number, temperature=1.0, top_p=top_p), found)
+    assert max(sorts) <= nucleus.MOST_SORTED
+    assert torch.equal(found[inside], expected.squeeze(1)[inside])
 
 
 def test_uniform_numbers_belong_to_their_seed() -> None:

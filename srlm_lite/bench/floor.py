@@ -17,6 +17,8 @@ judgements. Counted is what any way has to do that gives these samples, all rows
   sample costs the same FLOPs as a token above, and 2·V·H for its vocabulary's scores. Bytes: the
   weights once a step, and all keys and values there are, each once: those of a prompt once for all
   its samples.
+- In a layer with a window a token attends to no more tokens than the window has, and only those are
+  read that some window still reaches.
 
 Drawing from the vocabulary, the norms, the softmax and all traffic of activations count for
 nothing; so the floor cannot be reached, and a share of one half is a good engine.
@@ -26,8 +28,9 @@ Source: Williams et al. 2009, "Roofline", Communications of the ACM 52(4), for t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
 
 from srlm_lite.bench.workload import Workload
@@ -50,6 +53,15 @@ class Shape:
     """Bytes of one weight, and of one number in the cache."""
     linear_bytes: float | None = None
     """Bytes of one weight of those linear layers, where they are quantized."""
+    windowed: int = 0
+    """Layers, of all of them, that attend to a window."""
+    window: int | None = None
+    """Tokens that it has."""
+
+    def over_layers(self, count: Callable[[int | None], int]) -> int:
+        """The sum over the layers of what is counted for one, by its window."""
+        rest = self.layers - self.windowed
+        return rest * count(None) + (self.windowed * count(self.window) if self.windowed else 0)
 
     @property
     def weights(self) -> float:
@@ -78,12 +90,17 @@ def prefill(shape: Shape, lengths: Sequence[int], *, shared: int = 0) -> Work:
         shared: Tokens at their start that are the same in all of them.
     """
     tokens = shared + sum(length - shared for length in lengths)
-    attended = _triangle(shared) + sum(_triangle(n) - _triangle(shared) for n in lengths)
+
+    def attended(window: int | None) -> int:
+        common = _triangle(shared, window)
+        return common + sum(_triangle(n, window) - common for n in lengths)
+
+    cached = shape.over_layers(lambda window: _kept(lengths, shared, window, step=1))
     return Work(
         flops=2 * shape.linear * tokens
-        + 4 * shape.layers * shape.query_width * attended
+        + 4 * shape.query_width * shape.over_layers(attended)
         + 2 * shape.head * len(lengths),
-        bytes=shape.weights + shape.number_bytes * _cached(shape, tokens),
+        bytes=shape.weights + shape.number_bytes * 2 * shape.cache_width * cached,
     )
 
 
@@ -92,15 +109,23 @@ def decode(
 ) -> Work:
     """Continue every prompt `samples` times by `new_tokens` tokens."""
     rows = len(lengths) * samples
-    prompts = shared + sum(length - shared for length in lengths)
     steps = range(1, new_tokens)
+
     # In step s a row attends to its prompt and to the s tokens it has drawn, the newest included.
-    attended = sum(samples * (sum(lengths) + len(lengths) * step) for step in steps)
-    cached = sum(prompts + rows * step for step in steps)
+    def attended(window: int | None) -> int:
+        return sum(samples * _within(n + step, window) for step in steps for n in lengths)
+
+    def cached(window: int | None) -> int:
+        return sum(
+            _kept(lengths, shared, window, step=step) + rows * _within(step, window)
+            for step in steps
+        )
+
     return Work(
         flops=len(steps) * rows * 2 * (shape.linear + shape.head)
-        + 4 * shape.layers * shape.query_width * attended,
-        bytes=len(steps) * shape.weights + shape.number_bytes * _cached(shape, cached),
+        + 4 * shape.query_width * shape.over_layers(attended),
+        bytes=len(steps) * shape.weights
+        + shape.number_bytes * 2 * shape.cache_width * shape.over_layers(cached),
     )
 
 
@@ -122,20 +147,28 @@ def dpo_step(
     layers, scores = 0, 0
     for tokens, scored in sequences:
         linear = 2 * shape.linear * tokens
-        attended = 4 * shape.layers * shape.query_width * _triangle(tokens)
+        seen = shape.over_layers(partial(_triangle, tokens))
+        attended = 4 * shape.query_width * seen
         layers += (3 + again) * linear + (4 + again) * attended
         scores += 3 * 2 * shape.head * scored
     return Work(flops=layers + scores, bytes=batches * (3 + again) * shape.weights)
 
 
-def _triangle(n: int) -> int:
-    """Tokens attended to by n tokens in a row: 1 + 2 + ... + n."""
-    return n * (n + 1) // 2
+def _within(tokens: int, window: int | None) -> int:
+    return tokens if window is None else min(tokens, window)
 
 
-def _cached(shape: Shape, tokens: int) -> int:
-    """Numbers in the keys and values of so many tokens."""
-    return 2 * shape.layers * shape.cache_width * tokens
+def _triangle(n: int, window: int | None = None) -> int:
+    """Tokens attended to by n tokens in a row: 1 + 2 + ... + n, none more than the window."""
+    ramp = _within(n, window)
+    return ramp * (ramp + 1) // 2 + (n - ramp) * ramp
+
+
+def _kept(lengths: Sequence[int], shared: int, window: int | None, *, step: int) -> int:
+    """Tokens of the prompts that some sample's token attends to, the `step`-th of each sample."""
+    back = max(lengths, default=0) if window is None else max(0, window - step)
+    own = sum(min(n - shared, back) for n in lengths)
+    return own + max((min(shared, max(0, back - (n - shared))) for n in lengths), default=0)
 
 
 def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:

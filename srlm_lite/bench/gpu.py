@@ -45,7 +45,7 @@ from srlm_lite.model.chat import ChatFormat
 from srlm_lite.model.random_base import random_base
 from srlm_lite.model.stack import Adapter, Slot
 from srlm_lite.planning.machine import refuse_base
-from srlm_lite.planning.shapes import SHAPES, llama_config
+from srlm_lite.planning.shapes import SHAPES, config_of
 from srlm_lite.progress import Reporter
 from srlm_lite.rollout.protocol import Limits, Request
 from srlm_lite.rollout.transformers_engine import TransformersEngine
@@ -168,7 +168,7 @@ def shape_config(name: str) -> Any:
     if name not in SHAPES:
         known = ", ".join((TINY, *SHAPES))
         raise UserError(f"no such shape: {name}", where="--shape", way_out=f"There are {known}")
-    return llama_config(name)
+    return config_of(name)
 
 
 def bench_gpu(

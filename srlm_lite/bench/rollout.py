@@ -25,9 +25,12 @@ from srlm_lite.bench.continuous import ContinuousBatching
 from srlm_lite.bench.machine import peak_memory, synchronise
 from srlm_lite.bench.plain import PlainGenerate
 from srlm_lite.bench.roofline import Rates, measure_rates, roofline, shape_of
-from srlm_lite.bench.workload import Workload
-from srlm_lite.config import Recipe, recipe_from
+from srlm_lite.bench.workload import StandIn, Workload
+from srlm_lite.config import Base, Lora, Recipe, recipe_from
 from srlm_lite.errors import SrlmError, UserError
+from srlm_lite.model.base import LoadedBase, compute_device, compute_dtype, load_base
+from srlm_lite.model.random_base import random_base
+from srlm_lite.planning.shapes import config_of
 from srlm_lite.progress import Reporter
 from srlm_lite.rollout.protocol import Engine, Limits, Request, Sample
 from srlm_lite.run_dir import RunDir
@@ -46,6 +49,8 @@ KEYS: dict[Way, str] = {
     "one-by-one": "one_by_one_s",
 }
 WARM_UP_TOKENS = 4
+RANDOM = "random"
+"""What a base of random weights is named by: `random:SHAPE`, by the shapes of `plan`."""
 
 Ids = tuple[int, ...]
 
@@ -154,16 +159,45 @@ def bench_rollout(settings: Settings, reporter: Reporter) -> dict[str, Any]:
         roofline's floor, tokens per second, memory, and what they were measured with.
     """
     with TemporaryDirectory() as folder:
-        session = Session(_recipe(settings), RunDir(Path(folder)), reporter)
-        return _Bench(settings, session, reporter).run()
+        return _Bench(settings, _session(settings, Path(folder), reporter), reporter).run()
 
 
-def _recipe(settings: Settings) -> Recipe:
+def _session(settings: Settings, folder: Path, reporter: Reporter) -> Session:
     """The engines as a run has them, on the bare base: an empty stack, folded, is the base."""
+    section = Base(name=settings.base)
+    kind, _, shape = settings.base.partition(":")
+    if kind == RANDOM:
+        base = random_base(
+            config_of(shape, where="--base"),
+            name=settings.base,
+            device=compute_device(section.device),
+            dtype=compute_dtype(section),
+            quantization="none",
+        )
+    else:
+        base = load_base(section)
+    session = Session(_recipe(settings, base), RunDir(folder), reporter)
+    session.base = base
+    return session
+
+
+def _recipe(settings: Settings, base: LoadedBase) -> Recipe:
+    model: Any = base.model
+    linear = {
+        name.rpartition(".")[2]
+        for name, module in model.get_decoder().named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+    if not linear:
+        raise UserError("it has no linear layer that could carry an adapter", where="--base")
+    usual = [target for target in Lora().targets if target in linear]
+    lora = {"lora": {"targets": usual or sorted(linear)[:1]}}
     return recipe_from(
         {
             "name": "bench",
             "base": {"name": settings.base},
+            "anchor": lora,
+            "dpo": lora,
             "data": {"dir": "."},
             "rollout": {"batch_rows": settings.batch_rows or "auto", "fold": True},
             "judge": {"rubric": settings.workload.rubric, "engine": "vllm"},
@@ -177,7 +211,10 @@ class _Bench:
         self._settings, self._session, self._reporter = settings, session, reporter
         self._work = settings.workload
         self._device = session.base.device
-        self._questions = [tuple(session.chat.prompt_ids(text)) for text in self._work.texts]
+        is_random = settings.base.startswith(f"{RANDOM}:")
+        self._stand_in = StandIn(session.base.model.config.vocab_size) if is_random else None
+        self._texts = self._work.texts(lambda text: len(self._prompt_ids(text)))
+        self._questions = [self._prompt_ids(text) for text in self._texts]
         self._ours = EngineSampler(session.engine(()), self._work)
         self._grading = self._judge_prompts()
 
@@ -187,19 +224,26 @@ class _Bench:
         model: Any = self._session.slot.model
         return model.unload()
 
+    def _prompt_ids(self, text: str) -> Ids:
+        return tuple((self._stand_in or self._session.chat).prompt_ids(text))
+
+    def _text_of(self, ids: Ids) -> str:
+        """Not `Sample.text`: it may stop at an end of turn, and the work has to be equal."""
+        if self._stand_in is not None:
+            return self._stand_in.text_of(ids)
+        return str(self._session.base.tokenizer.decode(list(ids), skip_special_tokens=True))
+
     def _judge_prompts(self) -> list[Ids]:
         """The rubric around each of our candidates; drawing them here has no clock."""
-        work, base, rubric = self._work, self._session.base, self._session.rubric
+        work, rubric = self._work, self._session.rubric
         rows = self._ours.sample(
             self._questions, n=work.n, new_tokens=work.answer_tokens, on_samples=lambda count: None
         )
         prompts = []
-        for question, row in zip(work.texts, rows, strict=True):
+        for question, row in zip(self._texts, rows, strict=True):
             for one in row:
-                # Not `Sample.text`: it may stop at an end of turn, and the work has to be equal.
-                response = base.tokenizer.decode(list(one.token_ids), skip_special_tokens=True)
-                text = rubric.render(prompt=question, response=str(response))
-                prompts.append(tuple(self._session.chat.prompt_ids(text)))
+                text = rubric.render(prompt=question, response=self._text_of(one.token_ids))
+                prompts.append(self._prompt_ids(text))
         return prompts
 
     def run(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch.nn.functional import linear
+from transformers import DynamicCache
 
 from srlm_lite.bench.floor import Shape, Work
 from srlm_lite.bench.machine import synchronise
@@ -27,25 +28,31 @@ def shape_of(model: Any) -> Shape:
     A bfloat16 base keeps its weights and its cache in 2 bytes a number, an NF4 base its linear
     layers in half a byte and what the scales take. Adapters do not count.
     """
-    config = model.config
+    config = model.config.get_text_config()
     head = model.get_output_embeddings().weight.numel()
+    scored = {id(model.get_output_embeddings().weight), id(model.get_input_embeddings().weight)}
     layers = [
         weight
-        for name, weight in model.get_decoder().layers.named_parameters()
-        if "lora_" not in name and (weight.dim() == 2)
+        for name, weight in model.get_decoder().named_parameters()
+        if "lora_" not in name and weight.dim() == 2 and id(weight) not in scored
     ]
     numbers = [_numbers_and_bytes(weight) for weight in layers]
     linear = sum(count for count, _ in numbers)
     quantized = any(hasattr(weight, "quant_state") for weight in layers)
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", 0)
+    width = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
+    kept = DynamicCache(config=config).layers
+    windows = [window for layer in kept if (window := getattr(layer, "sliding_window", None))]
     return Shape(
         linear=linear,
         head=head,
         layers=config.num_hidden_layers,
-        query_width=config.num_attention_heads * width,
-        cache_width=config.num_key_value_heads * width,
+        query_width=heads * width,
+        cache_width=(getattr(config, "num_key_value_heads", None) or heads) * width,
         number_bytes=model.dtype.itemsize,
         linear_bytes=sum(size for _, size in numbers) / linear if quantized else None,
+        windowed=len(windows),
+        window=max(windows, default=None),
     )
 
 
@@ -75,7 +82,9 @@ class Rates:
 
 def measure_rates(model: Any, *, rows: int) -> Rates:
     """Products as the model has them with so many samples under way, a large one, and a copy."""
-    width, inner = model.config.hidden_size, model.config.intermediate_size
+    config = model.config.get_text_config()
+    width = config.hidden_size
+    inner = getattr(config, "intermediate_size", None) or 4 * width
     vocabulary = model.get_output_embeddings().weight.shape[0]
     shapes = [(rows, width, inner), (rows, width, vocabulary), LARGE]
     return Rates(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from zlib import crc32
 
 from srlm_lite.errors import UserError
 
@@ -52,6 +55,8 @@ class Workload:
     votes: int = 3
     """Judgements of each candidate."""
     vote_tokens: int = 64
+    question_tokens: int | None = None
+    """Of each prompt, its question lengthened with others; None leaves it as it is."""
     rubric: str = "additive-5"
     temperature: float = 0.7
     top_p: float = 0.9
@@ -60,12 +65,49 @@ class Workload:
         if not 0 < self.prompts <= len(PROMPTS):
             raise UserError(f"is {self.prompts}, not 1 to {len(PROMPTS)}", where="--prompts")
 
-    @property
-    def texts(self) -> tuple[str, ...]:
-        return PROMPTS[: self.prompts]
+    def texts(self, tokens: Callable[[str], int]) -> tuple[str, ...]:
+        """The questions.
+
+        Args:
+            tokens: How many there are in a text, as it stands in the prompt.
+        """
+        return tuple(self._lengthened(place, tokens) for place in range(self.prompts))
+
+    def _lengthened(self, place: int, tokens: Callable[[str], int]) -> str:
+        """With as many words of the other questions before it as fit, in an order of its own."""
+        question, most = PROMPTS[place], self.question_tokens
+        if most is None:
+            return question
+        others = " ".join((*PROMPTS[place + 1 :], *PROMPTS[:place])).split()
+        words = others * (most // len(others) + 1)
+
+        def text(count: int) -> str:
+            return " ".join((*words[:count], question))
+
+        fit = bisect_right(range(len(words)), most, key=lambda count: tokens(text(count)))
+        return text(max(0, fit - 1))
 
     @property
     def new_tokens(self) -> int:
         """Of all candidates and all judgements."""
         answers = self.prompts * self.n
         return answers * self.answer_tokens + answers * self.votes * self.vote_tokens
+
+
+class StandIn:
+    """What spells for a base of random weights, whose tokenizer knows no more than a few words.
+
+    Four characters are a token, about as many as a tokenizer of English makes one of.
+    """
+
+    def __init__(self, vocabulary: int) -> None:
+        self._vocabulary = vocabulary
+
+    def prompt_ids(self, text: str) -> list[int]:
+        """One id for each four characters, the same for the same ones."""
+        parts = (text[start : start + 4] for start in range(0, len(text), 4))
+        return [crc32(part.encode()) % self._vocabulary for part in parts]
+
+    def text_of(self, ids: Sequence[int]) -> str:
+        """Four characters for each id."""
+        return "".join(f"{token % 16**4:04x}" for token in ids)

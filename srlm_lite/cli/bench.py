@@ -24,9 +24,17 @@ NAMES = {
 @app.command()
 def rollout(
     base: Annotated[
-        str, typer.Option(help="Hub id, directory, .gguf file, or smollm2-135m-instruct.")
+        str,
+        typer.Option(
+            help="Hub id, directory, .gguf file, smollm2-135m-instruct, or random:SHAPE: random "
+            "weights of a shape that `plan` knows, such as gemma3-270m."
+        ),
     ] = "smollm2-135m-instruct",
     prompts: Annotated[int, typer.Option(help="Of the 16 prompts, the first P.", metavar="P")] = 16,
+    prompt_tokens: Annotated[
+        int | None,
+        typer.Option(help="Lengthen each prompt to so many tokens.", metavar="N", min=1),
+    ] = None,
     votes: Annotated[int, typer.Option(help="Judgements a candidate.", metavar="K", min=1)] = 3,
     engines: Annotated[
         str,
@@ -58,7 +66,7 @@ def rollout(
     settings = Settings(
         base=base,
         ways=ways_of(engines),
-        workload=Workload(prompts=prompts, votes=votes),
+        workload=Workload(prompts=prompts, votes=votes, question_tokens=prompt_tokens),
         batch_rows=batch_rows,
         naive_batch_prompts=naive_batch_prompts,
         one_by_one_prompts=one_by_one_prompts,

@@ -31,6 +31,7 @@ from srlm_lite.records import Candidate, Judgement, PreferencePair, Prompt
 from srlm_lite.run_dir import IterationDir, read_jsonl, write_records
 from srlm_lite.session import Session
 from srlm_lite.stages import iteration as stages
+from srlm_lite.stages.replies import read_as_reply
 from srlm_lite.stages.sampling import ask, limits_of
 
 TEACHER = "teacher-"
@@ -167,7 +168,7 @@ def _teacher(
     if teacher == "server":
         of = stages.Answerer([], iteration.teacher_candidates, "teacher", TEACHER, "teacher")
         return stages.candidates(session, iteration, prompts, n=1, of=of)[0]
-    rows = teacher_answers(Path(teacher), prompts)
+    rows = [read_as_reply(session.chat, row) for row in teacher_answers(Path(teacher), prompts)]
     write_records(iteration.teacher_candidates, rows)
     return rows
 

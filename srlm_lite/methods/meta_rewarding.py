@@ -270,6 +270,8 @@ def _pair(
         chosen_score=round(max(ratings), 4),
         rejected_score=round(min(ratings), 4),
         origin=JUDGE,
+        chosen_ids=best.ids,
+        rejected_ids=worst.ids,
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -12,6 +14,13 @@ from srlm_lite.rollout.protocol import Limits
 
 FIRST_CUT = 64
 """Candidates tried before a wider cut: nearly always enough, and far cheaper than a full sort."""
+
+MOST_SORTED = 4096
+"""Candidates beyond which a CPU does not sort: a nucleus of a flat distribution over 262,144 tokens
+holds a third of them, and sorting took three quarters of the time of sampling."""
+BINS = 4096
+DEEPEST = 24.0
+"""Nats below the best token that bins tell apart; all below are in the last one."""
 
 BLOCK = 64
 """Neighbouring tokens that are compared as one when the most probable ones are looked for."""
@@ -59,15 +68,56 @@ def _draw(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -> 
     vocabulary = scaled.shape[-1]
     tokens = torch.empty(len(scaled), dtype=torch.long, device=scaled.device)
     rows = torch.arange(len(scaled), device=scaled.device)
-    width = min(FIRST_CUT, vocabulary) if top_p < 1 else vocabulary
+    may_bin = not scaled.is_cuda and vocabulary > MOST_SORTED
+    width = min(FIRST_CUT, vocabulary) if top_p < 1 or may_bin else vocabulary
+    left, left_normaliser = scaled, normaliser
     while len(rows):
-        values, ids = largest(scaled[rows], width)
-        cumulative = (values - normaliser[rows]).exp().double().cumsum(dim=-1)
+        values, ids = largest(left, width)
+        probabilities = (values - left_normaliser).exp().double()
+        cumulative = probabilities.cumsum(dim=-1)
         held = (cumulative[:, -1] >= top_p) | (width == vocabulary)
         at = rows[held]
         tokens[at] = _inverse(cumulative[held], ids[held], uniform[at], top_p)
-        rows, width = rows[~held], min(8 * width, vocabulary)
+        most = cumulative[:, -1] + (MOST_SORTED - width) * probabilities[:, -1]
+        wide = ~held & (most < top_p) if may_bin else torch.zeros_like(held)
+        at = rows[wide]
+        tokens[at] = _drawn_by_bins(left[wide], left_normaliser[wide], uniform[at], top_p)
+        rows, width = rows[~held & ~wide], min(8 * width, vocabulary)
+        left, left_normaliser = scaled[rows], normaliser[rows]
     return tokens
+
+
+def _drawn_by_bins(scaled: Tensor, normaliser: Tensor, uniform: Tensor, top_p: float) -> Tensor:
+    """What `_inverse` gives where a nucleus is wide: sorted are two bins, and not a vocabulary.
+
+    Bins are of equal width in the logits. The first one sorted is where the nucleus ends, the other
+    the one that the uniform number falls in. Of equal logits the lower id comes first.
+    """
+    probabilities = (scaled - normaliser).exp().double()
+    depth = scaled.amax(dim=-1, keepdim=True) - scaled
+    scale = BINS / depth.amax(dim=-1, keepdim=True).clamp(min=1e-6, max=DEEPEST)
+    places = (depth * scale).clamp(max=BINS - 1).long()
+    mass = probabilities.new_zeros(len(scaled), BINS).scatter_add_(1, places, probabilities)
+    tokens = []
+    for row, cumulative in enumerate(mass.cumsum(dim=-1)):
+
+        def sorted_bin(place: int, row: int = row, cumulative: Tensor = cumulative) -> Any:
+            ids = (places[row] == place).nonzero().squeeze(1)
+            ids = ids[scaled[row, ids].argsort(descending=True, stable=True)]
+            before = cumulative[place - 1] if place else 0.0
+            return ids, before + probabilities[row, ids].cumsum(dim=0)
+
+        # Sums of the same numbers, in another order: none may lead past the end of the nucleus.
+        end = int(torch.searchsorted(cumulative, top_p).clamp(max=int(places[row].max())))
+        ids, inside = sorted_bin(end)
+        last = int(torch.searchsorted(inside, top_p).clamp(max=len(ids) - 1))
+        target = uniform[row] * inside[last]
+        place = min(int(torch.searchsorted(cumulative, target, right=True)), end)
+        if place < end:
+            ids, inside = sorted_bin(place)
+            last = len(ids) - 1
+        tokens.append(ids[min(int(torch.searchsorted(inside, target, right=True)), last)])
+    return torch.stack(tokens) if tokens else uniform.new_zeros(0, dtype=torch.long)
 
 
 def _inverse(cumulative: Tensor, ids: Tensor, uniform: Tensor, top_p: float) -> Tensor:

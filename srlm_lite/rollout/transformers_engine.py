@@ -21,7 +21,7 @@ from srlm_lite.records import FinishReason
 from srlm_lite.rollout.ends import Ends
 from srlm_lite.rollout.memory import rows_that_fit
 from srlm_lite.rollout.nucleus import Alternatives, draw, most_probable, uniforms
-from srlm_lite.rollout.plain import generate
+from srlm_lite.rollout.plain import generate, hides_padding
 from srlm_lite.rollout.protocol import Limits, Request, Sample, Token
 from srlm_lite.rollout.steps import SAME, Steps, divergence
 from srlm_lite.rollout.tree import (
@@ -84,8 +84,9 @@ class TransformersEngine:
     that have ended leave the batch and waiting requests enter it. When memory runs out the batch
     is halved and the work goes on.
 
-    Models whose attention is more than a softmax over all of the past are sampled with plain
-    `generate`; which it is, is found out by computing one token in both ways.
+    Models whose attention a tree cannot compute are sampled with plain `generate`; which it is, is
+    found out by computing one token in both ways, and again where a window begins to bind. Where
+    such a model does not hide padding, prompts of equal length alone share a batch.
 
     Args:
         slot: Around the base.
@@ -106,6 +107,9 @@ class TransformersEngine:
         self._model: Any = slot.model.get_base_model()
         may = may_branch(self._model) and not slot.has_own_attention
         self._branches: bool | None = None if may else False
+        self._pads: bool | None = None
+        self._windows: set[int] = set()
+        self._proven_window = 0
         self._captures = cuda_graphs and self._device.type == "cuda" and not slot.sharded
         self._tree, self._trunk = Tree(), tuple[int, ...]()
         self._ends = Ends(chat)
@@ -151,7 +155,7 @@ class TransformersEngine:
         order = sorted(range(len(groups)), key=lambda i: (-len(requests[i].prompt_ids), i))
         while waiting := deque(groups[i] for i in order if _is_unfinished(groups[i])):
             try:
-                if self._can_branch(waiting):
+                if self._can_branch(waiting, limits):
                     self._run(waiting, limits, on_samples)
                 else:
                     self._run_plain(waiting, limits, on_samples)
@@ -260,9 +264,12 @@ class TransformersEngine:
     def _run_plain(
         self, waiting: deque[Group], limits: Limits, on_samples: Callable[[int], None]
     ) -> None:
+        pads = self._may_pad(waiting)
         while waiting:
             rows = list(waiting.popleft())
             while waiting and len(rows) + len(waiting[0]) <= self._batch_rows:
+                if not pads and len(waiting[0][0].prompt_ids) != len(rows[0].prompt_ids):
+                    break
                 rows += waiting.popleft()
             drawn = generate(
                 self._model,
@@ -277,14 +284,39 @@ class TransformersEngine:
                         self._append(row, token, alternatives, limits)
             on_samples(len(rows))
 
-    def _can_branch(self, waiting: Sequence[Group]) -> bool:
-        """Whether these prompts can grow on a tree; the first one has to prove it."""
-        shortest = min((group[0].prompt_ids for group in waiting), key=len)
-        if self._branches is None and len(shortest) > 2:
-            self._branches = self._branches_like_the_model(shortest)
-            if not self._branches:
-                logger.warning("this model's attention is its own; sampling with plain generate")
+    def _may_pad(self, waiting: Sequence[Group]) -> bool:
+        """Whether prompts of several lengths may share a batch; two of them have to prove it."""
+        prompts = sorted((group[0].prompt_ids for group in waiting), key=len)
+        if self._pads is None and len(prompts[0]) < len(prompts[-1]):
+            self._pads = hides_padding(self._model, self._chat, prompts[0], prompts[-1])
+            if not self._pads:
+                logger.warning(
+                    "padding changes what this model samples; sampling prompts of equal length "
+                    "together alone, slower"
+                )
+        return bool(self._pads)
+
+    def _can_branch(self, waiting: Sequence[Group], limits: Limits) -> bool:
+        """Whether these prompts can grow on a tree; one of them has to prove it.
+
+        The shortest, and one that is longer than the largest window that binds in these samples.
+        """
+        prompts = sorted((group[0].prompt_ids for group in waiting), key=len)
+        shortest, longest = prompts[0], prompts[-1]
+        if self._branches is None and len(shortest) > 1:
+            self._decide((shortest * 2)[: max(3, len(shortest))])
+        reach = len(longest) + limits.max_new_tokens
+        binding = max((size for size in self._windows if size < reach), default=0)
+        if self._branches and binding > self._proven_window:
+            tokens = min(reach, 2 * binding + 2)
+            self._decide((longest * -(-tokens // len(longest)))[:tokens])
+            self._proven_window = binding
         return bool(self._branches) and len(shortest) > 1
+
+    def _decide(self, prompt: tuple[int, ...]) -> None:
+        self._branches = self._branches_like_the_model(prompt)
+        if not self._branches:
+            logger.warning("this model's attention is its own; sampling with plain generate")
 
     def _branches_like_the_model(self, prompt: tuple[int, ...]) -> bool:
         """Whether trunk, branch and leaf give the next token the distribution the model gives it.
@@ -295,7 +327,7 @@ class TransformersEngine:
         """
         ids = torch.tensor([prompt], device=self._device)
         half = len(prompt) // 2
-        expected = self._model(input_ids=ids, use_cache=False).logits[:, -1]
+        expected = self._last_logits(ids, use_cache=False)[0]
         tree = Tree()
         try:
             with attending(self._model, tree):
@@ -308,14 +340,24 @@ class TransformersEngine:
                 found = Steps(self._model, tree, capture=False).next_logits(ids[:, -1:])
         except UnsupportedAttention:
             return False
+        except (AttributeError, IndexError):  # it reaches for the inside of a cache of its own
+            return False
+        self._windows |= tree.windows
         apart = divergence(expected, found)
         if apart < SAME:
             return True
         past = None
         for part in (ids[:, :half], ids[:, half:-1], ids[:, -1:]):
-            own = self._model(input_ids=part, past_key_values=past, use_cache=True)
-            past = own.past_key_values
-        return bool(apart < LIKE_ITSELF * divergence(expected, own.logits[:, -1]))
+            own, past = self._last_logits(part, past_key_values=past, use_cache=True)
+        return bool(apart < LIKE_ITSELF * divergence(expected, own))
+
+    def _last_logits(self, ids: Tensor, **how: Any) -> tuple[Tensor, Any]:
+        """(B, V) for the token after these, by the model's own code, and the cache if it has one.
+
+        Without the logits of the others, which of a long prompt are more than the base.
+        """
+        decoded = self._model(input_ids=ids, logits_to_keep=1, **how)
+        return decoded.logits[:, -1], decoded.get("past_key_values")
 
     def _back_off(self) -> None:
         self._batch_rows = self._most_rows = max(1, self._batch_rows // 2)

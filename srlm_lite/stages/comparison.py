@@ -158,7 +158,7 @@ def _fitting(comparison: Comparison) -> tuple[list[Prompt], int]:
     for model in (comparison.model, comparison.baseline):
         if isinstance(model, FileModel):
             continue
-        room = model.session.recipe.base.window - reply
+        room = model.session.recipe.base.window - reply - model.session.thought_tokens()
         chat = model.session.chat
         prompts = [one for one in prompts if len(chat.prompt_ids(one.text)) <= room]
     if not prompts:
