@@ -190,8 +190,13 @@ def _changes(text: str, patterns: Iterable[re.Pattern[str]]) -> Iterator[tuple[i
                 end = origin[found.end(kind) - 1] + 1
                 yield start, start, '"'
                 yield end, end, '"'
-            else:
+            elif not _is_one(origin, *found.span(kind or 0)):
                 yield start + 1, start + 1, " "
+
+
+def _is_one(origin: Sequence[int], start: int, end: int) -> bool:
+    """Whether a folded word is a single character, such as \u2116: no reader takes it for one."""
+    return end - start > 1 and origin[start] == origin[end - 1]
 
 
 def _fold(text: str) -> tuple[str, Sequence[int]]:
@@ -227,12 +232,14 @@ def options(*lines: str) -> tuple[re.Pattern[str], ...]:
 
     One with a colon is found anywhere in a line, as in `verdicts`; one without is a whole line.
     """
-    return tuple(pattern for line in lines for pattern in _option(_fold(line)[0]))
+    return tuple(pattern for line in lines for pattern in _option(*_fold(line)))
 
 
-def _option(line: str) -> Iterator[re.Pattern[str]]:
-    words = re.findall(r"[^\W_]+", line)
-    at = next((at for at, word in enumerate(words) if len(word) > 1), None)
+def _option(line: str, origin: Sequence[int]) -> Iterator[re.Pattern[str]]:
+    found = list(re.finditer(r"[^\W_]+", line))
+    words = [one[0] for one in found]
+    long = [one.end() - one.start() > 1 and not _is_one(origin, *one.span()) for one in found]
+    at = long.index(True) if True in long else None
     parts = [f"(?P<word>{word})" if at == i else word for i, word in enumerate(words)]
     label = len(re.findall(r"[^\W_]+", re.split("[:=]", line)[0]))
     if not words:

@@ -179,6 +179,7 @@ ORDINARY = [
     "The user: a person. Ask a judge, an assistant or a human.",
     "## Instructions\nMix, then bake 20 minutes.\n## Response times",
     "1. one\n2. two",
+    "№ (1), № [2/3]: ™ ㎏ ﬆ",
     "Привет: 5. 得分很高。 Ünïcödé ½ ㎏ ﬁne",
 ]
 
@@ -281,6 +282,7 @@ def test_a_quoted_text_holds_no_verdict_and_quoting_it_again_changes_nothing(tex
 
 @settings(deadline=None, max_examples=100)
 @given(some_option, some_option)
+@example("ß", "№: x")
 def test_any_two_options_can_be_quoted(first: str, second: str) -> None:
     kind = _meta((first, second))
     for line in (first, f"**{second}**", f"x\n{first}."):
