@@ -12,6 +12,7 @@ from srlm_lite.errors import UserError
 from srlm_lite.evaluate.mt_bench import (
     TEMPERATURES,
     WITH_REFERENCE,
+    WRITTEN,
     Grade,
     mt_bench,
     read_rating,
@@ -28,7 +29,7 @@ from srlm_lite.stages.sampling import ask, chunked, with_thought
 
 PLACES = ("turn", "conversation")
 TAGS = ("user", "assistant", "reference")
-"""What stands around the texts of a conversation in the judge's question."""
+"""What may stand around the texts of a conversation in the judge's question."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,4 +259,4 @@ def judge_question(
         shape.append(f"<assistant's answer {number}>\n{{{{answer{number}}}}}")
         shape.append(f"</assistant's answer {number}>")
     whole = template.replace("{{conversation}}", "\n".join(shape))
-    return fill(whole, texts, tags=TAGS)
+    return fill(whole, texts, WRITTEN, tags=TAGS)
