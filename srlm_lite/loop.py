@@ -1,6 +1,7 @@
 """Self-Rewarding Language Models, the loop. Read this first.
 
-    anchor   M1: SFT on instruction data and judge data
+    base     does it understand its data at all?
+  anchor   M1: SFT on instruction data and judge data
     then, for each iteration t:
       prompts      new for every iteration
       candidates   the policy answers each prompt N times
@@ -26,6 +27,7 @@ from srlm_lite.session import Session
 from srlm_lite.stages import anchor, evaluation
 from srlm_lite.stages.iteration import check_prompts
 from srlm_lite.stages.log import StageLog
+from srlm_lite.stages.reading import reading
 
 
 def iterate(session: Session) -> None:
@@ -43,6 +45,7 @@ def make_anchor(session: Session) -> None:
         return
     check_prompts(session, method_of(session.recipe).pool)
     log = StageLog(session, directory, iteration=0)
+    log.run("base", lambda: reading(session))
     log.run("anchor", lambda: anchor.anchor(session))
     log.run("evaluation", lambda: evaluation.evaluation(session, directory, session.stack(0)))
     log.finish()

@@ -361,6 +361,11 @@ class AnchorDir(StageDir):
         return adapter_files(self.adapter)
 
     @property
+    def reading(self) -> Path:
+        """How well the bare base reads the run's data."""
+        return self.path / "reading.json"
+
+    @property
     def ift_only(self) -> Path:
         """The IFT-only adapter that writes the EFT targets."""
         return self.path / "ift_only"
@@ -855,6 +860,17 @@ class RunDir:
             return None
         revision: str | None = read_json(self.base_json).get("revision")
         return revision
+
+    @property
+    def base_conversion(self) -> int | None:
+        """How the run's GGUF file was converted, by number; None where it is on none, or not yet.
+
+        Runs from before there was a second way noted no number.
+        """
+        if not self.base_json.is_file():
+            return None
+        noted = read_json(self.base_json)
+        return noted.get("conversion", 1) if noted.get("kind") == "gguf" else None
 
     def hold_to_base(self, source: dict[str, Any]) -> None:
         """Note which base the run is on, by hash or revision; refuse any other from then on.

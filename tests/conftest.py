@@ -6,13 +6,14 @@ import gc
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from chat_server import transformers_serve
 from commands import Cli, in_process
+from families import build_family
 from hypothesis import settings
 
 # A busy machine is slow, not wrong.
@@ -23,6 +24,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
     from srlm_lite.model.base import LoadedBase
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -99,6 +102,49 @@ def tiny_base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def family_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a family's tiny base, by its name in `families.py`; test processes share it."""
+    folder = tmp_path_factory.getbasetemp()
+    if os.environ.get("PYTEST_XDIST_WORKER"):  # whose own folder lies in the one of all
+        folder = folder.parent
+    return lambda name: build_family(name, folder / "families")
+
+
+@pytest.fixture(scope="session")
+def llama2_tokenizer() -> PreTrainedTokenizerFast:
+    """Built the way of Llama-2's: SentencePiece-like pieces, BOS put in front, no chat template."""
+    import tokenizers
+    from tokenizers import decoders, models, normalizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    backend.decoder = decoders.Sequence([
+        decoders.Replace("▁", " "),
+        decoders.ByteFallback(),
+        decoders.Fuse(),
+        decoders.Strip(" ", 1, 0),
+    ])  # fmt: skip
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False
+    )
+    backend.train_from_iterator([*CORPUS, "[INST] [/INST] INST"], trainer)
+    learned = json.loads(backend.to_str())
+    vocabulary = learned["model"]["vocab"]
+    for byte in range(256):
+        vocabulary[f"<0x{byte:02X}>"] = len(vocabulary)
+    backend = tokenizers.Tokenizer.from_str(json.dumps(learned))
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
 
 
 @pytest.fixture(scope="session")

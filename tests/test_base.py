@@ -33,15 +33,16 @@ from transformers import (
 from srlm_lite.config import Base
 from srlm_lite.errors import UserError
 from srlm_lite.model import base as base_module
+from srlm_lite.model import gguf as gguf_module
 from srlm_lite.model.base import (
     SMOLLM2,
     SMOLLM2_WHEEL,
     LoadedBase,
-    check_targets,
     load_base,
-    load_nf4,
+    load_files,
 )
 from srlm_lite.model.heap import give_back
+from srlm_lite.model.targets import check_targets
 
 DIMENSION, HIDDEN, HEADS, LAYERS = 32, 64, 4, 2
 IM_START, IM_END, END_OF_TEXT = 1, 2, 0
@@ -216,7 +217,7 @@ def test_a_gguf_file_is_converted_once(
     tiny_gguf: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = load_base(Base(name=str(tiny_gguf)))
-    monkeypatch.setattr(base_module, "_convert", None)
+    monkeypatch.setattr(gguf_module, "_convert", None)
     again = load_base(Base(name=str(tiny_gguf)))
     for name, tensor in first.model.state_dict().items():
         assert torch.equal(tensor, again.model.state_dict()[name])
@@ -388,8 +389,9 @@ def test_a_tensor_of_another_shape_is_refused(
     tensors[name] = tensors[name][: rows // 2].contiguous()
     save_file(tensors, tiny_copy / "model.safetensors", metadata={"format": "pt"})
     line = refusal(Base(name=str(tiny_copy), quantization=quantization))
-    there, wanted = (" x ".join(map(str, (n, *columns))) for n in (rows // 2, rows))
-    assert f"{name} of {tiny_copy} is {there}, and its config.json wants {wanted}" in line
+    there, wanted = ([n, *columns] for n in (rows // 2, rows))
+    assert f"{name} cannot be read as {name} ({there} for {name}, the model has {wanted})" in line
+    assert str(tiny_copy) in line
 
 
 def test_an_unknown_architecture_is_refused(tiny_copy: Path) -> None:
@@ -616,14 +618,14 @@ def test_what_nf4_has_replaced_goes_back_to_the_system(
     monkeypatch.setattr(base_module, "_READ_BEFORE_TRIM", 1)  # as for layers of a large base
     device = torch.device("cpu")
     tiny = AutoConfig.from_pretrained(tiny_base_dir)
-    load_nf4(tiny_base_dir, tiny, device, torch.bfloat16)  # so that all code is there
+    load_files(tiny_base_dir, tiny, device, torch.bfloat16, nf4=True)  # so that all code is there
     give_back()
     try:
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts here
     except OSError:
         pytest.skip("the system does not let us reset the peak of memory")
     before = status("VmRSS")
-    model, _ = load_nf4(tmp_path, settings, device, torch.bfloat16)
+    model, _ = load_files(tmp_path, settings, device, torch.bfloat16, nf4=True)
     assert status("VmHWM") - before < 14e6
     assert status("VmRSS") - before < 9e6
     assert model.num_parameters() > 4e6

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tokenizers
-from conftest import CHATML, CORPUS
+from conftest import CHATML
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import decoders, models, normalizers, processors, trainers
+from tokenizers import models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from srlm_lite.config import recipes_dir
@@ -29,36 +28,6 @@ TEXTS = (
     "Score: 5",
 )
 REPLIES = ("It is small.", "One\n\nTwo", "4/5\nScore: 4", "🙂", "x")
-
-
-@pytest.fixture(scope="session")
-def llama2_tokenizer() -> PreTrainedTokenizerFast:
-    """Built the way of Llama-2's: SentencePiece-like pieces, BOS put in front, no chat template."""
-    backend = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
-    backend.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-    )
-    backend.decoder = decoders.Sequence([
-        decoders.Replace("▁", " "),
-        decoders.ByteFallback(),
-        decoders.Fuse(),
-        decoders.Strip(" ", 1, 0),
-    ])  # fmt: skip
-    trainer = trainers.BpeTrainer(
-        vocab_size=500, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False
-    )
-    backend.train_from_iterator([*CORPUS, "[INST] [/INST] INST"], trainer)
-    learned = json.loads(backend.to_str())
-    vocabulary = learned["model"]["vocab"]
-    for byte in range(256):
-        vocabulary[f"<0x{byte:02X}>"] = len(vocabulary)
-    backend = tokenizers.Tokenizer.from_str(json.dumps(learned))
-    backend.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 1)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
 
 
 @pytest.fixture(scope="session")
@@ -108,14 +77,10 @@ def test_prompt_and_target_make_up_the_conversation(
     whole = chat.render(turns(text, reply), generation=False)
     parts = chat.prompt_ids(text) + chat.target_ids(reply)
     assert parts[-1] == chat.end_id
-    if chat.end_id in whole[len(chat.prompt_ids(text)) :]:
-        assert whole[: len(parts)] == parts
-        rest = chat._tokenizer.decode(whole[len(parts) :])
-        assert rest.strip() == ""
-    else:
-        # ChatML on a tokenizer without its tokens: tags are text, so EOS ends the reply instead.
-        common = len(parts) - 1
-        assert whole[:common] == parts[:common]
+    assert whole[: len(parts)] == parts
+    # ChatML on a tokenizer without its tokens: tags are text, and EOS ends the reply before them.
+    rest = chat._tokenizer.decode(whole[len(parts) :]).removeprefix("<|im_end|>")
+    assert rest.strip() == ""
 
 
 @pytest.mark.parametrize("reply", [*REPLIES, "two  spaces inside ", "Score: 0 "])
@@ -299,7 +264,10 @@ def test_a_base_without_template_needs_one(llama2_tokenizer: Any) -> None:
 
 def test_a_template_may_be_a_file(llama2_tokenizer: Any, tmp_path: Path) -> None:
     file = tmp_path / "own.jinja"
-    file.write_text("{{ messages[0].content }}>{{ '' }}", encoding="utf-8")
+    file.write_text(
+        "{{ messages[0].content }}>{{ messages[1].content if messages[1] else '' }}",
+        encoding="utf-8",
+    )
     chat = ChatFormat(llama2_tokenizer, template=str(file))
     assert llama2_tokenizer.decode(chat.prompt_ids("hi"), skip_special_tokens=True) == "hi>"
 

@@ -699,6 +699,12 @@ def test_a_log_file_is_told_now_and_then_how_far_a_long_stage_is(
     [
         ("anchor", {"taken_from": "x/anchor"}, "shipped with the recipe (x/anchor)"),
         (
+            "base",
+            {"answers": {"bits_per_byte": 1.234, "shuffled": {"bits_per_byte": 4.5}}},
+            "1.23 bits a byte of answers (letters shuffled: 4.50)",
+        ),
+        ("base", {}, "no instruction data to read"),
+        (
             "anchor",
             {"ift": 9, "eft": 8, "too_long": 2, "steps": 5, "first_loss": 1.0, "last_loss": 0.5},
             "9 IFT + 8 EFT rows (2 of them too long for base.window), 5 steps, loss 1.000 -> 0.500",

@@ -61,6 +61,7 @@ def written(tmp_path: Path) -> Path:
 
 def test_the_promised_recipes_are_shipped() -> None:
     promised = {"smollm2-135m-demo", "toy", "tiny", "llama3.1-8b", "llama2-7b", "llama2-70b"}
+    promised |= {"qwen3-8b", "gemma3-4b", "mistral-7b", "smollm3-3b"}
     assert promised <= set(shipped_recipes())
 
 

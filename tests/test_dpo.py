@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import get_scheduler
+from trl.trainer.dpo_trainer import DPOTrainer
 
 from srlm_lite.config import Anchor, Base, Dpo, Lora, Scir
 from srlm_lite.errors import ProofError, UserError
@@ -363,16 +364,41 @@ def trained_on(
 
 
 @pytest.mark.parametrize("settings", [{}, {"nll_weight": 0.5}, {"ld_alpha": 0.5}])
-def test_our_own_loss_is_trl_s_where_both_apply(
-    base: LoadedBase, slot: Slot, anchor: Adapter, tmp_path: Path, settings: dict[str, object]
+def test_the_loss_and_its_gradients_are_trl_s_where_both_apply(
+    base: LoadedBase,
+    slot: Slot,
+    anchor: Adapter,
+    tmp_path: Path,
+    settings: dict[str, float],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Of micro-batches that are none smaller than others, and of replies of equal lengths."""
     if base.dtype != torch.float32:
         pytest.skip("in bfloat16 the two orders of summation differ by more than they tell")
-    plain = pairs(base, 4)
-    ours = [replace(pair, smoothing=1e-12) for pair in plain]
-    _, expected = trained_on(plain, base, slot, anchor, tmp_path, **settings)
-    _, found = trained_on(ours, base, slot, anchor, tmp_path, **settings)
-    assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    compute = dpo_module._PairTrainer._compute_loss
+    compared = []
+
+    def both(self: Any, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        found = compute(self, model, inputs, return_outputs)
+        if torch.is_grad_enabled():
+            weight = settings.get("nll_weight", 0.0)
+            self.loss_types, self.loss_weights = ["sigmoid", "sft"], [1.0, weight]
+            pairs = {key: inputs[key] for key in ("input_ids", "attention_mask", "completion_mask")}
+            expected = DPOTrainer._compute_loss(self, model, pairs, False)
+            weights = [one for one in model.parameters() if one.requires_grad]
+            gradients = [
+                torch.cat([one.flatten() for one in torch.autograd.grad(loss, weights, None, True)])
+                for loss in (found, expected)
+            ]
+            assert float(gradients[1].abs().max()) > 1e-3
+            assert torch.allclose(*gradients, rtol=1e-4, atol=1e-5)
+            compared.append((float(found.detach()), float(expected.detach())))
+        return found
+
+    monkeypatch.setattr(dpo_module._PairTrainer, "_compute_loss", both)
+    trained_on(pairs(base, 4), base, slot, anchor, tmp_path, **settings)
+    assert len(compared) == 4
+    assert all(found == pytest.approx(expected, abs=1e-5) for found, expected in compared)
 
 
 def test_a_pair_surely_wrong_is_learned_the_other_way_round(

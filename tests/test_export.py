@@ -17,6 +17,7 @@ import exporting
 import pytest
 import torch
 import yaml
+from conftest import CHATML
 from exporting import TARGETS, make_run, random_adapter
 from peft import PeftModel
 from safetensors import safe_open
@@ -32,6 +33,8 @@ from srlm_lite.model import merge, parity
 from srlm_lite.model.base import load_base, skeleton
 from srlm_lite.model.chat import ChatFormat
 from srlm_lite.model.checkpoint import Checkpoint, ShardWriter, TensorInfo, write_shard
+from srlm_lite.model.layout import Layout
+from srlm_lite.model.nf4 import nf4_modules
 from srlm_lite.model.stack import Adapter, Slot
 from srlm_lite.progress import Silent
 from srlm_lite.run_dir import RunDir, read_json, write_json
@@ -177,8 +180,9 @@ def test_dequantized_weights_are_those_the_adapters_were_trained_against(
 
     section = Base(name=str(tiny_base_dir), quantization="nf4", dtype=dtype, device="cpu")
     loaded: Any = load_base(section).model
-    names = merge.nf4_modules(skeleton(tiny_base_dir)[0])
-    weights = merge.Weights(Checkpoint(tiny_base_dir), nf4=names, dtype=getattr(torch, dtype))
+    model, _ = skeleton(tiny_base_dir)
+    names, layout = nf4_modules(model), Layout(Checkpoint(tiny_base_dir), model)
+    weights = merge.Weights(layout, nf4=names, dtype=getattr(torch, dtype))
     quantized = {
         f"{name}.weight": module.weight
         for name, module in loaded.named_modules()
@@ -286,6 +290,30 @@ def test_the_template_travels_with_the_tokenizer(
         assert ids[0] == plain.bos_token_id
     ends = GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id
     assert ends == list(chat.stop_ids)
+
+
+def test_variables_of_the_template_travel_with_it(tiny_base_dir: Path, tmp_path: Path) -> None:
+    template = tmp_path / "thinks.jinja"
+    template.write_text(
+        CHATML + "{% if add_generation_prompt and enable_thinking is false %}"
+        "{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}"
+    )
+    run = make_run(
+        tmp_path / "run",
+        tiny_base_dir,
+        adapters=[random_adapter(tiny_base_dir, seed=0)],
+        dtype="float32",
+        chat_template=str(template),
+        chat_template_kwargs={"enable_thinking": False},
+    )
+    export(run, tmp_path / "out")
+    plain = AutoTokenizer.from_pretrained(tmp_path / "out")
+    text = plain.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], add_generation_prompt=True, tokenize=False
+    )
+    assert text == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    card_text = (tmp_path / "out" / "README.md").read_text()
+    assert "**chat template:** with `{enable_thinking: false}` written into it" in card_text
 
 
 def give_bos(base: Path) -> None:
@@ -457,11 +485,11 @@ def test_a_full_disk_is_seen_before_the_first_byte(
 def test_a_disk_that_is_full_by_now_costs_no_finished_file(
     run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def killed(self: Export, draft: Path) -> None:
+    def killed(self: Export, draft: Path) -> dict[str, Any]:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Export, "write_companions", killed)  # after the weights
+        patch.setattr(Export, "_compare", killed)  # after the weights
         export(run, tmp_path / "out")
     file = tmp_path / ".out.partial" / "model.safetensors"
     stamp = file.stat().st_mtime_ns
@@ -522,9 +550,10 @@ def test_threads_write_the_same_bytes_as_one(
     monkeypatch.setattr(merge, "_PART", 200)
     monkeypatch.setattr(merge, "_BLOCK", 130)
     base = saved_base(tiny_base_dir, tmp_path / "base", tied=False, shard="100KB")
-    weights = merge.Weights(Checkpoint(base))
+    model, _ = skeleton(base)
+    weights = merge.Weights(Layout(Checkpoint(base), model))
     stack = [random_adapter(base, seed=seed) for seed in (0, 1)]
-    plan = merge.plan(weights.checkpoint, stack, tied={}, dtype=torch.bfloat16)
+    plan = merge.plan(weights.layout, stack, dtype=torch.bfloat16)
     threads, told = torch.get_num_threads(), []
     try:
         for count in (1, 4):
@@ -538,7 +567,7 @@ def test_threads_write_the_same_bytes_as_one(
     assert sum(told) == 2 * plan.nbytes
     one, four = ({f.name: f.read_bytes() for f in (tmp_path / n).iterdir()} for n in "14")
     assert one == four and len(one) > 3
-    check = parity.TensorCheck(plan, stack, Checkpoint(tmp_path / "4"))
+    check = parity.TensorCheck(weights.layout, stack, Layout(Checkpoint(tmp_path / "4"), model))
     check.rest(weights.read)
     assert check.error < parity.tensor_tolerance(torch.bfloat16)
 
@@ -546,8 +575,8 @@ def test_threads_write_the_same_bytes_as_one(
 def test_a_merge_that_fails_leaves_no_file(
     tiny_base_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    weights = merge.Weights(Checkpoint(tiny_base_dir))
-    plan = merge.plan(weights.checkpoint, [], tied={}, dtype=None)
+    weights = merge.Weights(Layout(Checkpoint(tiny_base_dir), skeleton(tiny_base_dir)[0]))
+    plan = merge.plan(weights.layout, [], dtype=None)
 
     put = os.pwrite
 

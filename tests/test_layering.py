@@ -35,11 +35,11 @@ ALLOWED: dict[str, set[str]] = {
     "judging": {"config", "errors", "records"},
     "pairing": {"config", "records"},
     "evaluate": {"config", "errors", "judging", "records"},
-    "principles": {"config", "errors"},
+    "principles": {"config", "errors", "judging"},
     # torch
     "model": {"config", "errors"},
     "rollout": {"config", "errors", "model", "planning", "processes", "records"},
-    "training": {"config", "errors", "model", "processes"},
+    "training": {"config", "errors", "model", "processes", "seeds"},
     # the run
     "session": {
         "config",

@@ -141,6 +141,7 @@ def test_metrics_have_a_row_for_each_stage_and_the_proof(finished: RunDir) -> No
     rows = finished.read_metrics()
     stages = ["prompts", "candidates", "judgements", "pairs", "delta", "evaluation"]
     assert [(row["iteration"], row["stage"]) for row in rows] == [
+        (0, "base"),
         (0, "anchor"),
         (0, "evaluation"),
         *((t, stage) for t in (1, 2) for stage in stages),

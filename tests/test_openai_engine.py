@@ -126,9 +126,54 @@ def test_each_seed_is_a_request_and_answers_keep_their_order() -> None:
     ]
     assert sum(told) == len(server.bodies) == 9
     assert server.bodies[0].keys() == {
-        *("model", "messages", "max_tokens", "temperature", "top_p", "seed")
+        *("model", "messages", "max_tokens", "temperature", "top_p", "seed"),
+        *("top_k", "repetition_penalty"),
     }
     assert server.bodies[0]["model"] == "judge" and server.bodies[0]["max_tokens"] == 12
+
+
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [
+        (400, {"error": {"message": "Unknown parameter: 'top_k'."}}),
+        (422, {"detail": "Unexpected fields in the request: {'repetition_penalty', 'top_k'}"}),
+    ],
+)
+def test_a_server_that_knows_no_more_than_the_protocol(status: int, said: Any) -> None:
+    """As OpenAI's own answers, and as `transformers serve` of 5.17 does."""
+
+    def strict(number: int, body: dict[str, Any]) -> Reply:
+        return (status, {}, said) if "top_k" in body else completion("yes")
+
+    with scripted(strict) as server:
+        engine = OpenAIEngine(settings(server.url, parallel=1))
+        found = engine.sample(requests(1, 2), WARM)
+        again = engine.sample(requests(1), WARM)
+        engine.close()
+    assert {one.text for row in [*found, *again] for one in row} == {"yes"}
+    # Asked once with what it does not know, and never again.
+    assert len(server.bodies) == 1 + 2 * len(TEXTS) + len(TEXTS)
+    assert sum("top_k" in body for body in server.bodies) == 1
+
+
+def test_a_server_that_answers_every_seed_alike_is_noticed(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    long = "one two three four five six seven eight"
+
+    def told(reply: Any, limits: Limits = WARM) -> int:
+        caplog.clear()
+        with scripted(lambda number, body: completion(reply(number))) as server:
+            engine = OpenAIEngine(settings(server.url, parallel=1))
+            for _ in range(2):
+                engine.sample(requests(1, 2), limits)
+            engine.close()
+        return sum("same reply to every seed" in line for line in caplog.messages)
+
+    assert told(lambda number: long) == 1  # once, and with the flag that mends it
+    assert told(lambda number: f"{long} {number}") == 0
+    assert told(lambda number: "yes") == 0  # so short a reply may be right every time
+    assert told(lambda number: long, GREEDY) == 0
 
 
 def test_no_more_requests_at_once_than_allowed() -> None:

@@ -8,6 +8,8 @@ from srlm_lite.config import load_recipe
 from srlm_lite.errors import UserError
 from srlm_lite.planning.shapes import SHAPES, config_of, shape_of
 
+TODAY = ("qwen3-8b", "gemma3-4b", "mistral-7b", "smollm3-3b")
+
 
 @pytest.mark.parametrize(
     ("shape", "parameters"),
@@ -17,6 +19,10 @@ from srlm_lite.planning.shapes import SHAPES, config_of, shape_of
         ("llama2-70b", 68_976_648_192),
         ("llama3.1-8b", 8_030_261_248),
         ("smollm2-135m", 134_515_008),
+        ("qwen3-8b", 8_190_735_360),
+        ("mistral-7b", 7_248_023_552),
+        ("smollm3-3b", 3_075_098_624),
+        ("gemma3-4b", 4_300_079_472),
         ("gemma3-270m", 268_098_176),
     ],
 )
@@ -40,8 +46,8 @@ def test_it_says_of_smollm2_what_the_file_in_the_wheel_says(smollm2) -> None:
     assert ours.rope_parameters["rope_theta"] == theirs.rope_parameters["rope_theta"]
 
 
-@pytest.mark.parametrize("recipe", ["llama2-7b", "llama2-70b", "llama3.1-8b"])
-def test_the_bases_of_the_llama_recipes_are_in_the_table(recipe: str) -> None:
+@pytest.mark.parametrize("recipe", ["llama2-7b", "llama2-70b", "llama3.1-8b", *TODAY])
+def test_the_bases_of_the_recipes_for_a_gpu_are_in_the_table(recipe: str) -> None:
     assert shape_of(load_recipe(recipe).base.name) == recipe
 
 
@@ -53,3 +59,10 @@ def test_the_table_is_not_changed_through_a_config() -> None:
 def test_another_shape_is_refused_with_the_known_ones() -> None:
     with pytest.raises(UserError, match=r"no such shape: llama9.*llama2-70b, llama2-7b"):
         config_of("llama9")
+
+
+def test_gemma_3_has_its_windows_and_smollm3_its_layers_without_positions() -> None:
+    text = config_of("gemma3-4b").get_text_config()
+    assert text.layer_types[:6] == ["sliding_attention"] * 5 + ["full_attention"]
+    assert text.layer_types.count("full_attention") == 5 and text.sliding_window == 1024
+    assert config_of("smollm3-3b").no_rope_layers[:5] == [1, 1, 1, 0, 1]

@@ -332,16 +332,6 @@ SMALL = (
 )
 
 
-ONLY_ALONE = {
-    "entropy",
-    "logits/chosen",
-    "logits/rejected",
-    "mean_token_accuracy",
-    "num_tokens",
-}
-"""What TRL's DPO loss notes, and ours does not."""
-
-
 class StopsAt(Silent):
     """Interrupts the DPO training at a step, as Ctrl-C does."""
 
@@ -418,10 +408,7 @@ def test_a_run_that_is_watched_is_the_same_run(
 
 
 def test_one_of_two_processes_tells_what_one_alone_would(anchor: Path, tmp_path: Path) -> None:
-    """Each figure once, from the first process; those of a training but for rounding.
-
-    Where processes share a step, the loss is ours, and what TRL's own notes beside it is missing.
-    """
+    """Each figure once, from the first process; those of a training but for rounding."""
     pytest.importorskip("tensorboard")
     settings = [*SMALL, f"anchor.init={anchor}", "tracking.report_to=[tensorboard]"]
     alone, two = run_tiny(tmp_path / "alone", *settings), RunDir(tmp_path / "two")
@@ -436,14 +423,8 @@ def test_one_of_two_processes_tells_what_one_alone_would(anchor: Path, tmp_path:
     # Of which process a file is stands in its name; there is one of each directory.
     assert len(list(two.tensorboard.rglob("events.*"))) == len(found)
     for folder, curves in expected.items():
-        missing = {
-            name.removeprefix("train/delta/") for name in curves.keys() - found[folder].keys()
-        }
-        assert missing == (ONLY_ALONE if folder == "iter_001/delta" else set())
-        assert found[folder].keys() <= curves.keys()
+        assert found[folder].keys() == curves.keys()
         for name, points in curves.items():
-            if name.removeprefix("train/delta/") in missing:
-                continue
             other = found[folder][name]
             assert [step for step, _ in other] == [step for step, _ in points], name
             if not name.startswith("seconds/"):

@@ -37,7 +37,9 @@ from srlm_lite.errors import UserError
 from srlm_lite.model import parity
 from srlm_lite.model.base import base_files, empty_model
 from srlm_lite.model.checkpoint import Checkpoint, TensorInfo, write_index, write_shard
-from srlm_lite.model.merge import Weights, nf4_modules, plan, write
+from srlm_lite.model.layout import Layout
+from srlm_lite.model.merge import Weights, plan, write
+from srlm_lite.model.nf4 import nf4_modules
 from srlm_lite.model.stack import Adapter, fuse
 from srlm_lite.progress import Reporter
 
@@ -191,12 +193,11 @@ def _ours(job: Job) -> dict[str, Any]:
     begin = time.monotonic()
     stack = [Adapter.load(path) for path in job.adapters]
     weights = _weights(job, model)
-    tied = model.all_tied_weights_keys if model.config.tie_word_embeddings else {}
-    merges = plan(weights.checkpoint, stack, tied=tied, dtype=DTYPE)
+    merges = plan(weights.layout, stack, dtype=DTYPE)
     write(merges, weights, job.out)
     seconds, peak = time.monotonic() - begin, resident_peak()
-    export = Checkpoint(job.out)
-    check = parity.TensorCheck(merges, stack, export)
+    export = Layout(Checkpoint(job.out), model)
+    check = parity.TensorCheck(weights.layout, stack, export)
     texts = [list(range(7 * i, 7 * i + 48)) for i in range(6)]
     ours, _ = parity.logits(model, check.reading(weights.read), texts, stacks=[stack, stack[:-1]])
     check.rest(weights.read)
@@ -241,7 +242,7 @@ def _nf4() -> Any:
 def _weights(job: Job, model: PreTrainedModel) -> Weights:
     """The base that the way merges onto."""
     names = nf4_modules(model) if job.four_bit else frozenset()
-    return Weights(Checkpoint(job.base), nf4=names, dtype=DTYPE)
+    return Weights(Layout(Checkpoint(job.base), model), nf4=names, dtype=DTYPE)
 
 
 def _expanded(model: nn.Module) -> Callable[[str], Tensor]:

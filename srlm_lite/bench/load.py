@@ -93,12 +93,12 @@ def tensor_bytes(parameter: Any) -> int:
 def _ours(folder: Path) -> dict[str, Any]:
     settings = hf.AutoConfig.from_pretrained(folder)
     with _watched() as row:
-        model: Any = bases.load_nf4(folder, settings, torch.device("cpu"), DTYPE)[0]
+        model: Any = bases.load_files(folder, settings, torch.device("cpu"), DTYPE, nf4=True)[0]
     return {**row, "model_bytes": sum(tensor_bytes(p) for p in model.parameters())}
 
 
 def _transformers(folder: Path) -> dict[str, Any]:
-    settings = nf4_settings(DTYPE)
+    settings = nf4_settings(DTYPE, bases.empty_model(folder))
     with _watched() as row:
         model = hf.AutoModelForCausalLM.from_pretrained(
             folder, dtype=DTYPE, device_map={"": "cpu"}, quantization_config=settings

@@ -155,10 +155,9 @@ def _stack(job: Job) -> tuple[Any, Any, list[Any]]:
     recipe = job.recipe
     base = _random(recipe.base) if job.random else load_base(recipe.base)
     lora = recipe.anchor.lora.model_copy(update={"rank": job.anchor_rank})
-    targets = tuple(dict.fromkeys((*lora.targets, *recipe.dpo.lora.targets)))
     slot = Slot(
         base.model,
-        targets=targets,
+        targets=recipe.targets,
         rank=lora.rank + recipe.dpo.lora.rank,
         fold=recipe.rollout.fold,
     )
@@ -190,7 +189,10 @@ def _sample(job: Job) -> dict[str, Any]:
 
     libraries = status_bytes("VmRSS")
     base, slot, stack = _stack(job)
-    chat, shape = ChatFormat.of(base, template=job.recipe.base.chat_template), job.shape
+    section, shape = job.recipe.base, job.shape
+    chat = ChatFormat.of(
+        base, template=section.chat_template, settings=section.chat_template_kwargs
+    )
     engine = TransformersEngine(
         slot,
         chat,
@@ -299,6 +301,7 @@ def _export(job: Job) -> dict[str, Any]:
     from srlm_lite.model import parity
     from srlm_lite.model.base import base_files, empty_model
     from srlm_lite.model.checkpoint import Checkpoint
+    from srlm_lite.model.layout import Layout
     from srlm_lite.model.merge import base_weights, plan, write
 
     libraries = status_bytes("VmRSS")
@@ -314,12 +317,11 @@ def _export(job: Job) -> dict[str, Any]:
     ]
     begin = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="srlm-lite-bench-") as out:
-        weights = base_weights(folder, recipe.base, model, nf4=False)
-        tied = model.all_tied_weights_keys if model.config.tie_word_embeddings else {}
-        merges = plan(weights.checkpoint, stack, tied=tied, dtype=None)
-        write(merges, weights, Path(out))
-        export = Checkpoint(Path(out))
-        check = parity.TensorCheck(merges, stack, export)
+        layout = Layout(Checkpoint(folder), model)
+        weights = base_weights(layout, recipe.base, model, nf4=False)
+        write(plan(layout, stack, dtype=None), weights, Path(out))
+        export = Layout(Checkpoint(Path(out)), model)
+        check = parity.TensorCheck(layout, stack, export)
         texts = [list(range(7 * i, 7 * i + 48)) for i in range(6)]
         ours, _ = parity.logits(
             model, check.reading(weights.read), texts, stacks=[stack, stack[:-1]]

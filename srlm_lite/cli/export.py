@@ -39,6 +39,8 @@ def run_export(
             return
         console.say(f"exporting {source.name} as {wish.form} to {wish.out}")
         _say_onto(console, export)
+        if wish.form == "merged" and export.generation[1]:
+            console.say(f"  {export.generation[1]}")
         begin = time.monotonic()
         row = export.make()
         console.say(f"  {time.monotonic() - begin:.1f} s")

@@ -29,6 +29,7 @@ from srlm_lite.session import (
     refuse_absent_base,
     refuse_several,
     refuse_sharding,
+    refuse_unexportable,
 )
 from srlm_lite.stages.seed_data import (
     check_inputs,
@@ -69,6 +70,7 @@ def run_iterate(
         check_installed(recipe.tracking.report_to)
         import_backend(recipe)  # a plan imports transformers
         refuse_absent_base(recipe, run)
+        refuse_unexportable(recipe, run)
         if planned:
             refuse_what_cannot_fit(recipe, shards=processes.world if processes.shards else 1)
         facts = {

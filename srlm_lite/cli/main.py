@@ -465,7 +465,8 @@ def _stand_somewhere() -> None:
 
 def run() -> None:
     """Entry point: a user's mistake is one line and exit code 2."""
-    # Fork-based tokenizer workers warn, and datasets draws bars of its own.
+    # Fork-based tokenizer workers warn, datasets draws bars of its own, and transformers advises.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     try:

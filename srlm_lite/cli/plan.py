@@ -13,7 +13,7 @@ from typing import Any
 import typer
 
 from srlm_lite.cli.tables import plain_table
-from srlm_lite.config import Recipe, load_recipe
+from srlm_lite.config import LORA_TARGETS, Recipe, load_recipe
 from srlm_lite.errors import UserError
 from srlm_lite.hardware import Gpu, choose_recipe, device_name, pick_recipe
 from srlm_lite.planning.machine import (
@@ -70,17 +70,21 @@ def recipe_for(hardware: Hardware) -> tuple[str, str]:
 def refuse_what_cannot_fit(recipe: Recipe, *, shards: int = 1) -> None:
     """Stop a run that would run out of memory, before it begins.
 
-    Says nothing where the base's shape is unknown: its loading says what is wrong with it.
+    Or train adapters on layers that the base does not have. Says nothing where the base's shape is
+    unknown: its loading says what is wrong with it.
 
     Args:
         shards: Processes that the base is spread over.
 
     Raises:
-        UserError: A phase that no batch of its own choosing makes fit; says what would.
+        UserError: A phase that no batch of its own choosing makes fit; says what would. Or a LoRA
+            target names no layer that can carry an adapter.
     """
     try:
         plan = plan_for(recipe, replace(hardware_found(recipe), shards=shards))
-    except UserError:
+    except UserError as error:
+        if error.where == LORA_TARGETS:
+            raise
         return
     missing = shortfall(plan)
     if missing is not None:
@@ -139,6 +143,7 @@ def _row(plan: Plan, times: Times, advice: Advice) -> dict[str, Any]:
             }
             for phase in plan.phases
         },
+        "not_in_4_bits_bytes": dict(plan.not_in_4_bits),
         "disk_bytes": dict(plan.disk),
         "fits": all(plan.fits(phase) for phase in plan.phases),
         "change": list(changes),
@@ -168,6 +173,7 @@ def plan_text(plan: Plan, times: Times, advice: Advice, *, width: int | None = N
         "GB at the longest that window and data admit, predicted from shapes; tokens at most, of "
         "the whole run, votes asked again apart",
         *_of_another_method(plan.recipe),
+        *_out_of_reach(plan),
         *(["export runs on the machine, not on the device"] if on_host else []),
         f"time: {'at rates measured on ' + measured if measured else _NO_RATES}",
         f"disk, GB: {disk}",
@@ -201,6 +207,18 @@ def _of_another_method(recipe: Recipe) -> list[str]:
     return [
         "counted for the method self-rewarding: how much "
         f"{recipe.method} samples and trains on differs from that"
+    ]
+
+
+def _out_of_reach(plan: Plan) -> list[str]:
+    """What of a base in NF4 stays in 16 bits or more, and what that costs."""
+    parts = plan.not_in_4_bits
+    if not parts:
+        return []
+    named = ", ".join(f"{name} {count / 1e9:.2f}" for name, count in parts.items() if count)
+    return [
+        f"of the base, {sum(parts.values()) / 1e9:.2f} GB are out of NF4's reach and keep "
+        f"{8 * plan.itemsize} bits: {named}"
     ]
 
 

@@ -147,6 +147,15 @@ def _anchor(facts: dict[str, Any]) -> str:
     )
 
 
+def _base(facts: dict[str, Any]) -> str:
+    told = [
+        f"{found['bits_per_byte']:.2f} bits a byte of {what} (letters shuffled: "
+        f"{found['shuffled']['bits_per_byte']:.2f})"
+        for what, found in facts.items()
+    ]
+    return ", ".join(told) or "no instruction data to read"
+
+
 def _too_long(facts: dict[str, Any], which: str) -> str:
     """How many were left out, where any were."""
     count = facts.get("too_long")
@@ -264,6 +273,7 @@ def _evaluation(facts: dict[str, Any]) -> str:
 
 
 SUMMARIES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "base": _base,
     "anchor": _anchor,
     "prompts": _prompts,
     "candidates": _candidates,

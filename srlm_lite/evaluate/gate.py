@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import hypot
+from math import hypot, isnan
 from statistics import NormalDist
 from typing import Any
 
@@ -197,7 +197,17 @@ def _capability(before: Sequence[Evaluation], now: Evaluation, gate: Gate) -> It
             )
 
 
+def _no_number(before: Sequence[Evaluation], now: Evaluation, gate: Gate) -> Iterator[str]:
+    """No other gate stops what is no number: it is neither above nor below anything."""
+    tasks = now.get("capabilities", {}).get("tasks", {})
+    figures = {**now["judge"], **now["policy"], **{name: tasks[name]["value"] for name in tasks}}
+    for name, value in figures.items():
+        if isinstance(value, float) and isnan(value):
+            yield f"{name} is no number (NaN): what it is measured on has broken down"
+
+
 CHECKS: tuple[Check, ...] = (
+    _no_number,
     _one_score,
     _readable,
     _judge_accuracy,

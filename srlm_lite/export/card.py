@@ -144,6 +144,9 @@ def _lineage(source: Source, base: dict[str, Any], *, form: str, onto: str, dtyp
         ("recipe", f"`{recipe.name}`, digest `{facts['digest']}`; as run in `{RECIPE}`"),
         ("weights", f"{weights}{dtype}; held against the stack, see `parity.json`"),
     ]
+    if kwargs := recipe.base.chat_template_kwargs:
+        given = yaml.safe_dump(kwargs, default_flow_style=True, allow_unicode=True, width=10**6)
+        rows.append(("chat template", f"with `{given.strip()}` written into it"))
     return "\n".join(f"- **{name}:** {text}" for name, text in rows)
 
 
@@ -190,6 +193,10 @@ def _use(form: str, rank: int) -> str:
         return (
             "```python\nfrom peft import AutoPeftModelForCausalLM\n\n"
             f"{_PLACE}model = AutoPeftModelForCausalLM.from_pretrained(place)\n```\n\n"
+            "Its layers are named as `AutoModelForCausalLM` names them, whatever the base's files "
+            "say; of a base with vision, that may be the text model alone. `adapter_config.json` "
+            "says where the base was: a local path is that of the machine it was trained on, for a "
+            "GGUF file the directory that it was converted into.\n\n"
             f"Its rank is {rank}: vLLM needs `max_lora_rank={room}`."
         )
     return (

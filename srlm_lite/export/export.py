@@ -32,8 +32,8 @@ from srlm_lite.run_dir import read_json, write_json
 if TYPE_CHECKING:
     from srlm_lite.model.base import BaseFiles
     from srlm_lite.model.chat import ChatFormat
+    from srlm_lite.model.layout import Layout, Read
     from srlm_lite.model.merge import Onto, Plan, Weights
-    from srlm_lite.model.parity import Read
     from srlm_lite.model.stack import Adapter
 
 Form = Literal["merged", "adapter"]
@@ -97,8 +97,38 @@ class Export:
 
         model, tokenizer = self._skeleton
         ends = model.generation_config.eos_token_id or ()
-        template = self.source.recipe.base.chat_template
-        return ChatFormat(tokenizer, template=template, stop_ids=ends)
+        section = self.source.recipe.base
+        return ChatFormat(
+            tokenizer,
+            template=section.chat_template,
+            settings=section.chat_template_kwargs,
+            stop_ids=ends,
+        )
+
+    @cached_property
+    def generation(self) -> tuple[Any, str]:
+        """The merged model's generation config, and a line on what of the base's is not in it."""
+        from srlm_lite.model.companions import generation_config
+
+        return generation_config(self.files.folder, self._skeleton[0], self.chat)
+
+    @cached_property
+    def placing(self) -> dict[str, Any]:
+        """How the adapter's settings name its modules for PEFT."""
+        from srlm_lite.model.exportable import placing
+
+        return placing(
+            self._skeleton[0],
+            list(dict.fromkeys(name for each in self.stack for name in each.factors)),
+        )
+
+    @cached_property
+    def layout(self) -> Layout:
+        """What the base's files are in memory."""
+        from srlm_lite.model.checkpoint import Checkpoint
+        from srlm_lite.model.layout import Layout
+
+        return Layout(Checkpoint(self.files.folder), self._skeleton[0])
 
     @cached_property
     def weights(self) -> Weights:
@@ -110,13 +140,7 @@ class Export:
         """What the merged checkpoint will hold."""
         from srlm_lite.model.merge import plan
 
-        tied = self._skeleton[0].all_tied_weights_keys
-        return plan(
-            self.weights.checkpoint,
-            self.stack,
-            tied=tied if self._skeleton[0].config.tie_word_embeddings else {},
-            dtype=self._asked_dtype,
-        )
+        return plan(self.layout, self.stack, dtype=self._asked_dtype)
 
     @property
     def nbytes(self) -> int:
@@ -190,10 +214,12 @@ class Export:
                 way_out="Choose another --out, or delete it",
             )
         needed = self.nbytes  # planned before anything is written: the plan may refuse
+        if self.wish.form == "adapter":
+            _ = self.placing
         with self._draft() as draft, _disk_errors(out):
             self._check_space(draft, needed)
+            self.write_companions(draft)  # first: they may be what cannot be written
             self._write(draft)
-            self.write_companions(draft)
             try:
                 row = self._compare(draft)
             except ProofError:
@@ -207,15 +233,16 @@ class Export:
     def write_companions(self, folder: Path) -> None:
         """All files but the weights and their parity."""
         from srlm_lite.model.companions import (
+            copy_processors,
             write_config,
-            write_generation_config,
             write_tokenizer,
         )
 
         if self.wish.form == "merged":
             base = self.files.folder
             write_config(base, folder, dtype=self._dtype, unties=self.plan.unties)
-            write_generation_config(base, folder, self._skeleton[0], self.chat)
+            self.generation[0].save_pretrained(str(folder))
+            copy_processors(base, folder)
         write_tokenizer(folder, self._skeleton[1], self.chat)
         write_card(
             folder,
@@ -231,7 +258,7 @@ class Export:
         from srlm_lite.model.merge import base_weights
 
         section = self.source.recipe.base
-        return base_weights(self.files.folder, section, self._skeleton[0], nf4=nf4)
+        return base_weights(self.layout, section, self._skeleton[0], nf4=nf4)
 
     @property
     def _asked_dtype(self) -> Any:
@@ -247,7 +274,7 @@ class Export:
 
         if self.wish.form == "adapter":
             return self._asked_dtype or NAMED["float32"]
-        return self._asked_dtype or self.weights.checkpoint.main_dtype
+        return self._asked_dtype or self.layout.checkpoint.main_dtype
 
     @contextmanager
     def _draft(self) -> Iterator[Path]:
@@ -299,9 +326,11 @@ class Export:
         source = self.files.source
         fuse(self.stack).save(
             draft,
-            base_name=source["location"],
+            # Of a GGUF file, the directory that it was converted into: PEFT opens no .gguf path.
+            base_name=str(self.files.folder) if self.files.kind == "gguf" else source["location"],
             revision=source.get("revision"),
             dtype=self._dtype,
+            placing=self.placing,
         )
 
     def _compare(self, draft: Path) -> dict[str, Any]:
@@ -330,16 +359,17 @@ class Export:
         from srlm_lite.model import parity
         from srlm_lite.model.base import skeleton
         from srlm_lite.model.checkpoint import Checkpoint
+        from srlm_lite.model.layout import Layout
 
         nf4 = self.source.recipe.base.quantization == "nf4"
-        model, export = self._skeleton[0], Checkpoint(draft)
+        model, (exported, _) = self._skeleton[0], skeleton(draft)
+        export = Layout(Checkpoint(draft), exported)
         passes = 3 if nf4 and self.onto == "original" else 2
-        check = parity.TensorCheck(self.plan, self.stack, export)
+        check = parity.TensorCheck(self.layout, self.stack, export)
         read = self._counting(self.weights.read, passes=passes)
         stacks = [self.stack, self.stack[:-1]]
         ours, without = parity.logits(model, check.reading(read), texts, stacks=stacks)
         check.rest(self.weights.read)
-        exported, _ = skeleton(draft)
         (theirs,) = parity.logits(exported, self._counting(export.read), texts)
         row = self._row(ours, without, theirs)
         row["tensors"] = {
@@ -352,7 +382,7 @@ class Export:
             row["max_abs_logit_diff"] <= row["tolerance"]
             and check.error <= row["tensors"]["tolerance"]
         ):
-            raise _broken(row, check.worst, check.error)
+            raise _broken(row, check.worst, check.error, allowed=row["tensors"]["tolerance"])
         if passes == 3:
             read = self._counting(self._weights(nf4=True).read)
             (evaluated,) = parity.logits(model, read, texts, stacks=[self.stack])
@@ -406,11 +436,21 @@ class _Megabytes:
         self._task.advance(self._bytes // 10**6 - before)
 
 
-def _broken(row: dict[str, Any], worst: str, share: float) -> ProofError:
+def _broken(row: dict[str, Any], worst: str, share: float, *, allowed: float = 0.0) -> ProofError:
+    """Why an export is not kept; `share` is the error of its worst tensor."""
+    if not row["tolerance"]:
+        why = "the stack's own logits are not all finite"
+    elif share <= allowed:
+        why = (
+            "every tensor is right, so the base computes with a layer's weight past the adapter "
+            "that lies on the layer"
+        )
+    else:
+        why = f"{worst} differs most, by {share:.3g} of its norm"
     return ProofError(
         "the export does not answer as the stack does: logits differ by up to "
-        f"{row['max_abs_logit_diff']:.3g} (tolerance {row['tolerance']:.3g}); {worst} differs "
-        f"most, by {share:.3g} of its norm. Nothing was kept"
+        f"{row['max_abs_logit_diff']:.3g} (tolerance {row['tolerance']:.3g}); {why}. Nothing was "
+        "kept"
     )
 
 

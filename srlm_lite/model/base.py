@@ -10,13 +10,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
-import io
 import json
 import logging
 import math
 import re
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,10 +39,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from srlm_lite import config
 from srlm_lite.errors import UserError
 from srlm_lite.model import unsloth_backend
-from srlm_lite.model.cache import cache_dir
 from srlm_lite.model.checkpoint import INDEX, Checkpoint, weight_files
+from srlm_lite.model.gguf import CONVERSION, converted, gguf_settings
 from srlm_lite.model.heap import give_back
+from srlm_lite.model.layout import Layout
 from srlm_lite.model.nf4 import nf4_settings
+from srlm_lite.model.quiet import first_line as _first_line
+from srlm_lite.model.quiet import quiet as _quiet
 from srlm_lite.model.sharding import load_shards
 
 log = logging.getLogger(__name__)
@@ -67,8 +67,6 @@ _HUB_TIMEOUT_S = 5
 """For a question to the Hub that nothing waits for."""
 _READ_BEFORE_TRIM = 16 << 20
 """Bytes of 16-bit tensors that may lie freed in the allocator's hands while a base is loaded."""
-_CONVERSION = 1
-"""Part of the cache key: raise it when the conversion of a GGUF file changes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,19 +104,22 @@ class BaseFiles:
     """As `LoadedBase.source`."""
 
 
-def base_files(section: config.Base, *, revision: str | None = None) -> BaseFiles:
+def base_files(
+    section: config.Base, *, revision: str | None = None, conversion: int | None = None
+) -> BaseFiles:
     """The files of the base that a recipe names, without loading it.
 
     Args:
         revision: Commit on the Hub; default: the recipe's.
+        conversion: Of a GGUF file, by number; default: the newest.
 
     Raises:
         UserError: They cannot be found, fetched or read.
     """
     kind, location = _locate(section.name)
     if kind != "hub":
-        folder, digest = _local_files(kind, location)
-        source = {"name": section.name, "kind": kind, "location": location, "sha256": digest}
+        folder, known_by = _local_files(kind, location, conversion)
+        source = {"name": section.name, "kind": kind, "location": location, **known_by}
         return BaseFiles(folder=Path(folder), kind=kind, source=source)
     with _quiet(), _explained(section, kind, location):
         folder = snapshot_download(
@@ -132,8 +133,11 @@ def base_files(section: config.Base, *, revision: str | None = None) -> BaseFile
     return BaseFiles(folder=Path(folder), kind=kind, source=source)
 
 
-def base_is_here(section: config.Base) -> bool:
+def base_is_here(section: config.Base, *, conversion: int | None = None) -> bool:
     """Whether the base's files are on this machine; if not, the Hub has them and gives them out.
+
+    Args:
+        conversion: Of a GGUF file, by number; default: the newest.
 
     Raises:
         UserError: As `load_base` would, as far as that shows without fetching the weights.
@@ -142,18 +146,42 @@ def base_is_here(section: config.Base) -> bool:
     if kind != "hub":
         if kind == "directory":
             _check_directory(Path(location))
+        elif conversion in (None, CONVERSION):
+            gguf_settings(Path(location))
         return True
     with contextlib.suppress(LocalEntryNotFoundError):
-        patterns = [f"*{ending}" for ending in _ENDINGS]
-        folder = snapshot_download(
-            location, revision=section.revision, allow_patterns=patterns, local_files_only=True
-        )
-        return _is_complete(Path(folder))
+        return _is_complete(_snapshot_here(location, section.revision))
     with _quiet(), _explained(section, kind, location):
         api = HfApi()
         if api.model_info(location, revision=section.revision, timeout=_HUB_TIMEOUT_S).gated:
             api.auth_check(location)
     return False
+
+
+def directory_here(section: config.Base, *, revision: str | None = None) -> Path | None:
+    """The base's directory where it is one, or one that the Hub's cache has whole; else None.
+
+    Args:
+        revision: Commit on the Hub; default: the recipe's.
+    """
+    kind, location = _locate(section.name)
+    if kind == "directory":
+        return Path(location)
+    if kind == "hub":
+        with contextlib.suppress(LocalEntryNotFoundError):
+            folder = _snapshot_here(location, revision or section.revision)
+            return folder if _is_complete(folder) else None
+    return None
+
+
+def _snapshot_here(location: str, revision: str | None) -> Path:
+    """A Hub model's directory in the cache; LocalEntryNotFoundError where there is none."""
+    patterns = [f"*{ending}" for ending in _ENDINGS]
+    return Path(
+        snapshot_download(
+            location, revision=revision, allow_patterns=patterns, local_files_only=True
+        )
+    )
 
 
 def _is_complete(folder: Path) -> bool:
@@ -172,12 +200,12 @@ def read_config(section: config.Base) -> Any:
         UserError: It cannot be found, fetched or read.
     """
     kind, location = _locate(section.name)
-    options: dict[str, Any] = {"revision": section.revision or "main"}
     if kind == "gguf":
-        location, file = str(Path(location).parent), Path(location).name
-        options = {"gguf_file": file}
+        return gguf_settings(Path(location))
     with _quiet(), _explained(section, kind, location):
-        return hf.AutoConfig.from_pretrained(location, trust_remote_code=False, **options)
+        return hf.AutoConfig.from_pretrained(
+            location, revision=section.revision or "main", trust_remote_code=False
+        )
 
 
 def skeleton(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -190,7 +218,7 @@ def skeleton(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """
     section = config.Base(name=str(folder))
     with _quiet(), _explained(section, "directory", str(folder)):
-        tokenizer = hf.AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        tokenizer = _tokenizer(str(folder))
         model = empty_model(folder)
         if (folder / "generation_config.json").is_file():
             model.generation_config = hf.GenerationConfig.from_pretrained(str(folder))
@@ -199,9 +227,11 @@ def skeleton(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return model, tokenizer
 
 
-def empty_model(folder: Path) -> PreTrainedModel:
-    """The model that a directory's `config.json` describes, without weights."""
-    settings = hf.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+def empty_model(base: Path | Any) -> PreTrainedModel:
+    """The model that a configuration describes, or a directory's `config.json`; no weights."""
+    settings = base
+    if isinstance(base, Path):
+        settings = hf.AutoConfig.from_pretrained(str(base), trust_remote_code=False)
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = hf.AutoModelForCausalLM.from_config(
             settings, dtype=torch.float32, trust_remote_code=False
@@ -211,11 +241,14 @@ def empty_model(folder: Path) -> PreTrainedModel:
     return model
 
 
-def load_base(section: config.Base, *, sharded: bool = False) -> LoadedBase:
+def load_base(
+    section: config.Base, *, sharded: bool = False, conversion: int | None = None
+) -> LoadedBase:
     """Load the base that a recipe names, ready for adapters.
 
     Args:
         sharded: Only this process's part of it; all processes call this at the same time.
+        conversion: Of a GGUF file, by number; default: the newest.
 
     Raises:
         UserError: It cannot be found, fetched, read or placed; says which and what to do.
@@ -232,7 +265,8 @@ def load_base(section: config.Base, *, sharded: bool = False) -> LoadedBase:
     source: dict[str, Any] = {"name": section.name, "kind": kind, "location": location}
     folder = location
     if kind != "hub":
-        folder, source["sha256"] = _local_files(kind, location)
+        folder, known_by = _local_files(kind, location, conversion)
+        source |= known_by
     with _quiet(), _explained(section, kind, location):
         model, tokenizer = _load(section, folder, kind, device, dtype, sharded=sharded)
     if kind == "hub":
@@ -244,7 +278,7 @@ def load_base(section: config.Base, *, sharded: bool = False) -> LoadedBase:
     _settle_special_tokens(model, tokenizer)
     model.requires_grad_(False)
     model.train(False)
-    model.config.use_cache = True
+    model.config.use_cache = model.config.get_text_config().use_cache = True
     return LoadedBase(
         model=model, tokenizer=tokenizer, device=device, dtype=dtype, folder=folder, source=source
     )
@@ -259,23 +293,6 @@ def _caps_its_scores(model: PreTrainedModel) -> bool:
 def compute_dtype(section: config.Base) -> torch.dtype:
     """What the section's `dtype` means on this machine."""
     return _dtype(section.dtype, compute_device(section.device))
-
-
-def check_targets(model: torch.nn.Module, targets: Iterable[str]) -> None:
-    """Make sure that every LoRA target names at least one linear layer.
-
-    Raises:
-        UserError: A target matches nothing; lists the names there are.
-    """
-    linear = [name for name, module in model.named_modules() if _is_linear(module)]
-    for target in targets:
-        if not any(config.is_targeted(name, (target,)) for name in linear):
-            known = sorted({name.rpartition(".")[2] for name in linear} - {"lm_head"})
-            raise UserError(
-                f"the base has no linear layer named {target}",
-                where="lora.targets",
-                way_out=f"It has {', '.join(known)}",
-            )
 
 
 def smollm2_file() -> Path | None:
@@ -306,13 +323,15 @@ def _locate(name: str) -> tuple[Kind, str]:
     return "hub", name
 
 
-def _local_files(kind: Kind, location: str) -> tuple[str, str]:
-    """The directory to load a local base from, and the SHA-256 that it is known by."""
+def _local_files(kind: Kind, location: str, conversion: int | None) -> tuple[str, dict[str, Any]]:
+    """The directory to load a local base from, and what it is known by: the SHA-256 of its files,
+    and how a GGUF file was converted."""
     if kind == "gguf":
-        digest = _sha256([Path(location)])
-        return str(_converted(Path(location), digest)), digest
+        digest, conversion = _sha256([Path(location)]), conversion or CONVERSION
+        folder = converted(Path(location), digest, conversion)
+        return str(folder), {"sha256": digest, "conversion": conversion}
     _check_directory(Path(location))
-    return location, _sha256(_base_files(Path(location)))
+    return location, {"sha256": _sha256(_base_files(Path(location)))}
 
 
 def compute_device(wanted: str) -> torch.device:
@@ -361,35 +380,32 @@ def _load(
     settings = hf.AutoConfig.from_pretrained(
         folder, revision=section.revision or "main", trust_remote_code=False
     )
-    tokenizer = hf.AutoTokenizer.from_pretrained(
-        folder, revision=section.revision or "main", trust_remote_code=False
-    )
+    _refuse_quantized(section.name, settings.to_dict())
+    tokenizer = _tokenizer(folder, section.revision)
     if section.backend == "unsloth":
         model = unsloth_backend.load(folder, section, device=device, dtype=dtype)
         _check_complete(model, section, folder, kind)
         return model, tokenizer
     nf4 = section.quantization == "nf4"
-    if (nf4 or sharded) and kind == "hub":
+    if kind == "hub":
         folder = str(base_files(section, revision=settings._commit_hash).folder)
-    if Path(folder).is_dir():  # transformers holds a Hub model's shapes against it by itself
-        _check_shapes(section, Path(folder))
-    if sharded:
-        model, report = load_shards(Path(folder), settings, device, dtype, nf4=nf4)
-    elif nf4:
-        model, report = load_nf4(Path(folder), settings, device, dtype)
-    else:
-        model, report = hf.AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=settings,
-            revision=section.revision or "main",
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            **({"device_map": {"": device}} if device.type == "cuda" else {}),
-        )
+    _check_shapes(Path(folder))
+    load = load_shards if sharded else load_files
+    model, report = load(Path(folder), settings, device, dtype, nf4=nf4)
     _check_missing(section, sorted(report["missing_keys"]))
     return model, tokenizer
+
+
+def _tokenizer(folder: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a directory or a Hub model.
+
+    Never mistral-common's, which transformers takes wherever that is installed and a `tekken.json`
+    lies there: it knows no chat template, and hides what its ids stand for.
+    """
+    tokenizer: PreTrainedTokenizerBase = hf.AutoTokenizer.from_pretrained(
+        folder, revision=revision or "main", mistral_format=False, trust_remote_code=False
+    )
+    return tokenizer
 
 
 def _check_complete(model: PreTrainedModel, section: config.Base, folder: str, kind: Kind) -> None:
@@ -410,50 +426,58 @@ def _check_missing(section: config.Base, missing: list[str]) -> None:
         )
 
 
-def _check_shapes(section: config.Base, folder: Path) -> None:
+def _check_shapes(folder: Path) -> None:
     """Hold the tensors of a directory against the model that its `config.json` describes.
 
     A layer that is rounded to NF4 takes any shape, and fails when it first computes, or never.
     """
-    wanted = {name: tuple(one.shape) for name, one in empty_model(folder).named_parameters()}
-    for file in weight_files(folder):
-        opened: Any = safe_open(folder / file, framework="pt")
-        for name in sorted(wanted.keys() & set(opened.keys())):
-            there = tuple(opened.get_slice(name).get_shape())
-            if there != wanted[name]:
-                raise UserError(
-                    f"{name} of {section.name} is {_times(there)}, and its config.json wants "
-                    f"{_times(wanted[name])}",
-                    where=_WHERE,
-                    way_out="Weights and config.json do not belong together: get both again",
-                )
+    Layout(Checkpoint(folder), empty_model(folder))
 
 
-def _times(shape: Iterable[int]) -> str:
-    return " x ".join(map(str, shape))
-
-
-def load_nf4(
-    folder: Path, settings: Any, device: torch.device, dtype: torch.dtype
+def load_files(
+    folder: Path, settings: Any, device: torch.device, dtype: torch.dtype, *, nf4: bool
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The model of a directory in NF4, and what transformers reports of its loading."""
-    if type(settings) not in hf.MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ValueError("Unrecognized configuration class")
-    family = hf.MODEL_FOR_CAUSAL_LM_MAPPING[type(settings)]
+    """The model of a directory's weights, and what transformers reports of its loading.
+
+    transformers gets the tensors and no directory: in one that an `adapter_config.json` strayed
+    into, it would load the adapter as well, or the base that this one names in place of ours.
+    """
+    family, settings = causal_class(settings)
+    options: dict[str, Any] = {}
+    if device.type == "cuda" or nf4:
+        options["device_map"] = {"": device}
+    if nf4:
+        options["quantization_config"] = nf4_settings(dtype, empty_model(settings))
     model, report = family.from_pretrained(
         None,
         config=settings,
         state_dict=_streamed(folder),
         dtype=dtype,
-        device_map={"": device},
-        quantization_config=nf4_settings(dtype),
         output_loading_info=True,
+        **options,
     )
     give_back()
     model.name_or_path = model.config._name_or_path = str(folder)
     if (folder / "generation_config.json").is_file():
         model.generation_config = hf.GenerationConfig.from_pretrained(str(folder))
     return model, report
+
+
+def causal_class(settings: Any) -> tuple[Any, Any]:
+    """The class that `AutoModelForCausalLM` takes for a configuration, and what it makes it from.
+
+    Of a vision-language model that is either the whole model, which reads text without images, or
+    the text model alone, from the text's part of the configuration.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if type(settings) not in hf.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError("Unrecognized configuration class")
+    family = hf.MODEL_FOR_CAUSAL_LM_MAPPING[type(settings)]
+    if family.config_class == type(settings).sub_configs.get("text_config", settings):
+        settings = settings.get_text_config()
+    return family, settings
 
 
 def _streamed(folder: Path) -> dict[str, Any]:
@@ -500,84 +524,6 @@ class _Unread:
         return self._place[index]
 
 
-def _converted(file: Path, digest: str) -> Path:
-    """The safetensors directory of a GGUF file: from the cache, or made now."""
-    folder = cache_dir() / f"gguf-{digest[:16]}-{_CONVERSION}-{transformers.__version__}"
-    if (folder / "config.json").is_file():
-        return folder
-    log.info("converting %s, once", file.name)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    except OSError as error:
-        raise UserError(
-            f"cannot write to the cache ({error.strerror})",
-            where=str(folder.parent),
-            way_out="Set SRLM_LITE_CACHE to a directory that can be written",
-        ) from error
-    try:
-        _convert(file, draft)
-        with contextlib.suppress(OSError):  # another process was quicker; its result is the same
-            draft.rename(folder)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-    if not (folder / "config.json").is_file():
-        raise UserError(
-            "cannot put the converted file here", where=str(folder), way_out="Delete it"
-        )
-    return folder
-
-
-def _convert(file: Path, target: Path) -> None:
-    at: dict[str, Any] = {"gguf_file": file.name}
-    # The conversion's progress bar cannot be switched off, only redirected.
-    with _quiet(), contextlib.redirect_stderr(io.StringIO()):
-        try:
-            tokenizer = hf.AutoTokenizer.from_pretrained(str(file.parent), **at)
-            model, report = hf.AutoModelForCausalLM.from_pretrained(
-                str(file.parent), dtype=torch.bfloat16, output_loading_info=True, **at
-            )
-        except Exception as error:  # the reader meets a torn file with whatever it trips over
-            raise _unreadable_gguf(file, error) from error
-    if missing := sorted(report["missing_keys"]):
-        raise UserError(
-            f"{file} lacks {len(missing)} tensors, such as {missing[0]}",
-            where=_WHERE,
-            way_out="Get the file again",
-        )
-    # The tokenizer comes back with the library's guesses; the file's own ids are in the config.
-    for role in ("bos", "eos", "unk", "pad"):
-        token_id = getattr(model.config, f"{role}_token_id", None)
-        if isinstance(token_id, int):
-            setattr(tokenizer, f"{role}_token", tokenizer.convert_ids_to_tokens(token_id))
-    # The weights are dequantized by now, yet the model refuses to be saved while it is marked.
-    del model.config.quantization_config
-    model.hf_quantizer = None
-    with _quiet():
-        try:
-            tokenizer.save_pretrained(str(target))
-            model.save_pretrained(str(target))
-        except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"cannot write the converted {file.name} ({_first_line(error)})",
-                where=str(target.parent),
-                way_out="Make room, or set SRLM_LITE_CACHE to another directory",
-            ) from error
-
-
-def _unreadable_gguf(file: Path, error: Exception) -> UserError:
-    text = _first_line(error)
-    if "architecture" in text:
-        return UserError(f"{file}: {text}", where=_WHERE)
-    if isinstance(error, ImportError):
-        return UserError(text, where=_WHERE, way_out="pip install gguf")
-    return UserError(
-        f"{file} cannot be read as GGUF: truncated or damaged ({type(error).__name__}: {text})",
-        where=_WHERE,
-        way_out="Get the file again",
-    )
-
-
 def _check_directory(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         raise UserError(
@@ -596,6 +542,24 @@ def _check_directory(folder: Path) -> None:
         )
     if (folder / INDEX).is_file():
         weight_files(folder)
+    with contextlib.suppress(ValueError):  # a damaged one is told of where it is loaded
+        _refuse_quantized(str(folder), json.loads((folder / "config.json").read_bytes()))
+
+
+def _refuse_quantized(name: str, settings: Any) -> None:
+    """What was trained on weights in 4 or 8 bits could not be merged into them again."""
+    quantized = settings.get("quantization_config") if isinstance(settings, dict) else None
+    if not quantized:
+        return
+    method = str(quantized.get("quant_method", "a way of its own"))
+    bits = "4 bits" if quantized.get("load_in_4bit") else quantized.get("bits")
+    kind = method.replace("bitsandbytes", f"bitsandbytes, {bits or '8 bits'}")
+    raise UserError(
+        f"{name} is quantized already ({kind}), and adapters are merged here into weights of 16 "
+        "bits or more",
+        where=_WHERE,
+        way_out="Name the model that it was made from; base.quantization=nf4 loads that in 4 bits",
+    )
 
 
 def _base_files(folder: Path) -> list[Path]:
@@ -628,9 +592,18 @@ def keep_differentiable(model: PreTrainedModel) -> None:
 
 
 def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer whose ids the embedding has no rows for.
+
+    Special tokens may lie beyond its rows, as Gemma 3's for images do in the sizes that read none:
+    no text is ever spelled with them (see `ChatFormat`), unless the template itself writes one.
+    """
     embedding: Any = model.get_input_embeddings()
     rows = embedding.weight.shape[0]
-    if len(tokenizer) > rows:
+    tokens: Any = tokenizer
+    added = tokens.added_tokens_decoder
+    beyond = {token: i for token, i in tokens.get_vocab().items() if i >= rows}
+    template = str(tokens.chat_template or "")
+    if any(i not in added or not added[i].special or t in template for t, i in beyond.items()):
         raise UserError(
             f"the tokenizer has {len(tokenizer)} tokens, the embedding only {rows} rows",
             where=_WHERE,
@@ -641,7 +614,9 @@ def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 def _settle_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Make tokenizer, config and generation config agree on where a text ends and what pads it."""
     tokens: Any = tokenizer
-    eos = _ids(model.generation_config.eos_token_id) or _ids(model.config.eos_token_id)
+    settings = (model.generation_config, model.config, model.config.get_text_config())
+    ends = (_ids(getattr(one, "eos_token_id", None)) for one in settings)
+    eos = next(filter(None, ends), ())
     if tokens.eos_token_id is None and eos:
         tokens.eos_token = tokens.convert_ids_to_tokens(eos[0])
     if tokens.eos_token_id is not None:
@@ -663,28 +638,6 @@ def _ids(value: int | list[int] | None) -> tuple[int, ...]:
     if value is None:
         return ()
     return (value,) if isinstance(value, int) else tuple(value)
-
-
-def _is_linear(module: torch.nn.Module) -> bool:
-    return isinstance(module, torch.nn.Linear)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers from drawing bars and giving advice while it loads, and the client of the
-    Hub from telling each of its tries to reach it; what they fail of is told in one line."""
-    logging_, hub = hf.utils.logging, logging.getLogger("huggingface_hub")
-    verbosity, bars, level = logging_.get_verbosity(), logging_.is_progress_bar_enabled(), hub.level
-    logging_.set_verbosity_error()
-    logging_.disable_progress_bar()
-    hub.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        hub.setLevel(level)
-        logging_.set_verbosity(verbosity)
-        if bars:
-            logging_.enable_progress_bar()
 
 
 @contextlib.contextmanager
@@ -770,8 +723,3 @@ def _damaged_file(location: str) -> str:
         except (SafetensorError, OSError):
             return str(file)
     return location
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:200] if text else type(error).__name__

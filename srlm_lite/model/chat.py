@@ -2,42 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any, Self
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from srlm_lite.config import shipped_text
 from srlm_lite.errors import UserError
 from srlm_lite.model.base import LoadedBase
-
-Message = Mapping[str, str]
-"""`role` (system, user or assistant) and `content`."""
-
-_MARK = "qzjxq"
-_STRFTIME = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
-_TAG = re.compile(r"\[/?[A-Z_]+\]|<</?[A-Z_]+>>|<\|[^\s|<>]+\|>|</?[a-z_]+>")
-"""What template authors write as turn marks where they have no special tokens."""
+from srlm_lite.model.template import REPLY, USER, WHERE, Message, Template, is_control
 
 
 @dataclass(frozen=True, slots=True)
-class _Frame:
-    """What a template writes around a reply, learned by rendering one."""
+class Reply:
+    """A reply taken apart."""
 
-    context: str
-    """A conversation up to where the reply starts."""
-    before: str
-    after: str
-    """Between the reply and the end of its turn."""
-    end: str
-    """The special token that ends the turn."""
-    tags: frozenset[str]
-    """Turn marks that the template writes, ordinary text included."""
+    thought: str | None
+    """None: it has none."""
+    answer: str | None
+    """None: a thought has begun and never closes."""
 
 
 class ChatFormat:
@@ -47,7 +32,8 @@ class ChatFormat:
     so a reply is learned with the very ids after which it will be sampled.
 
     Text of users and candidates cannot end its own turn: where it spells a special token, or in
-    system and user turns a tag that the template writes, a space is put after the first character
+    system and user turns a mark that the template writes around turns and thoughts, or an added
+    token that could be one (`is_control`), a space is put after the first character
     (`< |im_end|>`). All other text stays as it is.
     """
 
@@ -64,17 +50,20 @@ class ChatFormat:
         tokenizer: PreTrainedTokenizerBase,
         *,
         template: str | None = None,
+        settings: Mapping[str, Any] | None = None,
         stop_ids: Iterable[int] = (),
     ) -> None:
-        """Learn the format from the template by rendering it once.
+        """Learn the format from the template by rendering it, and prove it.
 
         Args:
             tokenizer: Of the base; it is not changed.
             template: Name of a shipped template or a path; None takes the tokenizer's own.
+            settings: Variables for the template, `base.chat_template_kwargs`.
             stop_ids: Ends of text known from elsewhere, such as the generation config.
 
         Raises:
-            UserError: There is no template, it fails, or nothing ends a reply.
+            UserError: There is no template, it fails, nothing ends a reply, or a reply could not be
+                learned as it is sampled.
         """
         tokens: Any = tokenizer
         self._tokenizer = tokens
@@ -83,24 +72,70 @@ class ChatFormat:
         ending = {int(i) for i in stop_ids}
         if tokens.eos_token_id is not None:
             ending.add(int(tokens.eos_token_id))
-        special = {str(token) for token in tokens.added_tokens_decoder.values() if token.special}
+        added = tokens.added_tokens_decoder
+        special = {str(token) for token in added.values() if token.special}
         special |= {*tokens.all_special_tokens, *map(tokens.convert_ids_to_tokens, ending)}
+        controls = special | {text for text in map(str, added.values()) if is_control(text)}
         self._special = _alternation(special)
-        self._frame = self._learn_frame()
-        self._context_ids = self._encode(self._frame.context)
-        self._tags = _alternation(self._frame.tags)
-        self.end_id = int(tokens.convert_tokens_to_ids(self._frame.end))
-        self.stop_ids = tuple(sorted(ending | {self.end_id}))
+        self._jinja = Template(tokens, self.template, settings or {})
+        self._frame = frame = self._jinja.learn(_alternation(controls))
+        self._turns = _alternation(controls, words=self._jinja.marks(frame.thought))
+        self._context_ids = self._encode(frame.context)
+        number = {token: int(tokens.convert_tokens_to_ids(token)) for token in special}
+        marks = "\n".join((frame.before, *frame.thought)) if frame.thought else ""
+        self._visible = frozenset(at for token, at in number.items() if token in marks)
+        self._hidden = frozenset(number.values()) - self._visible
+        self.end_id = int(tokens.convert_tokens_to_ids(frame.end))
+        # What ends a thought ends no reply, even where generation stops at it for want of tools.
+        self.stop_ids = tuple(sorted(ending - self._visible | {self.end_id}))
         self.pad_id = self.end_id if tokens.pad_token_id is None else int(tokens.pad_token_id)
+        self._prove()
 
     @classmethod
-    def of(cls, base: LoadedBase, *, template: str | None = None) -> Self:
-        """The format of a loaded base; `template` is the recipe's `base.chat_template`."""
-        return cls(base.tokenizer, template=template, stop_ids=base.eos_ids)
+    def of(
+        cls,
+        base: LoadedBase,
+        *,
+        template: str | None = None,
+        settings: Mapping[str, Any] | None = None,
+    ) -> Self:
+        """The format of a loaded base.
+
+        Args:
+            template: The recipe's `base.chat_template`.
+            settings: The recipe's `base.chat_template_kwargs`.
+        """
+        return cls(base.tokenizer, template=template, settings=settings, stop_ids=base.eos_ids)
+
+    @property
+    def thinks(self) -> bool:
+        """Whether replies may hold a thought; if not, all of a reply is its answer."""
+        return self._frame.thought is not None
+
+    @property
+    def thought_close(self) -> str:
+        """What in a reply ends its thought; empty where the model does not think."""
+        return "" if self._frame.thought is None else self._frame.thought.marks[1]
+
+    def split(self, reply: str) -> Reply:
+        """A reply's thought and its answer, without the marks and space around them."""
+        thought = self._frame.thought
+        if thought is None:
+            return Reply(None, reply)
+        opening, closing = thought.marks
+        text = reply.strip()
+        if not text.startswith(opening) and not (self._frame.opened and closing in text):
+            return Reply(None, reply)
+        inner, closed, answer = text.removeprefix(opening).partition(closing)
+        return Reply(inner.strip(), answer.strip() if closed else None)
 
     def render(self, messages: Sequence[Message], *, generation: bool) -> list[int]:
-        """Ids of a conversation; with `generation`, up to where the assistant's reply starts."""
-        ids = self._encode(self._text([self._safe(message) for message in messages], generation))
+        """Ids of a conversation; with `generation`, up to where the assistant's reply starts.
+
+        A reply stands in it as the template writes past replies, which may leave out a thought.
+        """
+        text = self._jinja.render([self._safe(one) for one in messages], generation=generation)
+        ids = self._encode(text + self._frame.header if generation else text)
         if self._bos_id is None or ids[:1] == [self._bos_id]:
             return ids
         return [self._bos_id, *ids]
@@ -114,19 +149,37 @@ class ChatFormat:
 
         Whitespace around the reply is not part of it. `prompt_ids(u) + target_ids(r)` begins the
         rendered conversation of the two; what a template writes after the end of turn is left out.
+        Where the template opens a thought and drops it from past turns, the target is what follows
+        the prompt: the thought, what closes it, and the answer.
         """
         frame = self._frame
-        text = frame.before + self._without(self._special, reply.strip()) + frame.after + frame.end
+        text = self._target(reply.strip()) + frame.after + frame.end
         ids = self._encode(frame.context + text)
         # In context, because SentencePiece tokenizers encode the start of a text differently.
         if ids[: len(self._context_ids)] == self._context_ids:
             return ids[len(self._context_ids) :]
-        return self._encode(text)
+        alone = self._encode(text)
+        for other in (alone, self._encode(text.removeprefix(" "))):  # they add that space
+            if self._spell_all([*self._context_ids, *other]) == self._spell_all(ids):
+                return other
+        return alone
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of a reply: up to the first stop id, without special tokens, stripped."""
+        """Text of a reply: up to the first stop id, without special tokens, stripped.
+
+        A thought stands in it with its marks, the one included that the prompt has opened. An empty
+        thought is left out if it is written as the template writes it.
+        """
         end = next((at for at, token in enumerate(ids) if token in self.stop_ids), len(ids))
-        return self.spell(ids[:end]).strip()
+        if not self.thinks:
+            return self.spell(ids[:end]).strip()
+        text = self._frame.opened + self._spell_with_marks(ids[:end])
+        without = (self._frame.opened + self._frame.before).lstrip()
+        if without and text.lstrip().startswith(without):
+            answer = text.lstrip().removeprefix(without).strip()
+            if self.split(answer).thought is None:
+                return answer
+        return text.strip()
 
     def spell(self, ids: Sequence[int]) -> str:
         """Text of any ids as it is, without special tokens."""
@@ -135,20 +188,53 @@ class ChatFormat:
         )
         return text
 
+    def _spell_with_marks(self, ids: Sequence[int]) -> str:
+        """The same with the special tokens that marks of thoughts consist of."""
+        if not self.thinks or self._visible.isdisjoint(ids):
+            return self.spell(ids)
+        return self._spell_all([token for token in ids if token not in self._hidden])
+
+    def _spell_all(self, ids: Sequence[int]) -> str:
+        text: str = self._tokenizer.decode(
+            list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        return text
+
+    def _target(self, reply: str) -> str:
+        """What the model writes behind the context, up to the end of the answer."""
+        frame, thought = self._frame, self._frame.thought
+        if thought is None or self.split(reply).thought is None:
+            return frame.before + self._without(self._special, reply)
+        opening, closing = thought.marks
+        if frame.opened:
+            lead = ""
+            if reply.startswith(frame.opened):
+                reply = reply.removeprefix(frame.opened)
+            elif reply.startswith(opening):
+                reply = reply.removeprefix(opening).lstrip()
+        else:
+            space = thought.open[: -len(thought.open.lstrip())]
+            lead, reply = space + opening, reply.removeprefix(opening)
+        inner, closed, answer = reply.partition(closing)
+        return (
+            lead
+            + self._without(self._special, inner)
+            + closed
+            + self._without(self._special, answer)
+        )
+
     @property
     def portable_template(self) -> str:
         """A template with which `apply_chat_template` alone gives the ids of `render`.
 
         The BOS that the tokenizer adds, and the date that stands in for today's, are part of it.
         """
-        template = _STRFTIME.sub(lambda call: repr(_fixed_date(call[2])), self.template)
-        if self._bos_id is None or self._context_ids[:1] == [self._bos_id]:
-            return template
-        return "{{ bos_token }}" + template
+        adds_bos = self._bos_id is not None and self._context_ids[:1] != [self._bos_id]
+        return self._jinja.portable(self._frame, bos=adds_bos)
 
     def neutralise(self, text: str) -> str:
         """The text as it enters a user turn: unable to end it."""
-        return self._without(self._tags, self._without(self._special, text))
+        return self._without(self._turns, text)
 
     def _template(self, name: str | None) -> str:
         if name is not None:
@@ -172,60 +258,63 @@ class ChatFormat:
         bos: int | None = self._tokenizer.bos_token_id
         return bos if bos is not None and ids and ids[0] == bos else None
 
-    def _learn_frame(self) -> _Frame:
-        user = {"role": "user", "content": _MARK * 2}
-        reply = {"role": "assistant", "content": _MARK}
-        try:
-            context = self._text([user], generation=True)
-            whole = self._text([user, reply], generation=False)
-        except TemplateError as error:
-            raise UserError(
-                f"the chat template fails: {error}", where="base.chat_template"
-            ) from error
-        if _MARK * 2 not in context:
-            raise UserError(
-                "the chat template leaves out what the user says", where="base.chat_template"
-            )
-        written = [whole]
-        with contextlib.suppress(TemplateError):  # many templates know no system message
-            system = {"role": "system", "content": _MARK}
-            written.append(self._text([system, user], generation=True))
-        turn = whole.removeprefix(context)
-        if turn == whole or turn.count(_MARK) != 1:
-            # The template rewrites replies, or opens past turns otherwise: go by the opening.
-            turn = _MARK
-        before, rest = turn.split(_MARK)
-        found = self._special.search(rest)
-        after, end = (rest[: found.start()], found[0]) if found else ("", self._tokenizer.eos_token)
-        if end is None:
-            raise UserError(
-                "neither the chat template nor the tokenizer says how a reply ends",
-                where="base.chat_template",
-            )
-        tags = frozenset(_TAG.findall("".join(written)))
-        return _Frame(context=context, before=before, after=after, end=end, tags=tags)
+    def _prove(self) -> None:
+        """Hold the format to its promise on replies of each kind.
 
-    def _text(self, messages: Sequence[Message], generation: bool) -> str:
-        text: str = self._tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            tokenize=False,
-            add_generation_prompt=generation,
-            chat_template=self.template,
-            strftime_now=_fixed_date,
-        )
-        return text
+        Raises:
+            UserError: One would be learned otherwise than it is sampled or rendered.
+        """
+        frame = self._frame
+        drops = not self._jinja.render([USER, REPLY], generation=False).startswith(frame.context)
+        for answer in ("Yes.", "One.\n\n  Two: <b>three</b>\nFour"):
+            replies = [answer]
+            if frame.thought is not None:
+                replies.append(
+                    f"{frame.thought.open.lstrip()}Well.\nSo{frame.thought.close}{answer}"
+                )
+            for reply in replies:
+                whole = self._jinja.render(
+                    [USER, self._safe({"role": "assistant", "content": reply})], generation=False
+                )
+                told = frame.context + self._target(reply) + frame.after
+                if drops or (reply != answer and "Well." not in whole):
+                    told = answer + frame.after
+                target = self.target_ids(reply)
+                spellable = self.spell(self._encode(answer)).strip() == answer
+                back = self.decode(target) if spellable else reply
+                if told not in whole or back != reply or self.target_ids(back) != target:
+                    raise _refused()
+        portable = self.portable_template
+        if portable != self.template:
+            conversation = [USER, REPLY, USER]
+            ours = self._jinja.render([*map(self._safe, conversation)], generation=True)
+            theirs = self._jinja.render(conversation, generation=True, source=portable, settings={})
+            bos = self._tokenizer.bos_token or ""
+            if theirs.removeprefix(bos) != (ours + frame.header).removeprefix(bos):
+                raise UserError(
+                    "the chat template cannot be exported with what it is given here, because it "
+                    "writes something else when its variables are set in itself",
+                    where="base.chat_template_kwargs",
+                )
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer(text, add_special_tokens=False).input_ids
         return ids
 
     def _safe(self, message: Message) -> dict[str, str]:
-        content = message["content"]
-        if message["role"] == "assistant":
-            content = self._without(self._special, content)
-        else:
-            content = self.neutralise(content)
-        return {**message, "content": content}
+        if message["role"] != "assistant":
+            return {**message, "content": self.neutralise(message["content"])}
+        frame, content = self._frame, message["content"].strip()
+        reply = self.split(content)
+        end = "" if frame.ends_turns else frame.end
+        if reply.thought is None:
+            return {**message, "content": self._without(self._special, content) + end}
+        answer = self._without(self._special, reply.answer or "") + end
+        thought = self._without(self._special, reply.thought)
+        if frame.thought_key is not None:
+            return {**message, frame.thought_key: thought, "content": answer}
+        opening, closing = frame.thought or ("", "")
+        return {**message, "content": opening.lstrip() + thought + closing + answer}
 
     @staticmethod
     def _without(pattern: re.Pattern[str], text: str) -> str:
@@ -235,16 +324,25 @@ class ChatFormat:
         return text
 
 
-def _alternation(strings: Iterable[str]) -> re.Pattern[str]:
-    """Any of the strings, the longest first; of none, a pattern that never matches.
+def _refused() -> UserError:
+    return UserError(
+        "the chat template or the tokenizer rewrites replies, so they could not be learned as they "
+        "are sampled",
+        where=WHERE,
+        way_out="Name another template (plain, chatml, llama-2, or a .jinja file)",
+    )
+
+
+def _alternation(strings: Iterable[str], *, words: Iterable[str] = ()) -> re.Pattern[str]:
+    """Any of the strings, the longest first; without any, a pattern that never matches.
 
     A single character cannot be taken apart and is no turn mark, so it is left out.
+
+    Args:
+        words: More of them, which are not found in the middle of a word.
     """
-    bare = {string.strip() for string in strings}
-    ordered = sorted((s for s in bare if len(s) > 1), key=lambda s: (-len(s), s))
-    return re.compile("|".join(map(re.escape, ordered)) or r"(?!)")
-
-
-def _fixed_date(pattern: str) -> str:
-    """Stands in for the clock, so that a template with a date renders alike when a run resumes."""
-    return datetime(2024, 7, 26).strftime(pattern)
+    found = {string.strip(): re.escape(string.strip()) for string in words}
+    found = {string: rf"\b{at}" if string[0].isalnum() else at for string, at in found.items()}
+    found |= {string.strip(): re.escape(string.strip()) for string in strings}
+    ordered = sorted((s for s in found if len(s) > 1), key=lambda s: (-len(s), s))
+    return re.compile("|".join(map(found.__getitem__, ordered)) or r"(?!)")

@@ -94,6 +94,11 @@ class Checkpoint:
         return name in self._places
 
     @property
+    def names(self) -> list[str]:
+        """Of all tensors."""
+        return list(self._places)
+
+    @property
     def shards(self) -> dict[str, list[TensorInfo]]:
         """The files and what lies in each, in the order of the bytes."""
         shards: dict[str, list[TensorInfo]] = {}
@@ -301,15 +306,18 @@ def _header(path: Path) -> list[_Place]:
     except FileNotFoundError as error:
         raise UserError("the index names it, but it is missing", where=str(path)) from error
     except SafetensorError as error:
-        raise UserError(f"truncated or damaged ({error})", where=str(path)) from error
+        raise UserError(
+            f"truncated or damaged weights ({error})", where=str(path), way_out="Get the file again"
+        ) from error
     header.pop("__metadata__", None)
     places = []
     for name, entry in header.items():
         if entry["dtype"] not in DTYPES:
             raise UserError(
-                f"{name} is stored as {entry['dtype']}: nothing can be merged into that",
+                f"{name} is stored as {entry['dtype']}: nothing can be merged into that, nor held "
+                "against it",
                 where=str(path),
-                way_out="Export with --as adapter",
+                way_out="Name the checkpoint in 16 or 32 bits that it was made from",
             )
         info = TensorInfo(name, DTYPES[entry["dtype"]], tuple(entry["shape"]))
         places.append(_Place(info, path.name, 8 + length + entry["data_offsets"][0]))

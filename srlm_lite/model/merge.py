@@ -21,10 +21,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.quantizers.base import HfQuantizer
-from transformers.quantizers.quantizers_utils import should_convert_module
 
 from srlm_lite.config import Base
 from srlm_lite.errors import UserError
@@ -37,7 +35,10 @@ from srlm_lite.model.checkpoint import (
     TensorInfo,
     write_index,
 )
+from srlm_lite.model.layout import Group, Layout
+from srlm_lite.model.nf4 import nf4_modules
 from srlm_lite.model.stack import Adapter, Factors, fuse
+from srlm_lite.model.targets import text_model
 
 Onto = Literal["original", "dequantized"]
 
@@ -53,46 +54,66 @@ _THREADS = 8
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """The base's tensors as a stack stands on them.
+    """The base's parameters as a stack stands on them, and what they are in its files.
 
     `nf4` names those that NF4 rounds; `dtype` is what they are expanded to.
     """
 
-    checkpoint: Checkpoint
+    layout: Layout
     nf4: frozenset[str] = frozenset()
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
 
     def read(self, name: str) -> Tensor:
-        """One tensor, on the CPU."""
-        weight = self.checkpoint.read(name)
-        return nf4_rounded(weight, self.dtype, self.device) if name in self.nf4 else weight
-
-    def blocks(self, name: str, start: int, stop: int, *, size: int) -> Iterator[Tensor]:
-        """The same, as `Checkpoint.blocks`."""
+        """One parameter, on the CPU; KeyError where the files do not have it."""
+        weight = self.layout.read(name)
         if name not in self.nf4:
-            return self.checkpoint.blocks(name, start, stop, size=size)
+            return weight
+        if not self.layout.is_transposed(name.removesuffix(".weight")):
+            return nf4_rounded(weight, self.dtype, self.device)
+        return nf4_rounded(weight.T.contiguous(), self.dtype, self.device).T.contiguous()
+
+    def rounds(self, file: str) -> bool:
+        """Whether NF4 rounds anything of a tensor of the files."""
+        group = self.layout.group_of_file(file)
+        return group is not None and not self.nf4.isdisjoint(group.parameters)
+
+    def blocks(self, file: str, start: int, stop: int, *, size: int) -> Iterator[Tensor]:
+        """Elements of a tensor of the files, as `Checkpoint.blocks`."""
+        group = self.layout.group_of_file(file)
+        if group is None or not self.rounds(file):
+            return self.layout.checkpoint.blocks(file, start, stop, size=size)
         # What NF4 makes of a weight depends on all of it.
-        return iter(torch.split(self.read(name).view(-1)[start:stop], size))
+        read = {name: self.read(name) for name in group.parameters}
+        one = group.converter is None
+        whole = read[group.first] if one else self.layout.written(group, read)[file]
+        return iter(torch.split(whole.view(-1)[start:stop], size))
 
 
-def base_weights(folder: Path, section: Base, model: PreTrainedModel, *, nf4: bool) -> Weights:
-    """The base's weights as its files hold them; with `nf4`, as the section loads them."""
-    checkpoint = Checkpoint(folder)
+def base_weights(layout: Layout, section: Base, model: PreTrainedModel, *, nf4: bool) -> Weights:
+    """The base's weights as its files hold them; with `nf4`, as the section loads them.
+
+    Of the text model: no adapter was trained against the rounding of a vision tower.
+    """
     if not nf4 or section.quantization != "nf4":
-        return Weights(checkpoint)
+        return Weights(layout)
+    text = {module for part in text_model(model) for module in part.modules()}
+    names = {f"{name}.weight" for name, module in model.named_modules() if module in text}
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Weights(checkpoint, nf4_modules(model), compute_dtype(section), device)
+    return Weights(layout, nf4_modules(model) & names, compute_dtype(section), device)
 
 
 @dataclass(frozen=True, slots=True)
 class Merge:
-    """One tensor of the result: the base's `source`, with `update` added where there is one."""
+    """One tensor of the result: a tensor of the base's files, with an update where there is one."""
 
     info: TensorInfo
     source: str
+    """The tensor's name in the base's files."""
     update: Factors | None = None
-    """A, and B times the scaling."""
+    """A, and B times the scaling; their product is to be added."""
+    rearranged: Callable[[], Tensor] | None = None
+    """Computes what is to be added, where no such product is: several parameters are in it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,17 +139,6 @@ class Plan:
         return set(self.shards) != {SINGLE}
 
 
-def nf4_modules(model: PreTrainedModel) -> frozenset[str]:
-    """Names of the weights that loading in NF4 quantizes."""
-    kept: Any = model._keep_in_fp32_modules
-    skipped = HfQuantizer.get_modules_to_not_convert(model, None, kept)
-    return frozenset(
-        f"{name}.weight"
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and should_convert_module(name, skipped)
-    )
-
-
 def nf4_rounded(weight: Tensor, dtype: torch.dtype, device: str = "cpu") -> Tensor:
     """A weight after NF4 with double quantization, expanded to the compute dtype."""
     from bitsandbytes import functional
@@ -139,45 +149,58 @@ def nf4_rounded(weight: Tensor, dtype: torch.dtype, device: str = "cpu") -> Tens
     return functional.dequantize_4bit(packed, state).to("cpu")
 
 
-def plan(
-    checkpoint: Checkpoint,
-    stack: Sequence[Adapter],
-    *,
-    tied: Mapping[str, str],
-    dtype: torch.dtype | None,
-) -> Plan:
+def plan(layout: Layout, stack: Sequence[Adapter], *, dtype: torch.dtype | None) -> Plan:
     """What the merged checkpoint holds: the base's tensors under their names, in its files.
 
     Args:
-        tied: Tensors that are another one under a second name.
         dtype: Of all floating-point tensors; None keeps each one's own.
 
     Raises:
         UserError: The stack has an update for a tensor that the base lacks, or of another shape.
     """
-    updates = {f"{module}.weight": factors for module, factors in _updates(stack).items()}
-    shards: dict[str, list[Merge]] = {}
-    for file, infos in checkpoint.shards.items():
-        shards[file] = [Merge(_typed(info, dtype), info.name) for info in infos]
-    parted = (tied.keys() | set(tied.values())) & updates.keys()
-    for name in parted:
-        # Under both names, the base has one tensor; with an update on one side it needs two.
-        for alias, target in tied.items():
-            if name in (alias, target):
-                held, other = (target, alias) if target in checkpoint else (alias, target)
-                last = shards[list(shards)[-1]]
-                if other not in checkpoint:
-                    info = replace(_typed(checkpoint.info(held), dtype), name=other)
-                    last.append(Merge(info, held))
-    there = {merge.info.name for merges in shards.values() for merge in merges}
-    if unknown := updates.keys() - there:
-        raise _unknown(min(unknown), checkpoint)
-    for merges in shards.values():
-        for index, merge in enumerate(merges):
-            if (update := updates.get(merge.info.name)) is not None:
-                _check_shape(merge.info, update)
-                merges[index] = replace(merge, update=update)
-    return Plan(shards=shards, unties=bool(parted))
+    checkpoint = layout.checkpoint
+    updates = _updates(stack, layout)
+    parted = False
+    for alias, one in layout.tied.items():
+        if updates.keys().isdisjoint((alias, one)):
+            continue
+        if layout.is_one_module(alias, one):  # what changes it changes it under both names
+            updates[layout.held_as(one)] = updates.pop(alias if alias in updates else one)
+        else:
+            parted = True
+    added: list[Merge] = []
+    if parted:
+        # Under both names, the base has one tensor; with an update on one side it needs two. The
+        # setting that says so parts all that is tied.
+        for alias, one in layout.tied.items():
+            for other in (alias, one):
+                if other not in layout:
+                    (source,) = layout.group(layout.held_as(other)).files
+                    info = replace(checkpoint.info(source), name=layout.name_in_files(other))
+                    added.append(Merge(_typed(info, dtype), source, updates.pop(other, None)))
+    changes: dict[str, dict[str, Any]] = {}
+    for name, update in updates.items():
+        group = layout.group(name)
+        if group.converter is None:
+            changes[group.files[0]] = {"update": update}
+            continue
+        together = {one: updates[one] for one in group.parameters if one in updates}
+        for file in group.files:
+            change = partial(_rearranged, layout, group, together, file)
+            changes[file] = {"rearranged": change}
+    shards = {
+        file: [
+            Merge(_typed(info, dtype), info.name, **changes.get(info.name, {})) for info in infos
+        ]
+        for file, infos in checkpoint.shards.items()
+    }
+    shards[list(shards)[-1]] += added
+    return Plan(shards=shards, unties=parted)
+
+
+def _rearranged(layout: Layout, group: Group, updates: Mapping[str, Factors], file: str) -> Tensor:
+    products = {name: b @ a for name, (a, b) in updates.items()}
+    return layout.written(group, products)[file]
 
 
 def write(
@@ -233,7 +256,8 @@ Part = tuple[Merge, int, int]
 
 def _parts(merge: Merge, weights: Weights) -> Iterator[Part]:
     size = math.prod(merge.info.shape)
-    step = size if merge.source in weights.nf4 else _whole_rows(merge, _PART)
+    whole = merge.rearranged is not None or weights.rounds(merge.source)
+    step = size if whole else _whole_rows(merge, _PART)
     for start in range(0, size, max(1, step)):
         yield merge, start, min(start + step, size)
 
@@ -258,6 +282,12 @@ def merged(merge: Merge, weights: Weights, start: int, stop: int) -> Iterator[Te
     """
     size, dtype = _whole_rows(merge, _BLOCK), merge.info.dtype
     blocks = weights.blocks(merge.source, start, stop, size=size)
+    if merge.rearranged is not None:  # whole, see `_parts`
+        total = merge.rearranged().view(-1)
+        for block in blocks:
+            yield total[start : start + block.numel()].add_(block).to(dtype)
+            start += block.numel()
+        return
     if merge.update is None:
         for block in blocks:
             yield block.to(dtype)
@@ -275,22 +305,30 @@ def merged(merge: Merge, weights: Weights, start: int, stop: int) -> Iterator[Te
         row += n
 
 
-def _updates(stack: Sequence[Adapter]) -> dict[str, Factors]:
+def _updates(stack: Sequence[Adapter], layout: Layout) -> dict[str, Factors]:
+    """By the name of the parameter that each one changes, and transposed where that is."""
     if not stack:
         return {}
     fused = fuse(stack)
-    return {module: (a, b * fused.scaling) for module, (a, b) in fused.factors.items()}
+    updates: dict[str, Factors] = {}
+    for module, (a, b) in fused.factors.items():
+        name, scaled = f"{module}.weight", b * fused.scaling
+        if layout.held_as(name) not in layout:
+            raise _unknown(name, layout.checkpoint)
+        updates[name] = (scaled.T, a.T) if layout.is_transposed(module) else (a, scaled)
+        _check_shape(name, layout.shape(name), updates[name])
+    return updates
 
 
 def _typed(info: TensorInfo, dtype: torch.dtype | None) -> TensorInfo:
     return replace(info, dtype=dtype) if dtype and info.dtype.is_floating_point else info
 
 
-def _check_shape(info: TensorInfo, update: Factors) -> None:
-    shape: Any = (update[1].shape[0], update[0].shape[1])
-    if info.shape != shape:
+def _check_shape(name: str, there: tuple[int, ...], update: Factors) -> None:
+    shape = (update[1].shape[0], update[0].shape[1])
+    if there != shape:
         raise UserError(
-            f"the adapter's update of {info.name} is {shape}, the base's weight {info.shape}",
+            f"the adapter's update of {name} is {shape}, the base's weight {there}",
             where="adapters",
             way_out="Use the base that the adapter was trained on",
         )
@@ -298,7 +336,7 @@ def _check_shape(info: TensorInfo, update: Factors) -> None:
 
 def _unknown(name: str, checkpoint: Checkpoint) -> UserError:
     return UserError(
-        f"the adapter changes {name}, which the base's files do not have under that name",
+        f"the adapter changes {name}, which the base's files do not have under any name",
         where=str(checkpoint.folder),
-        way_out="Use the base that the adapter was trained on, or export with --as adapter",
+        way_out="Use the base that the adapter was trained on",
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,11 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from srlm_lite.errors import UserError
-from srlm_lite.model.checkpoint import Checkpoint
-from srlm_lite.model.merge import Merge, Plan
+from srlm_lite.model.layout import Layout, Read
 from srlm_lite.model.stack import Adapter
-
-Read = Callable[[str], Tensor]
 
 RELATIVE_TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.0125, torch.bfloat16: 0.1}
 """Of the largest logit: how far rounding the weights to a dtype may move any one of them.
@@ -58,33 +55,37 @@ def logits(
 
     Args:
         model: Without weights, from `skeleton`.
-        read: Gives a tensor by its name in the checkpoint.
+        read: Gives a parameter by its name in the model; KeyError where it has none of that name.
         stacks: Computed side by side on the same weights.
     """
     longest = max(len(ids) for ids in texts)
     # Padding on the right: no position sees what comes after it.
     rows = torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids in texts], device=device)
-    with _streaming(model, read, device), _beside(model, stacks, device):
-        out: Tensor = model(input_ids=rows.repeat(len(stacks), 1), use_cache=False).logits
+    try:
+        with _streaming(model, read, device), _beside(model, stacks, rows.numel(), device):
+            out: Tensor = model(input_ids=rows.repeat(len(stacks), 1), use_cache=False).logits
+    except _OutOfStep:
+        return [logits(model, read, texts, stacks=[one], device=device)[0] for one in stacks]
     real = torch.tensor([[i < len(ids) for i in range(longest)] for ids in texts], device=device)
     return [part[real].float().cpu() for part in out.chunk(len(stacks))]
 
 
 def compare(stack: Tensor, export: Tensor) -> Parity:
     """The differences between (P, V) logits."""
-    greatest = total = divergence = 0.0
+    greatest = torch.zeros(())  # of tensors, the larger of two is NaN where one is
+    total = divergence = 0.0
     agreed = 0
     for start in range(0, len(stack), 32):
         ours, theirs = stack[start : start + 32], export[start : start + 32]
         apart = (ours - theirs).abs()
-        greatest = max(greatest, float(apart.max()))
+        greatest = torch.maximum(greatest, apart.max())
         total += float(apart.double().sum())
         p, q = ours.double().log_softmax(-1), theirs.double().log_softmax(-1)
         divergence += float((p.exp() * (p - q)).sum())
         agreed += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
     n = len(stack)
     return Parity(
-        max_abs_logit_diff=greatest,
+        max_abs_logit_diff=float(greatest),
         mean_abs_logit_diff=total / stack.numel(),
         mean_kl=divergence / n,
         top1_agreement=agreed / n,
@@ -93,50 +94,75 @@ def compare(stack: Tensor, export: Tensor) -> Parity:
 
 
 def tolerance(dtype: torch.dtype, stack: Tensor) -> float:
-    """The largest `max_abs_logit_diff` that rounding to the dtype explains."""
-    return RELATIVE_TOLERANCE[dtype] * float(stack.abs().max())
+    """The largest `max_abs_logit_diff` that rounding to the dtype explains.
+
+    Zero where the stack's own logits are not all finite: nothing can be told from those.
+    """
+    largest = float(stack.abs().max())
+    return RELATIVE_TOLERANCE[dtype] * largest if math.isfinite(largest) else 0.0
 
 
 class TensorCheck:
-    """Holds every exported tensor against W + sum of s·B·A, rounded, while the base is read.
+    """Holds every exported parameter against W + sum of s·B·A, rounded, while the base is read.
 
     The logits alone cannot tell a forgotten delta from rounding, where a delta is small. This can:
-    a tensor is right when it is the rounded sum itself, up to the order of summation.
+    a parameter is right when it is the rounded sum itself, up to the order of summation. Both sides
+    are read as transformers reads them, so it also tells one that was written in another's place.
     """
 
-    def __init__(self, plan: Plan, stack: Sequence[Adapter], export: Checkpoint) -> None:
-        self._stack, self._export = stack, export
-        self._merges: dict[str, list[Merge]] = {}
-        for merge in (merge for merges in plan.shards.values() for merge in merges):
-            self._merges.setdefault(merge.source, []).append(merge)
+    def __init__(self, base: Layout, stack: Sequence[Adapter], export: Layout) -> None:
+        self._base, self._stack, self._export = base, stack, export
+        self._left = dict.fromkeys(export.parameters)
         self.worst, self.error = "", -1.0
-        """The tensor furthest from what it should be, and how far, as a share of its norm."""
+        """The parameter furthest from what it should be, and how far, as a share of its norm."""
+        for name in {*base.parameters, *base.strays} - {*export.parameters, *export.strays}:
+            self._note(name, math.inf)
 
     def reading(self, read: Read) -> Read:
-        """The same reader of the base, with each tensor checked when it is first read."""
+        """The same reader of the base, with each parameter checked when it is first read."""
 
         def checked(name: str) -> Tensor:
             weight = read(name)
-            for merge in self._merges.pop(name, []):
-                self._check(merge, weight)
+            if name in self._left:
+                del self._left[name]
+                self._check(name, weight)
             return weight
 
         return checked
 
     def rest(self, read: Read) -> None:
-        """Check what the model has not asked for."""
-        for name in list(self._merges):
-            self.reading(read)(name)
+        """Check what the model has not asked for, and the files' tensors that it does not have."""
+        for name in list(self._left):
+            self._check(name, read(self._base.held_as(name)))
+        for name in self._base.strays:
+            if name in self._export.checkpoint:
+                found = self._export.checkpoint.read(name)
+                self._note(name, _share_of_others(found, self._base.checkpoint.read(name)))
 
-    def _check(self, merge: Merge, weight: Tensor) -> None:
-        found = self._export.read(merge.info.name)
-        if merge.update is None or weight.dim() != 2:
-            apart = float((found != weight.to(found.dtype)).float().mean())
+    def _check(self, name: str, weight: Tensor) -> None:
+        found, module = self._export.read(name), name.removesuffix(".weight")
+        if any(module in adapter.factors for adapter in self._stack):
+            if self._base.is_transposed(module):
+                found, weight = found.T, weight.T
+            self._note(name, relative_error(found, weight, module, self._stack))
         else:
-            module = merge.info.name.removesuffix(".weight")
-            apart = relative_error(found, weight, module, self._stack)
-        if not apart <= self.error:  # so that NaN counts as furthest
-            self.worst, self.error = merge.info.name, apart
+            self._note(name, _share_of_others(found, weight))
+
+    def _note(self, name: str, apart: float) -> None:
+        if is_further(apart, self.error):
+            self.worst, self.error = name, apart
+
+
+def is_further(apart: float, furthest: float) -> bool:
+    """Whether one distance is larger than another; what is no number is larger than any."""
+    return not math.isnan(furthest) and not apart <= furthest
+
+
+def _share_of_others(found: Tensor, weight: Tensor) -> float:
+    """The share of elements that are not the weight's, rounded."""
+    if found.shape != weight.shape:
+        return math.inf
+    return float((found != weight.to(found.dtype)).float().mean()) if found.numel() else 0.0
 
 
 def relative_error(found: Tensor, weight: Tensor, module: str, stack: Sequence[Adapter]) -> float:
@@ -163,7 +189,7 @@ def most_different_module(found: Adapter, stack: Sequence[Adapter]) -> tuple[str
         a, b = found.factors[module]
         zero = torch.zeros(b.shape[0], a.shape[1])
         apart = relative_error(found.scaling * (b @ a), zero, module, stack)
-        if not apart <= furthest:
+        if is_further(apart, furthest):
             worst, furthest = module, apart
     return worst, furthest
 
@@ -177,42 +203,81 @@ def tensor_tolerance(dtype: torch.dtype) -> float:
     return max(torch.finfo(dtype).eps / 20, 1e-6)
 
 
+class _OnDemand(dict[str, Any]):
+    """A module's parameters, each of them read when code asks the module for it.
+
+    Whichever way the code goes: a convolution whose weight is read by the layer around it is never
+    called itself. To go through all of them reads none, and finds NaN in the place of each.
+    """
+
+    def __init__(self, empty: dict[str, Any], fill: Callable[[nn.Parameter], Tensor]) -> None:
+        super().__init__(
+            {
+                key: None if one is None else torch.full((), torch.nan).expand(one.shape)
+                for key, one in empty.items()
+            }
+        )
+        self.empty, self._fill = empty, fill
+        self._held: dict[str, nn.Parameter] = {}
+
+    def __getitem__(self, key: str) -> Any:
+        if self.empty[key] is None:
+            return None
+        if key not in self._held:
+            weight = self._fill(self.empty[key])
+            self._held[key] = nn.Parameter(weight, requires_grad=False)
+        return self._held[key]
+
+    def release(self) -> None:
+        """Give up what has been read."""
+        self._held.clear()
+
+
 @contextmanager
 def _streaming(model: PreTrainedModel, read: Read, device: str) -> Iterator[None]:
-    """Within this context a module holds its weights only while it computes."""
+    """Within this context a module holds its weights only while it, or one around it, computes."""
     names = _names(model)
+    on_demand: dict[nn.Module, _OnDemand] = {}
     handles = []
 
-    def fill(module: nn.Module, args: Any) -> None:
-        for key, parameter in module._parameters.items():
-            if parameter is not None:
-                weight = _first(read, names[id(parameter)])
-                full = weight.to(device=device, dtype=torch.float32)
-                module.__dict__.setdefault("_empty", {})[key] = parameter
-                module._parameters[key] = nn.Parameter(full, requires_grad=False)
+    def fill(empty: nn.Parameter) -> Tensor:
+        return _first(read, names[id(empty)]).to(device=device, dtype=torch.float32)
 
-    def empty(module: nn.Module, args: Any, output: Any) -> None:
-        module._parameters.update(module.__dict__.pop("_empty", {}))
+    def release(module: nn.Module, args: Any, output: Any) -> None:
+        for inner in module.modules():
+            if inner in on_demand:
+                on_demand[inner].release()
 
-    for module in model.modules():
-        if any(parameter is not None for parameter in module._parameters.values()):
-            handles.append(module.register_forward_pre_hook(fill))
-            handles.append(module.register_forward_hook(empty, always_call=True))
     for module in model.modules():
         for key, buffer in module._buffers.items():
             if buffer is not None:
-                module._buffers[key] = buffer.to(device)
+                module._buffers[key] = _kept(read, names.get(id(buffer), []), buffer).to(device)
+    for module in model.modules():
+        if any(parameter is not None for parameter in module._parameters.values()):
+            on_demand[module] = _OnDemand(module._parameters, fill)
+            vars(module)["_parameters"] = on_demand[module]
+        handles.append(module.register_forward_hook(release, always_call=True))
     try:
         yield
     finally:
+        for module, parameters in on_demand.items():
+            vars(module)["_parameters"] = parameters.empty
         for handle in handles:
             handle.remove()
 
 
+def _kept(read: Read, names: Sequence[str], buffer: Tensor) -> Tensor:
+    """A buffer as the files have it, where they do: a router's bias is one of those."""
+    for name in names:
+        with suppress(KeyError):
+            return read(name).to(buffer.dtype)
+    return buffer
+
+
 def _names(model: PreTrainedModel) -> dict[int, list[str]]:
-    """Every name of each parameter; tied ones have several, and a file has one of them."""
+    """Every name of each parameter and persistent buffer, by its id; tied ones have several."""
     names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for name, parameter in model.state_dict(keep_vars=True).items():
         names.setdefault(id(parameter), []).append(name)
     return names
 
@@ -224,22 +289,33 @@ def _first(read: Read, names: Sequence[str]) -> Tensor:
         except KeyError:
             continue
     raise UserError(
-        f"the base's files have no {names[0]}; this architecture stores its weights under other "
-        "names, and cannot be checked",
+        f"the base's files have no {names[0]}, which its forward pass reads",
         where="base.name",
+        way_out="Get the files again",
     )
+
+
+class _OutOfStep(Exception):
+    """A layer gets other rows than the texts', as a chosen expert does."""
 
 
 @contextmanager
 def _beside(
-    model: PreTrainedModel, stacks: Sequence[Sequence[Adapter]], device: str
+    model: PreTrainedModel, stacks: Sequence[Sequence[Adapter]], tokens: int, device: str
 ) -> Iterator[None]:
-    """Within this context, each stack computes beside the weights for its part of the rows."""
+    """Within this context, each stack computes beside the weights for its part of the rows.
+
+    Args:
+        tokens: That each stack gets; `_OutOfStep` where a layer gets others, and there are several
+            stacks.
+    """
     modules = dict(model.named_modules())
     handles = []
     for name in dict.fromkeys(m for stack in stacks for adapter in stack for m in adapter.factors):
 
         def add(module: nn.Module, args: Any, output: Tensor, name: str = name) -> Tensor:
+            if len(stacks) > 1 and args[0][..., 0].numel() != tokens * len(stacks):
+                raise _OutOfStep
             inputs, parts = args[0].chunk(len(stacks)), list(output.chunk(len(stacks)))
             for i, stack in enumerate(stacks):
                 for adapter in stack:

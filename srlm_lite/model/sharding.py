@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from srlm_lite.model.checkpoint import Checkpoint
+from srlm_lite.model.layout import Layout
 from srlm_lite.model.nf4 import expect_nf4, put_weight
 
 hf: Any = transformers  # only partly typed
@@ -48,10 +49,11 @@ def load_shards(
         model: PreTrainedModel = hf.AutoModelForCausalLM.from_config(
             settings, dtype=dtype, trust_remote_code=False
         )
+    model.tie_weights()
+    files = Layout(Checkpoint(folder), model)
     if nf4:
         expect_nf4(model, dtype)
-    model.tie_weights()
-    files = Checkpoint(folder)
+        model.tie_weights()
     decoder = _decoder(model)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     missing: list[str] = []
@@ -95,7 +97,7 @@ def _layers(model: PreTrainedModel, decoder: nn.Module) -> list[tuple[str, nn.Mo
 
 
 def _fill(
-    model: PreTrainedModel, within: str, files: Checkpoint, device: torch.device, dtype: torch.dtype
+    model: PreTrainedModel, within: str, files: Layout, device: torch.device, dtype: torch.dtype
 ) -> list[str]:
     """Read the weights of a module that are not there yet; returns those the files do not have."""
     missing = []

@@ -16,24 +16,27 @@ import hashlib
 import json
 import math
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.utils import transformers_weight_conversion
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from srlm_lite.config import Lora, is_targeted
 from srlm_lite.errors import ProofError, UserError
 from srlm_lite.model import unsloth_backend
 from srlm_lite.model.sharding import is_sharded
+from srlm_lite.model.targets import targeted
 
 Factors = tuple[Tensor, Tensor]
 """LoRA's A, (rank, in_features), and B, (out_features, rank)."""
@@ -98,11 +101,13 @@ class Adapter:
         base_name: str,
         revision: str | None = None,
         dtype: torch.dtype = torch.float32,
+        placing: Mapping[str, Any] | None = None,
     ) -> None:
         """Write a PEFT LoRA directory; each file is complete or absent.
 
         Args:
             revision: The base's commit, for a base from the Hub.
+            placing: Settings that tell PEFT where it goes; default: the modules' short names.
         """
         directory.mkdir(parents=True, exist_ok=True)
         tensors = {}
@@ -120,6 +125,7 @@ class Adapter:
             "bias": "none",
             "inference_mode": True,
             "target_modules": sorted({module.rsplit(".", 1)[-1] for module in self.factors}),
+            **(placing or {}),
         }
         with tempfile.TemporaryDirectory(dir=directory, prefix=".") as temporary:
             weights = Path(temporary) / WEIGHTS
@@ -268,9 +274,13 @@ class Slot:
             self.model: PeftModel = unsloth_backend.wrap(base, targets=targets, rank=rank)
         else:
             config = LoraConfig(
-                r=rank, lora_alpha=rank, target_modules=list(targets), task_type="CAUSAL_LM"
+                r=rank,
+                lora_alpha=rank,
+                target_modules=targeted(base, targets),
+                fan_in_fan_out=any(isinstance(module, Conv1D) for module in base.modules()),
+                task_type="CAUSAL_LM",
             )
-            self.model = get_peft_model(base, config)
+            self.model = _wrapped(base, config)
         self.rank = rank
         self.compute_dtype: torch.dtype = base.dtype
         self._layers: dict[str, LoraLayer] = {
@@ -339,7 +349,7 @@ class Slot:
             return
         for each in stack:
             self._refuse_other_shapes(each)
-        fused = fuse(stack) if stack else Adapter(rank=0, alpha=0.0, factors={})
+        fused = self._fused(stack) if stack else Adapter(rank=0, alpha=0.0, factors={})
         if fused.rank > self.rank:
             raise UserError(
                 f"the stack's rank {fused.rank} exceeds the slot's {self.rank}", where="adapters"
@@ -376,6 +386,20 @@ class Slot:
                 unsloth_backend.prepare(self.model, training=train)
             self.model.eval()
 
+    def _fused(self, stack: Sequence[Adapter]) -> Adapter:
+        """The stack as one adapter, without layers that it has no update for and the slot lacks.
+
+        Adapters made by version 0.1 lie on the vision tower of a vision-language base as well,
+        where text has taught them nothing.
+        """
+        fused = fuse(stack)
+        factors = {
+            module: (a, b)
+            for module, (a, b) in fused.factors.items()
+            if module in self._layers or b.any()
+        }
+        return replace(fused, factors=factors)
+
     def _refuse_other_shapes(self, adapter: Adapter) -> None:
         for module in adapter.factors.keys() & self._layers.keys():
             a, b = adapter.factors[module]
@@ -394,9 +418,9 @@ class Slot:
             if module not in fused.factors:
                 continue
             bare: Any = layer.get_base_layer()
-            weight = bare.weight
+            weight = _expanded(bare)
             a, b = (factor.to(weight.device) for factor in fused.factors[module])
-            folded = _expanded(weight).float() + fused.scaling * (b @ a)
+            folded = weight.float() + fused.scaling * (b @ a)
             self._bare[module] = bare
             layer.base_layer = _linear(folded.to(self.compute_dtype), bare.bias)
 
@@ -468,7 +492,7 @@ class Slot:
         try:
             self.load(stack, adapter=name, dtype=torch.float32)
             yield
-            expected = fuse(stack)
+            expected = self._fused(stack)
             for module, (rows, columns) in expected.factors.items():
                 layer = self._layers[module]
                 a, b = _weight(layer.lora_A, name).data, _weight(layer.lora_B, name).data
@@ -489,7 +513,7 @@ class Slot:
         rank = sum(adapter.rank for adapter in stack)
         # Fused as it was below the adapter that trained, whose scaling the slot has.
         top = Adapter(rank=1, alpha=self._last_scaling, factors={})
-        expected = fuse([*stack, top])
+        expected = self._fused([*stack, top])
         for module, (rows, columns) in expected.factors.items():
             layer = self._layers[module]
             a = _weight(layer.lora_A, _SLOT).data[:rank].float().cpu()
@@ -506,10 +530,51 @@ class Slot:
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
 
-    def set_dropout(self, probability: float) -> None:
-        """Dropout on the adapter's input; it acts in training mode only."""
-        for layer in self._layers.values():
-            layer.lora_dropout[_SLOT] = nn.Dropout(probability) if probability else nn.Identity()
+    @contextmanager
+    def dropping_out(self, of_layer: Callable[[str], nn.Module]) -> Iterator[None]:
+        """Within this context the adapter's input passes through a module, one for each layer."""
+        for name, layer in self._layers.items():
+            layer.lora_dropout[_SLOT] = of_layer(name)
+        try:
+            yield
+        finally:
+            for layer in self._layers.values():
+                layer.lora_dropout[_SLOT] = nn.Identity()
+
+
+def _wrapped(base: PreTrainedModel, config: LoraConfig) -> PeftModel:
+    """The base with LoRA on the layers that the configuration names, and on nothing else.
+
+    Also where an adapter is added later, as TRL does for its reference.
+    """
+    with _names_as_they_are():
+        model: PeftModel = get_peft_model(base, config)
+    tuner: Any = model.base_model
+    inject = tuner.inject_adapter
+
+    def as_they_are(*args: Any, **kwargs: Any) -> None:
+        with _names_as_they_are():
+            inject(*args, **kwargs)
+
+    tuner.inject_adapter = as_they_are
+    return model
+
+
+@contextmanager
+def _names_as_they_are() -> Iterator[None]:
+    """Have PEFT take the names of layers as names of layers.
+
+    Where the experts of a mixture lie fused in memory, PEFT 0.21 reads `gate_proj`, `up_proj` and
+    `down_proj`, whole names that end so too, as those of the experts: it adapts these, and takes
+    the names off the dense layers and shared experts that have them.
+    """
+    name = "convert_peft_config_for_transformers"
+    before = getattr(transformers_weight_conversion, name)
+    setattr(transformers_weight_conversion, name, lambda *args, **kwargs: None)
+    try:
+        yield
+    finally:
+        setattr(transformers_weight_conversion, name, before)
 
 
 def _weight(part: Any, adapter: str) -> nn.Parameter:
@@ -519,10 +584,11 @@ def _weight(part: Any, adapter: str) -> nn.Parameter:
     return weight
 
 
-def _expanded(weight: Any) -> Tensor:
-    """A weight in 16 or 32 bits, whatever it is kept in."""
+def _expanded(layer: Any) -> Tensor:
+    """A layer's weight (out, in) in 16 or 32 bits, whatever it is kept in."""
+    weight = layer.weight
     if getattr(weight, "quant_state", None) is None:
-        expanded: Tensor = weight.data
+        expanded: Tensor = weight.data.T if isinstance(layer, Conv1D) else weight.data
     else:
         from bitsandbytes.functional import dequantize_4bit
 

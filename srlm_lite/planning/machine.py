@@ -14,7 +14,13 @@ from srlm_lite.errors import UserError
 from srlm_lite.hardware import gpus
 from srlm_lite.planning.lengths import Lengths, lengths_of
 from srlm_lite.planning.memory import LIBRARIES, Held, Shape, loading
-from srlm_lite.planning.plan import Hardware, Plan, advice, make_plan, needs_sharding
+from srlm_lite.planning.plan import (
+    Hardware,
+    Plan,
+    advice,
+    make_plan,
+    needs_sharding,
+)
 from srlm_lite.planning.probe import probe, shape_of_base
 
 SHARDING = "fsdp2-qlora.yaml"
@@ -53,12 +59,12 @@ def plan_for(
     """What a recipe needs on this machine, or on other hardware.
 
     Raises:
-        UserError: Nothing is known of the base's shape.
+        UserError: Nothing is known of the base's shape, or a LoRA target is not of it.
     """
     hardware = hardware or hardware_found(recipe)
     return make_plan(
         recipe,
-        shape or shape_of_base(recipe.base),
+        shape or shape_of_base(recipe.base, recipe.targets),
         hardware,
         lengths or lengths_of(recipe),
         itemsize=_itemsize(recipe, hardware),

@@ -1,7 +1,7 @@
 """Bytes that a base, its adapters and the work on them take, from shapes alone.
 
 Everything here is arithmetic on what the code keeps: what autograd saves of a layer whose base is
-frozen, what TRL's losses hold of the logits, what the tree of keys and values holds. A test runs
+frozen, what the losses hold of the logits, what the tree of keys and values holds. A test runs
 the real thing and counts. What shapes cannot give, the memory of an interpreter with its libraries,
 are the constants `LIBRARIES`.
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from srlm_lite.config import is_targeted
 
@@ -59,17 +59,19 @@ GATHERED = 3
 """Decoder layers that FSDP2 has whole at a time, counted from its code: the one that computes, in
 one piece and in its tensors, and the next one, on its way."""
 LOSS_CHUNK = 256
-"""Tokens whose logits TRL's SFT loss computes at once."""
+"""Target tokens whose logits a loss computes at once: `PIECE` in `training/tokens.py`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """A linear layer of the model. `quantized`: NF4 rounds it, where a base is held in NF4."""
+    """A linear layer of the model. `quantized`: NF4 rounds it, where a base is held in NF4;
+    `adaptable`: it is of the text model and can carry an adapter."""
 
     name: str
     inputs: int
     outputs: int
     quantized: bool
+    adaptable: bool = True
 
     @property
     def last_name(self) -> str:
@@ -93,15 +95,22 @@ class Shape:
     intermediate: int
     layers: int
     heads: int
-    kv_heads: int
+    """Query heads of a layer, and the width of one; 0 where nothing attends."""
     head_width: int
+    kv_width: int
+    """Keys and values that a layer keeps of a token."""
     linears: tuple[Linear, ...]
     largest: int
     """Parameters of the largest tensor."""
+    embedded: int
+    """Parameters of the embedding and the head."""
+    experts: int = 0
+    """Parameters of a mixture's experts, where all of a layer lie in one: no NF4 reaches them."""
 
     def adapted(self, targets: Collection[str]) -> list[Linear]:
         """The linear layers that carry an adapter."""
-        return [linear for linear in self.linears if is_targeted(linear.name, targets)]
+        layers = (linear for linear in self.linears if linear.adaptable)
+        return [linear for linear in layers if is_targeted(linear.name, targets)]
 
     def adapter_parameters(self, targets: Collection[str], rank: int) -> int:
         """Of one LoRA: R (inputs + outputs) for each layer."""
@@ -135,8 +144,10 @@ class Held:
         if self.shards == 1:
             return self._whole
         # The scales of 4-bit weights are not spread, nor are the norms, which are next to nothing.
-        weights = sum(one.inputs * one.outputs for one in self.shape.linears if one.is_of_a_layer)
+        layers = [one for one in self.shape.linears if one.is_of_a_layer and one.adaptable]
+        weights = sum(one.inputs * one.outputs for one in layers)
         spread = weights // 2 if self.nf4 else weights * self.itemsize
+        spread += self.shape.experts * self.itemsize
         gathered = GATHERED * spread // self.shape.layers
         return self._whole - spread + math.ceil(spread / self.shards) + gathered
 
@@ -161,6 +172,15 @@ class Held:
         return sum(one.inputs * one.outputs for one in self.shape.linears if one.quantized)
 
     @property
+    def not_in_4_bits(self) -> dict[str, int]:
+        """Bytes of what NF4 does not reach."""
+        shape = self.shape
+        parts = {"fused experts": shape.experts, "embedding and head": shape.embedded}
+        rest = shape.parameters - self.quantized - sum(parts.values())
+        parts["convolutions, norms and the like"] = rest
+        return {part: count * self.itemsize for part, count in parts.items()}
+
+    @property
     def slot(self) -> int:
         """Parameters of the slot."""
         return self.shape.adapter_parameters(self.targets, self.rank)
@@ -173,9 +193,11 @@ class Held:
 
     @property
     def rounding(self) -> int:
-        """NF4: the largest tensor on its way there, while the rest of the base is loaded."""
+        """The largest tensor on its way, while the rest of the base is loaded: into NF4, or from
+        one tensor an expert into one for all."""
         sizes = [one.inputs * one.outputs for one in self.shape.linears if one.quantized]
-        return ROUNDING[self.device] * max(sizes, default=0) if self.nf4 else 0
+        rounded = ROUNDING[self.device] * max(sizes, default=0) if self.nf4 else 0
+        return max(rounded, self.itemsize * self.shape.largest if self.shape.experts else 0)
 
     @property
     def mixed(self) -> bool:
@@ -191,17 +213,48 @@ class Held:
     def kv_per_token(self) -> int:
         """Keys and values of one token in all layers."""
         shape = self.shape
-        return kv_bytes(
-            layers=shape.layers,
-            heads=shape.kv_heads,
-            width=shape.head_width,
-            itemsize=self.itemsize,
-        )
+        return kv_bytes(layers=shape.layers, width=shape.kv_width, itemsize=self.itemsize)
 
 
-def kv_bytes(*, layers: int, heads: int, width: int, itemsize: int) -> int:
-    """Keys and values of one token in all layers."""
-    return 2 * layers * heads * width * itemsize
+def kv_bytes(*, layers: int, width: int, itemsize: int) -> int:
+    """Keys and values of one token in all layers; `width`: those of one layer."""
+    return layers * width * itemsize
+
+
+def attention_of(text: Any) -> tuple[int, int, int]:
+    """Query heads of a layer, the width of one, and the keys and values kept of a token.
+
+    Where layers differ, the widest; zeros where nothing attends, as in Mamba.
+
+    Args:
+        text: The configuration of the text model, as transformers has it.
+    """
+    if getattr(text, "is_heterogeneous", False):  # as Gemma 4: it says these layer by layer
+        found = [attention_of(text.per_layer_config[at]) for at in range(text.num_hidden_layers)]
+        return max(a for a, _, _ in found), max(b for _, b, _ in found), max(c for *_, c in found)
+    heads = widest(text, "num_attention_heads")
+    if not heads:
+        return 0, 0, 0
+    if widest(text, "kv_lora_rank"):  # the latent is expanded before it is kept
+        width = widest(text, "qk_nope_head_dim") + widest(text, "qk_rope_head_dim")
+        return heads, width, heads * (width + widest(text, "v_head_dim"))
+    width = widest(text, "head_dim") or text.hidden_size // heads
+    return heads, width, 2 * widest(text, "num_key_value_heads", "num_attention_heads") * width
+
+
+def widest(text: Any, *names: str) -> int:
+    """A size by the first of these names that a configuration has; 0 where it has none of them.
+
+    Where layers differ, the largest.
+    """
+    for name in names:
+        try:
+            found = getattr(text, name, None)
+        except RuntimeError:  # transformers 5.17 does not say it for all layers together
+            found = [getattr(layer, name, None) or 0 for layer in text.per_layer_config]
+        if found:
+            return int(max(found) if isinstance(found, list | tuple) else found)
+    return 0
 
 
 def drawing_bytes(vocabulary: int, itemsize: int) -> int:
@@ -299,7 +352,7 @@ def saved(held: Held, *, dropout: bool = False) -> int:
         two norms       their input, in float32                             8 H
         adapters        the input of A, of width n                          c n
                         its output, the input of B                          c R
-                        with dropout, its mask
+                        with dropout, its mask: a byte each
         attention       queries, keys, values (repeated for the query heads)
                         and its output; the log-sum-exp in float32          4 c D heads + 4 heads
         MLP             both projections and the activation                 3 c I
@@ -318,8 +371,7 @@ def saved(held: Held, *, dropout: bool = False) -> int:
         elif there and group != ("o_proj",):
             inputs += there[0].inputs * c
     if dropout:
-        # A GPU keeps it as a byte, a CPU in the dtype of the input, which is float32 here.
-        inputs += sum(one.inputs for one in adapted) * (1 if held.device == "cuda" else 4)
+        inputs += sum(one.inputs for one in adapted)
     width = shape.heads * shape.head_width
     attention = 4 * c * width + 4 * shape.heads
     return (
@@ -348,10 +400,9 @@ def training(
     """One micro-batch in training: the optimiser's states are there, the backward pass begins.
 
     AdamW keeps two float32 numbers for each parameter, DPO's reference is a second copy of the
-    slot. TRL's DPO loss has float32 logits of all tokens: those that autograd keeps, and on a CPU
-    three gradients of that size at once (of the gather, its scatter, and of the rows taken apart);
-    on a GPU, with its fused kernel, two. Its SFT loss has 256 tokens' logits at a time, four times.
-    A reward model has none.
+    slot. The losses of SFT and DPO have the logits of 256 target tokens at a time, in float32: they
+    themselves and three gradients (of the gather, of the log-sum-exp, and their sum). A reward
+    model has none.
 
     Args:
         rows: Sequences; a pair is two.
@@ -368,13 +419,10 @@ def training(
     kept = count * 4 * shape.hidden + (
         shape.layers * count * c * shape.hidden if checkpointing else shape.layers * layer
     )
-    if kind == "dpo":
-        logits = count * shape.vocabulary * 4 * (4 if held.device == "cpu" else 3)
-    elif kind == "sft":
-        logits = min(count, LOSS_CHUNK) * shape.vocabulary * 4 * 4
-    else:
-        logits = 0
+    logits = 0 if kind == "reward" else min(count, LOSS_CHUNK) * shape.vocabulary * 4 * 4
     within = passing_by + (layer if checkpointing else 0) + held.scratch
+    if kind == "dpo":  # the reference's pass, which keeps nothing, beside what the policy's keeps
+        within = max(within, count * passing(held) + held.scratch)
     copies = (2 if kind == "dpo" else 1) * 4 + (c if held.mixed else 0)
     return {
         "base": held.base,

@@ -2,22 +2,56 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from srlm_lite.config import Base
 from srlm_lite.errors import UserError
-from srlm_lite.planning.memory import Linear, Shape
+from srlm_lite.planning.memory import Linear, Shape, attention_of, widest
 from srlm_lite.planning.shapes import SHAPES, config_of, shape_of
 
 
-def shape_of_base(section: Base) -> Shape:
+def shape_of_base(section: Base, targets: Iterable[str] = ()) -> Shape:
     """The shape of the base that a recipe names.
 
     Raises:
-        UserError: Its configuration is neither here, nor on the Hub, nor in the table of shapes.
+        UserError: Its configuration is neither here, nor on the Hub, nor in the table of shapes;
+            or as `probe`.
     """
-    return probe(base_config(section))
+    return probe(base_config(section), targets)
+
+
+def thinks(section: Base) -> bool:
+    """Whether a base thinks before it answers; False where its tokenizer is not here to tell."""
+    return _thinks(section.model_dump_json(include=set(_OF_TEMPLATES)))
+
+
+@lru_cache
+def _thinks(of_templates: str) -> bool:
+    from transformers import AutoTokenizer
+
+    from srlm_lite.model.chat import ChatFormat
+
+    found = json.loads(of_templates)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            found["name"],
+            revision=found["revision"],
+            local_files_only=True,
+            trust_remote_code=False,
+        )
+        settings = found["chat_template_kwargs"]
+        chat = ChatFormat(tokenizer, template=found["chat_template"], settings=settings)
+    except Exception:  # whatever is wrong with it: a run says so
+        return False
+    return chat.thinks
+
+
+_OF_TEMPLATES = ("name", "revision", "chat_template", "chat_template_kwargs")
+"""Settings of a base that decide how it is spoken to."""
 
 
 def base_config(section: Base) -> Any:
@@ -42,44 +76,65 @@ def base_config(section: Base) -> Any:
         ) from error
 
 
-def probe(settings: Any) -> Shape:
+def probe(settings: Any, targets: Iterable[str] = ()) -> Shape:
     """The shape that a configuration of transformers describes.
 
     Raises:
-        UserError: transformers makes no causal language model of it.
+        UserError: transformers makes no causal language model of it, or one of the LoRA targets
+            names no layer that can carry an adapter.
     """
-    import torch
-    import transformers
+    from srlm_lite.model.base import empty_model
+    from srlm_lite.model.nf4 import nf4_modules
+    from srlm_lite.model.targets import (
+        adaptable,
+        check_targets,
+        fused_experts,
+        is_linear,
+        sizes,
+        text_model,
+    )
 
-    from srlm_lite.model.merge import nf4_modules
-
-    hf: Any = transformers
     try:
-        with torch.device("meta"):
-            model = hf.AutoModelForCausalLM.from_config(settings, trust_remote_code=False)
+        model = empty_model(settings)
     except (ValueError, KeyError, AttributeError, ImportError) as error:
         raise UserError(
             f"transformers makes no causal language model of it ({str(error).splitlines()[0]})",
             where="base.name",
         ) from error
-    model.tie_weights()
-    quantized = nf4_modules(model)
+    check_targets(model, targets)
+    experts = sum(parameter.numel() for parameter in fused_experts(model).values())
+    quantized, layers = nf4_modules(model), adaptable(model)
     linears = tuple(
-        Linear(name, module.in_features, module.out_features, f"{name}.weight" in quantized)
+        Linear(name, *sizes(module), f"{name}.weight" in quantized, name in layers)
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear)
+        if is_linear(module)
     )
     text = settings.get_text_config()
-    heads = text.num_attention_heads
+    heads, head_width, kv_width = attention_of(text)
+    embedding, head = model.get_input_embeddings(), text_model(model)[1:]
+    ends = {p: p.numel() for end in (embedding, *head) for p in end.parameters()}
     return Shape(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         vocabulary=text.vocab_size,
         hidden=text.hidden_size,
-        intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        intermediate=_widest(text, mixture=bool(experts)),
         layers=text.num_hidden_layers,
         heads=heads,
-        kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_width=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        head_width=head_width,
+        kv_width=kv_width,
         linears=linears,
         largest=max(parameter.numel() for parameter in model.parameters()),
+        embedded=sum(ends.values()),
+        experts=experts,
     )
+
+
+def _widest(text: Any, *, mixture: bool) -> int:
+    """What a token takes in the widest MLP: of a mixture, the experts that it goes through."""
+
+    dense = widest(text, "intermediate_size", "n_inner", "ffn_dim") or 4 * text.hidden_size
+    if not mixture:
+        return dense
+    of_one = widest(text, "moe_intermediate_size", "intermediate_size") or dense
+    chosen = widest(text, "num_experts_per_tok", "moe_k", "moe_topk") or 1
+    return max(dense, chosen * of_one + widest(text, "shared_expert_intermediate_size"))

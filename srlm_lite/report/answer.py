@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from srlm_lite.config import Gate
 from srlm_lite.evaluate.gate import Best, best_model, findings
+from srlm_lite.evaluate.reading import anchor_doubts, doubts
 from srlm_lite.report.facts import Duel, Estimate, Facts, Model
 
 LENGTH_GROWTH = 1.3
@@ -307,7 +308,7 @@ def _export(facts: Facts) -> tuple[str, ...]:
 
 def worries(facts: Facts) -> list[str]:
     """What in the run bodes ill, each with the model that it shows in."""
-    found: list[str] = []
+    found = _reading(facts)
     history: list[Mapping[str, Any]] = []
     gate = _gate(facts)
     for model in facts.measured:
@@ -329,3 +330,10 @@ def worries(facts: Facts) -> list[str]:
     if (facts.settings.get("pairing") or {}).get("source") == "random":
         found.append("the pairs were drawn blindly: this is a control, not a self-rewarding model")
     return found
+
+
+def _reading(facts: Facts) -> list[str]:
+    """What the base and the anchor's training made of the run's data."""
+    stages = next((model.stages for model in facts.models if model.number == 0), {})
+    reading, training = stages.get("base", {}), stages.get("anchor", {})
+    return [*doubts(reading), *anchor_doubts(reading, training)]

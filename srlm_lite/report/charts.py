@@ -15,7 +15,7 @@ Kind = Literal["lines", "curves", "bars", "stack", "points"]
 MOST_POINTS = 300
 """Points that a scatter chart draws, at most; its line and its table are of all."""
 
-STAGES = ("anchor", "prompts", "candidates", "judgements", "pairs", "delta", "evaluation")
+STAGES = ("base", "anchor", "prompts", "candidates", "judgements", "pairs", "delta", "evaluation")
 """Stages in the order in which they run."""
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -19,6 +19,7 @@ import yaml
 from srlm_lite.config import UNREAD
 from srlm_lite.errors import UserError
 from srlm_lite.evaluate.gold import Gold, load_gold
+from srlm_lite.evaluate.reading import KINDS, first_loss
 from srlm_lite.report.answer import answer, duration, hardware
 from srlm_lite.report.charts import groups, number
 from srlm_lite.report.draw import svg
@@ -227,7 +228,20 @@ def _others(model: Model) -> list[tuple[str, str, str]]:
     for key, value in model.evaluation.items():
         if key not in ("judge", "policy"):
             walk(key, value)
-    return found
+    return [*_read(model), *found]
+
+
+def _read(model: Model) -> Iterator[tuple[str, str, str]]:
+    """What the anchor began from: how the base reads its data, and the losses of its training."""
+    for what in KINDS:
+        if measured := model.stages.get("base", {}).get(what):
+            mixed = measured["shuffled"]["bits_per_byte"]
+            yield ("base", f"bits a byte of {what}", f"{measured['bits_per_byte']:.4g}")
+            yield ("base", f"bits a byte of {what}, letters shuffled", f"{mixed:.4g}")
+    training = model.stages.get("anchor", {})
+    if "last_loss" in training and model.number == 0:
+        yield (model.name, "first loss, nats a token", f"{first_loss(training):.4g}")
+        yield (model.name, "last loss, nats a token", f"{training['last_loss']:.4g}")
 
 
 def _key_settings(facts: Facts) -> list[tuple[str, str]]:

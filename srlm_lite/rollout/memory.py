@@ -8,7 +8,7 @@ import torch
 
 from srlm_lite.model.sharding import held, is_sharded
 from srlm_lite.planning.machine import machine_memory
-from srlm_lite.planning.memory import GATHERED, drawing_bytes, kv_bytes, rows_within
+from srlm_lite.planning.memory import GATHERED, attention_of, drawing_bytes, kv_bytes, rows_within
 
 
 def rows_that_fit(model: Any, *, tokens: int) -> int:
@@ -21,10 +21,9 @@ def rows_that_fit(model: Any, *, tokens: int) -> int:
         tokens: That a row keeps keys and values of; its prompt is counted whole, as if it shared
             no prefix with others.
     """
-    config, c = model.config, model.dtype.itemsize
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    kept = kv_bytes(layers=config.num_hidden_layers, heads=heads, width=width, itemsize=c)
+    config, c = model.config.get_text_config(), model.dtype.itemsize
+    _, _, width = attention_of(config)
+    kept = kv_bytes(layers=config.num_hidden_layers, width=width, itemsize=c)
     weights = sum(held(p).nbytes for p in model.parameters())
     if is_sharded(model):
         spread = sum(p.nbytes for p in model.parameters() if held(p) is not p)

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,14 @@ LONGEST_RETRY_AFTER_S = 600.0
 NO_KEY = "none"
 """Sent where there is no key; local servers want the header, not the key."""
 
+NEUTRAL = {"top_k": -1, "repetition_penalty": 1.0}
+"""Settings beyond the protocol's that would bend what is drawn. Servers such as vLLM take them from
+the model's own generation config where a request does not name them; others refuse to hear of
+them, and are asked without."""
+
+TELLING_WORDS = 8
+"""A reply so long is not given to every seed by chance."""
+
 _RETRIED = {408, 409, 425, 429}
 _WHERE = "engine openai"
 
@@ -56,6 +65,8 @@ class OpenAIEngine:
     def __init__(self, settings: config.OpenAI) -> None:
         self._settings = settings
         self._client: httpx.Client | None = None
+        self._neutral = Neutral()
+        self._seeds_seen = False
 
     def load(self, stack: Sequence[Adapter]) -> None:
         """See `Engine.load`. Without effect: a server samples from its own model."""
@@ -81,7 +92,7 @@ class OpenAIEngine:
         """
         if self._client is None:
             self._client = self._connected()
-        caller = _Caller(self._client, self._settings.retries)
+        caller = _Caller(self._client, self._settings.retries, self._neutral)
         pool = ThreadPoolExecutor(self._settings.parallel)
         futures = {
             pool.submit(caller.answer, self._body(request, seed, limits)): (number, place)
@@ -99,10 +110,29 @@ class OpenAIEngine:
             raise
         finally:
             pool.shutdown(cancel_futures=True)
-        return [
+        samples = [
             [found[number, place] for place in range(len(request.seeds))]
             for number, request in enumerate(requests)
         ]
+        self._look_at_seeds(samples, limits)
+        return samples
+
+    def _look_at_seeds(self, samples: Sequence[Sequence[Sample]], limits: Limits) -> None:
+        """Warn, once, of a server that answers every seed alike."""
+        several = [row for row in samples if len(row) > 1]
+        if self._seeds_seen or not several or not limits.temperature:
+            return
+        self._seeds_seen = True
+        alike = all(len({sample.text for sample in row}) == 1 for row in several)
+        if alike and any(len(row[0].text.split()) >= TELLING_WORDS for row in several):
+            logger.warning(
+                "%s gives the same reply to every seed at temperature %g: it samples greedily, or "
+                "by settings of its own. `transformers serve` does unless the model's "
+                "generation_config.json says do_sample: true; vLLM takes the request's settings "
+                "with --generation-config vllm",
+                self._settings.url,
+                limits.temperature,
+            )
 
     def _connected(self) -> httpx.Client:
         parallel, key = self._settings.parallel, key_of(self._settings)
@@ -122,6 +152,7 @@ class OpenAIEngine:
             "messages": [{"role": "user", "content": request.text}],
             "max_tokens": limits.max_new_tokens,
             "temperature": limits.temperature,
+            **NEUTRAL,
         }
         if limits.temperature > 0:
             # Some servers hold a seed in 32 bits.
@@ -145,17 +176,26 @@ def key_of(settings: config.OpenAI) -> str:
     return key
 
 
+@dataclass(slots=True)
+class Neutral:
+    """Whether the server is sent `NEUTRAL`."""
+
+    sent: bool = True
+
+
 class _Caller:
     """Sends requests and tries again where that may help; shared by all threads of a call."""
 
-    def __init__(self, client: httpx.Client, retries: int) -> None:
-        self._client, self._retries = client, retries
+    def __init__(self, client: httpx.Client, retries: int, neutral: Neutral) -> None:
+        self._client, self._retries, self._neutral = client, retries, neutral
         self._key = client.headers["Authorization"].removeprefix("Bearer ")
         self.given_up = threading.Event()
         """Set when one request has failed for good, so that none waits any longer."""
 
     def answer(self, body: dict[str, Any]) -> dict[str, Any]:
         """The server's answer to one request, as JSON."""
+        if not self._neutral.sent:
+            body = {key: value for key, value in body.items() if key not in NEUTRAL}
         for attempt in range(self._retries + 1):
             wait = random.uniform(0.8, 1.0) * min(LONGEST_WAIT_S, FIRST_WAIT_S * 2**attempt)
             try:
@@ -168,6 +208,9 @@ class _Caller:
                 if response.is_success:
                     return self._json(response)
                 problem = f"{response.status_code}: {self._said(response)}"
+                if _knows_no_neutral(response) and NEUTRAL.keys() & body.keys():
+                    self._neutral.sent = False
+                    return self.answer(body)
                 if response.status_code not in _RETRIED and response.status_code < 500:
                     raise self._refusal(response.status_code, problem)
                 wait = max(wait, self._wanted_wait(response, problem))
@@ -218,6 +261,11 @@ class _Caller:
             f"{_WHERE}: {self._client.base_url} does not answer ({why}). "
             f"What it has answered is kept: {same_command()} goes on from here"
         )
+
+
+def _knows_no_neutral(response: httpx.Response) -> bool:
+    """Whether the server refuses a request for the sake of `NEUTRAL`, by what it says."""
+    return response.status_code in (400, 422) and any(key in response.text for key in NEUTRAL)
 
 
 def _retry_after(value: str) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
@@ -61,6 +62,23 @@ def read_extra(recipe: Recipe) -> list[Instruction]:
     return _instructions(Path(named)) if named else []
 
 
+def answered_prompts(recipe: Recipe) -> list[Instruction]:
+    """Prompts with the answer that a human gave, whatever of the data has them.
+
+    Instruction data if the anchor learns it, else the best of the ranked replies; empty where the
+    run reads neither, and cannot be read either.
+    """
+    for read in (read_ift if recipe.anchor.use_ift else None, _best_ranked):
+        with contextlib.suppress(UserError):
+            if read is not None:
+                return read(recipe)
+    return []
+
+
+def _best_ranked(recipe: Recipe) -> list[Instruction]:
+    return _best(read_ranked(ranked_file(recipe), recipe.anchor.eft_prompts))
+
+
 def _instructions(path: Path) -> list[Instruction]:
     rows = read_records(path, Instruction)
     for number, row in enumerate(rows, start=1):
@@ -102,8 +120,13 @@ def read_human_answers(recipe: Recipe) -> tuple[list[Instruction], Path]:
         _refuse_doubles((row.prompt_id for row in rows), "prompts", path)
         return rows, path
     path = ranked_file(recipe)
-    best = [min(group, key=lambda row: row.rank) for group in read_ranked(path, None)]
-    return [Instruction(row.prompt_id, row.prompt, row.response) for row in best], path
+    return _best(read_ranked(path, None)), path
+
+
+def _best(groups: Iterable[Sequence[RankedReply]]) -> list[Instruction]:
+    """The best reply of each prompt."""
+    best = (min(group, key=lambda row: row.rank) for group in groups)
+    return [Instruction(row.prompt_id, row.prompt, row.response) for row in best]
 
 
 def read_prompts(path: Path) -> list[Prompt]:
@@ -203,7 +226,7 @@ def check_inputs(recipe: Recipe) -> None:
         if recipe.rlaif.helpful:
             read_ift(recipe)
     if recipe.iterations:
-        _check_window(recipe)
+        check_window(recipe)
         _check_prompts(recipe)
 
 
@@ -281,8 +304,11 @@ def unmeasured(recipe: Recipe) -> Iterator[str]:
         yield f"{empty} is empty: the policy's held-out answers are not measured"
 
 
-def _check_window(recipe: Recipe) -> None:
+def check_window(recipe: Recipe, *, thought: int = 0) -> None:
     """That a prompt fits the window beside what is to be written after it.
+
+    Args:
+        thought: Tokens that come before an answer, where the base thinks.
 
     Raises:
         UserError: None does, whatever its length.
@@ -292,11 +318,12 @@ def _check_window(recipe: Recipe) -> None:
     if (judge.engine or recipe.rollout.engine) != "openai":  # a server has a window of its own
         shortest["judge.max_new_tokens"] = min(judge.max_new_tokens, judge.retry_max_new_tokens)
     for key, tokens in shortest.items():
-        if tokens >= window:
+        if tokens + thought >= window:
+            beside = f" and a thought of rollout.max_thought_tokens = {thought}" if thought else ""
             raise UserError(
-                f"leaves no room for a prompt in base.window = {window}",
+                f"leaves no room for a prompt{beside} in base.window = {window}",
                 where=f"{key} = {tokens}",
-                way_out="Lower it, or raise base.window",
+                way_out="Lower it, or raise base.window" if not thought else "Lower one of them",
             )
 
 

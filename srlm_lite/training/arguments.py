@@ -10,6 +10,7 @@ from statistics import fmean
 from typing import Any, TypeVar
 
 import torch
+from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
@@ -160,16 +161,54 @@ def late_mean(rows: Sequence[dict[str, float]], key: str) -> float:
     return fmean(row[key] for row in rows[-max(1, len(rows) // 4) :])
 
 
+NO_ROUTER_LOSS = 0.0
+"""The coefficient that TRL's trainers (1.14) else take from a mixture's configuration. Its experts
+are frozen here, and no loss of ours has such a term."""
+
+
+@contextmanager
+def _without_chance_and_routers(model: Any) -> Iterator[None]:
+    """Within this context the base drops nothing out and collects no router's logits.
+
+    In training mode families such as GPT-2 and OPT drop out by their configuration; that would make
+    a loss depend on how a step is cut, and be none of the proofs'.
+    """
+    configs = {id(one): one for one in (model.config, model.config.get_text_config())}
+    holders = [*(vars(one) for one in model.modules()), *(vars(one) for one in configs.values())]
+    changed: list[tuple[dict[str, Any], str, Any]] = []
+    for holder in holders:
+        for name, value in holder.items():
+            drops = "drop" in name.lower() and isinstance(value, float)
+            if (drops and value) or (name == "output_router_logits" and value):
+                changed.append((holder, name, value))
+    changed += [(vars(one), "p", one.p) for one in model.modules() if isinstance(one, _DropoutNd)]
+    # TRL's SFT trainer writes what it was told of routers into the configuration.
+    routers = ("router_aux_loss_coef", "output_router_logits")
+    kept = [(one, {k: v for k, v in vars(one).items() if k in routers}) for one in configs.values()]
+    for holder, name, value in changed:
+        holder[name] = type(value)(0)
+    try:
+        yield
+    finally:
+        for holder, name, value in changed:
+            holder[name] = value
+        for one, values in kept:
+            vars(one).update(values)
+
+
 @contextmanager
 def one_adapter_in_training(model: Any) -> Iterator[None]:
-    """Undo what a trainer leaves behind on the model: training mode, gradients, checkpointing."""
+    """Train the adapter, and nothing by chance; undo what a trainer leaves behind on the model:
+    training mode, gradients, checkpointing, settings.
+    """
     # Every process has the base; DDP need not send it round.
     model._ddp_params_and_buffers_to_ignore = [
         *(name for name, parameter in model.named_parameters() if not parameter.requires_grad),
         *(name for name, _ in model.named_buffers()),
     ]
     try:
-        yield
+        with _without_chance_and_routers(model):
+            yield
     finally:
         model.zero_grad(set_to_none=True)
         if model.is_gradient_checkpointing:

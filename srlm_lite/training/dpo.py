@@ -13,15 +13,17 @@ import torch.nn.functional as F
 from datasets import Dataset
 from torch import Tensor
 from transformers.trainer_callback import PrinterCallback, TrainerCallback
+from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
-from trl.trainer.utils import selective_log_softmax
+from trl.trainer.utils import use_adapter
 
 from srlm_lite.config import Dpo, Scir
 from srlm_lite.errors import ProofError
 from srlm_lite.model.base import LoadedBase
 from srlm_lite.model.stack import Adapter, Slot
 from srlm_lite.training.arguments import (
+    NO_ROUTER_LOSS,
     Listener,
     OnStep,
     common_arguments,
@@ -32,14 +34,15 @@ from srlm_lite.training.arguments import (
     run_training,
     share_adapters,
 )
-from srlm_lite.training.dealing import Deal, dealt_loader
+from srlm_lite.training.dealing import Dealt, carrying
+from srlm_lite.training.tokens import IGNORED, TargetTokens, prove_own
 
 LN2 = math.log(2)
 PROOF_TOLERANCE = 1e-3
 """Nats by which the loss before the first step may miss ln 2."""
 
-_COLUMNS = ("weight", "smoothing", "share", "nll_share")
-"""Of a pair, beside its ids; the last two where several processes share a step."""
+_COLUMNS = ("weight", "smoothing")
+"""Of a pair, beside its ids."""
 
 _REFERENCE = "ref"  # TRL's name for the copy it takes of the adapter
 
@@ -99,60 +102,42 @@ def consistency_loss(
     return weight * loss, mask
 
 
-class _PairTrainer(DPOTrainer):
+class _PairTrainer(Dealt, DPOTrainer):
     """TRL's trainer on pairs that are ids already: rendered once, by the code that sampled them.
 
-    Where a pair has a weight or smoothing, which TRL's sigmoid loss does not know, or where several
-    processes share a step, the loss is `preference_loss` or `consistency_loss` on the same
-    log-ratios; else it is TRL's own.
+    The loss is ours, which knows of weights, smoothing and the consistency terms, and is a mean
+    over the step's pairs, that of the NLL term over the step's chosen tokens.
     """
 
-    uses_own_loss = False
     consistency: Scir | None = None
-    deal: Deal | None = None
-
-    def get_train_dataloader(self) -> Any:
-        if self.deal is None or self.deal.at.world == 1:
-            return super().get_train_dataloader()
-        return dealt_loader(self, self.deal)
+    nll_weight = 0.0
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         return dataset
 
-    def collate_with_columns(self) -> None:
-        """Let batches carry the columns that TRL's collator leaves behind."""
-        trl_collator = self.data_collator
-
-        def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
-            there = [key for key in _COLUMNS if key in examples[0]]
-            columns = {key: torch.tensor([e[key] for e in examples]) for key in there}
-            return {**trl_collator(examples), **columns}
-
-        self.data_collator = collate
+    def carry_columns(self) -> None:
+        """Let batches carry what TRL's collator leaves behind of a pair."""
+        self.data_collator = carrying(self.data_collator, _COLUMNS)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
-        pairs = {key: value for key, value in inputs.items() if key not in _COLUMNS}
-        if not self.uses_own_loss:
-            return super()._compute_loss(model, pairs, return_outputs)  # type: ignore[no-untyped-call]
-        mask = pairs["completion_mask"][..., 1:]
-        output = model(
-            input_ids=pairs["input_ids"], attention_mask=pairs["attention_mask"], use_cache=False
-        )
-        tokens = selective_log_softmax(
-            output.logits[..., :-1, :], pairs["input_ids"][..., 1:], row_mask=mask
-        )
+        mask = inputs["completion_mask"][..., 1:]
+        tokens = self._token_scores(model, inputs)
+        slot: Any = self.model
+        with (
+            torch.no_grad(),
+            disable_gradient_checkpointing(slot, self.args.gradient_checkpointing_kwargs),
+            use_adapter(slot, _REFERENCE),
+        ):
+            reference = self._token_scores(slot, inputs)
         chosen, rejected = self._summed(tokens, mask).chunk(2)
-        ref_chosen, ref_rejected = self.compute_ref_log_probs(model, pairs)  # type: ignore[no-untyped-call]
+        ref_chosen, ref_rejected = self._summed(reference, mask).chunk(2)
         rewards = self.beta * (chosen - ref_chosen), self.beta * (rejected - ref_rejected)
         margin = rewards[0] - rewards[1]
         losses, told = self._own_loss(margin, rewards, mask, inputs)
-        loss = losses.mean() if "share" not in inputs else (inputs["share"] * losses).sum()
-        if "sft" in self.loss_types:
-            own, own_mask = tokens.chunk(2)[0], mask.chunk(2)[0]
-            nll = -own.sum() / own_mask.sum()
-            if "nll_share" in inputs:
-                nll = -(inputs["nll_share"] * own.sum(dim=1)).sum()
-            loss = loss + self.loss_weights[self.loss_types.index("sft")] * nll
+        loss = (inputs["share"] * losses).sum()
+        if self.nll_weight:
+            of_chosen = tokens.chunk(2)[0].sum(dim=1)
+            loss = loss - self.nll_weight * (inputs["token_share"] * of_chosen).sum()
         told |= {
             "rewards/chosen": rewards[0],
             "rewards/rejected": rewards[1],
@@ -161,8 +146,19 @@ class _PairTrainer(DPOTrainer):
             "logps/chosen": chosen,
             "logps/rejected": rejected,
         }
-        self._note(told, inputs.get("share"), training=margin.requires_grad)
-        return (loss, output) if return_outputs else loss
+        self._note(told, inputs["share"], training=margin.requires_grad)
+        return (loss, {}) if return_outputs else loss
+
+    def _token_scores(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        """(2B, T - 1) log-likelihoods of the replies' tokens, and 0 elsewhere."""
+        output = model(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            labels=labels_of(inputs),
+            use_cache=False,
+        )
+        scores: Tensor = output.logits
+        return scores
 
     def _own_loss(
         self,
@@ -189,13 +185,10 @@ class _PairTrainer(DPOTrainer):
         tail = mask.cumsum(dim=1) > shared.unsqueeze(1)
         return torch.where(tail, self.ld_alpha * tokens, tokens).sum(dim=1)
 
-    def _note(self, values: dict[str, Tensor], share: Tensor | None, *, training: bool) -> None:
-        """Log the mean of each value over the pairs, those of all processes."""
+    def _note(self, values: dict[str, Tensor], share: Tensor, *, training: bool) -> None:
+        """Log the mean of each value over the step's pairs, those of all processes."""
         table = torch.stack([value.detach().float() for value in values.values()])
-        if share is None:
-            means = table.mean(dim=1)
-        else:
-            means = self.accelerator.reduce(table @ share.float(), "mean")
+        means = self.accelerator.reduce(table @ share.float(), "mean")
         metrics = self._metrics["train" if training else "eval"]
         for key, mean in zip(values, means.tolist(), strict=True):
             metrics[key].append(mean)
@@ -231,8 +224,8 @@ def train_dpo(
 
     Raises:
         ProofError: Before the first step the reference slot does not reproduce the reference
-            stack (the loss is not ln 2 or the reward margin not 0 on it); or training touched
-            the anchor, or left the delta as it was.
+            stack (the loss is not ln 2 or the reward margin not 0 on it), or log-likelihoods are
+            not the model's own; or training touched the anchor, or left the delta as it was.
 
     Source: Rafailov et al. 2023, arXiv:2305.18290, Eq. 7.
     """
@@ -249,9 +242,6 @@ def train_dpo(
         ]
     )
     arguments = common_arguments(dpo, base, n_examples=len(pairs), scratch=scratch, seed=seed)
-    loss: dict[str, Any] = {"loss_type": ["sigmoid"]}
-    if dpo.nll_weight:
-        loss = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, dpo.nll_weight]}
     stack = [*anchor, delta]
     start = sum(adapter.rank for adapter in anchor)
     slot.load(reference, train=True)
@@ -263,7 +253,7 @@ def train_dpo(
                 args=one_device(
                     DPOConfig(
                         **arguments,
-                        **loss,
+                        router_aux_loss_coef=NO_ROUTER_LOSS,
                         beta=dpo.beta,
                         ld_alpha=dpo.ld_alpha,
                         max_length=None,  # length is our caller's affair: nothing is cut here
@@ -274,20 +264,18 @@ def train_dpo(
                 callbacks=[listener],
             )
             trainer.remove_callback(PrinterCallback)
-            trainer.collate_with_columns()
-            trainer.consistency = consistency
+            trainer.carry_columns()
+            trainer.consistency, trainer.nll_weight = consistency, dpo.nll_weight
             trainer.deal = deal_of(dpo, len(pairs))
+            trainer.tokens = [len(pair.chosen_ids) for pair in pairs]
             if slot.sharded:
                 share_adapters(trainer)
-            trainer.uses_own_loss = (
-                consistency is not None
-                or trainer.deal.at.world > 1
-                or any(row["weight"] != 1 or row["smoothing"] != 0 for row in dataset)
-            )
             slot.to_float32()  # before the trainer wraps it
-            proof = _Proof(trainer, slot, reference=reference, stack=stack)
+            scores = TargetTokens(slot.model, [*pairs[0].prompt_ids, *pairs[0].chosen_ids])
+            proof = _Proof(trainer, slot, scores, base.dtype, reference=reference, stack=stack)
             trainer.add_callback(proof)
-            run_training(trainer, dpo)
+            with scores.answering():
+                run_training(trainer, dpo)
             trained = slot.read(start, delta.rank, list(delta.factors))
             slot.assert_unchanged(anchor)
     finally:
@@ -310,21 +298,25 @@ def train_dpo(
 
 
 class _Proof(TrainerCallback):
-    """Before the first step, shows that TRL's reference is the intended stack.
+    """Before the first step, shows that the reference is the intended stack, and the loss DPO's.
 
-    With the reference stack in the slot too, loss and margin through TRL's own code must be what
-    they are for a model compared with itself: ln 2 and 0. Then the slot gets what is to train.
+    With the reference stack in the slot too, loss and margin through the code that trains must be
+    what they are for a model compared with itself: ln 2 and 0. That holds for any log-likelihoods,
+    so these are held against the model's own. Then the slot gets what is to train.
     """
 
     def __init__(
         self,
         trainer: Any,
         slot: Slot,
+        scores: TargetTokens,
+        dtype: torch.dtype,
         *,
         reference: Sequence[Adapter],
         stack: Sequence[Adapter],
     ) -> None:
         self._trainer, self._slot = trainer, slot
+        self._scores, self._dtype = scores, dtype
         self._reference, self._stack = reference, stack
         self.facts: dict[str, float] = {}
 
@@ -333,35 +325,50 @@ class _Proof(TrainerCallback):
         # them before. Both copies are written anew, in float32.
         self._slot.load(self._reference, adapter=_REFERENCE, dtype=torch.float32)
         self._slot.load(self._reference, train=True)
-        loss, margin = self._compare()
+        loss, margin, nll, own = self._compare()
         # Asked so that NaN, which is above nothing, is refused too.
         if not (abs(loss - LN2) <= PROOF_TOLERANCE and abs(margin) <= 2 * PROOF_TOLERANCE):
             raise ProofError(
                 f"before the first step DPO's loss is {loss:.6f} (must be ln 2 = {LN2:.6f}) and "
-                f"the reward margin {margin:.6f} (must be 0): the reference is not the intended "
-                "stack"
+                f"the reward margin {margin:.6f} (must be 0): {_cause(loss, margin)}"
             )
+        prove_own(nll, own, self._dtype, what="what is learned of the replies")
         self.facts = {"step0_loss": loss, "step0_margin": margin}
         self._slot.load(self._stack, train=True)
         self._trainer.model.train()
 
-    def _compare(self) -> tuple[float, float]:
+    def _compare(self) -> tuple[float, float, float, float]:
+        """Loss, margin, and nats a token of the replies: of the loss, and the model's own."""
         trainer = self._trainer
-        pairs = trainer.train_dataset
-        kinds, weights, own = trainer.loss_types, trainer.loss_weights, trainer.uses_own_loss
-        trainer.loss_types, trainer.loss_weights = ["sigmoid"], [1.0]
-        trainer.uses_own_loss = False  # TRL's own, and unweighted
+        trained = trainer.nll_weight, trainer.consistency
+        trainer.nll_weight, trainer.consistency = 0.0, None
         trainer.model.eval()
-        count, losses, margins = min(len(pairs), 8), 0.0, 0.0
-        # No more at once than training holds: the logits of all of them may be too much.
-        micro_batch = trainer.args.per_device_train_batch_size
-        for start in range(0, count, micro_batch):
-            rows = [pairs[i] for i in range(start, min(start + micro_batch, count))]
-            batch = trainer._prepare_inputs(trainer.data_collator(rows))
-            with torch.no_grad(), trainer.compute_loss_context_manager():
-                losses += len(rows) * float(trainer.compute_loss(trainer.model_wrapped, batch))
-            margins += len(rows) * float(trainer._metrics["eval"]["rewards/margins"][-1])
-        loss, margin = losses / count, margins / count
+        step = range(min(len(trainer.train_dataset), 8))
+        loss, nll, own, counted = 0.0, 0.0, 0.0, 0
+        with torch.no_grad(), trainer.compute_loss_context_manager():
+            for made in trainer.batches_of(step):
+                batch = trainer._prepare_inputs(made)
+                batch["weight"], batch["smoothing"] = torch.ones_like(batch["weight"]), 0.0
+                loss += float(trainer.compute_loss(trainer.model_wrapped, batch))
+                labels = labels_of(batch)
+                nll -= float(trainer._token_scores(trainer.model_wrapped, batch).sum())
+                own -= self._scores.own(trainer.model_wrapped, batch, labels)
+                counted += int((labels != IGNORED).sum())
+        margin = sum(trainer._metrics["eval"]["rewards/margins"])
         trainer._metrics["eval"].clear()
-        trainer.loss_types, trainer.loss_weights, trainer.uses_own_loss = kinds, weights, own
-        return loss, margin
+        trainer.nll_weight, trainer.consistency = trained
+        return loss, margin, nll / counted, own / counted
+
+
+def _cause(loss: float, margin: float) -> str:
+    if not math.isfinite(loss + margin):
+        return "the model's likelihoods are no numbers"
+    if abs(margin) <= 2 * PROOF_TOLERANCE:
+        return "the reference is the policy, as it must be, but something is added to DPO's loss"
+    return "the reference is not the intended stack"
+
+
+def labels_of(inputs: dict[str, Any]) -> Tensor:
+    """(2B, T) ids of the replies, and `IGNORED` elsewhere."""
+    ids: Tensor = inputs["input_ids"]
+    return ids.masked_fill(inputs["completion_mask"] == 0, IGNORED)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -25,11 +26,13 @@ from srlm_lite.training.arguments import (
     Listener,
     OnStep,
     common_arguments,
+    deal_of,
     late_mean,
     one_adapter_in_training,
     one_device,
     run_training,
 )
+from srlm_lite.training.dealing import Dealt
 from srlm_lite.training.dpo import PairExample
 from srlm_lite.training.sft import Example
 
@@ -107,6 +110,30 @@ class Scorer(nn.Module):
         """Asked for by TRL; the head is saved by us, without a model card."""
 
 
+class _RewardTrainer(Dealt, RewardTrainer):
+    """TRL's trainer; its loss is the mean over the step's pairs."""
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        output = model(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            use_cache=False,
+        )
+        chosen, rejected = output.logits[:, 0].chunk(2)
+        margin = chosen - rejected
+        told = {"accuracy": (margin > 0).float(), "margin": margin.detach()}
+        for name, values in told.items():
+            self._metrics["train"][name].append(float((inputs["share"] * values).sum()))
+        loss = -(inputs["share"] * F.logsigmoid(margin)).sum()
+        return (loss, output) if return_outputs else loss
+
+
 def train_reward(
     slot: Slot,
     base: LoadedBase,
@@ -152,7 +179,7 @@ def train_reward(
     scorer: Any = Scorer(slot, torch.zeros(1, slot.model.config.hidden_size))
     listener = Listener(on_step)
     with one_adapter_in_training(slot.model), slot.training_only(start, adapter):
-        trainer = RewardTrainer(
+        trainer = _RewardTrainer(
             model=scorer,
             args=one_device(RewardConfig(**arguments, max_length=None, disable_dropout=False)),
             train_dataset=dataset,
@@ -160,6 +187,8 @@ def train_reward(
             callbacks=[listener],
         )
         trainer.remove_callback(PrinterCallback)
+        trainer.deal = deal_of(optim, len(pairs))
+        trainer.tokens = [1] * len(pairs)  # no mean is over tokens
         run_training(trainer, optim)
         trained = slot.read(start, adapter.rank, list(adapter.factors))
         slot.assert_unchanged(anchor)
