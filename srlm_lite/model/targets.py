@@ -131,10 +131,16 @@ def fused_experts(model: PreTrainedModel) -> dict[str, nn.Parameter]:
     return {
         f"{name}.{key}": parameter
         for name, module in _of_the_text(model)
-        if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        if _is_of_a_mixture(name, module)
         for key, parameter in module.named_parameters(recurse=False)
         if parameter.dim() == 3 and min(parameter.shape) > 1
     }
+
+
+def _is_of_a_mixture(name: str, module: nn.Module) -> bool:
+    """By its name or its class's: convolutions have three dimensions too, and RecurrentGemma's
+    gates."""
+    return any(word in f"{name} {type(module).__name__}".lower() for word in ("expert", "moe"))
 
 
 def _why_not(model: PreTrainedModel, target: str) -> str:
