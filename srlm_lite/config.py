@@ -132,7 +132,9 @@ class Data(Section):
 
     dir: str
     """Holds `ift.jsonl`, `eft_train.jsonl`, `eft_eval.jsonl`, `prompts.jsonl`,
-    and optionally `eval_prompts.jsonl`."""
+    and optionally `eval_prompts.jsonl`. For a base that thinks, a response to learn from may begin
+    with a thought in the marks of the template, such as `<think>`; one without teaches to answer
+    at once, behind the empty thought that the template writes there, if it writes one."""
     extra: str | None = None
     """More rows of the form of `ift.jsonl` for the anchor, such as a method's own questions with
     the replies that it hopes for."""
@@ -231,6 +233,10 @@ class Rollout(Sampling):
     `openai`: a server that speaks the OpenAI protocol; it never sees what the run learns."""
     n: Annotated[int, Field(ge=2)] = 4
     """Candidates a prompt."""
+    max_thought_tokens: Annotated[Positive, Before(1024)] = 1024
+    """Longest thought before an answer, of a base that thinks; `max_new_tokens` are the answer's
+    alone. It holds for every reply of the base, a judge's and an evaluation's too. A thought that
+    has not closed by then is a reply that ran into the token limit."""
     batch_rows: Positive | Literal["auto"] = "auto"
     """Sequences in one forward pass; `auto` goes by the device's memory. Halved by itself when
     memory runs out."""
@@ -331,7 +337,7 @@ class Pairing(Section):
     """Pairs of the last iteration, of the one before it, and so on that are learned once more: at
     most so many for each new pair."""
     drop_truncated: bool = True
-    """Leave out candidates that ran into the token limit."""
+    """Leave out candidates that ran into the token limit; else they are learned without an end."""
     min_pairs: Positive = 8
     """Stop when an iteration finds fewer."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from random import Random
@@ -12,7 +12,14 @@ from random import Random
 from srlm_lite.config import Pairing
 from srlm_lite.records import Candidate, PreferencePair, Prompt
 
-CANDIDATE_REASONS = ("truncated", "empty", "duplicate", "unreadable", "too_few_votes")
+CANDIDATE_REASONS = (
+    "truncated",
+    "empty",
+    "duplicate",
+    "too_long_to_judge",
+    "unreadable",
+    "too_few_votes",
+)
 """Why a candidate cannot be part of a pair, in the order in which it is asked."""
 
 PROMPT_REASONS = (*CANDIDATE_REASONS, "tied", "narrow", "too_long")
@@ -55,6 +62,7 @@ def usable_candidates(
     scores: Scores,
     *,
     votes: Mapping[str, Sequence[float | None]] | None = None,
+    unasked: Container[str] = (),
     drop_truncated: bool,
 ) -> tuple[dict[str, list[Scored]], Drops]:
     """The candidates of each prompt that can be part of a pair, with their scores.
@@ -64,6 +72,7 @@ def usable_candidates(
 
     Args:
         votes: Tells a candidate with too few readable votes from one with none.
+        unasked: Candidates that the judge was not asked about: the question did not fit its window.
     """
     by_prompt: dict[str, list[Candidate]] = {prompt.prompt_id: [] for prompt in prompts}
     for candidate in candidates:
@@ -71,7 +80,9 @@ def usable_candidates(
     found: dict[str, list[Scored]] = {}
     drops = Drops()
     for prompt in prompts:
-        usable, reasons = _usable(by_prompt[prompt.prompt_id], scores, votes or {}, drop_truncated)
+        usable, reasons = _usable(
+            by_prompt[prompt.prompt_id], scores, votes or {}, unasked, drop_truncated
+        )
         drops.candidates.update(reasons)
         if len(usable) < 2:
             drops.prompts[_main_reason(reasons)] += 1
@@ -167,6 +178,8 @@ def pair(prompt: Prompt, chosen: Scored, rejected: Scored) -> PreferencePair:
         rejected=rejected[0].text,
         chosen_score=chosen[1],
         rejected_score=rejected[1],
+        chosen_ids=chosen[0].ids,
+        rejected_ids=rejected[0].ids,
     )
 
 
@@ -277,6 +290,7 @@ def _usable(
     candidates: Sequence[Candidate],
     scores: Scores,
     votes: Mapping[str, Sequence[float | None]],
+    unasked: Container[str],
     drop_truncated: bool,
 ) -> tuple[list[Scored], list[str]]:
     usable: list[Scored] = []
@@ -290,6 +304,8 @@ def _usable(
             reasons.append("empty")
         elif candidate.text in seen:
             reasons.append("duplicate")
+        elif score is None and candidate.candidate_id in unasked:
+            reasons.append("too_long_to_judge")
         elif score is None:
             readable = [vote for vote in votes.get(candidate.candidate_id, ()) if vote is not None]
             reasons.append("too_few_votes" if readable else "unreadable")

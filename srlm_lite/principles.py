@@ -10,6 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from srlm_lite.config import SHIPPED, read_yaml, shipped_file
 from srlm_lite.errors import UserError
+from srlm_lite.judging import closing_tags, options, quote
 
 _PLACES = {
     "critique": {"principle", "prompt", "response"},
@@ -18,7 +19,8 @@ _PLACES = {
     "reasoning": {"principle", "prompt", "first", "second"},
 }
 _PLACE = re.compile(r"\{\{(\w+)\}\}")
-_TAG = re.compile(r"<(?=[^\w<>]*(?:question|reply|critique)\b)", re.IGNORECASE)
+_COMPARES = ("comparison", "reasoning")
+"""Questions whose replies end in one of the options."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +42,13 @@ class Principles:
     def ask(self, question: str, principle: str, **texts: str) -> str:
         """A question about a principle, given by its name.
 
-        The texts are inserted in one pass, so that what one spells inserts nothing; and none can
-        end its own quotation.
+        The texts are quoted and inserted in one pass, so that what one spells inserts nothing.
         """
-        filled = {name: _TAG.sub("&lt;", text) for name, text in texts.items()}
-        filled["principle"] = self.principles[principle]
         template: str = getattr(self, question)
+        written = options(*self.options) if question in _COMPARES else ()
+        tags = closing_tags(template)
+        filled = {name: quote(text, written, tags=tags) for name, text in texts.items()}
+        filled["principle"] = self.principles[principle]
         return _PLACE.sub(lambda match: filled[match[1]], template)
 
 

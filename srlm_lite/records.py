@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import MISSING, asdict, dataclass, fields
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 FinishReason = Literal["stop", "length"]
 """Why sampling ended: the end-of-sequence token or the stop rule, or the token limit."""
+
+
+Ids = tuple[int, ...]
+"""Token ids of a whole reply as it was sampled, thought included, with the end of its turn unless
+it ran into the token limit. A record has them where reading the text again would give others."""
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
     """A row. Unknown keys in a file are ignored, so that files may carry more than we read."""
 
+    omitted: ClassVar[frozenset[str]] = frozenset()
+    """Fields that a row leaves out where they are None, as rows of earlier versions do."""
+
     def to_row(self) -> dict[str, Any]:
         """The JSON object of this record, keys in the order of the fields."""
-        return asdict(self)
+        row = asdict(self)
+        return {key: row[key] for key in row if row[key] is not None or key not in self.omitted}
 
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> Self:
@@ -43,13 +52,21 @@ class Prompt(Record):
 
 @dataclass(frozen=True, slots=True)
 class Candidate(Record):
-    """One sampled answer."""
+    """One sampled answer.
+
+    `text` is what is judged and shown: the answer without the thought before it. `n_tokens` were
+    drawn, those of the thought included. `ids` are what is learned, see `Ids`.
+    """
+
+    omitted = frozenset({"thought", "ids"})
 
     prompt_id: str
     candidate_id: str
     text: str
     n_tokens: int
     finish_reason: FinishReason
+    thought: str | None = None
+    ids: Ids | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +74,11 @@ class Judgement(Record):
     """One sampled grading of a candidate.
 
     `score` is what counts. It is None when the judge's reply could not be read; None never counts
-    as a number. `sampled_score` is what the reply says, where `score` is an expected one.
+    as a number. `sampled_score` is what the reply says, where `score` is an expected one. `text`
+    is without the judge's thought; `ids` are what is learned, see `Ids`.
     """
+
+    omitted = frozenset({"thought", "ids"})
 
     candidate_id: str
     vote: int
@@ -67,6 +87,8 @@ class Judgement(Record):
     finish_reason: FinishReason = "stop"
     retried: bool = False
     sampled_score: float | None = None
+    thought: str | None = None
+    ids: Ids | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +97,11 @@ class PreferencePair(Record):
 
     The loss of the pair counts `weight` times. `smoothing` is how likely the order is wrong, from
     0 to 1: that share of the loss is of the pair turned round. `origin` is empty for a pair of
-    this iteration's candidates, else it says where the pair is from.
+    this iteration's candidates, else it says where the pair is from. The ids are what is learned,
+    see `Ids`.
     """
+
+    omitted = frozenset({"chosen_ids", "rejected_ids"})
 
     prompt_id: str
     prompt: str
@@ -89,6 +114,8 @@ class PreferencePair(Record):
     weight: float = 1.0
     smoothing: float = 0.0
     origin: str = ""
+    chosen_ids: Ids | None = None
+    rejected_ids: Ids | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,11 +146,18 @@ class Likelihood(Record):
 
 @dataclass(frozen=True, slots=True)
 class Reply(Record):
-    """What a model said to a question that a method asked; `name` is unique in its file."""
+    """What a model said to a question that a method asked; `name` is unique in its file.
+
+    `text` is without the thought before it. `ids` as in `Ids`, where the reply is to be learned.
+    """
+
+    omitted = frozenset({"thought", "ids"})
 
     name: str
     text: str
     finish_reason: FinishReason = "stop"
+    thought: str | None = None
+    ids: Ids | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,8 +187,10 @@ class Revision(Record):
     """An answer after a round of critique and revision; `candidate_id` is the draft's.
 
     `text` is None where critique or revision ran into the token limit or is empty: the answer
-    stays as it was.
+    stays as it was. `ids` are what is learned of it, see `Ids`.
     """
+
+    omitted = frozenset({"ids"})
 
     prompt_id: str
     candidate_id: str
@@ -162,6 +198,7 @@ class Revision(Record):
     principle: str
     critique: str
     text: str | None
+    ids: Ids | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +226,15 @@ class Instruction(Record):
 
 
 @dataclass(frozen=True, slots=True)
+class SampledInstruction(Instruction):
+    """An answer to learn from that this run's model wrote; no file of data has its `ids`."""
+
+    omitted = frozenset({"ids"})
+
+    ids: Ids | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class RankedReply(Record):
     """A row of `eft_train.jsonl` or `eft_eval.jsonl`: a reply with its place among the others.
 
@@ -203,3 +249,12 @@ class RankedReply(Record):
     rank: int
     quality: float | None = None
     target: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SampledTarget(RankedReply):
+    """A row of `eft_targets.jsonl`; a run that is given the file reads the target's text alone."""
+
+    omitted = frozenset({"target_ids"})
+
+    target_ids: Ids | None = None

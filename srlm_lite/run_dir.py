@@ -861,6 +861,17 @@ class RunDir:
         revision: str | None = read_json(self.base_json).get("revision")
         return revision
 
+    @property
+    def base_conversion(self) -> int | None:
+        """How the run's GGUF file was converted, by number; None where it is on none, or not yet.
+
+        Runs from before there was a second way noted no number.
+        """
+        if not self.base_json.is_file():
+            return None
+        noted = read_json(self.base_json)
+        return noted.get("conversion", 1) if noted.get("kind") == "gguf" else None
+
     def hold_to_base(self, source: dict[str, Any]) -> None:
         """Note which base the run is on, by hash or revision; refuse any other from then on.
 

@@ -64,6 +64,7 @@ class Session:
         self.processes = processes or Processes()
         self._engines: dict[EngineName, Engine] = {}
         self._revision: str | None = None
+        self._conversion: int | None = None
         self.pace: Pace | None = None
         """What keeps the processes of a sharded base in step, once it is loaded."""
         self._prompt_lengths: dict[str, int] = {}
@@ -75,7 +76,16 @@ class Session:
         if prompt not in self._prompt_lengths:
             self._prompt_lengths[prompt] = len(self.chat.prompt_ids(prompt))
         room = self.recipe.base.window - self.recipe.rollout.max_new_tokens
-        return self._prompt_lengths[prompt] <= room
+        return self._prompt_lengths[prompt] <= room - self.thought_tokens()
+
+    def thought_tokens(self, role: Role = "policy") -> int:
+        """Tokens that a thought before the answer may take: 0 where the base does not think.
+
+        0 for a judge or teacher behind a server, too: it has limits of its own.
+        """
+        if role != "policy" and self.engine_name(role) == "openai":
+            return 0
+        return self.recipe.rollout.max_thought_tokens if self.chat.thinks else 0
 
     @cached_property
     def rubric(self) -> Rubric:
@@ -84,14 +94,17 @@ class Session:
     @cached_property
     def base(self) -> LoadedBase:
         from srlm_lite.model.base import load_base
+        from srlm_lite.model.gguf import outdated
 
         if self.processes.place.leads:
             self._revision = self.run.base_revision
-            self._order(_LoadBase(self._revision))  # so that all of them load at the same time
+            self._conversion = self.run.base_conversion
+            # So that all of them load at the same time.
+            self._order(_LoadBase(self._revision, self._conversion))
         section = self.recipe.base
         if self._revision is not None:  # the Hub's model may have moved on since the run began
             section = section.model_copy(update={"revision": self._revision})
-        base = load_base(section, sharded=self.processes.shards)
+        base = load_base(section, sharded=self.processes.shards, conversion=self._conversion)
         if self.processes.shards:
             from srlm_lite.model.sharding import Pace
 
@@ -107,6 +120,8 @@ class Session:
             if base.source["kind"] == "hub":  # whose files are here only now
                 refuse_unexportable(self.recipe, self.run)
             self._warn_of_positions(base)
+            if old := outdated(self._conversion):
+                self.reporter.warn(old)
         return base
 
     def _warn_of_positions(self, base: LoadedBase) -> None:
@@ -340,9 +355,11 @@ def follow(processes: Processes) -> None:
 @dataclass(frozen=True, slots=True)
 class _LoadBase:
     revision: str | None
+    conversion: int | None
 
     def __call__(self, follower: Follower) -> dict[str, Any]:
         follower.session._revision = self.revision
+        follower.session._conversion = self.conversion
         return follower.session.base.source
 
 
@@ -390,7 +407,9 @@ def refuse_absent_base(recipe: Recipe, run: RunDir) -> None:
 
     noted = run.base_revision if run.path.is_dir() else None
     revision = noted or recipe.base.revision
-    base_is_here(recipe.base.model_copy(update={"revision": revision}))
+    base_is_here(
+        recipe.base.model_copy(update={"revision": revision}), conversion=run.base_conversion
+    )
 
 
 def refuse_unexportable(recipe: Recipe, run: RunDir) -> None:

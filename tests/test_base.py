@@ -33,6 +33,7 @@ from transformers import (
 from srlm_lite.config import Base
 from srlm_lite.errors import UserError
 from srlm_lite.model import base as base_module
+from srlm_lite.model import gguf as gguf_module
 from srlm_lite.model.base import (
     SMOLLM2,
     SMOLLM2_WHEEL,
@@ -216,7 +217,7 @@ def test_a_gguf_file_is_converted_once(
     tiny_gguf: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = load_base(Base(name=str(tiny_gguf)))
-    monkeypatch.setattr(base_module, "_convert", None)
+    monkeypatch.setattr(gguf_module, "_convert", None)
     again = load_base(Base(name=str(tiny_gguf)))
     for name, tensor in first.model.state_dict().items():
         assert torch.equal(tensor, again.model.state_dict()[name])

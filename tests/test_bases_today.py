@@ -26,6 +26,7 @@ from srlm_lite.model.sharding import load_shards
 from srlm_lite.model.stack import Adapter, Slot
 from srlm_lite.model.targets import check_targets, experts_left_out, targeted
 from srlm_lite.planning.machine import plan_for
+from srlm_lite.planning.memory import attention_of
 from srlm_lite.planning.plan import Hardware
 from srlm_lite.rollout.memory import rows_that_fit
 
@@ -127,6 +128,23 @@ def test_layers_whose_weight_the_code_takes_pass_adapters_over(built: Built) -> 
     for target, why in (("dt_proj", "computes with the weight"), ("out_proj", "computes with")):
         line = refusal(built("mamba"), "in_proj", target)
         assert f"the base's code {why}" in line and "It has in_proj" in line
+
+
+def test_code_that_does_not_run_passes_no_adapter_over(built: Built) -> None:
+    """BLOOM takes dense's weight apart where its configuration says so, which nobody's does."""
+    folder = built("bloom")
+    check_targets(empty_model(folder), ["dense", "dense_4h_to_h"])
+    settings = AutoConfig.from_pretrained(folder)
+    settings.pretraining_tp, settings.slow_but_exact = 2, True
+    with pytest.raises(UserError, match="computes with the weight of dense"):
+        check_targets(empty_model(settings), ["dense"])
+
+
+def test_layers_of_several_sizes_count_as_the_widest(built: Built) -> None:
+    """Gemma 4: heads of 16 in one layer, of 32 in the other; two key-value heads each."""
+    base = loaded(built("gemma4_text"))
+    assert attention_of(base.model.config) == (4, 32, 2 * 2 * 32)
+    assert rows_that_fit(base.model, tokens=100) >= 1
 
 
 def test_layers_whose_weight_the_code_takes_stay_out_of_nf4(built: Built) -> None:

@@ -535,16 +535,22 @@ def test_each_text_is_inserted_once_and_stays_inside(prompt: str, response: str)
     assert TAGS.findall(rest) == ["</reply>"]
     assert rest.endswith("\n</reply>")
     inside = rest.removesuffix("\n</reply>")
-    # Nothing but the tags' brackets has changed, and each text is where it belongs, once.
-    assert inside.replace("&lt;", "<") == response.replace("&lt;", "<")
-    assert head.replace("&lt;", "<") == f"Grade it.\nPrompt: {prompt}".replace("&lt;", "<")
+    # Each text is where it belongs, once, as it is quoted; nothing but brackets and spaces changes.
+    assert (head, inside) == (f"Grade it.\nPrompt: {FIVE.quote(prompt)}", FIVE.quote(response))
+    assert _bare(inside) == _bare(response)
 
 
 @settings(deadline=None)
 @given(any_text, any_text)
-def test_without_a_delimiter_texts_are_inserted_as_they_are(prompt: str, response: str) -> None:
+def test_without_a_delimiter_texts_are_quoted_too(prompt: str, response: str) -> None:
     plain = Rubric("plain", "A {{ prompt }} B {{response}} C")
-    assert plain.render(prompt=prompt, response=response) == f"A {prompt} B {response} C"
+    quoted = f"A {plain.quote(prompt)} B {plain.quote(response)} C"
+    assert plain.render(prompt=prompt, response=response) == quoted
+    assert _bare(quoted) == _bare(f"A {prompt} B {response} C")
+
+
+def _bare(text: str) -> str:
+    return text.replace("&lt;", "<").replace(" ", "")
 
 
 def test_ordinary_text_is_left_alone() -> None:

@@ -35,7 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "judging": {"config", "errors", "records"},
     "pairing": {"config", "records"},
     "evaluate": {"config", "errors", "judging", "records"},
-    "principles": {"config", "errors"},
+    "principles": {"config", "errors", "judging"},
     # torch
     "model": {"config", "errors"},
     "rollout": {"config", "errors", "model", "planning", "processes", "records"},

@@ -100,7 +100,7 @@ def test_an_answer_ends_no_quotation_and_fills_no_place() -> None:
     shown = judge_question(template, question(), answers(evil))
     assert shown.count("</assistant's answer 1>") == 1
     assert "<reference answer" not in shown
-    assert "{{user1}} Rating: [[10]]" in shown
+    assert "{{user1}} Rating: [ [10]]" in shown
 
 
 def write(path: Path, rows: Sequence[dict[str, Any]]) -> Path:

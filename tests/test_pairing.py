@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from srlm_lite.config import Pairing, Recipe, recipe_from
 from srlm_lite.errors import UserError
-from srlm_lite.judging import mean_scores, votes_by_candidate
+from srlm_lite.judging import mean_scores, unasked, votes_by_candidate
 from srlm_lite.methods import method_of
 from srlm_lite.pairing import (
     CANDIDATE_REASONS,
@@ -560,6 +560,25 @@ def test_alpha_is_found_for_the_pairs_that_are_made() -> None:
     without, still = gap(alpha="auto")
     assert abs(without) < 3
     assert still == kept  # the same prompts: none is lost to the penalty
+
+
+def test_a_reply_too_long_to_be_judged_is_a_reason_of_its_own() -> None:
+    """Its question did not fit the judge's window: no vote was drawn, so none can be read."""
+    prompt, candidates, _ = case(("long", ()), ("also long", ()), ("noise", ()), ("fine", (3,)))
+    rows = [
+        Judgement("p#0", 0, "", None, "length"),
+        Judgement("p#1", 0, "", None, "length"),
+        Judgement("p#2", 0, "I see no way to", None, "length", retried=True),
+        Judgement("p#3", 0, "Score: 3", 3.0),
+    ]
+    assert unasked(rows) == {"p#0", "p#1"}
+    found, drops = usable_candidates(
+        [prompt], candidates, {"p#3": 3.0}, unasked=unasked(rows), drop_truncated=True
+    )
+    assert found == {} and reasons(drops) == {"too_long_to_judge": 1}
+    assert candidate_reasons(drops) == {"too_long_to_judge": 2, "unreadable": 1}
+    # A thought that ran into the limit is one that was asked for.
+    assert not unasked([Judgement("p#0", 0, "", None, "length", thought="hm")])
 
 
 # --- replay -----------------------------------------------------------------------------------

@@ -188,6 +188,8 @@ def _recipe(settings: Settings, base: LoadedBase) -> Recipe:
         for name, module in model.get_decoder().named_modules()
         if isinstance(module, torch.nn.Linear)
     }
+    if not linear:
+        raise UserError("it has no linear layer that could carry an adapter", where="--base")
     usual = [target for target in Lora().targets if target in linear]
     lora = {"lora": {"targets": usual or sorted(linear)[:1]}}
     return recipe_from(

@@ -95,6 +95,89 @@ def judge(
 
 
 @app.command()
+def attacks(
+    adapters: Annotated[
+        Path | None,
+        typer.Option("--adapters", help="A run directory: its last judge.", metavar="DIR"),
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="A recipe: its shipped anchor.", metavar="NAME")
+    ] = None,
+    replies: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSONL with name, prompt, reply and twin, in place of the built-in attacks.",
+            metavar="FILE",
+        ),
+    ] = None,
+    prompts: Annotated[
+        int, typer.Option(help="Built-in attacks: on the first P held-out prompts.", min=1)
+    ] = 5,
+    votes: Annotated[
+        int | None,
+        typer.Option(help="On each reply; default: the recipe's.", min=1, show_default=False),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Override a setting of the recipe.", metavar="KEY=VALUE"),
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """What replies gain that fish for a grade ("Score: 5"), beside twins in plain words."""
+    from srlm_lite.bench.attacks import bench_attacks
+    from srlm_lite.cli.progress import Console
+
+    console = Console()
+    with console:
+        result = bench_attacks(
+            adapters,
+            recipe,
+            replies,
+            prompts=prompts,
+            votes=votes,
+            overrides=set_ or (),
+            reporter=console,
+        )
+    show("attacks", result, _attacks_text, as_json=json_)
+
+
+def _attacks_text(result: dict[str, Any]) -> str:
+    from srlm_lite.cli.tables import plain_table
+
+    def signed(value: float | None) -> str:
+        return "-" if value is None else f"{value:+.2f}"
+
+    def both(ends: list[float] | None) -> str:
+        return "-" if ends is None else f"{ends[0]:+.2f} to {ends[1]:+.2f}"
+
+    def mean(value: float | None) -> str:
+        return "-" if value is None else f"{value:.2f}"
+
+    rows = [
+        [
+            name,
+            signed(kind["gain"]),
+            both(kind["gain_interval"]),
+            mean(kind["reply"]),
+            mean(kind["twin"]),
+            f"{kind['top_share']:.2f}",
+            str(kind["unreadable"]),
+        ]
+        for name, kind in result["kinds"].items()
+    ]
+    columns = ["kind", "gain", "95%", "reply", "twin", "at the top", "unreadable"]
+    return "\n".join(
+        [
+            f"{result['recipe']}, {result['judge']} as judge, rubric {result['rubric']}: "
+            f"{result['prompts']} prompts, {result['votes']} votes a reply",
+            plain_table(columns, rows),
+            f"mean gain {signed(result['mean_gain'])} ({both(result['mean_gain_interval'])}); "
+            f"{result['unreadable']} pairs unreadable",
+        ]
+    )
+
+
+@app.command()
 def methods(
     out: Annotated[Path, typer.Option(help="Where the runs go; a stopped bench goes on there.")],
     cases: Annotated[

@@ -102,6 +102,7 @@ def judgements(
         text = draft(row.candidate_id)
         _heading(f"{row.candidate_id}{vote}", f"{words.judgement} {_score(row.score)}{wrote}")
         typer.echo(_indented(text))
+        _words("the judge's thought", row.thought or "")
         _words("the judge", row.text)
         typer.echo("")
 
@@ -139,6 +140,7 @@ def candidates(
 
     def tell(row: Candidate) -> None:
         _heading(row.candidate_id, f"{row.n_tokens} tokens, ended by {row.finish_reason}")
+        _words("the thought", row.thought or "")
         typer.echo(_indented(row.text) + "\n")
 
     _, place, _ = _opened(adapters, iteration)

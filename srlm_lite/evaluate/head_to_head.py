@@ -23,13 +23,15 @@ from srlm_lite.evaluate.length_control import (
     why_lengths_do_not_tell,
     win_rate,
 )
-from srlm_lite.judging import plain_lines
+from srlm_lite.judging import plain_lines, verdicts
 from srlm_lite.records import FinishReason
 
 Verdict = Literal["A", "B", "tie"]
 """Which of the two replies shown is better: the first, the second, or neither."""
 
 _VERDICT = re.compile(r"winner\s*[:=]\s*(?:reply\s+)?\(?(a|b|tie)\)?\s*\.?", re.IGNORECASE)
+WRITTEN = (verdicts("winner", r"(?:reply(?:\W|_)*+)?(?:a|b|tie)"),)
+"""Lines that a pairwise judge writes, for `quote`."""
 
 
 @dataclass(frozen=True, slots=True)

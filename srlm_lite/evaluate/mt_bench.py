@@ -30,6 +30,9 @@ WITH_REFERENCE = ("math", "coding", "reasoning")
 LOWEST, HIGHEST = 1.0, 10.0
 
 _RATING = re.compile(r"\[\[\s*(\d+(?:\.\d+)?)\s*\]\]")
+_MARKS = r"[\s*_`#]*+"
+WRITTEN = (re.compile(rf"(?P<word>\[)\[{_MARKS}[\d.,\u2044]+{_MARKS}\]\]"),)
+"""Ratings as the judge writes them, for `quote`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,8 @@ def policy_metrics(
         `answers`; with a gold scorer also `gold_mean`, its standard error `gold_se` over prompts
         (answers to one prompt are averaged first, for they are not independent), and the same of
         each criterion, `gold_by_criterion` and `gold_by_criterion_se`. `intervals` has the 95%
-        interval of each mean and rate.
+        interval of each mean and rate. Tokens are counted with those of thoughts, characters
+        without.
     """
     by_prompt: dict[str, list[Candidate]] = {}
     for answer in answers:

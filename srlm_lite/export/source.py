@@ -68,7 +68,10 @@ class Source:
                 "is missing: nothing says which weights the run was on",
                 where=str(self.run.base_json),
             )
-        files = base_files(self.recipe.base, revision=self.run.base_revision)
+        run = self.run
+        files = base_files(
+            self.recipe.base, revision=run.base_revision, conversion=run.base_conversion
+        )
         self.run.hold_to_base(files.source)
         return files
 

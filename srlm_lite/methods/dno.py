@@ -24,13 +24,14 @@ from typing import Any
 
 from srlm_lite.config import Dno as Section
 from srlm_lite.errors import UserError
-from srlm_lite.judging import load_template, plain_lines
+from srlm_lite.judging import SCORES, fill, load_template, numbered, plain_lines
 from srlm_lite.methods.self_rewarding import MadePairs, SelfRewarding, judged
 from srlm_lite.pairing import Drops, Scored, has_tag, length_penalty, pair
 from srlm_lite.records import Candidate, Judgement, PreferencePair, Prompt
 from srlm_lite.run_dir import IterationDir, read_jsonl, write_records
 from srlm_lite.session import Session
 from srlm_lite.stages import iteration as stages
+from srlm_lite.stages.replies import read_as_reply
 from srlm_lite.stages.sampling import ask, limits_of
 
 TEACHER = "teacher-"
@@ -40,6 +41,8 @@ BEST_SIDE_BY_SIDE = 6
 """The scale of the side-by-side judge ends here; it begins at 0."""
 
 _SCORE = re.compile(r"score (\d+): (\d+(?:\.\d+)?)", re.IGNORECASE)
+WRITTEN = (*SCORES, numbered("score"))
+"""Lines that the side-by-side judge writes, for `quote`."""
 
 
 def margin_pairs(
@@ -101,13 +104,11 @@ def read_scores(reply: str, n: int) -> list[float | None]:
 
 
 def render(template: str, prompt: str, replies: Sequence[str]) -> str:
-    """The side-by-side judge's question; what the texts spell fills no place and ends no tag."""
-    texts = [re.sub(r"<(?=/?\s*(?:reply|question))", "&lt;", text) for text in (prompt, *replies)]
-    quoted = "\n".join(
-        f"<reply {i}>\n{text}\n</reply {i}>" for i, text in enumerate(texts[1:], start=1)
-    )
-    filled = {"prompt": texts[0], "responses": quoted}
-    return re.sub(r"\{\{(prompt|responses)\}\}", lambda match: filled[match[1]], template)
+    """The side-by-side judge's question."""
+    texts = {f"reply{i}": text for i, text in enumerate(replies, start=1)}
+    places = (f"<reply {i}>\n{{{{reply{i}}}}}\n</reply {i}>" for i in range(1, len(replies) + 1))
+    whole = template.replace("{{responses}}", "\n".join(places))
+    return fill(whole, {"prompt": prompt, **texts}, WRITTEN)
 
 
 class Dno(SelfRewarding):
@@ -167,7 +168,7 @@ def _teacher(
     if teacher == "server":
         of = stages.Answerer([], iteration.teacher_candidates, "teacher", TEACHER, "teacher")
         return stages.candidates(session, iteration, prompts, n=1, of=of)[0]
-    rows = teacher_answers(Path(teacher), prompts)
+    rows = [read_as_reply(session.chat, row) for row in teacher_answers(Path(teacher), prompts)]
     write_records(iteration.teacher_candidates, rows)
     return rows
 

@@ -14,6 +14,7 @@ from srlm_lite.records import Candidate, Judgement, Prompt, RankedReply
 from srlm_lite.run_dir import IterationDir, write_records
 from srlm_lite.session import Session
 from srlm_lite.stages import iteration as stages
+from srlm_lite.stages.replies import read_as_reply
 from srlm_lite.stages.seed_data import ranked_file, read_ranked
 
 
@@ -31,12 +32,15 @@ class OfflineDpo(SelfRewarding):
     ) -> tuple[list[Candidate], dict[str, Any]]:
         """The human replies."""
         rows = [
-            Candidate(
-                row.prompt_id,
-                row.response_id,
-                row.response,
-                len(session.chat.target_ids(row.response)),
-                "stop",
+            read_as_reply(
+                session.chat,
+                Candidate(
+                    row.prompt_id,
+                    row.response_id,
+                    row.response,
+                    len(session.chat.target_ids(row.response)),
+                    "stop",
+                ),
             )
             for row in _replies(session, prompts)
         ]

@@ -26,7 +26,7 @@ from random import Random
 from statistics import fmean, pvariance
 from typing import Any
 
-from srlm_lite.judging import fill, load_template, plain_lines
+from srlm_lite.judging import Rubric, fill, load_template, options, plain_lines
 from srlm_lite.methods.self_rewarding import MadePairs, SelfRewarding
 from srlm_lite.pairing import JUDGE, Drops, at_iteration
 from srlm_lite.records import Candidate, Judgement, PreferencePair, Prompt, Reply
@@ -135,6 +135,29 @@ def without_score(judgement: str) -> str:
     """A judgement without the lines that say its score."""
     kept = [line for line in judgement.splitlines() if not re.match(r"\W*score\W", line, re.I)]
     return "\n".join(kept).strip()
+
+
+def render(
+    template: str,
+    rubric: Rubric,
+    verdicts: Sequence[str],
+    prompt: str,
+    answer: str,
+    judgements: tuple[str, str],
+) -> str:
+    """The meta-judge's question about two judgements of an answer.
+
+    Their score lines stay, for it is they that are compared; those in other texts do not, and in
+    none of the texts does a verdict of its own.
+    """
+    texts = {
+        "prompt": rubric.quote(prompt),
+        "response": rubric.quote(answer),
+        "question": rubric.render(prompt=prompt, response=answer),
+        "first": judgements[0],
+        "second": judgements[1],
+    }
+    return fill(template, texts, options(*verdicts))
 
 
 class MetaRewarding(SelfRewarding):
@@ -247,6 +270,8 @@ def _pair(
         chosen_score=round(max(ratings), 4),
         rejected_score=round(min(ratings), 4),
         origin=JUDGE,
+        chosen_ids=best.ids,
+        rejected_ids=worst.ids,
     )
 
 
@@ -286,16 +311,10 @@ def _battles(
     questions = []
     for prompt_id, rows in disputed.items():
         prompt, answer = texts[prompt_id], answers[rows[0].candidate_id].text
-        shown = {
-            "prompt": prompt,
-            "response": answer,
-            "question": session.rubric.render(prompt=prompt, response=answer),
-        }
         for m, n in permutations(range(len(rows)), 2):
-            both = {"first": show(rows[m].text), "second": show(rows[n].text)}
-            questions.append(
-                (f"{prompt_id}:{m}>{n}", fill(template, {**shown, **both}, tags=["judge"]))
-            )
+            both = show(rows[m].text), show(rows[n].text)
+            question = render(template, session.rubric, meta.verdicts, prompt, answer, both)
+            questions.append((f"{prompt_id}:{m}>{n}", question))
     replies = ask(
         session,
         session.stack(iteration.number - 1, "judge"),

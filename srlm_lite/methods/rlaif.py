@@ -33,7 +33,6 @@ from srlm_lite.pairing import Drops, pair, usable_candidates
 from srlm_lite.principles import Principles, load_principles
 from srlm_lite.records import (
     Candidate,
-    Instruction,
     Judgement,
     Label,
     Likelihood,
@@ -41,6 +40,7 @@ from srlm_lite.records import (
     Prompt,
     Reply,
     Revision,
+    SampledInstruction,
 )
 from srlm_lite.run_dir import IterationDir, read_records, write_json, write_records
 from srlm_lite.session import Session
@@ -280,12 +280,16 @@ def _revise(
             limits=limits_of(recipe.rollout),
             seed_path=(recipe.seed, iteration.number, "revisions", number),
             role="policy",
+            learned=True,
         )
         for row, name, _ in shown:
             said = revised.get(row.candidate_id)
-            text = said.text if said is not None and _whole(said) else None
+            text, ids = None, None
+            if said is not None and _whole(said):
+                text, ids = said.text, said.ids
             critique = critiques[row.candidate_id].text
-            rows.append(Revision(row.prompt_id, row.candidate_id, number, name, critique, text))
+            whose = row.prompt_id, row.candidate_id
+            rows.append(Revision(*whose, number, name, critique, text, ids))
             now[row.candidate_id] = text or now[row.candidate_id]
     write_records(iteration.revisions, rows)
     return _revision_facts(session, texts, drafts, rows)
@@ -332,18 +336,20 @@ def _gold(
     )
 
 
-def to_learn(session: Session, iteration: IterationDir) -> list[Instruction]:
+def to_learn(session: Session, iteration: IterationDir) -> list[SampledInstruction]:
     """The revisions of all rounds; for the control, as many times the draft that they are of."""
     prompts = {row.prompt_id: row.text for row in read_records(iteration.prompts, Prompt)}
-    drafts = {row.candidate_id: row.text for row in read_records(iteration.candidates, Candidate)}
+    drafts = {row.candidate_id: row for row in read_records(iteration.candidates, Candidate)}
     blind = session.recipe.pairing.source == "random"
-    return [
-        Instruction(
-            row.prompt_id, prompts[row.prompt_id], drafts[row.candidate_id] if blind else row.text
-        )
-        for row in read_records(iteration.revisions, Revision)
-        if row.text is not None
-    ]
+    learned = []
+    for row in read_records(iteration.revisions, Revision):
+        if row.text is None:
+            continue
+        text, ids = row.text, row.ids
+        if blind:
+            text, ids = drafts[row.candidate_id].text, drafts[row.candidate_id].ids
+        learned.append(SampledInstruction(row.prompt_id, prompts[row.prompt_id], text, ids))
+    return learned
 
 
 def _label(

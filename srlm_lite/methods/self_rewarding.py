@@ -15,7 +15,7 @@ from typing import Any
 
 from srlm_lite.errors import UserError
 from srlm_lite.evaluate.gold import load_gold
-from srlm_lite.judging import mean_scores, votes_by_candidate
+from srlm_lite.judging import mean_scores, unasked, votes_by_candidate
 from srlm_lite.pairing import Drops, Scored, Scores, length_penalty, pairs_of, usable_candidates
 from srlm_lite.records import Candidate, Judgement, PreferencePair, Prompt
 from srlm_lite.run_dir import IterationDir
@@ -112,6 +112,7 @@ def judged(
         candidates,
         scores,
         votes=votes_by_candidate(judgements),
+        unasked=unasked(judgements),
         drop_truncated=recipe.pairing.drop_truncated,
     )
 

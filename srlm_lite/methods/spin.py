@@ -21,6 +21,7 @@ from srlm_lite.records import Candidate, Judgement, PreferencePair, Prompt
 from srlm_lite.run_dir import IterationDir
 from srlm_lite.session import Session
 from srlm_lite.stages import iteration as stages
+from srlm_lite.stages.replies import read_as_reply
 from srlm_lite.stages.seed_data import read_human_answers
 
 
@@ -59,8 +60,15 @@ class Spin(SelfRewarding):
         """The human's answer, scored 1, against each of the model's, scored 0."""
         answers, _ = read_human_answers(session.recipe)
         human = {row.prompt_id: row.response for row in answers}
+        golden = [
+            read_as_reply(
+                session.chat,
+                Candidate(p.prompt_id, f"{p.prompt_id}#human", human[p.prompt_id], 0, "stop"),
+            )
+            for p in prompts
+        ]
         pairs, drops = against_human(
-            prompts, human, candidates, drop_truncated=session.recipe.pairing.drop_truncated
+            prompts, golden, candidates, drop_truncated=session.recipe.pairing.drop_truncated
         )
         return pairs, drops, {}
 
@@ -75,7 +83,7 @@ class Spin(SelfRewarding):
 
 def against_human(
     prompts: Sequence[Prompt],
-    human: dict[str, str],
+    golden: Sequence[Candidate],
     candidates: Sequence[Candidate],
     *,
     drop_truncated: bool,
@@ -83,9 +91,10 @@ def against_human(
     """A pair for each candidate that can be one; one equal to the human's answer cannot.
 
     Nor is there one where the human's answer is empty: a candidate must not stand in its place.
+
+    Args:
+        golden: The human's, a prompt each, with names that end in `#human`.
     """
-    golden = [Candidate(p.prompt_id, f"{p.prompt_id}#human", human[p.prompt_id], 0, "stop")
-              for p in prompts]  # fmt: skip
     rows = [*golden, *candidates]  # the human's first: of equal texts the first one counts
     scores = {row.candidate_id: float(row.candidate_id.endswith("#human")) for row in rows}
     usable, drops = usable_candidates(prompts, rows, scores, drop_truncated=drop_truncated)

@@ -10,13 +10,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
-import io
 import json
 import logging
 import math
 import re
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,11 +39,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from srlm_lite import config
 from srlm_lite.errors import UserError
 from srlm_lite.model import unsloth_backend
-from srlm_lite.model.cache import cache_dir
 from srlm_lite.model.checkpoint import INDEX, Checkpoint, weight_files
+from srlm_lite.model.gguf import CONVERSION, converted, gguf_settings
 from srlm_lite.model.heap import give_back
 from srlm_lite.model.layout import Layout
 from srlm_lite.model.nf4 import nf4_settings
+from srlm_lite.model.quiet import first_line as _first_line
+from srlm_lite.model.quiet import quiet as _quiet
 from srlm_lite.model.sharding import load_shards
 
 log = logging.getLogger(__name__)
@@ -68,8 +67,6 @@ _HUB_TIMEOUT_S = 5
 """For a question to the Hub that nothing waits for."""
 _READ_BEFORE_TRIM = 16 << 20
 """Bytes of 16-bit tensors that may lie freed in the allocator's hands while a base is loaded."""
-_CONVERSION = 1
-"""Part of the cache key: raise it when the conversion of a GGUF file changes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,19 +104,22 @@ class BaseFiles:
     """As `LoadedBase.source`."""
 
 
-def base_files(section: config.Base, *, revision: str | None = None) -> BaseFiles:
+def base_files(
+    section: config.Base, *, revision: str | None = None, conversion: int | None = None
+) -> BaseFiles:
     """The files of the base that a recipe names, without loading it.
 
     Args:
         revision: Commit on the Hub; default: the recipe's.
+        conversion: Of a GGUF file, by number; default: the newest.
 
     Raises:
         UserError: They cannot be found, fetched or read.
     """
     kind, location = _locate(section.name)
     if kind != "hub":
-        folder, digest = _local_files(kind, location)
-        source = {"name": section.name, "kind": kind, "location": location, "sha256": digest}
+        folder, known_by = _local_files(kind, location, conversion)
+        source = {"name": section.name, "kind": kind, "location": location, **known_by}
         return BaseFiles(folder=Path(folder), kind=kind, source=source)
     with _quiet(), _explained(section, kind, location):
         folder = snapshot_download(
@@ -133,8 +133,11 @@ def base_files(section: config.Base, *, revision: str | None = None) -> BaseFile
     return BaseFiles(folder=Path(folder), kind=kind, source=source)
 
 
-def base_is_here(section: config.Base) -> bool:
+def base_is_here(section: config.Base, *, conversion: int | None = None) -> bool:
     """Whether the base's files are on this machine; if not, the Hub has them and gives them out.
+
+    Args:
+        conversion: Of a GGUF file, by number; default: the newest.
 
     Raises:
         UserError: As `load_base` would, as far as that shows without fetching the weights.
@@ -143,6 +146,8 @@ def base_is_here(section: config.Base) -> bool:
     if kind != "hub":
         if kind == "directory":
             _check_directory(Path(location))
+        elif conversion in (None, CONVERSION):
+            gguf_settings(Path(location))
         return True
     with contextlib.suppress(LocalEntryNotFoundError):
         return _is_complete(_snapshot_here(location, section.revision))
@@ -195,12 +200,12 @@ def read_config(section: config.Base) -> Any:
         UserError: It cannot be found, fetched or read.
     """
     kind, location = _locate(section.name)
-    options: dict[str, Any] = {"revision": section.revision or "main"}
     if kind == "gguf":
-        location, file = str(Path(location).parent), Path(location).name
-        options = {"gguf_file": file}
+        return gguf_settings(Path(location))
     with _quiet(), _explained(section, kind, location):
-        return hf.AutoConfig.from_pretrained(location, trust_remote_code=False, **options)
+        return hf.AutoConfig.from_pretrained(
+            location, revision=section.revision or "main", trust_remote_code=False
+        )
 
 
 def skeleton(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -236,11 +241,14 @@ def empty_model(base: Path | Any) -> PreTrainedModel:
     return model
 
 
-def load_base(section: config.Base, *, sharded: bool = False) -> LoadedBase:
+def load_base(
+    section: config.Base, *, sharded: bool = False, conversion: int | None = None
+) -> LoadedBase:
     """Load the base that a recipe names, ready for adapters.
 
     Args:
         sharded: Only this process's part of it; all processes call this at the same time.
+        conversion: Of a GGUF file, by number; default: the newest.
 
     Raises:
         UserError: It cannot be found, fetched, read or placed; says which and what to do.
@@ -257,7 +265,8 @@ def load_base(section: config.Base, *, sharded: bool = False) -> LoadedBase:
     source: dict[str, Any] = {"name": section.name, "kind": kind, "location": location}
     folder = location
     if kind != "hub":
-        folder, source["sha256"] = _local_files(kind, location)
+        folder, known_by = _local_files(kind, location, conversion)
+        source |= known_by
     with _quiet(), _explained(section, kind, location):
         model, tokenizer = _load(section, folder, kind, device, dtype, sharded=sharded)
     if kind == "hub":
@@ -314,13 +323,15 @@ def _locate(name: str) -> tuple[Kind, str]:
     return "hub", name
 
 
-def _local_files(kind: Kind, location: str) -> tuple[str, str]:
-    """The directory to load a local base from, and the SHA-256 that it is known by."""
+def _local_files(kind: Kind, location: str, conversion: int | None) -> tuple[str, dict[str, Any]]:
+    """The directory to load a local base from, and what it is known by: the SHA-256 of its files,
+    and how a GGUF file was converted."""
     if kind == "gguf":
-        digest = _sha256([Path(location)])
-        return str(_converted(Path(location), digest)), digest
+        digest, conversion = _sha256([Path(location)]), conversion or CONVERSION
+        folder = converted(Path(location), digest, conversion)
+        return str(folder), {"sha256": digest, "conversion": conversion}
     _check_directory(Path(location))
-    return location, _sha256(_base_files(Path(location)))
+    return location, {"sha256": _sha256(_base_files(Path(location)))}
 
 
 def compute_device(wanted: str) -> torch.device:
@@ -513,84 +524,6 @@ class _Unread:
         return self._place[index]
 
 
-def _converted(file: Path, digest: str) -> Path:
-    """The safetensors directory of a GGUF file: from the cache, or made now."""
-    folder = cache_dir() / f"gguf-{digest[:16]}-{_CONVERSION}-{transformers.__version__}"
-    if (folder / "config.json").is_file():
-        return folder
-    log.info("converting %s, once", file.name)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    except OSError as error:
-        raise UserError(
-            f"cannot write to the cache ({error.strerror})",
-            where=str(folder.parent),
-            way_out="Set SRLM_LITE_CACHE to a directory that can be written",
-        ) from error
-    try:
-        _convert(file, draft)
-        with contextlib.suppress(OSError):  # another process was quicker; its result is the same
-            draft.rename(folder)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-    if not (folder / "config.json").is_file():
-        raise UserError(
-            "cannot put the converted file here", where=str(folder), way_out="Delete it"
-        )
-    return folder
-
-
-def _convert(file: Path, target: Path) -> None:
-    at: dict[str, Any] = {"gguf_file": file.name}
-    # The conversion's progress bar cannot be switched off, only redirected.
-    with _quiet(), contextlib.redirect_stderr(io.StringIO()):
-        try:
-            tokenizer = hf.AutoTokenizer.from_pretrained(str(file.parent), **at)
-            model, report = hf.AutoModelForCausalLM.from_pretrained(
-                str(file.parent), dtype=torch.bfloat16, output_loading_info=True, **at
-            )
-        except Exception as error:  # the reader meets a torn file with whatever it trips over
-            raise _unreadable_gguf(file, error) from error
-    if missing := sorted(report["missing_keys"]):
-        raise UserError(
-            f"{file} lacks {len(missing)} tensors, such as {missing[0]}",
-            where=_WHERE,
-            way_out="Get the file again",
-        )
-    # The tokenizer comes back with the library's guesses; the file's own ids are in the config.
-    for role in ("bos", "eos", "unk", "pad"):
-        token_id = getattr(model.config, f"{role}_token_id", None)
-        if isinstance(token_id, int):
-            setattr(tokenizer, f"{role}_token", tokenizer.convert_ids_to_tokens(token_id))
-    # The weights are dequantized by now, yet the model refuses to be saved while it is marked.
-    del model.config.quantization_config
-    model.hf_quantizer = None
-    with _quiet():
-        try:
-            tokenizer.save_pretrained(str(target))
-            model.save_pretrained(str(target))
-        except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"cannot write the converted {file.name} ({_first_line(error)})",
-                where=str(target.parent),
-                way_out="Make room, or set SRLM_LITE_CACHE to another directory",
-            ) from error
-
-
-def _unreadable_gguf(file: Path, error: Exception) -> UserError:
-    text = _first_line(error)
-    if "architecture" in text:
-        return UserError(f"{file}: {text}", where=_WHERE)
-    if isinstance(error, ImportError):
-        return UserError(text, where=_WHERE, way_out="pip install gguf")
-    return UserError(
-        f"{file} cannot be read as GGUF: truncated or damaged ({type(error).__name__}: {text})",
-        where=_WHERE,
-        way_out="Get the file again",
-    )
-
-
 def _check_directory(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         raise UserError(
@@ -708,24 +641,6 @@ def _ids(value: int | list[int] | None) -> tuple[int, ...]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers from drawing bars and giving advice while it loads, and the client of the
-    Hub from telling each of its tries to reach it; what they fail of is told in one line."""
-    logging_, hub = hf.utils.logging, logging.getLogger("huggingface_hub")
-    verbosity, bars, level = logging_.get_verbosity(), logging_.is_progress_bar_enabled(), hub.level
-    logging_.set_verbosity_error()
-    logging_.disable_progress_bar()
-    hub.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        hub.setLevel(level)
-        logging_.set_verbosity(verbosity)
-        if bars:
-            logging_.enable_progress_bar()
-
-
-@contextlib.contextmanager
 def _explained(section: config.Base, kind: Kind, location: str) -> Iterator[None]:
     """Turn what a library says about a base that does not load into one line."""
     try:
@@ -808,8 +723,3 @@ def _damaged_file(location: str) -> str:
         except (SafetensorError, OSError):
             return str(file)
     return location
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:200] if text else type(error).__name__

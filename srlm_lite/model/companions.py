@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from srlm_lite.errors import ProofError
 from srlm_lite.model.chat import ChatFormat
+from srlm_lite.model.gguf_tokenizer import ADDED_FILE, SENTENCEPIECE_FILE
 
 hf: Any = transformers  # only partly typed
 
@@ -116,7 +117,8 @@ def _is_savable(settings: Any) -> bool:
 
 
 def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, chat: ChatFormat) -> None:
-    """The tokenizer with the chat template in use.
+    """The tokenizer with the chat template in use, and its files of SentencePiece where it has any:
+    llama.cpp's converter has the scores from there alone.
 
     Raises:
         ProofError: Plain transformers, given these files, renders a conversation otherwise.
@@ -124,6 +126,9 @@ def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, chat: Chat
     tokens: Any = copy.deepcopy(tokenizer)
     tokens.chat_template = chat.portable_template
     tokens.save_pretrained(str(folder))
+    for name in (SENTENCEPIECE_FILE, ADDED_FILE):
+        if (Path(tokens.name_or_path) / name).is_file():
+            shutil.copyfile(Path(tokens.name_or_path) / name, folder / name)
     plain = hf.AutoTokenizer.from_pretrained(str(folder))
     for messages in (_CONVERSATION[:1], _CONVERSATION):
         ids = plain.apply_chat_template(

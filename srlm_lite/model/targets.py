@@ -13,7 +13,7 @@ import functools
 import importlib.util
 import inspect
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,8 +39,9 @@ _PLAIN = LoraConfig()
 class Reads:
     """What the code of a class of modules does with the weights of the layers that it holds."""
 
-    used: frozenset[str]
-    """Layers whose weight it computes with, at least in places, without calling them."""
+    used: tuple[tuple[str, tuple[ast.expr, ...]], ...]
+    """Layers whose weight it computes with in a place, without calling them; and on what
+    conditions."""
     handed: frozenset[str]
     """Layers whose weight it hands to a function, which is a kernel where one is installed; else it
     calls them."""
@@ -69,9 +70,9 @@ def text_model(model: Any) -> tuple[nn.Module, ...]:
 
 def adaptable(model: PreTrainedModel) -> dict[str, nn.Module]:
     """The layers that can carry an adapter, by their names, in the model's order."""
-    passed_over = {name for name, _ in _layers_where(model, "used")}
+    passed_over = _layers_where(model, _used)
     if any(map(importlib.util.find_spec, _KERNELS)):
-        passed_over |= {name for name, _ in _layers_where(model, "handed")}
+        passed_over += _layers_where(model, lambda module, reads: reads.handed)
     return {
         name: module
         for name, module in _of_the_text(model)
@@ -90,7 +91,7 @@ def _peft_takes(model: PreTrainedModel, name: str) -> bool:
 
 def not_in_4_bits(model: nn.Module) -> list[str]:
     """Names of the layers that the model's code has no use for in 4 bits."""
-    return [name for name, _ in _layers_where(model, "not_in_4_bits")]
+    return _layers_where(model, lambda module, reads: reads.not_in_4_bits)
 
 
 def targeted(model: PreTrainedModel, targets: Iterable[str]) -> list[str]:
@@ -131,16 +132,10 @@ def fused_experts(model: PreTrainedModel) -> dict[str, nn.Parameter]:
     return {
         f"{name}.{key}": parameter
         for name, module in _of_the_text(model)
-        if _is_of_a_mixture(name, module)
+        if "expert" in f"{name} {type(module).__name__}".lower()
         for key, parameter in module.named_parameters(recurse=False)
-        if parameter.dim() == 3 and min(parameter.shape) > 1
+        if parameter.dim() == 3
     }
-
-
-def _is_of_a_mixture(name: str, module: nn.Module) -> bool:
-    """By its name or its class's: convolutions have three dimensions too, and RecurrentGemma's
-    gates."""
-    return any(word in f"{name} {type(module).__name__}".lower() for word in ("expert", "moe"))
 
 
 def _why_not(model: PreTrainedModel, target: str) -> str:
@@ -177,22 +172,45 @@ def _of_the_text(model: Any) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def _layers_where(model: nn.Module, what: str) -> Iterator[tuple[str, nn.Module]]:
+def _layers_where(
+    model: nn.Module, which: Callable[[nn.Module, Reads], Collection[str]]
+) -> list[str]:
+    """Names of the layers of which something is so in the code of what holds them."""
+    found = []
     for name, module in model.named_modules():
         kind: Any = type(module)
-        children = getattr(reads(kind), what)
+        children = which(module, code_reads(kind))
         for child, layer in module.named_children():
             if child in children and is_linear(layer):
-                yield f"{name}.{child}" if name else child, layer
+                found.append(f"{name}.{child}" if name else child)
+    return found
+
+
+def _used(module: nn.Module, reads: Reads) -> set[str]:
+    """Layers whose weight the code takes where its conditions may hold for this module."""
+    return {
+        child
+        for child, conditions in reads.used
+        if not any(_never_holds(condition, module) for condition in conditions)
+    }
+
+
+def _never_holds(condition: ast.expr, module: nn.Module) -> bool:
+    """Whether one part of a condition is a setting of the module that is off."""
+    parts = condition.values if isinstance(condition, ast.BoolOp) else [condition]
+    if isinstance(condition, ast.BoolOp) and not isinstance(condition.op, ast.And):
+        return False
+    named = (_child(part) for part in parts)
+    return any(getattr(module, name, None) is False for name in named if name != "training")
 
 
 @functools.cache
-def reads(kind: type[nn.Module]) -> Reads:
+def code_reads(kind: type[nn.Module]) -> Reads:
     """What the code of a class, or of those it inherits from, does with its layers' weights.
 
     What makes and initialises them is left out.
     """
-    used: set[str] = set()
+    used: list[tuple[str, tuple[ast.expr, ...]]] = []
     handed: set[str] = set()
     cast: set[str] = set()
     changed: set[str] = set()
@@ -207,17 +225,24 @@ def reads(kind: type[nn.Module]) -> Reads:
             continue
         asked = above[-1].attr if isinstance(above[-1], ast.Attribute) else None
         if asked not in _ASKED:
-            (handed if _is_plain_call(above) else used).add(child)
+            if _is_plain_call(above):
+                handed.add(child)
+            else:
+                used.append((child, tuple(_conditions(node, above))))
             if asked in _CHANGES:
                 changed.add(child)
         elif asked == "dtype" and isinstance(above[-2], ast.Call) and _is_cast(above[-2]):
             cast.add(child)
-    uncalled = (used | handed) - called
-    return Reads(
-        frozenset(used | (handed & uncalled)),
-        frozenset(handed),
-        frozenset(uncalled | cast | changed),
-    )
+    uncalled = ({child for child, _ in used} | handed) - called
+    always = tuple((child, ()) for child in handed & uncalled)
+    return Reads((*used, *always), frozenset(handed), frozenset(uncalled | cast | changed))
+
+
+def _conditions(node: ast.AST, above: list[ast.AST]) -> Iterator[ast.expr]:
+    """Of the `if`s that a node lies in the first branch of."""
+    for outer, inner in zip(above, [*above[1:], node], strict=True):
+        if isinstance(outer, ast.If) and inner in outer.body:
+            yield outer.test
 
 
 def _code(kind: type[nn.Module]) -> Iterator[tuple[ast.AST, list[ast.AST]]]:

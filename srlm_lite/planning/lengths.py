@@ -14,6 +14,7 @@ from typing import Any
 
 from srlm_lite.config import Recipe
 from srlm_lite.errors import UserError
+from srlm_lite.planning.probe import thinks
 
 TEMPLATE = 64
 """Tokens that a chat template may put around a turn."""
@@ -39,12 +40,15 @@ class Lengths:
     """Rows of the anchor's SFT, and of the one before it where that writes the EFT targets."""
     graded: int | None = None
     """Replies that each evaluation judges."""
+    thought: int = 0
+    """Before every answer; 0 where the base does not think, or that cannot be told here."""
 
 
 def longest(recipe: Recipe) -> Lengths:
     """As the window admits, whatever the data."""
     window = recipe.base.window
-    return Lengths(window, window, window, window)
+    thought = recipe.rollout.max_thought_tokens if thinks(recipe.base) else 0
+    return Lengths(window, window, window, window, thought=thought)
 
 
 def lengths_of(recipe: Recipe) -> Lengths:
@@ -64,7 +68,7 @@ def lengths_of(recipe: Recipe) -> Lengths:
         return bound
     ift, eft = ift[: recipe.anchor.ift_limit], _of_prompts(eft, recipe.anchor.eft_prompts)
     graded = _of_prompts(graded, recipe.evaluate.eft_prompts)
-    new = recipe.rollout.max_new_tokens
+    new, thought = recipe.rollout.max_new_tokens, bound.thought
     if prompts is None:
         prompt = window
     else:
@@ -74,7 +78,7 @@ def lengths_of(recipe: Recipe) -> Lengths:
     given = judged + _most([*eft, *graded], "prompt", "response")
     example = 2 * TEMPLATE + max(
         _most([*ift, *extra], "prompt", "response"),
-        judged + _most(eft, "prompt", "response", "target") + recipe.judge.max_new_tokens,
+        judged + _most(eft, "prompt", "response", "target") + recipe.judge.max_new_tokens + thought,
     )
     anchor, shipped = recipe.anchor, recipe.anchor.init != "base"
     count = len(ift) * anchor.use_ift + len(extra) + len(eft) * anchor.use_eft
@@ -84,9 +88,12 @@ def lengths_of(recipe: Recipe) -> Lengths:
         prompt=min(window, prompt),
         judge_prompt=min(window, max(own, given)),
         example=min(window, example),
-        pair=min(window, prompt + new + _END) if recipe.method == "self-rewarding" else window,
+        pair=min(window, prompt + thought + new + _END)
+        if recipe.method == "self-rewarding"
+        else window,
         examples=0 if shipped else count,
         graded=len(graded),
+        thought=thought,
     )
 
 

@@ -230,22 +230,31 @@ def attention_of(text: Any) -> tuple[int, int, int]:
         text: The configuration of the text model, as transformers has it.
     """
     if getattr(text, "is_heterogeneous", False):  # as Gemma 4: it says these layer by layer
-        layers = (text.per_layer_config[at] for at in range(text.num_hidden_layers))
-        heads, widths, kept = zip(*map(attention_of, layers), strict=True)
-        return max(heads), max(widths), max(kept)
-
-    def size(*names: str) -> int:
-        found = next((value for name in names if (value := getattr(text, name, None))), 0)
-        return int(max(found) if isinstance(found, list | tuple) else found)
-
-    heads = size("num_attention_heads")
+        found = [attention_of(text.per_layer_config[at]) for at in range(text.num_hidden_layers)]
+        return max(a for a, _, _ in found), max(b for _, b, _ in found), max(c for *_, c in found)
+    heads = widest(text, "num_attention_heads")
     if not heads:
         return 0, 0, 0
-    if size("kv_lora_rank"):  # the latent is expanded before it is kept
-        width = size("qk_nope_head_dim") + size("qk_rope_head_dim")
-        return heads, width, heads * (width + size("v_head_dim"))
-    width = size("head_dim") or text.hidden_size // heads
-    return heads, width, 2 * size("num_key_value_heads", "num_attention_heads") * width
+    if widest(text, "kv_lora_rank"):  # the latent is expanded before it is kept
+        width = widest(text, "qk_nope_head_dim") + widest(text, "qk_rope_head_dim")
+        return heads, width, heads * (width + widest(text, "v_head_dim"))
+    width = widest(text, "head_dim") or text.hidden_size // heads
+    return heads, width, 2 * widest(text, "num_key_value_heads", "num_attention_heads") * width
+
+
+def widest(text: Any, *names: str) -> int:
+    """A size by the first of these names that a configuration has; 0 where it has none of them.
+
+    Where layers differ, the largest.
+    """
+    for name in names:
+        try:
+            found = getattr(text, name, None)
+        except RuntimeError:  # transformers 5.17 does not say it for all layers together
+            found = [getattr(layer, name, None) or 0 for layer in text.per_layer_config]
+        if found:
+            return int(max(found) if isinstance(found, list | tuple) else found)
+    return 0
 
 
 def drawing_bytes(vocabulary: int, itemsize: int) -> int:

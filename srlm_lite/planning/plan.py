@@ -182,7 +182,7 @@ def make_plan(
         hardware=hardware,
         lengths=lengths,
         phases=tuple(maker.all()),
-        disk=_disk(recipe, held),
+        disk=_disk(recipe, held, lengths),
         itemsize=itemsize,
         anchor_rank=held.rank - recipe.dpo.lora.rank,
         not_in_4_bits=held.not_in_4_bits if held.nf4 else {},
@@ -289,16 +289,26 @@ class _Phases:
     @property
     def _room(self) -> int:
         """The longest prompt of a candidate."""
-        window, new = self.recipe.base.window, self.recipe.rollout.max_new_tokens
+        window, new = self.recipe.base.window, self._answer
         return max(1, min(self.lengths.prompt, window - new))
 
     @property
     def _judge_room(self) -> int:
-        window, new = self.recipe.base.window, self.recipe.judge.max_new_tokens
+        window, new = self.recipe.base.window, self._judgement
         return max(1, min(self.lengths.judge_prompt, window - new))
 
+    @property
+    def _answer(self) -> int:
+        """Tokens of an answer at most, its thought included."""
+        return self.recipe.rollout.max_new_tokens + self.lengths.thought
+
+    @property
+    def _judgement(self) -> int:
+        """And of a judgement."""
+        return _judgement(self.recipe, self.lengths)
+
     def _prompts(self) -> Phase:
-        recipe, new = self.recipe, 256
+        recipe, new = self.recipe, 256 + self.lengths.thought
         return self._sampling(
             "prompts",
             prompts=recipe.rollout.chunk_prompts,
@@ -317,8 +327,8 @@ class _Phases:
             prompts=min(recipe.rollout.chunk_prompts, recipe.prompts.per_iteration),
             samples=recipe.rollout.n,
             prompt_tokens=self._room,
-            new=recipe.rollout.max_new_tokens,
-            tokens=answers * recipe.rollout.max_new_tokens,
+            new=self._answer,
+            tokens=answers * self._answer,
             engine=recipe.rollout.engine,
         )
 
@@ -331,8 +341,8 @@ class _Phases:
             prompts=chunk * recipe.rollout.n,
             samples=judge.votes,
             prompt_tokens=self._judge_room,
-            new=judge.max_new_tokens,
-            tokens=answers * judge.votes * judge.max_new_tokens,
+            new=self._judgement,
+            tokens=answers * judge.votes * self._judgement,
             engine=judge.engine or recipe.rollout.engine,
         )
 
@@ -414,13 +424,13 @@ class _Phases:
             external = (recipe.judge.engine or recipe.rollout.engine) == "openai"
             judges = models if external else 2 * models - 1
             voted = (models * self.lengths.graded + judges * own) * votes
-            total = drawn * recipe.rollout.max_new_tokens + voted * recipe.judge.max_new_tokens
+            total = drawn * self._answer + voted * self._judgement
         as_judge = self._sampling(
             "evaluation",
             prompts=chunk * recipe.rollout.n,
             samples=votes,
             prompt_tokens=self._judge_room,
-            new=recipe.judge.max_new_tokens,
+            new=self._judgement,
             tokens=total,
             engine=recipe.judge.engine or recipe.rollout.engine,
         )
@@ -429,7 +439,7 @@ class _Phases:
             prompts=max(1, min(chunk, recipe.evaluate.policy_prompts)),
             samples=recipe.evaluate.samples,
             prompt_tokens=self._room,
-            new=recipe.rollout.max_new_tokens,
+            new=self._answer,
             tokens=total,
             engine=recipe.rollout.engine,
         )
@@ -442,13 +452,21 @@ class _Phases:
         return Phase("export", whole, sum(whole.values()), on_host=on_host)
 
 
-def _disk(recipe: Recipe, held: Held) -> dict[str, int]:
+def _judgement(recipe: Recipe, lengths: Lengths) -> int:
+    """Tokens of a judgement at most; of a server's judge no thought is known."""
+    external = (recipe.judge.engine or recipe.rollout.engine) == "openai"
+    return recipe.judge.max_new_tokens + (0 if external else lengths.thought)
+
+
+def _disk(recipe: Recipe, held: Held, lengths: Lengths) -> dict[str, int]:
     """Bytes on the disk: the base's files, what the run writes, and one merged export."""
     adapter = 4 * held.slot
     models = recipe.iterations + 1
     answers = recipe.iterations * recipe.prompts.per_iteration * recipe.rollout.n
     drawn = answers * (
-        recipe.rollout.max_new_tokens + recipe.judge.votes * recipe.judge.max_new_tokens
+        recipe.rollout.max_new_tokens
+        + lengths.thought
+        + recipe.judge.votes * _judgement(recipe, lengths)
     )
     return {
         "base": 2 * held.shape.parameters,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from srlm_lite.config import Base
 from srlm_lite.errors import UserError
-from srlm_lite.planning.memory import Linear, Shape, attention_of
+from srlm_lite.planning.memory import Linear, Shape, attention_of, widest
 from srlm_lite.planning.shapes import SHAPES, config_of, shape_of
 
 
@@ -20,6 +22,36 @@ def shape_of_base(section: Base, targets: Iterable[str] = ()) -> Shape:
             or as `probe`.
     """
     return probe(base_config(section), targets)
+
+
+def thinks(section: Base) -> bool:
+    """Whether a base thinks before it answers; False where its tokenizer is not here to tell."""
+    return _thinks(section.model_dump_json(include=set(_OF_TEMPLATES)))
+
+
+@lru_cache
+def _thinks(of_templates: str) -> bool:
+    from transformers import AutoTokenizer
+
+    from srlm_lite.model.chat import ChatFormat
+
+    found = json.loads(of_templates)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            found["name"],
+            revision=found["revision"],
+            local_files_only=True,
+            trust_remote_code=False,
+        )
+        settings = found["chat_template_kwargs"]
+        chat = ChatFormat(tokenizer, template=found["chat_template"], settings=settings)
+    except Exception:  # whatever is wrong with it: a run says so
+        return False
+    return chat.thinks
+
+
+_OF_TEMPLATES = ("name", "revision", "chat_template", "chat_template_kwargs")
+"""Settings of a base that decide how it is spoken to."""
 
 
 def base_config(section: Base) -> Any:
@@ -100,13 +132,9 @@ def probe(settings: Any, targets: Iterable[str] = ()) -> Shape:
 def _widest(text: Any, *, mixture: bool) -> int:
     """What a token takes in the widest MLP: of a mixture, the experts that it goes through."""
 
-    def size(*names: str) -> int:
-        found = next((value for name in names if (value := getattr(text, name, None))), 0)
-        return int(max(found) if isinstance(found, list | tuple) else found)
-
-    dense = size("intermediate_size", "n_inner", "ffn_dim") or 4 * text.hidden_size
+    dense = widest(text, "intermediate_size", "n_inner", "ffn_dim") or 4 * text.hidden_size
     if not mixture:
         return dense
-    of_one = size("moe_intermediate_size", "intermediate_size") or dense
-    chosen = size("num_experts_per_tok", "moe_k", "moe_topk") or 1
-    return max(dense, chosen * of_one + size("shared_expert_intermediate_size"))
+    of_one = widest(text, "moe_intermediate_size", "intermediate_size") or dense
+    chosen = widest(text, "num_experts_per_tok", "moe_k", "moe_topk") or 1
+    return max(dense, chosen * of_one + widest(text, "shared_expert_intermediate_size"))

@@ -35,6 +35,11 @@ class Limits:
 
     `alternatives` asks for the log-probabilities of that many most probable tokens at every
     position. `ignore_end` goes on after an end of turn, up to `max_new_tokens`; for benchmarks.
+
+    `max_thought_tokens` of the `max_new_tokens` are a thought's, where the model thinks before it
+    answers: a thought that has not closed by then ends the sample, and the answer behind one that
+    has may be as long as the others allow; an empty one counts with the answer. A stop rule is then
+    asked of the answer alone.
     """
 
     temperature: float
@@ -43,6 +48,7 @@ class Limits:
     stop: StopRule | None = None
     alternatives: int = 0
     ignore_end: bool = False
+    max_thought_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +64,8 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One continuation. `token_ids` end before the stop token; `text` is what they decode to.
+    """One continuation. `token_ids` end before the stop token; `text` is what they decode to, the
+    thought included.
 
     `token_ids` are empty where an engine does not know them. `tokens` are as many as were drawn
     before the stop token, and empty unless `Limits.alternatives` asked for them.

@@ -15,10 +15,17 @@ from srlm_lite.errors import UserError
 from srlm_lite.evaluate.reading import ADVICE, anchor_doubts, doubts
 from srlm_lite.judging import Rubric, as_sampled, parse_score
 from srlm_lite.progress import Training
-from srlm_lite.records import Instruction, Judgement, RankedReply
+from srlm_lite.records import (
+    Instruction,
+    Judgement,
+    RankedReply,
+    SampledInstruction,
+    SampledTarget,
+)
 from srlm_lite.run_dir import read_json, write_json, write_records
 from srlm_lite.seeds import derive_seed
 from srlm_lite.session import Session
+from srlm_lite.stages.replies import learned_ids, without_thoughts
 from srlm_lite.stages.sampling import judge_replies
 from srlm_lite.stages.seed_data import data_file, read_extra, read_ift, read_ranked
 
@@ -81,7 +88,11 @@ def ift_examples(session: Session, rows: Sequence[Instruction]) -> list[Example]
     return [
         Example(
             prompt_ids=tuple(session.chat.prompt_ids(row.prompt)),
-            target_ids=tuple(session.chat.target_ids(row.response)),
+            target_ids=learned_ids(
+                session.chat,
+                row.response,
+                row.ids if isinstance(row, SampledInstruction) else None,
+            ),
         )
         for row in rows
     ]
@@ -91,7 +102,7 @@ def eft_rows(session: Session, ift: Sequence[Example], facts: dict[str, Any]) ->
     """Judge data with targets, from where the recipe says."""
     section = session.recipe.anchor
     path = data_file(session.recipe, "eft_train.jsonl")
-    groups = read_ranked(path, section.eft_prompts)
+    groups = without_thoughts(session.chat, read_ranked(path, section.eft_prompts))
     if section.eft_targets == "given":
         return _given_targets(session, groups, path)
     drops: dict[str, int] = {}
@@ -216,7 +227,12 @@ def agreeing_targets(
             drops["disagreeing" if readable else "unreadable"] += 1
             continue
         kept.extend(
-            (replace(row, target=judgement.text), judgement.score or 0.0)
+            (
+                SampledTarget(
+                    **{**row.to_row(), "target": judgement.text}, target_ids=judgement.ids
+                ),
+                judgement.score or 0.0,
+            )
             for row, judgement in zip(group, first, strict=True)
         )
     return kept, dict(drops)
@@ -269,7 +285,11 @@ def _judge_example(session: Session, row: RankedReply) -> Example:
     judge_prompt = session.rubric.render(prompt=row.prompt, response=row.response)
     return Example(
         prompt_ids=tuple(session.chat.prompt_ids(judge_prompt)),
-        target_ids=tuple(session.chat.target_ids(row.target or "")),
+        target_ids=learned_ids(
+            session.chat,
+            row.target or "",
+            row.target_ids if isinstance(row, SampledTarget) else None,
+        ),
     )
 
 

@@ -15,6 +15,7 @@ from srlm_lite.config import Sampling
 from srlm_lite.errors import UserError
 from srlm_lite.evaluate.gold import load_gold
 from srlm_lite.evaluate.head_to_head import (
+    WRITTEN,
     Outcome,
     Verdict,
     head_to_head,
@@ -64,9 +65,6 @@ class CompareJudge:
 
 PLACES = ("prompt", "first", "second")
 """What a pairwise template holds."""
-
-TAGS = ("question", "reply")
-"""The tags that a pairwise template may put around them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +158,7 @@ def _fitting(comparison: Comparison) -> tuple[list[Prompt], int]:
     for model in (comparison.model, comparison.baseline):
         if isinstance(model, FileModel):
             continue
-        room = model.session.recipe.base.window - reply
+        room = model.session.recipe.base.window - reply - model.session.thought_tokens()
         chat = model.session.chat
         prompts = [one for one in prompts if len(chat.prompt_ids(one.text)) <= room]
     if not prompts:
@@ -214,7 +212,7 @@ def _pairwise(
             continue  # a tie, whatever the judge says
         for order, (first, second) in (("model first", (ours, theirs)), ("last", (theirs, ours))):
             texts = {"prompt": prompt.text, "first": first, "second": second}
-            questions.append((f"{prompt.prompt_id}:{order}", fill(template, texts, tags=TAGS)))
+            questions.append((f"{prompt.prompt_id}:{order}", fill(template, texts, WRITTEN)))
     replies = ask(
         judge.session,
         [] if judge.model is None else judge.model.stack("judge"),

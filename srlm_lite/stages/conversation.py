@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING
 from srlm_lite.config import Sampling
 from srlm_lite.errors import UserError
 from srlm_lite.judging import names_a_score, parse_score, score_line_complete
-from srlm_lite.rollout.protocol import Limits, Request, Sample
+from srlm_lite.records import Reply
+from srlm_lite.rollout.protocol import Limits, Request
 from srlm_lite.seeds import derive_seed
 from srlm_lite.session import Session
-from srlm_lite.stages.sampling import limits_of
+from srlm_lite.stages.replies import reply_of
+from srlm_lite.stages.sampling import limits_of, with_thought
 
 if TYPE_CHECKING:
     from srlm_lite.model.stack import Adapter
@@ -58,15 +60,21 @@ class Conversation:
             UserError: The message alone does not fit.
         """
         messages = [*self._messages, {"role": "user", "content": text}]
-        room = self._session.recipe.base.window - self._sampling.max_new_tokens
+        limits = with_thought(self._session, limits_of(self._sampling))
+        room = self._session.recipe.base.window - limits.max_new_tokens
         forgotten = 0
         while len(ids := self._session.chat.render(messages, generation=True)) > room:
             if len(messages) == 1:
                 raise UserError(f"the message is too long: {len(ids)} tokens, and {room} fit")
             del messages[:2]
             forgotten += 1
-        sample = self._sample(self._stack, ids, limits_of(self._sampling), show)
-        self._messages = [*messages, {"role": "assistant", "content": sample.text.strip()}]
+        reply = self._reply(self._stack, ids, limits, show)
+        if reply.thought is not None and not reply.text:
+            raise UserError(
+                f"its thought did not end within {limits.max_thought_tokens} tokens",
+                way_out="Ask again; in a run, raise rollout.max_thought_tokens",
+            )
+        self._messages = [*messages, {"role": "assistant", "content": reply.text}]
         return forgotten
 
     def judge(self, show: Show) -> float | None:
@@ -82,17 +90,18 @@ class Conversation:
         prompt, reply = (message["content"] for message in self._messages[-2:])
         rubric, judge = self._session.rubric, self._session.recipe.judge
         ids = self._session.chat.prompt_ids(rubric.render(prompt=prompt, response=reply))
-        if len(ids) + judge.max_new_tokens > self._session.recipe.base.window:
+        limits = with_thought(self._session, limits_of(judge))
+        if len(ids) + limits.max_new_tokens > self._session.recipe.base.window:
             raise UserError("the answer is too long to be judged")
-        limits = limits_of(judge)
         if not (names_a_score(prompt) or names_a_score(reply)):  # as in a run
             limits = replace(limits, stop=partial(score_line_complete, rubric))
-        sample = self._sample(self._judge, ids, limits, show)
-        return parse_score(sample.text, rubric, finish_reason=sample.finish_reason)
+        said = self._reply(self._judge, ids, limits, show)
+        return parse_score(said.text, rubric, finish_reason=said.finish_reason)
 
-    def _sample(
+    def _reply(
         self, stack: Sequence[Adapter], ids: Sequence[int], limits: Limits, show: Show
-    ) -> Sample:
+    ) -> Reply:
+        """Shown as it grows, without the thought before it."""
         self._drawn += 1
         seed = derive_seed(self._session.recipe.seed, "chat", self._drawn)
         shown = 0
@@ -107,5 +116,6 @@ class Conversation:
         engine = self._session.engine(stack)
         # Engines ask a stop rule whenever a line is complete: the place to show it.
         [[sample]] = engine.sample([request], replace(limits, stop=more))
-        more(sample.text)
-        return sample
+        reply = reply_of(self._session.chat, "", sample)
+        more(reply.text)
+        return reply

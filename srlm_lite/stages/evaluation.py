@@ -20,7 +20,8 @@ from srlm_lite.records import Candidate, Prompt
 from srlm_lite.run_dir import RunDir, StageDir, read_json, write_json, write_records
 from srlm_lite.session import Session
 from srlm_lite.stages.likelihood import candidate_likelihoods
-from srlm_lite.stages.sampling import judge_replies, sample_candidates
+from srlm_lite.stages.replies import without_thoughts
+from srlm_lite.stages.sampling import chat_of, judge_replies, sample_candidates
 from srlm_lite.stages.seed_data import data_file, ifeval_tasks, policy_prompts, read_ranked
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def evaluation(
         return None, read_json(directory.evaluation)
     recipe = session.recipe
     groups = read_ranked(data_file(recipe, "eft_eval.jsonl"), recipe.evaluate.eft_prompts)
+    groups = without_thoughts(chat_of(session, "judge"), groups)
     replies = [(row.response_id, row.prompt, row.response) for group in groups for row in group]
     judgements = judge_replies(
         session,
@@ -232,12 +234,15 @@ def _ifeval(session: Session, directory: StageDir, stack: Sequence[Adapter]) -> 
     tasks = ifeval_tasks(recipe)
     lengths = [len(session.chat.prompt_ids(task.prompt)) for task in tasks]
     limit = recipe.evaluate.ifeval_max_new_tokens
+    thought = session.thought_tokens()
+    room = recipe.base.window - max(lengths) - thought
     if limit is None:
-        limit = min(IFEVAL_TOKENS, recipe.base.window - max(lengths))
-    if max(lengths) + limit > recipe.base.window or limit < 1:
+        limit = min(IFEVAL_TOKENS, room)
+    if limit > room or limit < 1:
+        before = f", a thought of {thought}" if thought else ""
         raise UserError(
-            f"an IFEval prompt of {max(lengths)} tokens and an answer of {limit} do not fit the "
-            f"window of {recipe.base.window}",
+            f"an IFEval prompt of {max(lengths)} tokens{before} and an answer of {limit} do not "
+            f"fit the window of {recipe.base.window}",
             where="evaluate.ifeval_max_new_tokens",
             way_out="Lower it, or raise base.window",
         )

@@ -26,6 +26,7 @@ from srlm_lite.records import (
     RankedReply,
     TrainingStep,
 )
+from srlm_lite.rollout.protocol import Sample
 from srlm_lite.run_dir import (
     DeltaPlace,
     IterationDir,
@@ -37,8 +38,9 @@ from srlm_lite.run_dir import (
 from srlm_lite.seeds import derive_seed
 from srlm_lite.session import Role, Session
 from srlm_lite.stages.anchor import Sft, fitting_examples, ift_examples, scratch
+from srlm_lite.stages.replies import candidate_of, learned_ids
 from srlm_lite.stages.sampling import judge_replies, sample_candidates
-from srlm_lite.stages.seed_data import prompt_file, read_prompts
+from srlm_lite.stages.seed_data import check_window, prompt_file, read_prompts
 from srlm_lite.stages.self_instruct import write_prompts
 
 if TYPE_CHECKING:
@@ -84,8 +86,10 @@ def check_prompts(session: Session, pool: Callable[[Session], Pool | None]) -> N
     """Find out before the anchor is trained whether the last iteration will have prompts.
 
     Raises:
-        UserError: Too few of them fit the window.
+        UserError: Too few of them fit the window, or none can beside a thought.
     """
+    if session.recipe.iterations:
+        check_window(session.recipe, thought=session.thought_tokens())
     found = pool(session) if session.recipe.iterations else None
     if found is not None:
         _fitting(session, found, session.recipe.iterations)
@@ -113,6 +117,8 @@ def _fitting(session: Session, pool: Pool, number: int) -> list[Prompt]:
     fitting = [prompt for prompt in prompts if session.leaves_room(prompt.text)]
     first, last = (number - 1) * section.per_iteration, number * section.per_iteration
     way_out = "Lower prompts.per_iteration"
+    if session.thought_tokens():
+        way_out += " or rollout.max_thought_tokens"
     kept = _in_another_directory(session)
     if last > len(fitting) and not section.reuse:
         raise UserError(
@@ -341,6 +347,8 @@ def _refuse_too_few(
         "narrow": "lower pairing.min_gap",
         "truncated": "raise rollout.max_new_tokens",
         "unreadable": "raise judge.max_new_tokens, or give the anchor more judge data",
+        "too_long_to_judge": "raise base.window, or lower rollout.max_new_tokens or "
+        "judge.max_new_tokens: what is sampled has to fit the judge's question",
         "too_few_votes": "raise judge.max_new_tokens or judge.votes",
         "duplicate": "raise rollout.temperature",
         "empty": "check the chat template and the anchor",
@@ -350,6 +358,8 @@ def _refuse_too_few(
         "undisputed": "raise judge.votes",
         "long_chosen": "raise meta_rewarding.answer_caps",
     }
+    if session.thought_tokens():
+        advice["truncated"] += " or rollout.max_thought_tokens"
     main = next((reason for reason, count in drops.prompts.most_common(1) if count), "")
     go_on = f"Go on with them by pairing.min_pairs={len(pairs)}. " if pairs else ""
     raise UserError(
@@ -382,8 +392,8 @@ def pair_example(session: Session, pair: PreferencePair) -> PairExample:
 
     return PairExample(
         prompt_ids=tuple(session.chat.prompt_ids(pair.prompt)),
-        chosen_ids=tuple(session.chat.target_ids(pair.chosen)),
-        rejected_ids=tuple(session.chat.target_ids(pair.rejected)),
+        chosen_ids=learned_ids(session.chat, pair.chosen, pair.chosen_ids),
+        rejected_ids=learned_ids(session.chat, pair.rejected, pair.rejected_ids),
         weight=pair.weight,
         smoothing=pair.smoothing,
     )
@@ -569,6 +579,7 @@ def on_policy_delta(
         drop_truncated=recipe.pairing.drop_truncated,
         scratch=scratch(session.run.scratch),
         seed=seed,
+        thought_tokens=session.thought_tokens(),
         on_step=on_step,
     )
     seen: Counter[str] = Counter()
@@ -578,8 +589,9 @@ def on_policy_delta(
         name = f"{prompt_id}#{seen[prompt_id]}"
         seen[prompt_id] += 1
         reason: FinishReason = "stop" if one.finished else "length"
-        text = session.chat.decode(one.reply_ids)
-        candidates.append(Candidate(prompt_id, name, text, len(one.reply_ids), reason))
+        text, ids = session.chat.decode(one.reply_ids), one.reply_ids
+        sample = Sample(text, ids, reason, len(ids))
+        candidates.append(candidate_of(session.chat, prompt_id, name, sample))
         value = None if one.reward is None else round(one.reward, 6)
         judgements.append(Judgement(name, 0, "", value, reason))
     texts = {prompt.prompt_id: prompt.text for prompt in prompts}

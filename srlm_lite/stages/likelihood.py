@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from srlm_lite.records import Candidate, Likelihood, Prompt
 from srlm_lite.run_dir import Journal
 from srlm_lite.session import Advance, Session
+from srlm_lite.stages.replies import learned_ids
 from srlm_lite.stages.sampling import chunked, skip
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def candidate_likelihoods(
     examples = {
         row.candidate_id: Example(
             tuple(session.chat.prompt_ids(texts[row.prompt_id])),
-            tuple(session.chat.target_ids(row.text)),
+            learned_ids(session.chat, row.text, row.ids),
         )
         for row in candidates
         if row.text

@@ -12,6 +12,7 @@ from srlm_lite.errors import UserError
 from srlm_lite.evaluate.mt_bench import (
     TEMPERATURES,
     WITH_REFERENCE,
+    WRITTEN,
     Grade,
     mt_bench,
     read_rating,
@@ -23,11 +24,12 @@ from srlm_lite.run_dir import Journal, MtBenchDir, read_json, read_jsonl, write_
 from srlm_lite.seeds import derive_seed
 from srlm_lite.session import Session
 from srlm_lite.stages.models import RunModel, digest_of, file_name
-from srlm_lite.stages.sampling import ask, chunked
+from srlm_lite.stages.replies import candidate_of
+from srlm_lite.stages.sampling import ask, chunked, with_thought
 
 PLACES = ("turn", "conversation")
 TAGS = ("user", "assistant", "reference")
-"""What stands around the texts of a conversation in the judge's question."""
+"""What may stand around the texts of a conversation in the judge's question."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +112,7 @@ def run_mt_bench(
         "questions": len(questions),
         "with_reference": sum(question.references is not None for question in questions),
         **mt_bench(grades),
-        "truncated": sum(row.finish_reason == "length" and bool(row.text) for row in answers),
+        "truncated": sum(row.n_tokens > 0 and row.finish_reason == "length" for row in answers),
         "did_not_fit": sum(row.n_tokens == 0 and row.finish_reason == "length" for row in answers),
     }
     write_json(place.result, result)
@@ -170,7 +172,7 @@ def _answers(
         for part in chunked(group, session.recipe.rollout.chunk_prompts)
     ]
     task = session.reporter.start(f"answers, turn {turn}", len(questions), "answers")
-    room = session.recipe.base.window - _max_new_tokens(session)
+    room = session.recipe.base.window - _max_new_tokens(session) - session.thought_tokens()
 
     def request(question: Question) -> Request:
         messages = [{"role": "user", "content": question.turns[0]}]
@@ -187,11 +189,10 @@ def _answers(
         limits = answer_limits(session, chunk[0].category)
         requests = {question.question_id: request(question) for question in chunk}
         fitting = {name: one for name, one in requests.items() if len(one.prompt_ids) <= room}
+        limits = with_thought(session, limits)
         sampled = session.engine(model.stack()).sample(list(fitting.values()), limits)
         found = {
-            name: Candidate(
-                name, f"{name}#{turn}", one.text.strip(), one.n_tokens, one.finish_reason
-            )
+            name: candidate_of(session.chat, name, f"{name}#{turn}", one)
             for name, [one] in zip(fitting, sampled, strict=True)
         }
         return [
@@ -258,4 +259,4 @@ def judge_question(
         shape.append(f"<assistant's answer {number}>\n{{{{answer{number}}}}}")
         shape.append(f"</assistant's answer {number}>")
     whole = template.replace("{{conversation}}", "\n".join(shape))
-    return fill(whole, texts, tags=TAGS)
+    return fill(whole, texts, WRITTEN, tags=TAGS)

@@ -16,6 +16,7 @@ from srlm_lite.seeds import derive_seed
 from srlm_lite.session import Session
 from srlm_lite.stages.anchor import ift_examples, scratch
 from srlm_lite.stages.iteration import pair_example
+from srlm_lite.stages.replies import without_thoughts
 from srlm_lite.stages.seed_data import data_file, ranked_file, read_ranked
 
 if TYPE_CHECKING:
@@ -62,7 +63,8 @@ def _train(session: Session) -> None:
     recipe, directory = session.recipe, session.run.reward
     section = recipe.rlhf.reward
     path = ranked_file(recipe)
-    made = [one for group in read_ranked(path, None) for one in ranked_pairs(group, section.pairs)]
+    groups = without_thoughts(session.chat, read_ranked(path, None))
+    made = [one for group in groups for one in ranked_pairs(group, section.pairs)]
     examples = [pair_example(session, one) for one in made]
     fitting = [one for one in examples if len(one) <= recipe.base.window]
     if not fitting:
@@ -105,6 +107,7 @@ def _held_out_accuracy(session: Session, model: RewardModel) -> float | None:
 
     recipe = session.recipe
     groups = read_ranked(data_file(recipe, "eft_eval.jsonl"), recipe.evaluate.eft_prompts)
+    groups = without_thoughts(session.chat, groups)
     rows = [row for group in groups for row in group]
     asked = [Instruction(row.prompt_id, row.prompt, row.response) for row in rows]
     examples = {

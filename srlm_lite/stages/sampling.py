@@ -19,12 +19,14 @@ from srlm_lite.judging import (
 )
 from srlm_lite.progress import Task
 from srlm_lite.records import Candidate, Judgement, Prompt, Reply
-from srlm_lite.rollout.protocol import Limits, Request, Sample
+from srlm_lite.rollout.protocol import Limits, Request, Sample, StopRule
 from srlm_lite.run_dir import Journal
 from srlm_lite.seeds import derive_seed
 from srlm_lite.session import Advance, Role, Session
+from srlm_lite.stages.replies import candidate_of, reply_of, split
 
 if TYPE_CHECKING:
+    from srlm_lite.model.chat import ChatFormat
     from srlm_lite.model.stack import Adapter
 
 ReplyToJudge = tuple[str, str, str]
@@ -103,15 +105,10 @@ class _Answer:
             for prompt in item
         ]
         engine = session.engine(self.stack, self.role)
-        answers = engine.sample(requests, self.limits, on_samples=advance)
+        limits = with_thought(session, self.limits, self.role)
+        answers = engine.sample(requests, limits, on_samples=advance)
         return [
-            Candidate(
-                prompt_id=prompt.prompt_id,
-                candidate_id=f"{prompt.prompt_id}{mark}",
-                text=sample.text.strip(),
-                n_tokens=sample.n_tokens,
-                finish_reason=sample.finish_reason,
-            )
+            candidate_of(session.chat, prompt.prompt_id, f"{prompt.prompt_id}{mark}", sample)
             for prompt, samples in zip(item, answers, strict=True)
             for mark, sample in zip(self.marks, samples, strict=True)
         ]
@@ -127,8 +124,12 @@ def ask(
     limits: Limits,
     seed_path: Sequence[object],
     role: Role = "judge",
+    learned: bool = False,
 ) -> dict[str, Reply]:
     """One reply to each question (name, text), appended to the journal at `path`, by name.
+
+    Args:
+        learned: Keep what a training needs to know of the replies, see `Ids`.
 
     A question that does not fit the window gets an empty reply of finish reason `length`; a server
     has a window of its own.
@@ -138,7 +139,7 @@ def ask(
     ]
     task = session.reporter.start(stage, len(questions), "replies")
     names = [[name for name, _ in chunk] for chunk in chunks]
-    work = _Reply(stack, role, limits, seed_path)
+    work = _Reply(stack, role, limits, seed_path, learned)
 
     def compute(missing: Sequence[int]) -> Iterator[list[Reply]]:
         items = [chunks[index] for index in missing]
@@ -157,28 +158,48 @@ class _Reply:
     role: Role
     limits: Limits
     seed_path: Sequence[object]
+    learned: bool
 
     def __call__(
         self, session: Session, item: Sequence[tuple[str, str]], advance: Advance
     ) -> list[Reply]:
         fitting = {}
+        limits = with_thought(session, self.limits, self.role)
         for name, text in item:
-            ids = _fitting_ids(session, text, self.role, self.limits.max_new_tokens)
+            ids = _fitting_ids(session, text, self.role, limits)
             if ids is not None:
                 fitting[name] = Request(ids, (derive_seed(*self.seed_path, name),), text)
         engine = session.engine(self.stack, self.role)
-        sampled = engine.sample(list(fitting.values()), self.limits, on_samples=advance)
+        sampled = engine.sample(list(fitting.values()), limits, on_samples=advance)
         advance(len(item) - len(fitting))
+        chat = chat_of(session, self.role)
         found = {
-            name: Reply(name, samples[0].text.strip(), samples[0].finish_reason)
+            name: reply_of(chat, name, samples[0])
             for name, samples in zip(fitting, sampled, strict=True)
         }
-        return [found.get(name, Reply(name, "", "length")) for name, _ in item]
+        replies = [found.get(name, Reply(name, "", "length")) for name, _ in item]
+        return replies if self.learned else [replace(reply, ids=None) for reply in replies]
 
 
-def _fitting_ids(
-    session: Session, text: str, role: Role, max_new_tokens: int
-) -> tuple[int, ...] | None:
+def chat_of(session: Session, role: Role) -> ChatFormat | None:
+    """How the base behind a role is spoken to; None of a server, which needs no base here."""
+    return None if session.engine_name(role) == "openai" else session.chat
+
+
+def with_thought(session: Session, limits: Limits, role: Role = "policy") -> Limits:
+    """The limits of an answer with room for a thought before it, where the role's base thinks."""
+    thought = session.thought_tokens(role)
+    whole = limits.max_new_tokens + thought
+    return replace(limits, max_new_tokens=whole, max_thought_tokens=thought)
+
+
+def _of_the_answer(rule: StopRule, text: str) -> bool:
+    """A stop rule for a server, which may send a thought along."""
+    thought, answer = split(None, text)
+    return rule(text) if thought is None else answer is not None and rule(f"{answer}\n")
+
+
+def _fitting_ids(session: Session, text: str, role: Role, limits: Limits) -> tuple[int, ...] | None:
     """A user turn as ids, or None where it does not fit the window.
 
     Empty for a server: it gets the text, has a template and a window of its own, and needs no
@@ -187,7 +208,7 @@ def _fitting_ids(
     if session.engine_name(role) == "openai":
         return ()
     ids = tuple(session.chat.prompt_ids(text))
-    return ids if len(ids) <= session.recipe.base.window - max_new_tokens else None
+    return ids if len(ids) <= session.recipe.base.window - limits.max_new_tokens else None
 
 
 def judge_replies(
@@ -279,7 +300,8 @@ class _Judge:
             session.rubric.render(prompt=prompt, response=response)
             for (_, prompt, response), _ in items
         ]
-        prompt_ids = [_fitting_ids(session, text, "judge", max_new_tokens) for text in texts]
+        limits = with_thought(session, limits_of(judge, max_new_tokens=max_new_tokens), "judge")
+        prompt_ids = [_fitting_ids(session, text, "judge", limits) for text in texts]
         fitting = {i: ids for i, ids in enumerate(prompt_ids) if ids is not None}
         requests = {
             i: Request(
@@ -292,7 +314,6 @@ class _Judge:
             )
             for i, ids in fitting.items()
         }
-        limits = limits_of(judge, max_new_tokens=max_new_tokens)
         if judge.score == "expected":
             if session.engine_name("judge") != "openai":
                 # Of a server's tokens nothing is known in advance, and this process's tokenizer,
@@ -300,7 +321,10 @@ class _Judge:
                 # none where the score is several tokens; the sampled one then counts.
                 _check_scores_are_tokens(session)
             limits = replace(limits, alternatives=ALTERNATIVES)
-        stopped = replace(limits, stop=partial(score_line_complete, session.rubric))
+        complete: StopRule = partial(score_line_complete, session.rubric)
+        if session.engine_name("judge") == "openai":
+            complete = partial(_of_the_answer, complete)
+        stopped = replace(limits, stop=complete)
         engine = session.engine(self.stack, "judge")
         by_item: dict[int, list[Sample]] = {}
         for quotes, rule in ((False, stopped), (True, limits)):
@@ -309,17 +333,21 @@ class _Judge:
                 sampled = engine.sample([requests[i] for i in group], rule)
                 by_item.update(zip(group, sampled, strict=True))
         return {
-            (items[i][0][0], vote): _judgement(session, items[i][0][0], vote, sample)
+            (items[i][0][0], vote): _judgement(session, items[i][0], vote, sample)
             for i, samples in by_item.items()
             for vote, sample in zip(items[i][1], samples, strict=True)
         }
 
 
-def _judgement(session: Session, candidate_id: str, vote: int, sample: Sample) -> Judgement:
-    rubric, reason = session.rubric, sample.finish_reason
-    score = parse_score(sample.text, rubric, finish_reason=reason)
-    row = Judgement(candidate_id, vote, sample.text.strip(), score, reason)
-    if score is None or session.recipe.judge.score == "sampled":
+def _judgement(session: Session, of: ReplyToJudge, vote: int, sample: Sample) -> Judgement:
+    rubric, chat = session.rubric, chat_of(session, "judge")
+    said = reply_of(chat, of[0], sample, ruled=not _names_a_score(of))
+    score = parse_score(said.text, rubric, finish_reason=said.finish_reason)
+    row = Judgement(of[0], vote, said.text, score, said.finish_reason, thought=said.thought)
+    if score is None:
+        return row  # nothing is learned of it
+    row = replace(row, ids=said.ids)
+    if session.recipe.judge.score == "sampled":
         return row
     expected = expected_score(sample.tokens, rubric, sampled=score)
     counts = score if expected is None else round(expected, 4)
@@ -329,7 +357,7 @@ def _judgement(session: Session, candidate_id: str, vote: int, sample: Sample) -
 def _check_scores_are_tokens(session: Session) -> None:
     def is_token(score: int) -> bool:
         ids = session.chat.target_ids(f"Score: {score}")
-        return str(score) in (session.chat.decode([one]) for one in ids)
+        return str(score) in (session.chat.spell([one]).strip() for one in ids)
 
     split = [score for score in whole_scores(session.rubric) if not is_token(score)]
     if split:

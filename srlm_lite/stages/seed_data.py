@@ -226,7 +226,7 @@ def check_inputs(recipe: Recipe) -> None:
         if recipe.rlaif.helpful:
             read_ift(recipe)
     if recipe.iterations:
-        _check_window(recipe)
+        check_window(recipe)
         _check_prompts(recipe)
 
 
@@ -304,8 +304,11 @@ def unmeasured(recipe: Recipe) -> Iterator[str]:
         yield f"{empty} is empty: the policy's held-out answers are not measured"
 
 
-def _check_window(recipe: Recipe) -> None:
+def check_window(recipe: Recipe, *, thought: int = 0) -> None:
     """That a prompt fits the window beside what is to be written after it.
+
+    Args:
+        thought: Tokens that come before an answer, where the base thinks.
 
     Raises:
         UserError: None does, whatever its length.
@@ -315,11 +318,12 @@ def _check_window(recipe: Recipe) -> None:
     if (judge.engine or recipe.rollout.engine) != "openai":  # a server has a window of its own
         shortest["judge.max_new_tokens"] = min(judge.max_new_tokens, judge.retry_max_new_tokens)
     for key, tokens in shortest.items():
-        if tokens >= window:
+        if tokens + thought >= window:
+            beside = f" and a thought of rollout.max_thought_tokens = {thought}" if thought else ""
             raise UserError(
-                f"leaves no room for a prompt in base.window = {window}",
+                f"leaves no room for a prompt{beside} in base.window = {window}",
                 where=f"{key} = {tokens}",
-                way_out="Lower it, or raise base.window",
+                way_out="Lower it, or raise base.window" if not thought else "Lower one of them",
             )
 
 

@@ -13,6 +13,8 @@ from srlm_lite.rollout.protocol import Limits, Request
 from srlm_lite.run_dir import IterationDir, read_records
 from srlm_lite.seeds import derive_seed
 from srlm_lite.session import Session
+from srlm_lite.stages.replies import reply_of
+from srlm_lite.stages.sampling import with_thought
 from srlm_lite.stages.seed_data import read_ift
 
 SAMPLING = Limits(temperature=0.6, top_p=0.9, max_new_tokens=256)
@@ -39,7 +41,8 @@ def write_prompts(session: Session, iteration: IterationDir) -> tuple[list[Promp
     engine = session.engine(session.stack(0))
     task = session.reporter.start("prompts", wanted, "prompts")
     batch = recipe.rollout.chunk_prompts
-    longest = recipe.base.window - SAMPLING.max_new_tokens
+    limits = with_thought(session, SAMPLING)
+    longest = recipe.base.window - limits.max_new_tokens
     made: list[str] = []
     for start in count(0, batch):
         if start >= 10 * wanted:
@@ -60,10 +63,11 @@ def write_prompts(session: Session, iteration: IterationDir) -> tuple[list[Promp
         ]
         fitting = [one for one in requests if len(one.prompt_ids) <= longest]
         pool.drops["long_request"] += len(requests) - len(fitting)
-        for samples in engine.sample(fitting, SAMPLING):
+        for request, samples in zip(fitting, engine.sample(fitting, limits), strict=True):
+            said = reply_of(session.chat, request.text, samples[0])
             new = [
                 text
-                for text in pool.offer(samples[0].text, finished=samples[0].finish_reason == "stop")
+                for text in pool.offer(said.text, finished=said.finish_reason == "stop")
                 if session.leaves_room(text)
             ]
             made.extend(new)

@@ -87,7 +87,9 @@ class _Reward:
 
     Args:
         drop_truncated: A reply that ran into the limit has no reward; it neither teaches nor
-            counts in a baseline.
+            counts in a baseline. Nor has one whose thought never closes.
+
+    The reward model sees the answer alone, as in the pairs that it has learned from.
     """
 
     __name__ = "reward_model"
@@ -114,21 +116,31 @@ class _Reward:
         trainer_state: Any,
         **others: Any,
     ) -> list[float | None]:
+        shown = [self._shown(reply) for reply in completion_ids]
         examples = [
-            Example(tuple(prompt), tuple(reply))
-            for prompt, reply in zip(prompts, completion_ids, strict=True)
+            Example(tuple(prompt), reply) for prompt, (reply, _) in zip(prompts, shown, strict=True)
         ]
         with use_adapter(self._slot.model, _REWARD):
             values = rewards(
                 self._scorer, examples, pad_id=self._chat.pad_id, batch_rows=self._batch_rows
             )
         found: list[float | None] = []
-        for place, reply, value in zip(number, completion_ids, values, strict=True):
-            finished = reply[-1] in self._chat.stop_ids
+        for place, reply, (_, finished), value in zip(
+            number, completion_ids, shown, values, strict=True
+        ):
             found.append(value if finished or not self._drop_truncated else None)
-            ids = tuple(reply[:-1] if finished else reply)
+            ids = tuple(reply[:-1] if reply[-1] in self._chat.stop_ids else reply)
             self.drawn.append(Drawn(trainer_state.global_step, place, ids, finished, found[-1]))
         return found
+
+    def _shown(self, reply: list[int]) -> tuple[tuple[int, ...], bool]:
+        """What of a reply the reward model sees, and whether the reply came to its end."""
+        ended = reply[-1] in self._chat.stop_ids
+        if not self._chat.thinks:
+            return tuple(reply), ended
+        answer = self._chat.split(self._chat.decode(reply)).answer
+        ids = self._chat.target_ids(answer or "")
+        return tuple(ids if ended else ids[:-1]), ended and answer is not None
 
 
 def answers_of_epoch(n_prompts: int, optim: Dpo, rollout: Rollout) -> int:
@@ -152,6 +164,7 @@ def train_rloo(
     drop_truncated: bool,
     scratch: Path,
     seed: int,
+    thought_tokens: int = 0,
     on_step: OnStep = lambda step, steps, logs: None,
 ) -> tuple[Adapter, list[Drawn], dict[str, float]]:
     """Train a delta on top of a frozen anchor, on replies that it draws itself.
@@ -166,6 +179,7 @@ def train_rloo(
         reference: The stack that the divergence is taken from.
         prompts: Ids; there are enough to fill a step.
         drop_truncated: Replies that ran into the limit have no reward.
+        thought_tokens: What a reply may have beyond `rollout.max_new_tokens`, for its thought.
         optim: The section `dpo`: optimiser, steps and batches. An epoch is a pass over the prompts,
             less those that do not fill a step.
 
@@ -213,7 +227,7 @@ def train_rloo(
                         router_aux_loss_coef=NO_ROUTER_LOSS,
                         beta=kl_weight,
                         num_generations=rollout.n,
-                        max_completion_length=rollout.max_new_tokens,
+                        max_completion_length=rollout.max_new_tokens + thought_tokens,
                         temperature=rollout.temperature,
                         top_p=rollout.top_p,
                         generation_kwargs={"eos_token_id": list(chat.stop_ids)},

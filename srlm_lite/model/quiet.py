@@ -1,0 +1,35 @@
+"""What libraries say while a base is read, kept to what a user needs."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import transformers
+
+hf: Any = transformers  # only partly typed
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers from drawing bars and giving advice while it loads, and the client of the
+    Hub from telling each of its tries to reach it; what they fail of is told in one line."""
+    logging_, hub = hf.utils.logging, logging.getLogger("huggingface_hub")
+    verbosity, bars, level = logging_.get_verbosity(), logging_.is_progress_bar_enabled(), hub.level
+    logging_.set_verbosity_error()
+    logging_.disable_progress_bar()
+    hub.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        hub.setLevel(level)
+        logging_.set_verbosity(verbosity)
+        if bars:
+            logging_.enable_progress_bar()
+
+
+def first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0][:200] if text else type(error).__name__
