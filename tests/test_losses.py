@@ -16,7 +16,8 @@ from transformers import AutoTokenizer
 from srlm_lite.config import Anchor, Base, Dpo, Lora
 from srlm_lite.errors import ProofError
 from srlm_lite.model.base import LoadedBase, load_base
-from srlm_lite.model.stack import Slot
+from srlm_lite.model.stack import Adapter, Slot
+from srlm_lite.model.targets import check_targets
 from srlm_lite.training import dpo as dpo_module
 from srlm_lite.training import tokens as tokens_module
 from srlm_lite.training.dpo import PairExample, train_dpo
@@ -307,3 +308,54 @@ def test_the_proofs_hold_in_bfloat16(name: str, family: Family, tmp_path: Path) 
     slot, lora = slot_of(base)
     _, facts = anchored(slot, base, lora, tmp_path, micro=1)
     assert facts["step0_nll"] == pytest.approx(own_nll(base.model), rel=0.02)
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_head_may_be_a_target(
+    quantization: Any, tied: bool, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It learns in SFT, with dropout, and in DPO; tied embeddings stay what they were."""
+    name = f"llama {tied}"
+    monkeypatch.setitem(FAMILIES, name, ("LlamaConfig", {"tie_word_embeddings": tied}))
+    folder = family(name).model.name_or_path
+    base = load_base(Base(name=folder, quantization=quantization, dtype="float32", device="cpu"))
+    embeddings = base.model.get_input_embeddings().weight.clone()
+    targets = ("q_proj", "lm_head")
+    check_targets(base.model, targets)
+    slot, lora = Slot(base.model, targets=targets, rank=4), Lora(rank=2, alpha=4, targets=targets)
+    start = slot.fresh(lora, seed=1)
+    anchor, facts = train_sft(
+        slot,
+        base,
+        start,
+        EXAMPLES,
+        optim=Anchor(learning_rate=5e-2, batch_size=3, micro_batch_size=1, epochs=10),
+        dropout=0.2,
+        scratch=tmp_path,
+        seed=1,
+    )
+    assert facts["last_loss"] < facts["first_loss"] - 0.5
+    delta, facts = train_dpo(
+        slot,
+        base,
+        anchor=[anchor],
+        delta=slot.fresh(lora, seed=2),
+        reference=[anchor],
+        pairs=PAIRS,
+        dpo=Dpo(learning_rate=1e-2, batch_size=3, micro_batch_size=3, epochs=8),
+        scratch=tmp_path,
+        seed=2,
+    )
+    assert facts["step0_loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert facts["last_loss"] < math.log(2) - 0.05
+    for adapter in (anchor, delta):
+        assert float(adapter.factors["lm_head"][1].abs().max()) > 0
+    assert base.model.get_input_embeddings().weight.equal(embeddings)
+    # Sampled with: the head's update is in the logits, and its weight is nobody else's.
+    prompt, target = EXAMPLES[0].prompt_ids, EXAMPLES[0].target_ids
+    slot.load([anchor])
+    with_head = nats(slot.model, prompt, target)
+    rest = {key: value for key, value in anchor.factors.items() if key != "lm_head"}
+    slot.load([Adapter(anchor.rank, anchor.alpha, rest)])
+    assert with_head < nats(slot.model, prompt, target) - 0.1
