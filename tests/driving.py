@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 from commands import Cli, Done
+from families import ALIKE, PLAIN, TREE
 
 from srlm_lite.config import recipes_dir
+from srlm_lite.rollout.transformers_engine import TransformersEngine
 
 FAST = (
     "method=spin",  # one that needs nothing of a judge: here it writes noise
@@ -62,6 +65,26 @@ def adapted(folder: Path) -> set[str]:
         names = {key for key in file.keys() if ".lora_A" in key}  # noqa: SIM118 it is no dict
     bare = {re.sub(r"\.lora_A.*", "", name.removeprefix("base_model.model.")) for name in names}
     return {re.sub(r"\.\d+\.", ".N.", name) for name in bare}
+
+
+def watch_sampling(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """The ways in which answers are sampled from now on: the tree or not, with padding or not."""
+    ways: set[str] = set()
+
+    def watched(name: str, way: Callable[[TransformersEngine], str]) -> None:
+        original = getattr(TransformersEngine, name)
+
+        def method(self: TransformersEngine, *args: Any) -> Any:
+            try:
+                return original(self, *args)
+            finally:
+                ways.add(way(self))
+
+        monkeypatch.setattr(TransformersEngine, name, method)
+
+    watched("_run", lambda engine: TREE)
+    watched("_run_plain", lambda engine: ALIKE if engine._pads is False else PLAIN)
+    return ways
 
 
 def logits(model: Any) -> Any:

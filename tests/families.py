@@ -96,8 +96,8 @@ class Family:
     """How to build its tiny base, what it stands for, and what a run on it ends in.
 
     `config` is a class of transformers, `settings` what differs from Llama's shape; with `vision`
-    they are of the text model within a checkpoint of text and images. `targets` are all the layers
-    that can carry an adapter.
+    they are of the text model within a checkpoint of text and images. `targets` are the layers
+    that its run adapts.
     """
 
     config: str
@@ -129,9 +129,14 @@ FAMILIES: dict[str, Family] = {
         "Qwen3-Next 80B-A3B",
         _ATTENTION,
         settings={**_LINEAR_ATTENTION, **_EXPERTS, "shared_expert_intermediate_size": 32},
+        sampled=PLAIN,
+        experts=True,
     ),
     "qwen3_5": Family(
-        "Qwen3_5TextConfig", "Qwen3.5's text model alone", settings=_LINEAR_ATTENTION
+        "Qwen3_5TextConfig",
+        "Qwen3.5's text model alone",
+        settings=_LINEAR_ATTENTION,
+        sampled=PLAIN,
     ),
     "qwen3_5_vl": Family(
         "Qwen3_5Config",
@@ -162,6 +167,7 @@ FAMILIES: dict[str, Family] = {
             "vision_start_token_id": 137,
             "vision_end_token_id": 136,
         },
+        sampled=PLAIN,
     ),
     "gemma": Family("GemmaConfig", "Gemma 1", settings={"tie_word_embeddings": True}),
     "gemma2": Family("Gemma2Config", "Gemma 2", settings={"query_pre_attn_scalar": 16, **_SLIDING}),
@@ -220,24 +226,28 @@ FAMILIES: dict[str, Family] = {
         "GPT-J 6B",
         ("q_proj", "k_proj", "v_proj", "out_proj", "fc_in", "fc_out"),
         settings={"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512, "rotary_dim": 8},
+        sampled=PLAIN,
     ),
     "opt": Family(
         "OPTConfig",
         "OPT",
         ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
         settings={"ffn_dim": 96, "word_embed_proj_dim": 64},
+        sampled=PLAIN,
     ),
     "bloom": Family(
         "BloomConfig",
         "BLOOM",
         ("query_key_value", "dense_h_to_4h"),
         settings={"n_layer": 2, "n_head": 4},
+        sampled=PLAIN,
     ),
     "falcon": Family(
         "FalconConfig",
         "Falcon 7B",
         ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
         settings={"alibi": False, "multi_query": True},
+        sampled=PLAIN,
     ),
     "stablelm": Family("StableLmConfig", "StableLM 2", settings={"partial_rotary_factor": 0.25}),
     "starcoder2": Family(
@@ -252,7 +262,11 @@ FAMILIES: dict[str, Family] = {
     "olmo2": Family("Olmo2Config", "OLMo 2"),
     "olmo3": Family("Olmo3Config", "OLMo 3", settings=_SLIDING),
     "olmoe": Family(
-        "OlmoeConfig", "OLMoE", _ATTENTION, settings={"num_experts": 4, "num_experts_per_tok": 2}
+        "OlmoeConfig",
+        "OLMoE",
+        _ATTENTION,
+        settings={"num_experts": 4, "num_experts_per_tok": 2},
+        experts=True,
     ),
     "granite": Family("GraniteConfig", "Granite 3 dense", settings=_GRANITE),
     "granitemoe": Family(
@@ -260,6 +274,7 @@ FAMILIES: dict[str, Family] = {
         "Granite 3 MoE",
         _ATTENTION,
         settings={**_GRANITE, "num_local_experts": 4, "num_experts_per_tok": 2},
+        experts=True,
     ),
     "granitehybrid": Family(
         "GraniteMoeHybridConfig",
@@ -273,6 +288,7 @@ FAMILIES: dict[str, Family] = {
             "shared_intermediate_size": 96,
             "layer_types": ["mamba", "attention"],
         },
+        sampled=PLAIN,
     ),
     "granitehybrid_moe": Family(
         "GraniteMoeHybridConfig",
@@ -286,45 +302,59 @@ FAMILIES: dict[str, Family] = {
             "shared_intermediate_size": 96,
             "layer_types": ["mamba", "attention"],
         },
+        sampled=PLAIN,
+        experts=True,
     ),
     "qwen2_moe": Family(
         "Qwen2MoeConfig",
         "Qwen1.5-MoE A2.7B, Qwen2 57B-A14B",
         _ATTENTION,
         settings={**_EXPERTS, "shared_expert_intermediate_size": 48},
+        experts=True,
     ),
     "qwen3_moe": Family(
-        "Qwen3MoeConfig", "Qwen3 30B-A3B and 235B-A22B", _ATTENTION, settings=_EXPERTS
+        "Qwen3MoeConfig",
+        "Qwen3 30B-A3B and 235B-A22B",
+        _ATTENTION,
+        settings=_EXPERTS,
+        experts=True,
     ),
     "mixtral": Family(
         "MixtralConfig",
         "Mixtral 8x7B",
         _ATTENTION,
         settings={"num_local_experts": 4, "num_experts_per_tok": 2},
+        experts=True,
     ),
     "phimoe": Family(
         "PhimoeConfig",
         "Phi-3.5 MoE",
         _ATTENTION,
         settings={"num_local_experts": 4, "num_experts_per_tok": 2},
+        experts=True,
     ),
     "deepseek_v2": Family(
         "DeepseekV2Config",
         "DeepSeek-V2 Lite",
         ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"),
         settings=_DEEPSEEK,
+        sampled=PLAIN,
+        experts=True,
     ),
     "deepseek_v3": Family(
         "DeepseekV3Config",
-        "DeepSeek-V3 and R1, Kimi K2, Moonlight",
+        "DeepSeek-V3 and R1, from 16 bits; Moonlight",
         ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"),
         settings=_DEEPSEEK,
+        sampled=PLAIN,
+        experts=True,
     ),
     "gpt_oss": Family(
         "GptOssConfig",
-        "gpt-oss 20B and 120B",
+        "gpt-oss 20B and 120B, from 16 bits",
         _ATTENTION,
         settings={**_SLIDING, "num_local_experts": 4, "num_experts_per_tok": 2},
+        experts=True,
     ),
     "glm4": Family(
         "Glm4Config", "GLM-4 9B and 32B 0414", (*_ATTENTION, "gate_up_proj", "down_proj")
@@ -343,12 +373,15 @@ FAMILIES: dict[str, Family] = {
             "topk_group": 1,
             "use_qk_norm": True,
         },
+        experts=True,
     ),
     "glm4_moe_lite": Family(
         "Glm4MoeLiteConfig",
         "GLM-4.7 Flash",
         ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"),
         settings=_DEEPSEEK,
+        sampled=PLAIN,
+        experts=True,
     ),
     "dots1": Family(
         "Dots1Config",
@@ -363,12 +396,15 @@ FAMILIES: dict[str, Family] = {
             "n_group": 1,
             "topk_group": 1,
         },
+        experts=True,
     ),
     "qwen3_5_moe": Family(
         "Qwen3_5MoeTextConfig",
         "Qwen3.5 35B-A3B's text model alone",
         _ATTENTION,
         settings={**_LINEAR_ATTENTION, **_EXPERTS, "shared_expert_intermediate_size": 32},
+        sampled=PLAIN,
+        experts=True,
     ),
     "minimax": Family(
         "MiniMaxConfig",
@@ -380,6 +416,8 @@ FAMILIES: dict[str, Family] = {
             "block_size": 16,
             "layer_types": ["linear_attention", "full_attention"],
         },
+        sampled=ALIKE,
+        experts=True,
     ),
     "ernie4_5": Family("Ernie4_5Config", "ERNIE 4.5 0.3B", settings={"tie_word_embeddings": True}),
     "ernie4_5_moe": Family(
@@ -393,6 +431,7 @@ FAMILIES: dict[str, Family] = {
             "moe_layer_start_index": 1,
             "moe_num_shared_experts": 1,
         },
+        experts=True,
     ),
     "arcee": Family("ArceeConfig", "AFM 4.5B", (*_ATTENTION, "up_proj", "down_proj")),
     "apertus": Family("ApertusConfig", "Apertus 8B", (*_ATTENTION, "up_proj", "down_proj")),
@@ -422,6 +461,7 @@ FAMILIES: dict[str, Family] = {
             "scale_emb": 2,
             "scale_depth": 2.8,
         },
+        sampled=PLAIN,
     ),
     "cohere": Family("CohereConfig", "Command R, Aya 23", settings={"logit_scale": 0.0625}),
     "cohere2": Family(
@@ -444,14 +484,22 @@ FAMILIES: dict[str, Family] = {
             "lm_head_multiplier": 0.0390625,
             "embedding_multiplier": 5.5,
         },
+        sampled=PLAIN,
     ),
     "lfm2": Family(
         "Lfm2Config",
         "LFM2 350M to 2.6B",
         ("q_proj", "k_proj", "v_proj", "out_proj", "w1", "w2", "w3"),
         settings={"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+        sampled=PLAIN,
     ),
-    "mamba": Family("MambaConfig", "Mamba 130M to 2.8B", ("in_proj",), settings={"state_size": 8}),
+    "mamba": Family(
+        "MambaConfig",
+        "Mamba 130M to 2.8B",
+        ("in_proj",),
+        settings={"state_size": 8},
+        sampled=PLAIN,
+    ),
     "mamba2": Family(
         "Mamba2Config",
         "Mamba 2",
@@ -464,12 +512,14 @@ FAMILIES: dict[str, Family] = {
             "expand": 2,
             "chunk_size": 16,
         },
+        sampled=PLAIN,
     ),
     "bamba": Family(
         "BambaConfig",
         "Bamba 9B",
         (*_DENSE, "in_proj"),
         settings={**_MAMBA_2, "attn_layer_indices": [1]},
+        sampled=PLAIN,
     ),
     "jamba": Family(
         "JambaConfig",
@@ -485,6 +535,8 @@ FAMILIES: dict[str, Family] = {
             "mamba_d_state": 8,
             "use_mamba_kernels": False,
         },
+        sampled=PLAIN,
+        experts=True,
     ),
     "nemotron_h": Family(
         "NemotronHConfig",
@@ -500,6 +552,7 @@ FAMILIES: dict[str, Family] = {
             "layer_types": ["linear_attention", "full_attention", "mlp"],
             "num_hidden_layers": 3,
         },
+        sampled=PLAIN,
     ),
     "recurrent_gemma": Family(
         "RecurrentGemmaConfig",
@@ -510,8 +563,13 @@ FAMILIES: dict[str, Family] = {
             "attention_window_size": _WINDOW,
             "block_types": ["recurrent", "attention"],
         },
+        sampled=ALIKE,
     ),
 }
+
+
+QUANTIZED = {"gpt_oss": "mxfp4", "deepseek_v3": "fp8"}
+"""Families whose published files hold weights in few bits, and how."""
 
 
 def build_family(name: str, folder: Path, tokenizer: Any = None) -> Path:
@@ -614,8 +672,8 @@ exported, loaded by transformers alone, and held against PEFT's model of the sam
 base. So a row says that the code of the family is served, not how well a published model of it
 learns; the real models that are named have that architecture in transformers {version}.
 
-- **Targets**: all layers that can carry an adapter, by the names that `lora.targets` takes. The
-  default is Llama's: {default}.
+- **Targets**: the layers that the test adapts, by the names that `lora.targets` takes. The default
+  is Llama's: {default}. A target that the base lacks is refused with those that it has.
 - **Sampling**: the tree keeps a prompt's keys and values once for all its candidates; plain
   `generate` is slower, and samples from the same distribution.
 - **Exports**: the forms that `srlm-lite export --as` gives, each equal to PEFT on the base.
@@ -624,6 +682,19 @@ learns; the real models that are named have that architecture in transformers {v
 
 | family | for example | targets | sampling | exports | experts |
 |---|---|---|---|---|---|
+"""
+
+
+_REFUSED = """
+## Refused
+
+Before the anchor, in one line.
+
+| base | for example | why |
+|---|---|---|
+| weights in few bits already | gpt-oss (MXFP4) and DeepSeek-V3 (FP8) as published, GPTQ, AWQ | \
+what is trained on them could neither be merged into them nor held against them; the same model in \
+16 bits is served, with `base.quantization=nf4` |
 """
 
 
@@ -649,11 +720,9 @@ def page() -> str:
             "16 bits" if family.experts else "",
         )
         text += "| " + " | ".join(cells) + " |\n"
-    refused = {name: family for name, family in FAMILIES.items() if family.refused}
-    if refused:
-        text += "\n## Refused\n\nBefore the anchor, in one line.\n\n"
-        text += "| family | for example | why |\n|---|---|---|\n"
-        for name, family in refused.items():
+    text += _REFUSED
+    for name, family in FAMILIES.items():
+        if family.refused:
             text += f"| `{name}` | {family.stands_for} | {family.refused} |\n"
     return text
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from commands import Cli
-from driving import adapted, iterate, loaded, logits, peft_logits, stages
-from families import ADAPTER, ALIKE, DOCS, FAMILIES, MERGED, PLAIN, TREE, page
+from driving import adapted, iterate, loaded, logits, peft_logits, stages, watch_sampling
+from families import ADAPTER, DOCS, FAMILIES, MERGED, QUANTIZED, page
 
 from srlm_lite.config import Base
 from srlm_lite.planning.probe import shape_of_base
@@ -27,9 +29,10 @@ def test_a_family_runs_and_is_exported_or_is_refused_in_one_line(
     family_base: Callable[[str], Path],
     cli: Cli,
     tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     family, base, run = FAMILIES[name], family_base(name), tmp_path / "run"
+    ways = watch_sampling(monkeypatch)
     done = iterate(cli, base, run, names(family.targets))
     if family.refused:
         assert done.returncode == 2, done.stderr[-3000:]
@@ -44,25 +47,32 @@ def test_a_family_runs_and_is_exported_or_is_refused_in_one_line(
     assert made["delta"]["step0_margin"] == pytest.approx(0, abs=1e-3)
     assert {module.rpartition(".")[2] for module in adapted(run)} == set(family.targets)
     assert bool(shape_of_base(Base(name=str(base))).experts) == family.experts
-    told = {PLAIN: "with plain generate", ALIKE: "sampling prompts of equal length"}
-    ways = {way for way, words in told.items() if words in caplog.text}
-    assert family.sampled == (ALIKE if ALIKE in ways else PLAIN if PLAIN in ways else TREE)
+    assert ways == {family.sampled}
     for kind in (MERGED, ADAPTER):
         # In 16 bits a token near a tie may go to another expert, and the logits with it.
         exact = ("--dtype", "float32") if kind == MERGED else ()
         done = cli("export", "--adapters", run, "--as", kind, "--out", tmp_path / kind, *exact)
         assert done.returncode == (0 if kind in family.exports else 2), done.stderr[-3000:]
-        assert "Traceback" not in done.stderr
-    assert family.exports
-    if ADAPTER in family.exports:
-        before, after = peft_logits(base, tmp_path / ADAPTER)
-        moved = float((after - before).abs().max())
-        assert moved > 0.02  # an export that leaves everything out would be as good
+    before, after = peft_logits(base, tmp_path / ADAPTER)
+    moved = float((after - before).abs().max())
+    assert moved > 0.5  # else an export that leaves all of it out would be as good
     if MERGED in family.exports:
-        out = logits(loaded(tmp_path / MERGED))
-        assert read_json(tmp_path / MERGED / "parity.json")
-    if len(family.exports) == 2:
-        print("apart", float((out - after).abs().max()), "moved", moved)
+        apart = float((logits(loaded(tmp_path / MERGED)) - after).abs().max())
+        assert apart < 1e-4 * moved
+
+
+@pytest.mark.parametrize(("name", "kept"), QUANTIZED.items())
+def test_a_checkpoint_in_few_bits_is_refused_before_the_anchor(
+    name: str, kept: str, family_base: Callable[[str], Path], cli: Cli, tmp_path: Path
+) -> None:
+    base = shutil.copytree(family_base(name), tmp_path / "base")
+    settings = read_json(base / "config.json")
+    settings["quantization_config"] = {"quant_method": kept}
+    (base / "config.json").write_text(json.dumps(settings))
+    done = iterate(cli, base, tmp_path / "run", names(FAMILIES[name].targets))
+    assert done.returncode == 2, done.stderr[-3000:]
+    assert "is quantized already" in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "run" / "anchor" / "adapter_model.safetensors").exists()
 
 
 def test_the_page_of_bases_says_what_these_tests_hold() -> None:
