@@ -71,6 +71,10 @@ class Section(BaseModel):
         allow_inf_nan=False,
     )
 
+    def __hash__(self) -> int:
+        """As pydantic's, which knows no mappings among the settings."""
+        return hash(self.model_dump_json())
+
 
 class Base(Section):
     """The frozen weights."""
