@@ -556,6 +556,7 @@ def demo(qwen3: Path, *overrides: str) -> Recipe:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # a processor without 16-bit instructions takes four times as long
 @pytest.mark.skipif(smollm2_file() is None, reason=f"no SmolLM2 here ({SMOLLM2_WHEEL})")
 def test_smollm2_under_qwen3s_template(qwen3: Path, tmp_path: Path) -> None:
     """Off: no block anywhere. On, with an anchor taught thoughts: these are learned, not judged."""
