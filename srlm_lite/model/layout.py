@@ -117,7 +117,7 @@ class Layout:
         return a is b
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a parameter of the model."""
+        """The shape of a parameter of the model."""
         return tuple(self._inside[name].shape)
 
     def is_transposed(self, module: str) -> bool:

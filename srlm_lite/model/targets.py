@@ -239,7 +239,7 @@ def code_reads(kind: type[nn.Module]) -> Reads:
 
 
 def _conditions(node: ast.AST, above: list[ast.AST]) -> Iterator[ast.expr]:
-    """Of the `if`s that a node lies in the first branch of."""
+    """The conditions of the `if`s in whose first branch a node lies."""
     for outer, inner in zip(above, [*above[1:], node], strict=True):
         if isinstance(outer, ast.If) and inner in outer.body:
             yield outer.test
