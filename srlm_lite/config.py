@@ -563,8 +563,8 @@ class Dno(Section):
     """An answer that says a run of so many words three times is rejected whatever its score."""
 
 
-class Scir(Section):
-    """Method `scir`: judge and implicit reward are pulled together; pairs they dispute wait."""
+class Consistency(Section):
+    """Terms of a DPO that pulls judge and implicit reward together; pairs they dispute wait."""
 
     sharpness: Annotated[float, Field(gt=0)] = 1.0
     """Turns a difference of log-ratios per token into the implicit reward's preference."""
@@ -574,6 +574,10 @@ class Scir(Section):
     """Of the entropy of both."""
     threshold: Annotated[float, Field(ge=0.5, lt=1)] = 0.5
     """DPO takes a pair when the judge prefers its chosen reply by more than this."""
+
+
+class Scir(Consistency):
+    """Method `scir`: judge and implicit reward are pulled together; pairs they dispute wait."""
 
 
 class MetaRewarding(Section):
@@ -644,8 +648,8 @@ class Rlhf(Section):
     reward: RewardSection = RewardSection()
 
 
-class Recipe(Section):
-    """All a run needs to know."""
+class Shared(Section):
+    """What all methods share of a recipe."""
 
     name: str
     description: str = ""
@@ -666,6 +670,11 @@ class Recipe(Section):
     mt_bench: MtBench = MtBench()
     vllm: Vllm = Vllm()
     openai: OpenAI = OpenAI()
+
+
+class Recipe(Shared):
+    """All a run needs to know."""
+
     offline: Offline = Offline()
     spin: Spin = Spin()
     cream: Cream = Cream()

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 from srlm_lite.config import EngineName, Recipe
 from srlm_lite.errors import ProofError, UserError
 from srlm_lite.judging import Rubric, load_rubric
+from srlm_lite.methods import METHODS
 from srlm_lite.processes import Processes
 from srlm_lite.progress import Reporter, Silent, Tracker, Untracked
 from srlm_lite.run_dir import RunDir, StageDir, adapter_files
@@ -450,10 +451,9 @@ def refuse_several(recipe: Recipe, processes: int) -> None:
     Raises:
         UserError: Says which method.
     """
-    if recipe.method == "rlhf" and processes > 1:
-        # What the policy draws while it learns is not dealt out between them.
+    if METHODS[recipe.method].one_process and processes > 1:
         raise UserError(
-            f"rlhf trains in one process, and there are {processes}",
+            f"{recipe.method} trains in one process, and there are {processes}",
             where="method",
             way_out="Start it without a launcher",
         )
@@ -474,9 +474,9 @@ def refuse_sharding(recipe: Recipe) -> None:
     for name, engine in (("rollout", recipe.rollout.engine), ("judge", recipe.judge.engine)):
         if engine == "vllm":
             raise line("vLLM holds the base whole", f"{name}.engine", "Set it to transformers")
-    if recipe.method == "rlhf":
+    if METHODS[recipe.method].one_process:
         raise line(
-            "rlhf trains in one process, which holds the base whole",
+            f"{recipe.method} trains in one process, which holds the base whole",
             "method",
             "Launch it as one process, or with a configuration that is not FSDP's",
         )

@@ -19,7 +19,7 @@ from srlm_lite.config import METHOD_SECTIONS, Dno, Recipe, load_recipe, recipe_f
 from srlm_lite.errors import UserError
 from srlm_lite.judging import fill, load_template
 from srlm_lite.loop import iterate
-from srlm_lite.methods import METHODS
+from srlm_lite.methods import METHODS, method_of
 from srlm_lite.methods.cream import consistencies, kendall, refuse_nothing_to_learn
 from srlm_lite.methods.dno import margin_pairs, read_scores, render, repeats, teacher_answers
 from srlm_lite.methods.meta_rewarding import (
@@ -39,7 +39,6 @@ from srlm_lite.methods.rlaif import (
     option_probability,
     rationale_of,
     soft_label,
-    to_learn,
 )
 from srlm_lite.methods.scir import judge_preference
 from srlm_lite.methods.spin import against_human
@@ -58,6 +57,7 @@ from srlm_lite.records import (
 )
 from srlm_lite.run_dir import RunDir, read_json, read_records, write_records
 from srlm_lite.session import Session
+from srlm_lite.stages.at_work import AtWork
 from srlm_lite.stages.likelihood import candidate_likelihoods
 from srlm_lite.stages.reward import ranked_pairs, reward_model
 from srlm_lite.tasks.toy import topic_of
@@ -352,18 +352,19 @@ def test_side_by_side_quotes_what_it_shows() -> None:
         load_template("side-by-side", "nothing")
 
 
-def test_a_teacher_s_file_is_read_by_prompt(tmp_path: Path) -> None:
-    path = tmp_path / "teacher.jsonl"
-    path.write_text('{"prompt_id": "x", "response": "no"}\n{"prompt_id": "p", "response": "yes"}\n')
-    [row] = teacher_answers(path, [Prompt("p", "?")])
+def test_a_teacher_s_answers_are_read_by_prompt() -> None:
+    def read(prompt_id: str, *rows: dict[str, Any]) -> list[Candidate]:
+        return teacher_answers(rows, [Prompt(prompt_id, "?")], where="teacher.jsonl")
+
+    said = [{"prompt_id": "x", "response": "no"}, {"prompt_id": "p", "response": "yes"}]
+    [row] = read("p", *said)
     assert (row.candidate_id, row.text) == ("p#teacher-2", "yes")
-    path.write_text('{"prompt_id": 7, "response": "a number"}\n')
-    assert teacher_answers(path, [Prompt("7", "?")])[0].text == "a number"
-    with pytest.raises(UserError, match="answers none of the iteration's 1 prompts"):
-        teacher_answers(path, [Prompt("q", "?")])
-    path.write_text('{"prompt_id": "p"}\n')
+    number: dict[str, Any] = {"prompt_id": 7, "response": "a number"}
+    assert read("7", number)[0].text == "a number"
+    with pytest.raises(UserError, match=r"^teacher\.jsonl: answers none of the iteration's 1 prom"):
+        read("q", number)
     with pytest.raises(UserError, match="row 1 lacks prompt_id or response"):
-        teacher_answers(path, [Prompt("p", "?")])
+        read("p", {"prompt_id": "p"})
 
 
 def test_a_side_by_side_judge_is_asked_once_a_vote(anchor: Path, tmp_path: Path) -> None:
@@ -710,7 +711,7 @@ def test_the_control_of_rlaif_learns_from_drafts_and_coins(anchor: Path, tmp_pat
     session = Session(recipe, directory)
     first = directory.iteration(1)
     drafts = {row.text for row in read_records(first.candidates, Candidate)}
-    learned = to_learn(session, first)
+    learned = method_of(recipe).to_learn(AtWork(session, first))
     assert learned and {row.response for row in learned} <= drafts
 
 
@@ -770,7 +771,8 @@ def test_rlhf_trains_a_reward_model_once_and_then_the_policy(anchor: Path, tmp_p
         assert all(row.score is not None for row in judgements)
     # What is on disk gives the rewards that trained: the anchor's bytes and the head's are whole.
     session = Session(recipe, directory)
-    model, _ = reward_model(session)
+    section = recipe.rlhf.reward
+    model, _ = reward_model(session, optim=section, pairs=section.pairs)
     first = directory.iteration(1)
     prompts = {row.prompt_id: row.text for row in read_records(first.prompts, Prompt)}
     finished = [

@@ -28,8 +28,6 @@ from srlm_lite.planning.plan import PARTS, Hardware, Plan, needs_sharding, parse
 from srlm_lite.planning.rates import known_rates, rates_folder, rates_key
 
 _HEADS = {"kv_cache": "KV cache"}
-_ALIKE = {"prompts": "candidates", "revision SFT": "anchor SFT"}
-"""Phases that do the same work as another one, whose rate stands for theirs."""
 _SHORT_HEADS = {
     "adapters": "adapt.",
     "optimizer": "optim.",
@@ -114,7 +112,7 @@ def times_of(plan: Plan) -> Times:
     rates = known[0] if known else {}
     seconds: dict[str, float | None] = {}
     for phase in plan.phases:
-        rate = rates.get(phase.name, rates.get(_ALIKE.get(phase.name, "")))
+        rate = rates.get(phase.name, rates.get(phase.like))
         seconds[phase.name] = phase.tokens / rate if phase.tokens and rate else None
     return Times(seconds, known[1] if known else None)
 
@@ -172,7 +170,6 @@ def plan_text(plan: Plan, times: Times, advice: Advice, *, width: int | None = N
     lines = [
         "GB at the longest that window and data admit, predicted from shapes; tokens at most, of "
         "the whole run, votes asked again apart",
-        *_of_another_method(plan.recipe),
         *_out_of_reach(plan),
         *(["export runs on the machine, not on the device"] if on_host else []),
         f"time: {'at rates measured on ' + measured if measured else _NO_RATES}",
@@ -198,16 +195,6 @@ def plan_text(plan: Plan, times: Times, advice: Advice, *, width: int | None = N
             *(_broken(line, width) for line in lines),
         ]
     )
-
-
-def _of_another_method(recipe: Recipe) -> list[str]:
-    """That a plan knows the stages of one method alone."""
-    if recipe.method == "self-rewarding":
-        return []
-    return [
-        "counted for the method self-rewarding: how much "
-        f"{recipe.method} samples and trains on differs from that"
-    ]
 
 
 def _out_of_reach(plan: Plan) -> list[str]:

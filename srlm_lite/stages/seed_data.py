@@ -7,20 +7,50 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from srlm_lite.config import SHIPPED, Recipe, shipped_text, shorten
 from srlm_lite.data.text import words_of
 from srlm_lite.errors import UserError
 from srlm_lite.evaluate import ifeval
 from srlm_lite.evaluate.gold import load_gold
-from srlm_lite.judging import load_rubric, load_template
-from srlm_lite.principles import load_principles
+from srlm_lite.judging import load_rubric
+from srlm_lite.methods import method_of
+from srlm_lite.methods.base import Pool, SeedData
 from srlm_lite.records import Instruction, Prompt, RankedReply
 from srlm_lite.rollout.installed import check_vllm
 from srlm_lite.run_dir import read_jsonl, read_records
 
 T = TypeVar("T")
+
+
+class FilesOfRecipe(SeedData):
+    """The seed data that a recipe names."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._recipe = recipe
+
+    def prompts(self) -> Pool:
+        """The recipe's prompt list."""
+        path = prompt_file(self._recipe)
+        return read_prompts(path), path
+
+    def instructions(self) -> list[Instruction]:
+        """Instruction data."""
+        return read_ift(self._recipe)
+
+    def ranked(self) -> tuple[list[list[RankedReply]], Path]:
+        """Replies that humans ranked, by prompt, and their file."""
+        path = ranked_file(self._recipe)
+        return read_ranked(path, None), path
+
+    def human_answers(self) -> tuple[list[Instruction], Path]:
+        """One human answer a prompt, and their file."""
+        return read_human_answers(self._recipe)
+
+    def rows(self, path: str) -> list[dict[str, Any]]:
+        """The rows of a JSONL file that a setting names."""
+        return read_jsonl(Path(path))
 
 
 def data_file(recipe: Recipe, name: str) -> Path:
@@ -215,16 +245,7 @@ def check_inputs(recipe: Recipe) -> None:
         _refuse_none(read_ranked(path, recipe.anchor.eft_prompts), path)
     read_ranked(data_file(recipe, "eft_eval.jsonl"), recipe.evaluate.eft_prompts)
     policy_prompts(recipe)
-    if recipe.method == "meta-rewarding":
-        load_template(recipe.meta_rewarding.template, "first", "second")
-    if recipe.method == "dno" and recipe.dno.grading == "side-by-side":
-        load_template(recipe.dno.template, "prompt", "responses")
-    if recipe.method == "dno" and recipe.dno.teacher not in (None, "server"):
-        read_jsonl(Path(str(recipe.dno.teacher)))
-    if recipe.method == "rlaif":
-        load_principles(recipe.rlaif.principles)
-        if recipe.rlaif.helpful:
-            read_ift(recipe)
+    method_of(recipe).preflight(FilesOfRecipe(recipe))
     if recipe.iterations:
         check_window(recipe)
         _check_prompts(recipe)
@@ -333,19 +354,10 @@ def _check_prompts(recipe: Recipe) -> None:
     Raises:
         UserError: There are too few, or the file cannot be read.
     """
-    section = recipe.prompts
-    if recipe.method in ("dpo", "rlhf"):
-        ranked = read_ranked(ranked_file(recipe), None)
-    if recipe.method == "dpo":
-        path, count = ranked_file(recipe), len(ranked)
-    elif recipe.method == "spin":
-        answers, path = read_human_answers(recipe)
-        count = len(answers)
-    elif section.source == "file":
-        path = prompt_file(recipe)
-        count = len(read_prompts(path))
-    else:
+    section, pool = recipe.prompts, method_of(recipe).pool(FilesOfRecipe(recipe))
+    if pool is None:
         return
+    count, path = len(pool[0]), pool[1]
     times = 1 if section.reuse else recipe.iterations
     if count < times * section.per_iteration:
         wanted = f"{times} iterations of " if times > 1 else ""
