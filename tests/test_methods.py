@@ -11,17 +11,23 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from random import Random
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 
-from srlm_lite.config import METHOD_SECTIONS, Dno, Recipe, load_recipe, recipe_from, shipped_recipes
 from srlm_lite.errors import UserError
 from srlm_lite.judging import fill, load_template
 from srlm_lite.loop import iterate
-from srlm_lite.methods import METHODS, method_of
+from srlm_lite.methods import METHODS, method_of, table
 from srlm_lite.methods.cream import consistencies, kendall, refuse_nothing_to_learn
-from srlm_lite.methods.dno import margin_pairs, read_scores, render, repeats, teacher_answers
+from srlm_lite.methods.dno import (
+    DnoSettings,
+    margin_pairs,
+    read_scores,
+    render,
+    repeats,
+    teacher_answers,
+)
 from srlm_lite.methods.meta_rewarding import (
     Battle,
     battle_matrix,
@@ -45,6 +51,7 @@ from srlm_lite.methods.spin import against_human
 from srlm_lite.methods.temporal import anchored_pairs
 from srlm_lite.pairing import Drops, Scored
 from srlm_lite.principles import load_principles
+from srlm_lite.recipe import Recipe, load_recipe, recipe_from, shipped_recipes
 from srlm_lite.records import (
     Candidate,
     Judgement,
@@ -55,7 +62,8 @@ from srlm_lite.records import (
     Reply,
     Revision,
 )
-from srlm_lite.run_dir import RunDir, read_json, read_records, write_records
+from srlm_lite.run.files import read_json, read_records, write_records
+from srlm_lite.run.run import RunDir
 from srlm_lite.session import Session
 from srlm_lite.stages.at_work import AtWork
 from srlm_lite.stages.likelihood import candidate_likelihoods
@@ -74,10 +82,21 @@ def scored(name: str, text: str, score: float) -> Scored:
 # --- the table of methods ---------------------------------------------------------------------
 
 
-def test_every_method_that_a_recipe_may_name_exists_and_has_a_recipe() -> None:
-    named = get_args(Recipe.model_fields["method"].annotation)
-    assert set(named) == set(METHODS)
+def test_every_method_has_a_recipe_and_an_unknown_one_is_told() -> None:
     assert {load_recipe(name).method for name in shipped_recipes()} == set(METHODS)
+    told = r"^r: `method` \(is 'spinn'\): no such method; did you mean spin\?"
+    with pytest.raises(UserError, match=told):
+        recipe_from({**MINIMAL, "method": "spinn"}, where="r")
+    with pytest.raises(UserError, match="no such method; known: self-rewarding, dpo, spin"):
+        recipe_from({**MINIMAL, "method": "magic"}, where="r")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_says_what_it_is(method: str) -> None:
+    kind = METHODS[method]
+    assert kind.sources and kind.learns_from and kind.made_by
+    assert set(kind.labels) <= set(kind.Settings.model_fields)
+    assert f"| `{method}` | `" in table()
 
 
 def test_scir_needs_a_model_that_has_moved_from_the_anchor() -> None:
@@ -86,10 +105,12 @@ def test_scir_needs_a_model_that_has_moved_from_the_anchor() -> None:
 
 
 def test_a_method_s_settings_count_for_that_method_alone() -> None:
-    for method, section in METHOD_SECTIONS.items():
+    for method, kind in METHODS.items():
+        if kind.section is None:
+            continue
         told = {**MINIMAL, "method": method, "dpo": {"init": "previous", "reference": "anchor"}}
-        assert section in recipe_from(told, where="r").identity()
-        assert section not in recipe_from(MINIMAL, where="r").identity()
+        assert kind.section in recipe_from(told, where="r").identity()
+        assert kind.section not in recipe_from(MINIMAL, where="r").identity()
     plain = recipe_from({**MINIMAL, "method": "cream"}, where="r").digest()
     alone = {**MINIMAL, "method": "cream", "cream": {"consistency": "sample"}}
     assert recipe_from(alone, where="r").digest() != plain
@@ -278,7 +299,7 @@ def test_the_judge_s_preference_is_a_share_of_votes() -> None:
 
 # --- DNO --------------------------------------------------------------------------------------
 
-DNO = Dno(least_positive=5, margin=2, own_margin=1, repeated_words=2)
+DNO = DnoSettings(least_positive=5, margin=2, own_margin=1, repeated_words=2)
 
 
 def test_dno_takes_every_pair_with_the_margin_its_winner_needs() -> None:

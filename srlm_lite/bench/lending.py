@@ -11,10 +11,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from srlm_lite.config import Recipe
 from srlm_lite.methods import METHODS, sections_of_others
 from srlm_lite.methods.self_rewarding import SelfRewarding
-from srlm_lite.run_dir import RunDir
+from srlm_lite.recipe import Recipe
+from srlm_lite.run.run import RunDir
 
 FIRST_STAGES = ("prompts", "candidates", "judgements")
 """Of the first iteration, what can be the same in several runs."""

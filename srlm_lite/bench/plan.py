@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from srlm_lite.bench.machine import apart, resident_peak, status_bytes
-from srlm_lite.config import Anchor, Base, Recipe
 from srlm_lite.errors import UserError
 from srlm_lite.hardware import device_name
 from srlm_lite.methods.base import Trains
@@ -30,6 +29,8 @@ from srlm_lite.planning.machine import hardware_found, plan_for
 from srlm_lite.planning.plan import Phase, Plan
 from srlm_lite.planning.rates import rates_key, remember
 from srlm_lite.progress import Reporter
+from srlm_lite.recipe import Recipe
+from srlm_lite.settings import Anchor, Base
 
 if TYPE_CHECKING:
     from srlm_lite.model.base import LoadedBase

@@ -7,11 +7,12 @@ from typing import Any
 
 import yaml
 
-from srlm_lite.config import Recipe, short_base
 from srlm_lite.export.source import Source
 from srlm_lite.methods import METHODS, sections_of_others
+from srlm_lite.recipe import Recipe
 from srlm_lite.report.facts import gather, public_settings
 from srlm_lite.report.markdown import measured, warned_of
+from srlm_lite.shipped import short_base
 
 CARD = "README.md"
 RECIPE = "recipe.yaml"

@@ -7,7 +7,6 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from srlm_lite.config import Section, Shared
 from srlm_lite.methods.base import Method, NoSettings
 from srlm_lite.methods.cream import Cream
 from srlm_lite.methods.dno import Dno
@@ -19,6 +18,7 @@ from srlm_lite.methods.scir import Scir
 from srlm_lite.methods.self_rewarding import SelfRewarding
 from srlm_lite.methods.spin import Spin
 from srlm_lite.methods.temporal import Temporal
+from srlm_lite.settings import Section, Shared
 
 METHODS: dict[str, type[Method[Any]]] = {
     method.name: method

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
-from srlm_lite.config import Consistency, Dpo, Optim, Section, Shared
 from srlm_lite.judging import Rubric
 from srlm_lite.pairing import JUDGE, Drops
 from srlm_lite.records import (
@@ -28,6 +27,7 @@ from srlm_lite.records import (
     Record,
     Reply,
 )
+from srlm_lite.settings import Consistency, Dpo, Optim, Section, Shared
 
 S = TypeVar("S", bound=Section)
 R = TypeVar("R", bound=Record)

@@ -22,7 +22,6 @@ from itertools import combinations
 from statistics import fmean
 from typing import Any, Literal
 
-from srlm_lite.config import Section
 from srlm_lite.errors import UserError
 from srlm_lite.evaluate.candidates import NO_VOTES
 from srlm_lite.judging import mean_scores
@@ -30,6 +29,7 @@ from srlm_lite.methods.base import Case, Facts, Iteration, MadePairs, Phase, Siz
 from srlm_lite.methods.self_rewarding import SelfRewarding
 from srlm_lite.pairing import Drops, Scored, Scores, usable_candidates
 from srlm_lite.records import Candidate, Judgement, PreferencePair, Prompt
+from srlm_lite.settings import Section
 
 
 class CreamSettings(Section):

@@ -23,7 +23,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from srlm_lite.config import Section
 from srlm_lite.errors import UserError
 from srlm_lite.evaluate.candidates import candidate_facts, vote_facts
 from srlm_lite.judging import SCORES, fill, load_template, numbered, plain_lines
@@ -41,6 +40,8 @@ from srlm_lite.methods.base import (
 from srlm_lite.methods.self_rewarding import SelfRewarding
 from srlm_lite.pairing import Drops, Scored, has_tag, length_penalty, pair
 from srlm_lite.records import Candidate, Judgement, PreferencePair, Prompt
+from srlm_lite.settings import IsPath, Section
+from srlm_lite.shipped import TEMPLATES
 
 TEACHER = "teacher"
 """The kind of the teacher's answers."""
@@ -55,13 +56,13 @@ BEST_SIDE_BY_SIDE = 6
 class DnoSettings(Section):
     """Method `dno`: every pair with a good winner and a wide margin."""
 
-    teacher: str | None = None
+    teacher: Annotated[str | None, IsPath(words=(SERVER,))] = None
     """A stronger model's answers: a JSONL file with `prompt_id` and `response`, or `server` for
     the model of the section `openai`. Without, the policy is alone."""
     grading: Literal["rubric", "side-by-side"] = "rubric"
     """`side-by-side`: the judge sees all answers to a prompt at once, in an order drawn for each
     vote, as in the paper. `rubric`: each answer by itself."""
-    template: str = "side-by-side"
+    template: Annotated[str, IsPath(shipped=TEMPLATES)] = "side-by-side"
     """Of the side-by-side judge's prompt: name of a shipped template or a path."""
     least_positive: float = 5.0
     """Lowest score of a chosen answer."""

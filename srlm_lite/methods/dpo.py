@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from srlm_lite.config import Section
 from srlm_lite.evaluate.candidates import NO_VOTES, candidate_facts
 from srlm_lite.methods.base import (
     Case,
@@ -25,6 +24,7 @@ from srlm_lite.methods.base import (
 from srlm_lite.methods.self_rewarding import SelfRewarding
 from srlm_lite.pairing import told_apart, usable_candidates
 from srlm_lite.records import Candidate, Judgement, Prompt, RankedReply
+from srlm_lite.settings import Section
 
 
 class Offline(Section):

@@ -28,7 +28,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from srlm_lite.config import Positive, Section
 from srlm_lite.judging import Rubric, fill, load_template, options, plain_lines
 from srlm_lite.methods.base import (
     Case,
@@ -44,6 +43,8 @@ from srlm_lite.methods.base import (
 from srlm_lite.methods.self_rewarding import SelfRewarding
 from srlm_lite.pairing import JUDGE, Drops, at_iteration
 from srlm_lite.records import Candidate, Judgement, PreferencePair, Prompt, Reply
+from srlm_lite.settings import IsPath, Positive, Section
+from srlm_lite.shipped import TEMPLATES
 
 PRIOR = 0.01
 """Wins that every judgement is given over every other before the first battle."""
@@ -62,7 +63,7 @@ class MetaRewardingSettings(Section):
     for one role each the policy's stays as it is."""
     roles: Literal["shared", "separate"] = "shared"
     """One delta for policy and judge, or one each."""
-    template: str = "meta-judge"
+    template: Annotated[str, IsPath(shipped=TEMPLATES)] = "meta-judge"
     """Of the meta-judge's question: name of a shipped template or a path."""
     verdicts: tuple[str, str] = ("Winner: Judgement A", "Winner: Judgement B")
     """Last line of the meta-judge's reply where the first, or the second judgement wins."""

@@ -28,7 +28,6 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from srlm_lite.config import Optim, Positive, Section
 from srlm_lite.evaluate.candidates import NO_VOTES, candidate_facts, gold_scores
 from srlm_lite.judging import plain_lines
 from srlm_lite.methods.base import (
@@ -58,6 +57,8 @@ from srlm_lite.records import (
     Revision,
     SampledInstruction,
 )
+from srlm_lite.settings import IsPath, Optim, Positive, Section
+from srlm_lite.shipped import PRINCIPLES
 
 SUPERVISED = 1
 """The iteration that learns from revisions."""
@@ -73,7 +74,7 @@ class RevisionSft(Optim):
 class RlaifSettings(Section):
     """Method `rlaif`: critique and revision, then preferences, both by principles."""
 
-    principles: str = "assistant"
+    principles: Annotated[str, IsPath(shipped=PRINCIPLES)] = "assistant"
     """Name of shipped principles or a path: the principles and the questions about them."""
     drafts: Positive = 1
     """Answers to each prompt of the first iteration that are revised."""

@@ -22,7 +22,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from srlm_lite.config import Optim, Section
 from srlm_lite.evaluate.candidates import NO_VOTES
 from srlm_lite.methods.base import (
     Case,
@@ -38,6 +37,7 @@ from srlm_lite.methods.base import (
 )
 from srlm_lite.methods.self_rewarding import SelfRewarding
 from srlm_lite.records import Candidate, Judgement, PreferencePair, Prompt
+from srlm_lite.settings import Optim, Section
 
 
 class RewardSection(Optim):

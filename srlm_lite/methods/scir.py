@@ -16,11 +16,11 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from srlm_lite.config import Consistency
 from srlm_lite.judging import votes_by_candidate
 from srlm_lite.methods.base import Case, Facts, Iteration, MadePairs, Source
 from srlm_lite.methods.self_rewarding import SelfRewarding
 from srlm_lite.records import Candidate, Judgement, PreferencePair, Prompt
+from srlm_lite.settings import Consistency
 
 
 class ScirSettings(Consistency):

@@ -17,7 +17,6 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from srlm_lite.config import Positive, Section
 from srlm_lite.evaluate.candidates import NO_VOTES, candidate_facts
 from srlm_lite.methods.base import (
     Case,
@@ -34,6 +33,7 @@ from srlm_lite.methods.base import (
 from srlm_lite.methods.self_rewarding import SelfRewarding
 from srlm_lite.pairing import Drops, at_iteration, pair, usable_candidates
 from srlm_lite.records import Candidate, Judgement, PreferencePair, Prompt
+from srlm_lite.settings import Positive, Section
 
 
 class SpinSettings(Section):

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from srlm_lite.config import Consistency, Dpo, Optim
 from srlm_lite.errors import UserError
 from srlm_lite.evaluate.candidates import on_policy_accuracy
 from srlm_lite.progress import Training
@@ -20,9 +19,11 @@ from srlm_lite.records import (
     TrainingStep,
 )
 from srlm_lite.rollout.protocol import Sample
-from srlm_lite.run_dir import DeltaPlace, IterationDir, read_json, write_json, write_records
+from srlm_lite.run.files import read_json, write_json, write_records
+from srlm_lite.run.layout import DeltaPlace, IterationDir
 from srlm_lite.seeds import derive_seed
 from srlm_lite.session import Role, Session
+from srlm_lite.settings import Consistency, Dpo, Optim
 from srlm_lite.stages.anchor import Sft, fitting_examples, ift_examples, scratch
 from srlm_lite.stages.pairs import pair_example
 from srlm_lite.stages.replies import candidate_of

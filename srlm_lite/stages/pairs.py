@@ -9,7 +9,8 @@ from srlm_lite.errors import UserError
 from srlm_lite.evaluate.candidates import pair_facts
 from srlm_lite.pairing import Drops, replayed
 from srlm_lite.records import PreferencePair
-from srlm_lite.run_dir import IterationDir, read_records, write_json, write_records
+from srlm_lite.run.files import read_records, write_json, write_records
+from srlm_lite.run.layout import IterationDir
 from srlm_lite.seeds import derive_seed
 from srlm_lite.session import Session
 from srlm_lite.stages.prompts import in_another_directory

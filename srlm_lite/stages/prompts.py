@@ -9,7 +9,8 @@ from typing import Any
 from srlm_lite.errors import UserError
 from srlm_lite.methods.base import Pool, SeedData
 from srlm_lite.records import Prompt
-from srlm_lite.run_dir import IterationDir, read_records, write_records
+from srlm_lite.run.files import read_records, write_records
+from srlm_lite.run.layout import IterationDir
 from srlm_lite.session import Session
 from srlm_lite.stages.seed_data import FilesOfRecipe, check_window
 from srlm_lite.stages.self_instruct import write_prompts
