@@ -606,8 +606,15 @@ def test_the_phases_of_every_method_by_hand(case: str) -> None:
     assert found == expected
 
 
-def test_every_method_has_phases_of_its_own() -> None:
-    assert {case.partition(",")[0] for case in SHAPES} == set(METHODS)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_has_phases(method: str) -> None:
+    """With its own recipe: something trains beside the anchor, and no phase stands twice."""
+    recipe = load_recipe(next(iter(METHODS[method].bench().values())).recipe)
+    plan = plan_for(recipe, parse_gpus("24GB"), lengths=longest(recipe))
+    names = [phase.name for phase in plan.phases]
+    assert len(set(names)) == len(names)
+    assert any(one.trains and one.name != "anchor SFT" for one in plan.phases)
+    assert all(phase.total > 0 for phase in plan.phases)
 
 
 @pytest.mark.parametrize("text", ["80", "0x80GB", "two", "2x0GB", "", "2x", "80GB,24GB"])

@@ -63,7 +63,8 @@ again as its scores vary."""
 def _groups() -> dict[str, dict[str, Case]]:
     groups: dict[str, dict[str, Case]] = {}
     for method in METHODS.values():
-        groups.setdefault(method.group, {}).update(method.bench())
+        for name, case in method.bench().items():
+            groups.setdefault(case.group, {})[name] = case
     return {**groups, "Temptations": TEMPTATIONS}
 
 

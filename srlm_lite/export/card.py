@@ -81,13 +81,14 @@ def _tags(source: Source, form: str) -> list[str]:
 
 def _about(source: Source, base: dict[str, Any]) -> str:
     method = METHODS[source.recipe.method]
+    cited = method.cited()
     n, anchor = source.iteration, f"the anchor, {_anchor_from(source.recipe)}"
     of = f"of a run of the method `{method.name}` on {_base_name(base)}"
     if not n:
         return f"M1 {of}: {anchor}. Made with srlm-lite."
     return (
         f"M{n + 1} {of}. M1 is {anchor}; {n} iteration{'s' if n > 1 else ''} followed, of "
-        f"{method.made_by} ({method.cited()}). Made with srlm-lite."
+        f"{method.made_by}{f' ({cited})' if cited else ''}. Made with srlm-lite."
     )
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from importlib.metadata import entry_points
 from typing import Any
 
 from pydantic import ValidationError
 
+from srlm_lite.errors import UserError
 from srlm_lite.methods.base import Method, NoSettings
 from srlm_lite.methods.cream import Cream
 from srlm_lite.methods.dno import Dno
@@ -20,23 +22,66 @@ from srlm_lite.methods.spin import Spin
 from srlm_lite.methods.temporal import Temporal
 from srlm_lite.settings import Section, Shared
 
-METHODS: dict[str, type[Method[Any]]] = {
-    method.name: method
-    for method in (
-        SelfRewarding,
-        OfflineDpo,
-        Spin,
-        Cream,
-        Temporal,
-        Dno,
-        Scir,
-        MetaRewarding,
-        Rlaif,
-        Rlhf,
-    )
-}
-"""Every method that a recipe may name, a row each; their sections stand in this order."""
+OURS: tuple[type[Method[Any]], ...] = (
+    SelfRewarding,
+    OfflineDpo,
+    Spin,
+    Cream,
+    Temporal,
+    Dno,
+    Scir,
+    MetaRewarding,
+    Rlaif,
+    Rlhf,
+)
+"""The methods of this package, a row each; their sections stand in this order in a recipe."""
 
+ENTRY_POINTS = "srlm_lite.methods"
+"""By this group of entry points another package adds methods of its own."""
+
+
+def of_other_packages() -> Iterator[type[Method[Any]]]:
+    """The methods that installed packages add.
+
+    Raises:
+        UserError: One cannot be imported, or is not a method.
+    """
+    for entry in entry_points(group=ENTRY_POINTS):
+        where = f"{ENTRY_POINTS}: {entry.name} = {entry.value}"
+        way_out = "Repair or remove the package that adds it"
+        try:
+            kind = entry.load()
+        except Exception as error:  # whatever somebody else's module raises
+            told = f"this method cannot be imported ({type(error).__name__}: {error})"
+            raise UserError(told, where=where, way_out=way_out) from error
+        if not (isinstance(kind, type) and issubclass(kind, Method)):
+            raise UserError("is not a method", where=where, way_out=way_out)
+        yield kind
+
+
+def by_name(kinds: Iterable[type[Method[Any]]]) -> dict[str, type[Method[Any]]]:
+    """Methods by name.
+
+    Raises:
+        UserError: Two have the same name, or the same section.
+    """
+    found: dict[str, type[Method[Any]]] = {}
+    sections: dict[str, str] = dict.fromkeys(Shared.model_fields, "all methods")
+    for kind in kinds:
+        told = f"{kind.__module__}.{kind.__name__}"
+        if kind.name in found:
+            raise UserError(f"two methods are called {kind.name}", where=told)
+        if kind.section in sections:
+            taken = f"the section {kind.section} of a recipe is that of {sections[kind.section]}"
+            raise UserError(taken, where=told, way_out="Declare another `section`, or None")
+        found[kind.name] = kind
+        if kind.section:
+            sections[kind.section] = kind.name
+    return found
+
+
+METHODS = by_name([*OURS, *of_other_packages()])
+"""Every method that a recipe may name."""
 
 DEFAULT = SelfRewarding.name
 """The method of a recipe that names none."""
@@ -65,7 +110,8 @@ def table() -> str:
     for kind in METHODS.values():
         remark = f"; {kind.remark}" if kind.remark else ""
         recipe = next(iter(kind.bench().values())).recipe
-        rows.append(f"| `{kind.name}` | `{recipe}` | {kind.learns_from}{remark} | {kind.cited()} |")
+        source = kind.cited() or "its own"
+        rows.append(f"| `{kind.name}` | `{recipe}` | {kind.learns_from}{remark} | {source} |")
     return "\n".join(rows)
 
 

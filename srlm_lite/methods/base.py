@@ -100,6 +100,13 @@ class Words:
         return "rating by the meta-judge" if origin == JUDGE else self.score
 
 
+CONTROLS = "Self-rewarding and controls"
+RANKED_REPLIES = "Learning from ranked replies"
+OWN_GRADES = "Other ways with the own grades"
+TAUGHT_MORE = "With an anchor that learned more"
+"""What cases of the bench are shown beside."""
+
+
 @dataclass(frozen=True, slots=True)
 class Case:
     """A run of `srlm-lite bench methods`: a recipe, what is changed in it, and where it begins."""
@@ -111,6 +118,8 @@ class Case:
     any other the first case that names it trains it. None: it trains its own."""
     is_long: bool = False
     """Whether it takes longer than most."""
+    group: str = OWN_GRADES
+    """What it is shown beside."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -463,8 +472,8 @@ class Method(ABC, Generic[S]):
 
     name: ClassVar[str]
     """By which recipes name it."""
-    sources: ClassVar[tuple[Source, ...]]
-    """The papers that it is from."""
+    sources: ClassVar[tuple[Source, ...]] = ()
+    """The papers that it is from; not those of the method that it inherits from."""
     learns_from: ClassVar[str]
     """What teaches the policy; ends the sentence "It learns from"."""
     remark: ClassVar[str] = ""
@@ -488,9 +497,7 @@ class Method(ABC, Generic[S]):
     one_process: ClassVar[bool] = False
     """Whether it cannot be trained in several processes."""
     cases: ClassVar[Mapping[str, Case]] = {}
-    """Runs of the bench of methods, by name; default: its recipe `toy-NAME`."""
-    group: ClassVar[str] = "Other ways with the own grades"
-    """The group of the bench that they stand in."""
+    """Runs of the bench of methods, by name; without any of its own: its recipe `toy-NAME`."""
 
     def __init__(self, recipe: Shared, own: S) -> None:
         self.recipe, self.own = recipe, own
@@ -500,12 +507,12 @@ class Method(ABC, Generic[S]):
     @classmethod
     def cited(cls) -> str:
         """Its sources, in Markdown."""
-        return ", ".join(source.link for source in cls.sources)
+        return ", ".join(source.link for source in vars(cls).get("sources", ()))
 
     @classmethod
     def bench(cls) -> Mapping[str, Case]:
         """Its runs of `srlm-lite bench methods`."""
-        return cls.cases or {cls.name: Case(f"toy-{cls.name}")}
+        return vars(cls).get("cases") or {cls.name: Case(f"toy-{cls.name}")}
 
     @classmethod
     def words(cls, own: S) -> Words:

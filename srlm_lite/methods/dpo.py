@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from srlm_lite.evaluate.candidates import NO_VOTES, candidate_facts
 from srlm_lite.methods.base import (
+    RANKED_REPLIES,
     Case,
     Facts,
     Iteration,
@@ -52,8 +53,9 @@ class OfflineDpo(SelfRewarding[Offline]):
     section = "offline"
     Settings = Offline
     unshown = ("rollout.n", "rollout.temperature")
-    cases = {"dpo": Case("toy-dpo", ("prompts.per_iteration=80",))}  # its file has 240
-    group = "Learning from ranked replies"
+    cases = {
+        "dpo": Case("toy-dpo", ("prompts.per_iteration=80",), group=RANKED_REPLIES)
+    }  # its file has 240
 
     @classmethod
     def words(cls, own: Offline) -> Words:

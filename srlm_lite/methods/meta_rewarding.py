@@ -30,6 +30,7 @@ from pydantic import Field
 
 from srlm_lite.judging import Rubric, fill, load_template, options, plain_lines
 from srlm_lite.methods.base import (
+    TAUGHT_MORE,
     Case,
     Draws,
     Facts,
@@ -218,8 +219,11 @@ class MetaRewarding(SelfRewarding[MetaRewardingSettings]):
         "undisputed": "raise judge.votes",
         "long_chosen": "raise meta_rewarding.answer_caps",
     }
-    cases = {"meta-rewarding": Case("toy-meta", ("judge.votes=5",), anchor=None, is_long=True)}
-    group = "With an anchor that learned more"
+    cases = {
+        "meta-rewarding": Case(
+            "toy-meta", ("judge.votes=5",), anchor=None, is_long=True, group=TAUGHT_MORE
+        )
+    }
 
     def needs(self) -> None:
         """What either role has learned is kept."""

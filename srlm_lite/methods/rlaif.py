@@ -31,6 +31,7 @@ from pydantic import Field
 from srlm_lite.evaluate.candidates import NO_VOTES, candidate_facts, gold_scores
 from srlm_lite.judging import plain_lines
 from srlm_lite.methods.base import (
+    TAUGHT_MORE,
     Case,
     Draws,
     Facts,
@@ -202,12 +203,11 @@ class Rlaif(SelfRewarding[RlaifSettings]):
     labels = {"principles": "principles", "rounds": "rounds of revision"}
     advice = {"unlabelled": "raise rlaif.max_new_tokens"}
     cases = {
-        "rlaif": Case("toy-rlaif", anchor=_ANCHOR, is_long=True),
+        "rlaif": Case("toy-rlaif", anchor=_ANCHOR, is_long=True, group=TAUGHT_MORE),
         "rlaif, random": Case(
-            "toy-rlaif", ("pairing.source=random",), anchor=_ANCHOR, is_long=True
+            "toy-rlaif", ("pairing.source=random",), anchor=_ANCHOR, is_long=True, group=TAUGHT_MORE
         ),
     }
-    group = "With an anchor that learned more"
 
     @classmethod
     def words(cls, own: RlaifSettings) -> Words:

@@ -24,6 +24,7 @@ from pydantic import Field
 
 from srlm_lite.evaluate.candidates import NO_VOTES
 from srlm_lite.methods.base import (
+    RANKED_REPLIES,
     Case,
     Draws,
     Facts,
@@ -85,8 +86,9 @@ class Rlhf(SelfRewarding[RlhfSettings]):
     labels = {"kl_weight": "weight of the divergence"}
     unshown = ("judge.votes", "pairing.source")
     # One pass over the pairs in place of three: a third of the time.
-    cases = {"rlhf": Case("toy-rlhf", ("rlhf.reward.epochs=1",), is_long=True)}
-    group = "Learning from ranked replies"
+    cases = {
+        "rlhf": Case("toy-rlhf", ("rlhf.reward.epochs=1",), is_long=True, group=RANKED_REPLIES)
+    }
 
     @classmethod
     def words(cls, own: RlhfSettings) -> Words:

@@ -21,6 +21,7 @@ from srlm_lite.evaluate.candidates import (
 )
 from srlm_lite.judging import mean_scores, unasked, votes_by_candidate
 from srlm_lite.methods.base import (
+    CONTROLS,
     Case,
     Draws,
     Facts,
@@ -53,14 +54,13 @@ class SelfRewarding(Method[S]):
     learns_from = "its own grades"
     made_by = "answering prompts, grading its own answers and DPO on the pairs"
     cases = {
-        "self-rewarding": Case("toy"),
-        "init: anchor": Case("toy", ("dpo.init=anchor",)),
-        "paper's chain": Case("toy-paper"),
-        "random pairs": Case("toy", ("pairing.source=random",)),
-        "gold pairs": Case("toy", ("pairing.source=gold",)),
-        "no judge data": Case("toy", ("anchor.use_eft=false",), anchor=None),
+        "self-rewarding": Case("toy", group=CONTROLS),
+        "init: anchor": Case("toy", ("dpo.init=anchor",), group=CONTROLS),
+        "paper's chain": Case("toy-paper", group=CONTROLS),
+        "random pairs": Case("toy", ("pairing.source=random",), group=CONTROLS),
+        "gold pairs": Case("toy", ("pairing.source=gold",), group=CONTROLS),
+        "no judge data": Case("toy", ("anchor.use_eft=false",), anchor=None, group=CONTROLS),
     }
-    group = "Self-rewarding and controls"
 
     def phases(self, sizes: Sizes) -> Iterator[Phase]:
         """N answers a prompt, the votes on each, and a pair a prompt."""

@@ -19,6 +19,7 @@ from pydantic import Field
 
 from srlm_lite.evaluate.candidates import NO_VOTES, candidate_facts
 from srlm_lite.methods.base import (
+    RANKED_REPLIES,
     Case,
     Facts,
     Iteration,
@@ -68,8 +69,7 @@ class Spin(SelfRewarding[SpinSettings]):
     Settings = SpinSettings
     labels = {"answers": "answers a prompt", "lambdas": "lambda by iteration"}
     unshown = ("rollout.n",)
-    cases = {"spin": Case("toy-spin")}
-    group = "Learning from ranked replies"
+    cases = {"spin": Case("toy-spin", group=RANKED_REPLIES)}
 
     @classmethod
     def words(cls, own: SpinSettings) -> Words:

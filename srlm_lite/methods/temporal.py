@@ -64,7 +64,6 @@ class Temporal(SelfRewarding[NoSettings]):
         "against the first one's worst"
     )
     cases = {"temporal": Case("toy-temporal")}
-    group = "Other ways with the own grades"
 
     @classmethod
     def unread(cls, own: NoSettings) -> Mapping[str, Collection[Any]]:
