@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from srlm_lite.bench.gpu import Job, bench_gpu
-from srlm_lite.config import Base, Lora
 from srlm_lite.doctor.machine import gpu_findings
 from srlm_lite.model.base import load_base
 from srlm_lite.model.chat import ChatFormat
@@ -21,6 +20,7 @@ from srlm_lite.model.stack import Adapter, Slot
 from srlm_lite.progress import Silent
 from srlm_lite.rollout.protocol import Limits, Request
 from srlm_lite.rollout.transformers_engine import TransformersEngine
+from srlm_lite.settings import Base, Lora
 from srlm_lite.training.selftest import prove_stack, toy_base
 
 GPU = pytest.param("cuda", marks=pytest.mark.gpu)
