@@ -31,6 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "shipped": {"errors"},
     "settings": {"errors", "shipped"},
     "recipe": {"errors", "settings", "shipped", "yaml_text"},
+    "explain": {"errors", "recipe", "settings"},
     "planning": {"errors", "hardware", "judging", "model", "recipe", "settings"},
     # files
     "run_dir": {"errors", "recipe", "records"},
@@ -149,6 +150,7 @@ ALLOWED: dict[str, set[str]] = {
         "data",
         "doctor",
         "errors",
+        "explain",
         "export",
         "hardware",
         "loop",

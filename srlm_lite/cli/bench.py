@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from srlm_lite.cli.completion import overrides, recipe_names
+
 app = typer.Typer(help="Measure on this machine.", no_args_is_help=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print everything that was measured as JSON.")]
@@ -101,7 +103,10 @@ def attacks(
         typer.Option("--adapters", help="A run directory: its last judge.", metavar="DIR"),
     ] = None,
     recipe: Annotated[
-        str | None, typer.Option(help="A recipe: its shipped anchor.", metavar="NAME")
+        str | None,
+        typer.Option(
+            help="A recipe: its shipped anchor.", metavar="NAME", autocompletion=recipe_names
+        ),
     ] = None,
     replies: Annotated[
         Path | None,
@@ -119,7 +124,12 @@ def attacks(
     ] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", help="Override a setting of the recipe.", metavar="KEY=VALUE"),
+        typer.Option(
+            "--set",
+            help="Override a setting of the recipe.",
+            metavar="KEY=VALUE",
+            autocompletion=overrides,
+        ),
     ] = None,
     json_: Json = False,
 ) -> None:
@@ -193,7 +203,12 @@ def methods(
     ] = 1,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", help="Change a setting of all runs.", metavar="KEY=VALUE"),
+        typer.Option(
+            "--set",
+            help="Change a setting of all runs.",
+            metavar="KEY=VALUE",
+            autocompletion=overrides,
+        ),
     ] = None,
     plot: Annotated[
         Path | None, typer.Option(help="Write the plot there, as SVG.", metavar="FILE")
@@ -354,11 +369,20 @@ def gpu_text(result: dict[str, Any]) -> str:
 @app.command()
 def plan(
     recipe: Annotated[
-        str, typer.Option(help="Whose phases, with what it sets; shipped name or path.")
+        str,
+        typer.Option(
+            help="Whose phases, with what it sets; shipped name or path.",
+            autocompletion=recipe_names,
+        ),
     ] = "smollm2-135m-demo",
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", help="Override a setting: dpo.beta=0.2", metavar="KEY=VALUE"),
+        typer.Option(
+            "--set",
+            help="Override a setting: dpo.beta=0.2",
+            metavar="KEY=VALUE",
+            autocompletion=overrides,
+        ),
     ] = None,
     phases: Annotated[
         str | None, typer.Option(help="Which, separated by commas.", metavar="NAMES")
