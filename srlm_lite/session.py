@@ -16,7 +16,8 @@ from srlm_lite.judging import Rubric, load_rubric
 from srlm_lite.processes import Processes
 from srlm_lite.progress import Reporter, Silent, Tracker, Untracked
 from srlm_lite.recipe import Recipe
-from srlm_lite.run_dir import RunDir, StageDir, adapter_files
+from srlm_lite.run.layout import StageDir, adapter_files
+from srlm_lite.run.run import RunDir
 from srlm_lite.settings import EngineName
 
 if TYPE_CHECKING:  # torch is imported when the base is first needed, and not before

@@ -111,8 +111,9 @@ def allocated() -> int:
 
 @pytest.mark.gpu
 def test_sampling_and_training_give_their_memory_back(tiny_base_dir: Path) -> None:
-    base = load_base(Base(name=str(tiny_base_dir), device="cuda", quantization="nf4"))
-    prove_stack(base)  # with the slot, which stays
+    section = Base(name=str(tiny_base_dir), device="cuda", quantization="nf4")
+    prove_stack(load_base(section))  # libraries take their workspaces; a base is wrapped once
+    base = load_base(section)
     slot = Slot(base.model, targets=Lora().targets, rank=8)
     engine = TransformersEngine(slot, ChatFormat.of(base))
     before = allocated()

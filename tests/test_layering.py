@@ -34,8 +34,12 @@ ALLOWED: dict[str, set[str]] = {
     "explain": {"errors", "recipe", "settings"},
     "planning": {"errors", "hardware", "judging", "model", "recipe", "settings"},
     # files
-    "run_dir": {"errors", "recipe", "records"},
-    "data": {"errors", "records", "run_dir"},
+    "run": set(),
+    "run.files": {"errors", "records"},
+    "run.journal": {"records", "run.files"},
+    "run.layout": {"errors", "run.files"},
+    "run.run": {"errors", "recipe", "run.files", "run.layout"},
+    "data": {"errors", "records", "run.files"},
     # pure: from judgements to pairs and figures
     "judging": {"errors", "records", "shipped", "yaml_text"},
     "pairing": {"records", "settings"},
@@ -54,7 +58,8 @@ ALLOWED: dict[str, set[str]] = {
         "progress",
         "recipe",
         "rollout",
-        "run_dir",
+        "run.layout",
+        "run.run",
         "settings",
     },
     "stages": {
@@ -69,7 +74,10 @@ ALLOWED: dict[str, set[str]] = {
         "recipe",
         "records",
         "rollout",
-        "run_dir",
+        "run.files",
+        "run.journal",
+        "run.layout",
+        "run.run",
         "seeds",
         "session",
         "settings",
@@ -85,7 +93,8 @@ ALLOWED: dict[str, set[str]] = {
         "principles",
         "recipe",
         "records",
-        "run_dir",
+        "run.files",
+        "run.layout",
         "seeds",
         "session",
         "settings",
@@ -98,7 +107,9 @@ ALLOWED: dict[str, set[str]] = {
         "pairing",
         "recipe",
         "records",
-        "run_dir",
+        "run.files",
+        "run.layout",
+        "run.run",
         "settings",
         "shipped",
         "stages",
@@ -110,7 +121,9 @@ ALLOWED: dict[str, set[str]] = {
         "recipe",
         "records",
         "report",
-        "run_dir",
+        "run.files",
+        "run.layout",
+        "run.run",
         "shipped",
         "stages",
     },
@@ -120,10 +133,11 @@ ALLOWED: dict[str, set[str]] = {
         "recipe",
         "records",
         "report",
-        "run_dir",
+        "run.files",
+        "run.run",
         "settings",
     },
-    "loop": {"methods", "run_dir", "session", "stages"},
+    "loop": {"methods", "run.layout", "session", "stages"},
     "bench": {
         "errors",
         "evaluate",
@@ -138,7 +152,9 @@ ALLOWED: dict[str, set[str]] = {
         "recipe",
         "records",
         "rollout",
-        "run_dir",
+        "run.files",
+        "run.layout",
+        "run.run",
         "seeds",
         "session",
         "settings",
@@ -160,7 +176,9 @@ ALLOWED: dict[str, set[str]] = {
         "recipe",
         "records",
         "report",
-        "run_dir",
+        "run.files",
+        "run.layout",
+        "run.run",
         "session",
         "settings",
         "stages",
@@ -203,8 +221,12 @@ def module_name(path: Path) -> str:
 
 
 def part_of(module: str) -> str:
-    """`srlm_lite.model.base` belongs to `model`, `srlm_lite.loop` to `loop`."""
-    return [*module.split("."), ""][1]
+    """`srlm_lite.model.base` belongs to `model`, `srlm_lite.loop` to `loop`.
+
+    Of the run directory each module is a part: its files lie below recipes, `RunDir` above them.
+    """
+    _, part, *below = [*module.split("."), "", ""]
+    return f"{part}.{below[0]}".rstrip(".") if part == "run" else part
 
 
 def imports(path: Path) -> Iterator[tuple[str, bool]]:
@@ -286,7 +308,7 @@ def test_only_the_run_directory_knows_names_of_its_files() -> None:
             and isinstance(node.value, str)
             and node.value.startswith(names)
         }
-    assert knowing == {"run_dir"}
+    assert knowing == {"run.layout", "run.run"}
 
 
 def test_the_loop_fits_on_a_screen() -> None:

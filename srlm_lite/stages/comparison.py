@@ -25,7 +25,8 @@ from srlm_lite.evaluate.head_to_head import (
 )
 from srlm_lite.judging import fill, load_template, mean_scores
 from srlm_lite.records import Annotation, Candidate, Prompt
-from srlm_lite.run_dir import ComparisonDir, read_json, write_json, write_records
+from srlm_lite.run.files import read_json, write_json, write_records
+from srlm_lite.run.layout import ComparisonDir
 from srlm_lite.session import Session
 from srlm_lite.settings import Sampling
 from srlm_lite.stages.models import FileModel, RunModel, digest_of, file_name

@@ -18,7 +18,7 @@ from srlm_lite.principles import load_principles
 from srlm_lite.recipe import Recipe
 from srlm_lite.records import Instruction, Prompt, RankedReply
 from srlm_lite.rollout.installed import check_vllm
-from srlm_lite.run_dir import read_jsonl, read_records
+from srlm_lite.run.files import read_jsonl, read_records
 from srlm_lite.shipped import CHAT_TEMPLATES, shipped_text
 
 T = TypeVar("T")
