@@ -77,11 +77,13 @@ def explain(
     """What a setting means, what it takes, who reads it, and whether a run may change it."""
     from srlm_lite.explain import find_setting, settings_in
 
-    found = None if key is None else find_setting(key)
-    if found is None or found.section is not None:
-        if found is not None:
-            _say(found.meaning)
-        _list(settings_in() if found is None else settings_in(found.section, above=found), recipe)
+    if key is None:
+        _list(settings_in(), recipe)
+        return
+    found = find_setting(key)
+    if found.section is not None:
+        _say(found.meaning)
+        _list(settings_in(found.section, above=found), recipe)
         return
     typer.echo(found.key)
     for line in filter(None, (found.meaning, *_facts(found))):
