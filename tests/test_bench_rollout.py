@@ -276,7 +276,7 @@ def test_one_by_one_is_extrapolated(tiny_base_dir: Path, monkeypatch: pytest.Mon
 
 
 def test_a_base_of_random_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a shape with a window, that is shorter than the prompts."""
+    """Its shape has a window that is shorter than the prompts."""
     shape = {**SHAPES["gemma3-270m"], "vocab_size": 2048, "hidden_size": 32, "head_dim": 16}
     monkeypatch.setitem(
         SHAPES,

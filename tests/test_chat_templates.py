@@ -82,7 +82,7 @@ FAMILIES: dict[str, tuple[str, str | None, tuple[str, ...], tuple[str, ...]]] = 
     "idefics3": ("<end_of_utterance>", "<|begin_of_text|>", (), ()),
     "llava": ("</s>", "<s>", (), ()),
 }
-"""Of each family the ends of text and of a turn, the start of text, other special tokens, and added
+"""Each family's ends of text and of a turn, the start of text, other special tokens, and added
 tokens that are not marked as special, as their makers' tokenizers have them."""
 
 WANTS_PARTS = ("idefics3", "llava_next")

@@ -171,7 +171,7 @@ def test_what_the_disk_refuses_is_the_users_to_put_right(
 def test_an_interruption_says_how_to_go_on(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], told: str
 ) -> None:
-    """Of `--fresh`, the same command would delete what is done."""
+    """It leaves out `--fresh`, with which the same command would delete what is done."""
 
     def interrupted(**given: Any) -> None:
         raise KeyboardInterrupt
@@ -535,7 +535,7 @@ def test_show_of_rlaif_has_revisions_then_labels(cli: Cli, tmp_path: Path) -> No
 
 
 def test_show_pairs_says_where_a_pair_is_from(cli: Cli, tmp_path: Path) -> None:
-    """Of judgements, of an earlier iteration, of a model to come: each with its own votes."""
+    """From judgements, an earlier iteration, a model to come: each with its own votes."""
     run, old = method_run(tmp_path, "meta-rewarding")
     write_records(old.judgements, [Judgement("p#0", 0, "Old words.", 4.0)])
     write_records(old.pairs, [])

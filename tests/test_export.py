@@ -655,7 +655,7 @@ def test_the_card_names_what_the_method_does(
 def test_the_card_says_where_an_anchor_is_from_that_the_run_did_not_train(
     tiny_base_dir: Path, tmp_path: Path
 ) -> None:
-    """Of the path its name: where things lie on this machine is nobody's business."""
+    """The last part of its path alone: where things lie on this machine is nobody's business."""
     adapters = [random_adapter(tiny_base_dir, seed=seed) for seed in (0, 1)]
     run = make_run(tmp_path / "run", tiny_base_dir, adapters=adapters)
     facts = {"base": read_json(run.base_json), "onto": "original", "dtype": "bfloat16", "rank": 8}

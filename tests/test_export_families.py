@@ -65,7 +65,7 @@ WIDE = {
     "deepseek_v3": ("q_b_proj", "gate_proj", "up_proj", "down_proj"),
     "qwen2_moe": ("q_proj", "gate_proj", "up_proj", "down_proj"),
 }
-"""Of mixtures of experts, dense layers and shared experts: PEFT takes their names for others."""
+"""Dense layers and shared experts of mixtures of experts: PEFT takes their names for others."""
 
 
 @dataclass(frozen=True)

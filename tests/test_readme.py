@@ -58,7 +58,7 @@ def test_recipes_are_all_in_the_table() -> None:
 
 
 def test_the_memory_in_the_table_holds_the_plan() -> None:
-    """Of the recipes for CPUs, in bf16 where the recipe leaves that to the processor."""
+    """The recipes for CPUs, in bf16 where the recipe leaves that to the processor."""
     rows = re.findall(r"^\| `([\w.-]+)` \|[^|]*\| 2 cores, (\d+) GB \|", README, flags=re.MULTILINE)
     assert len(rows) == 5
     for name, said in rows:

@@ -46,7 +46,7 @@ from srlm_lite.progress import Reporter
 hf: Any = transformers  # only partly typed
 
 RANK = 16
-"""Of each of the two adapters."""
+"""The rank of each of the two adapters."""
 DTYPE = torch.bfloat16
 RANDOM = "random"
 """A base of random weights, made for the measurement."""

@@ -70,7 +70,7 @@ _TINY_SHAPE: dict[str, Any] = {
 }
 
 LORA = Lora()
-"""Of the anchor, and of the delta."""
+"""The shape of the anchor, and of the delta."""
 
 _TEMPERATURE, _TOP_P = 0.7, 0.9
 
@@ -94,7 +94,7 @@ class Job:
     batch: int = 4
     """Pairs in one optimiser step."""
     steps: int = 3
-    """Of DPO; the first one does not count."""
+    """Steps of DPO; the first one does not count."""
 
     @property
     def candidates(self) -> int:

@@ -17,7 +17,7 @@ from srlm_lite.methods.self_rewarding import SelfRewarding
 from srlm_lite.run_dir import RunDir
 
 FIRST_STAGES = ("prompts", "candidates", "judgements")
-"""Of the first iteration, what can be the same in several runs."""
+"""Stages of the first iteration whose results can be the same in several runs."""
 
 
 def same_evaluation(one: Recipe, other: Recipe) -> bool:

@@ -108,7 +108,7 @@ SMALLER = (
     "evaluate.policy_prompts=100",
     "evaluate.eft_prompts=30",
 )
-"""Of the recipes' work, what the bench does."""
+"""The part of the recipes' work that the bench does."""
 
 COLD = 0.5
 """Temperature at which the anchor answers once more: a sharper model alone raises a mean."""
@@ -425,7 +425,7 @@ FIGURES = (
     "anchor_score",
     "divergence",
 )
-"""Of each model, what the summary has the mean of."""
+"""Figures of a model that the summary has the mean of."""
 
 
 def summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -347,7 +347,7 @@ def vllm_is_here() -> bool:
 
 
 def _vllm_version() -> str:
-    """Of the package that carries vLLM here, which on a CPU has another name."""
+    """The version of the package that carries vLLM here, which on a CPU has another name."""
     package = packages_distributions()["vllm"][0]
     return f"{package} {version(package)}"
 

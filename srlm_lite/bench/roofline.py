@@ -57,7 +57,7 @@ def shape_of(model: Any) -> Shape:
 
 
 def _numbers_and_bytes(weight: Any) -> tuple[int, int]:
-    """Of a weight matrix: how many numbers it stands for, and the bytes they take."""
+    """How many numbers a weight matrix stands for, and the bytes they take."""
     stored = weight.numel() * weight.element_size()
     state = getattr(weight, "quant_state", None)
     if state is None:

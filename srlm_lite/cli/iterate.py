@@ -143,7 +143,7 @@ def next_steps(run: RunDir) -> list[str]:
 
 
 def _warn_of_idle(session: Session) -> None:
-    """Of processes that sampling cannot employ, since it deals out whole chunks."""
+    """Name the processes that sampling cannot employ, since it deals out whole chunks."""
     recipe, world = session.recipe, session.processes.world
     chunks = -(-recipe.prompts.per_iteration // recipe.rollout.chunk_prompts)
     if world > 1 and chunks < world:

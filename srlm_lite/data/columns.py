@@ -24,7 +24,7 @@ class Columns:
     rank: str | None = None
     """Lower is better; goes before the score."""
     id: str | None = None
-    """Of the reply."""
+    """The column with the reply's id."""
     prompt_id: str | None = None
     target: str | None = None
     """What the judge should have said of the reply, ending in a line `Score: <number>`."""

@@ -53,9 +53,9 @@ class Options:
     lang: str | None = "en"
     """None takes every language."""
     ift_share: float = 0.5
-    """Of the prompts whose replies are ordered; the others are EFT."""
+    """Share of the prompts whose replies are ordered; the others are EFT."""
     eval_share: float = 0.25
-    """Of the EFT prompts, held out."""
+    """Share of the EFT prompts that is held out."""
     columns: Columns = field(default_factory=Columns)
     given_scores: bool = False
     """Write each EFT target as its known score, without a rationale."""

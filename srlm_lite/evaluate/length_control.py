@@ -37,7 +37,7 @@ FEWEST = 10
 
 FOLDS = 5
 GAMED_WEIGHT = 0.1
-"""Of a row of a gamed baseline, where a row of the model counts 1."""
+"""What a row of a gamed baseline counts, where a row of the model counts 1."""
 
 _WEAK_PENALTY = 100.0
 """For intervals: a penalty that has pressed a weight to zero would leave it no room to vary."""
@@ -273,7 +273,7 @@ def _fitted(rows: _Rows) -> Floats:
 
 
 def _log_loss(won: Floats, predicted: Floats, *, target: Floats, counts: Floats) -> float:
-    """Of the preferences themselves; wins and losses are only how they were fitted."""
+    """Log loss of the preferences themselves; wins and losses are only how they were fitted."""
     sure = np.clip(predicted, 1e-15, 1 - 1e-15)
     likelihood = target * np.log(sure) + (1 - target) * np.log(1 - sure)
     return -float(np.mean(likelihood * counts))

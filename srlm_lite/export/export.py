@@ -42,7 +42,7 @@ Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 PARITY = "parity.json"
 _STATE = ".export.json"
 _TOKENS = 48
-"""Of each text that stack and export are compared on."""
+"""Length of each text that stack and export are compared on."""
 _SLACK = 64 << 20
 """Disk space for what comes beside the weights."""
 

@@ -95,7 +95,7 @@ class Checkpoint:
 
     @property
     def names(self) -> list[str]:
-        """Of all tensors."""
+        """The names of all tensors."""
         return list(self._places)
 
     @property

@@ -331,7 +331,7 @@ def _figure(key: str) -> Callable[[Model], Estimate | None]:
 
 
 def _own_accuracy(model: Model) -> float | None:
-    """Of what ordered the candidates from which this model was trained."""
+    """Accuracy of what ordered the candidates from which this model was trained."""
     known = [model.stages.get(stage, {}) for stage in ("judgements", "delta")]
     values = [row.get("gold_pairwise_accuracy") for row in known]
     return next((value for value in values if value is not None), None)

@@ -25,9 +25,9 @@ Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]
 
 
 COLUMNS = ("example", "share", "token_share")
-"""Of a row of a batch: its number in the data, and by what its loss, or the sum of those of its
-tokens, is multiplied, so that a sum over the batch is what it adds to the step's mean, once Trainer
-has divided by the passes of the step and DDP by the processes; 0 counts nothing."""
+"""Columns of a row of a batch: its number in the data, and by what its loss, or the sum of those of
+its tokens, is multiplied, so that a sum over the batch is what it adds to the step's mean, once
+Trainer has divided by the passes of the step and DDP by the processes; 0 counts nothing."""
 
 
 class Drawn(NamedTuple):

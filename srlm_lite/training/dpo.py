@@ -42,7 +42,7 @@ PROOF_TOLERANCE = 1e-3
 """Nats by which the loss before the first step may miss ln 2."""
 
 _COLUMNS = ("weight", "smoothing")
-"""Of a pair, beside its ids."""
+"""Columns of a pair, beside its ids."""
 
 _REFERENCE = "ref"  # TRL's name for the copy it takes of the adapter
 
@@ -92,7 +92,7 @@ def consistency_loss(
     p = (1 - smoothing).clamp(0.05, 0.95)
     log_q, log_not_q = F.logsigmoid(implicit), F.logsigmoid(-implicit)
     q = implicit.sigmoid()
-    # Before anything is learned the implicit reward has no opinion: rounding is none either.
+    # Before anything is learned the implicit reward has no opinion: rounding is not one either.
     mask = ((implicit.detach() > -1e-4) & (1 - smoothing > scir.threshold)).to(margin.dtype)
     log_p, log_not_p = p.log(), (1 - p).log()
     divergence = (p - q) * (log_p - log_q) + (q - p) * (log_not_p - log_not_q)
