@@ -20,7 +20,7 @@ from typer.main import get_command
 
 from srlm_lite import __version__
 from srlm_lite.cli import iterate, main
-from srlm_lite.cli.progress import Console, _duration, summary
+from srlm_lite.cli.progress import ConsoleReporter, _duration, summary
 from srlm_lite.cli.tables import closing_table
 from srlm_lite.config import load_recipe, recipe_from, recipes_dir, shipped_recipes
 from srlm_lite.errors import UserError
@@ -677,7 +677,7 @@ def test_a_log_file_is_told_now_and_then_how_far_a_long_stage_is(
 ) -> None:
     times = iter((0.0, 0.1, 30.0, 59.0, 60.0, 100.0, 130.0, 3000.0, 3100.0, 3200.0))
     monkeypatch.setattr("srlm_lite.cli.progress.time.monotonic", lambda: next(times))
-    with Console() as console:
+    with ConsoleReporter() as console:
         task = console.start("judgements", 1000, "judgements")
         task.advance(400)  # on disk already
         for _ in range(5):

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from srlm_lite.config import Base, recipe_from
 from srlm_lite.errors import ProofError, UserError
 from srlm_lite.export import card
-from srlm_lite.export.export import Export, Wish
+from srlm_lite.export.export import Export, ExportWish
 from srlm_lite.export.source import find_source
 from srlm_lite.methods import METHODS
 from srlm_lite.model import merge, parity
@@ -43,7 +43,7 @@ IDS = torch.tensor([[5, 17, 99, 3, 42, 250, 7, 7, 61, 12]])
 
 
 def export(run: RunDir, out: Path, which: str = "last", **wish: Any) -> dict[str, Any]:
-    return Export(find_source(run.path, which), Wish(out=out, **wish), Silent()).make()
+    return Export(find_source(run.path, which), ExportWish(out=out, **wish), Silent()).make()
 
 
 def saved_base(tiny_base_dir: Path, folder: Path, *, tied: bool, shard: str) -> Path:
@@ -432,7 +432,8 @@ def test_an_unfinished_iteration_is_refused(run: RunDir, tmp_path: Path) -> None
     with pytest.raises(UserError, match=r"iter_002: is not finished"):
         export(run, tmp_path / "out", "2")
     assert (
-        Export(find_source(run.path, "last"), Wish(tmp_path / "o"), Silent()).source.iteration == 1
+        Export(find_source(run.path, "last"), ExportWish(tmp_path / "o"), Silent()).source.iteration
+        == 1
     )
 
 

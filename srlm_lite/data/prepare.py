@@ -30,7 +30,7 @@ from srlm_lite.data.ranked import (
     score_range,
     score_target,
 )
-from srlm_lite.data.sources import Source, read_source
+from srlm_lite.data.sources import DataSource, read_source
 from srlm_lite.data.split import RankedPrompt, SeedData, hash_order, split
 from srlm_lite.data.text import normalised
 from srlm_lite.errors import UserError
@@ -70,7 +70,7 @@ class Options:
 class Prepared:
     """Rows for the files, and the account of them."""
 
-    source: Source
+    source: DataSource
     format: Format
     seed: SeedData = field(default_factory=SeedData)
     prompts: list[Prompt] = field(default_factory=list)
@@ -145,7 +145,7 @@ def read(source: str, options: Options) -> Prepared:
     return prepared
 
 
-def detect_format(source: Source, columns: Columns) -> Format:
+def detect_format(source: DataSource, columns: Columns) -> Format:
     """The format that the columns of the source speak for.
 
     Raises:

@@ -272,7 +272,7 @@ def train_dpo(
                 share_adapters(trainer)
             slot.to_float32()  # before the trainer wraps it
             scores = TargetTokens(slot.model, [*pairs[0].prompt_ids, *pairs[0].chosen_ids])
-            proof = _Proof(trainer, slot, scores, base.dtype, reference=reference, stack=stack)
+            proof = _DpoProof(trainer, slot, scores, base.dtype, reference=reference, stack=stack)
             trainer.add_callback(proof)
             with scores.answering():
                 run_training(trainer, dpo)
@@ -297,7 +297,7 @@ def train_dpo(
     }
 
 
-class _Proof(TrainerCallback):
+class _DpoProof(TrainerCallback):
     """Before the first step, shows that the reference is the intended stack, and the loss DPO's.
 
     With the reference stack in the slot too, loss and margin through the code that trains must be
