@@ -204,7 +204,7 @@ def methods(
     from srlm_lite.bench.methods import MethodsBench, bench_methods, cases_of
     from srlm_lite.bench.methods_plot import plot as drawn
     from srlm_lite.cli.progress import ConsoleReporter
-    from srlm_lite.run_dir import write_atomically
+    from srlm_lite.run.files import write_atomically
 
     settings = MethodsBench(
         out=out.resolve(),
@@ -375,7 +375,7 @@ def plan(
     """
     from srlm_lite.bench.plan import bench_plan
     from srlm_lite.cli.progress import ConsoleReporter
-    from srlm_lite.config import load_recipe
+    from srlm_lite.recipe import load_recipe
 
     names = [name.strip() for name in phases.split(",")] if phases else None
     console = ConsoleReporter()
