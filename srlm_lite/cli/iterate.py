@@ -12,7 +12,7 @@ import typer
 
 from srlm_lite.cli.facts import hardware, versions
 from srlm_lite.cli.plan import refuse_what_cannot_fit
-from srlm_lite.cli.progress import Console
+from srlm_lite.cli.progress import ConsoleReporter
 from srlm_lite.cli.tables import closing_table
 from srlm_lite.errors import GateError, program
 from srlm_lite.hardware import pick_recipe
@@ -51,7 +51,7 @@ def run_iterate(
 ) -> None:
     """Open or resume the run, go through the loop, and close with its table."""
     processes = Processes(place())
-    console = Console(quiet=not processes.place.leads)
+    console = ConsoleReporter(quiet=not processes.place.leads)
     run = RunDir(directory)
     if iterations is not None:
         overrides = [*overrides, f"iterations={iterations}"]
@@ -101,7 +101,9 @@ def run_iterate(
         console.say(line)
 
 
-def _recipe(name: str | None, overrides: Sequence[str], run: RunDir | None, say: Console) -> Recipe:
+def _recipe(
+    name: str | None, overrides: Sequence[str], run: RunDir | None, say: ConsoleReporter
+) -> Recipe:
     """The recipe that is named, or that of the run that is there, or one for this machine."""
     begun = run if run is not None and run.path.is_dir() and run.exists else None
     if name is not None:
@@ -143,7 +145,7 @@ def next_steps(run: RunDir) -> list[str]:
 
 
 def _warn_of_idle(session: Session) -> None:
-    """Of processes that sampling cannot employ, since it deals out whole chunks."""
+    """Name the processes that sampling cannot employ, since it deals out whole chunks."""
     recipe, world = session.recipe, session.processes.world
     chunks = -(-recipe.prompts.per_iteration // recipe.rollout.chunk_prompts)
     if world > 1 and chunks < world:

@@ -235,7 +235,7 @@ def compare(
 
     What was answered and judged is kept in DIR; a stopped comparison goes on.
     """
-    from srlm_lite.cli.compare import Wish, run_annotations, run_compare
+    from srlm_lite.cli.compare import ComparisonWish, run_annotations, run_compare
 
     if annotations is not None:
         if model is not None:
@@ -251,7 +251,7 @@ def compare(
         )
     if difficulty is not None:
         raise UserError("goes with --annotations", where="--difficulty")
-    wish = Wish(
+    wish = ComparisonWish(
         directory=adapters,
         model=model,
         baseline=baseline,
@@ -300,9 +300,9 @@ def mt_bench(
 
     What was answered and graded is kept in DIR; a stopped one goes on.
     """
-    from srlm_lite.cli.mt_bench import Wish, run_command
+    from srlm_lite.cli.mt_bench import MtBenchWish, run_command
 
-    wish = Wish(
+    wish = MtBenchWish(
         directory=adapters,
         model=iteration,
         questions=questions,
@@ -348,12 +348,12 @@ def export(
     It gets its name only when it answers as the stack does. A stopped export goes on.
     """
     from srlm_lite.cli.export import run_export
-    from srlm_lite.export.export import Wish
+    from srlm_lite.export.export import ExportWish
 
     run_export(
         directory=adapters,
         which=iteration,
-        wish=Wish(
+        wish=ExportWish(
             out=out.absolute(),
             form=as_,
             onto=onto,
