@@ -82,6 +82,20 @@ ALLOWED: dict[str, set[str]] = {
         "session",
         "stages",
     },
+    "compare": {
+        "config",
+        "data",
+        "errors",
+        "evaluate",
+        "judging",
+        "model",
+        "records",
+        "rollout",
+        "run_dir",
+        "seeds",
+        "session",
+        "stages",
+    },
     "report": {
         "config",
         "errors",
@@ -126,6 +140,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "cli": {
         "bench",
+        "compare",
         "config",
         "data",
         "doctor",

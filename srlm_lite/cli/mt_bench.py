@@ -13,8 +13,8 @@ import typer
 from srlm_lite.cli.models import Models
 from srlm_lite.cli.progress import Console
 from srlm_lite.cli.tables import plain_table
+from srlm_lite.compare.mt_bench import read_questions, run_mt_bench
 from srlm_lite.errors import UserError
-from srlm_lite.stages.mt_bench import read_questions, run_mt_bench
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, Literal
 
+from srlm_lite.compare.models import FileModel, RunModel, digest_of, file_name
 from srlm_lite.config import Sampling
 from srlm_lite.errors import UserError
 from srlm_lite.evaluate.gold import load_gold
@@ -28,7 +29,6 @@ from srlm_lite.judging import fill, load_template, mean_scores
 from srlm_lite.records import Annotation, Candidate, Prompt
 from srlm_lite.run_dir import ComparisonDir, read_json, write_json, write_records
 from srlm_lite.session import Session
-from srlm_lite.stages.models import FileModel, RunModel, digest_of, file_name
 from srlm_lite.stages.sampling import ask, judge_replies, limits_of, sample_candidates
 
 Judging = Literal["pointwise", "pairwise"]

@@ -8,6 +8,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from srlm_lite.compare.models import RunModel, digest_of, file_name
 from srlm_lite.errors import UserError
 from srlm_lite.evaluate.mt_bench import (
     TEMPERATURES,
@@ -23,7 +24,6 @@ from srlm_lite.rollout.protocol import Limits, Request
 from srlm_lite.run_dir import Journal, MtBenchDir, read_json, read_jsonl, write_json
 from srlm_lite.seeds import derive_seed
 from srlm_lite.session import Session
-from srlm_lite.stages.models import RunModel, digest_of, file_name
 from srlm_lite.stages.replies import candidate_of
 from srlm_lite.stages.sampling import ask, chunked, with_thought
 
