@@ -9,9 +9,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from srlm_lite.config import EngineName, Recipe
+from srlm_lite.engines import ENGINES, EngineKind, Role, kind_of
 from srlm_lite.errors import ProofError, UserError
 from srlm_lite.judging import Rubric, load_rubric
 from srlm_lite.processes import Processes
@@ -24,10 +25,6 @@ if TYPE_CHECKING:  # torch is imported when the base is first needed, and not be
     from srlm_lite.model.sharding import Pace
     from srlm_lite.model.stack import Adapter, Slot
     from srlm_lite.rollout.protocol import Engine
-
-Role = Literal["policy", "judge", "teacher"]
-"""What a stack is asked to do; each role may have an engine of its own. A teacher is another
-model, behind the server of the section `openai`."""
 
 I = TypeVar("I", contravariant=True)  # noqa: E741
 R = TypeVar("R")
@@ -83,7 +80,7 @@ class Session:
 
         0 for a judge or teacher behind a server, too: it has limits of its own.
         """
-        if role != "policy" and self.engine_name(role) == "openai":
+        if role != "policy" and self.engine_kind(role).remote:
             return 0
         return self.recipe.rollout.max_thought_tokens if self.chat.thinks else 0
 
@@ -173,50 +170,16 @@ class Session:
 
     def engine(self, stack: Sequence[Adapter], role: Role = "policy") -> Engine:
         """The sampling engine of a role, with a stack loaded."""
-        name = self.engine_name(role)
-        if name not in self._engines:
-            self._engines[name] = self._make_engine(name)
-        engine = self._engines[name]
+        kind = self.engine_kind(role)
+        if kind.name not in self._engines:
+            self._engines[kind.name] = kind.make(self)
+        engine = self._engines[kind.name]
         engine.load(stack)
         return engine
 
-    def engine_name(self, role: Role) -> EngineName:
-        """Which engine samples for a role."""
-        rollout, judge = self.recipe.rollout, self.recipe.judge
-        if role == "teacher":
-            return "openai"
-        return rollout.engine if role == "policy" else judge.engine or rollout.engine
-
-    def _make_engine(self, name: EngineName) -> Engine:
-        recipe = self.recipe
-        if name == "openai":
-            from srlm_lite.rollout.openai_engine import OpenAIEngine
-
-            if recipe.rollout.engine == name and recipe.iterations > 1:
-                self.reporter.warn(
-                    "rollout.engine=openai: the candidates of every iteration come from the "
-                    "server's model, which learns nothing from this run"
-                )
-            return OpenAIEngine(recipe.openai)
-        rows = None if recipe.rollout.batch_rows == "auto" else recipe.rollout.batch_rows
-        if name == "vllm":
-            from srlm_lite.rollout.vllm_engine import VllmEngine
-
-            return VllmEngine(
-                self.base,
-                self.chat,
-                recipe.base,
-                memory=recipe.vllm.memory,
-                batch_rows=rows,
-                rank=self.slot.rank,
-                scratch=self.run.scratch,
-                log=self.run.vllm_log,
-            )
-        from srlm_lite.rollout.transformers_engine import TransformersEngine
-
-        return TransformersEngine(
-            self.slot, self.chat, batch_rows=rows, cuda_graphs=recipe.rollout.cuda_graphs
-        )
+    def engine_kind(self, role: Role) -> EngineKind:
+        """What the engine is that samples for a role."""
+        return kind_of(self.recipe, role)
 
     def close_engines(self) -> None:
         """Give back the memory of sampling, before a training needs it."""
@@ -258,7 +221,7 @@ class Session:
             role: Whose engine does the work; None where it is none's, but the base's in memory.
         """
         world = self.processes.world
-        if world == 1 or (role and self.engine_name(role) == "openai"):
+        if world == 1 or (role and self.engine_kind(role).remote):
             for item in items:
                 yield work(self, item, advance)
             return
@@ -472,8 +435,9 @@ def refuse_sharding(recipe: Recipe) -> None:
     if recipe.base.backend == "unsloth":
         raise line("Unsloth holds the base whole", "base.backend", "Set it to transformers")
     for name, engine in (("rollout", recipe.rollout.engine), ("judge", recipe.judge.engine)):
-        if engine == "vllm":
-            raise line("vLLM holds the base whole", f"{name}.engine", "Set it to transformers")
+        if engine is not None and ENGINES[engine].holds_base:
+            held = f"{ENGINES[engine].label} holds the base whole"
+            raise line(held, f"{name}.engine", "Set it to transformers")
     if recipe.method == "rlhf":
         raise line(
             "rlhf trains in one process, which holds the base whole",

@@ -27,7 +27,18 @@ ALLOWED: dict[str, set[str]] = {
     "tasks": set(),
     "config": {"errors"},
     "processes": {"errors"},
-    "planning": {"config", "errors", "hardware", "judging", "model"},
+    "engines": {"config", "model", "progress", "rollout", "run_dir"},
+    "planning": {
+        "config",
+        "data",
+        "engines",
+        "errors",
+        "hardware",
+        "judging",
+        "model",
+        "rollout",
+        "training",
+    },
     # files
     "run_dir": {"config", "errors", "records"},
     "data": {"errors", "records", "run_dir"},
@@ -38,11 +49,12 @@ ALLOWED: dict[str, set[str]] = {
     "principles": {"config", "errors", "judging"},
     # torch
     "model": {"config", "errors"},
-    "rollout": {"config", "errors", "model", "planning", "processes", "records"},
+    "rollout": {"config", "errors", "hardware", "model", "processes", "records"},
     "training": {"config", "errors", "model", "processes", "seeds"},
     # the run
     "session": {
         "config",
+        "engines",
         "errors",
         "judging",
         "model",
@@ -54,6 +66,7 @@ ALLOWED: dict[str, set[str]] = {
     "stages": {
         "config",
         "data",
+        "engines",
         "errors",
         "evaluate",
         "judging",
@@ -85,6 +98,7 @@ ALLOWED: dict[str, set[str]] = {
     "compare": {
         "config",
         "data",
+        "engines",
         "errors",
         "evaluate",
         "judging",
@@ -120,6 +134,7 @@ ALLOWED: dict[str, set[str]] = {
     "loop": {"methods", "run_dir", "session", "stages"},
     "bench": {
         "config",
+        "engines",
         "errors",
         "evaluate",
         "hardware",
@@ -144,6 +159,7 @@ ALLOWED: dict[str, set[str]] = {
         "config",
         "data",
         "doctor",
+        "engines",
         "errors",
         "export",
         "hardware",
@@ -158,7 +174,16 @@ ALLOWED: dict[str, set[str]] = {
         "stages",
         "tracking",
     },
-    "doctor": {"config", "errors", "hardware", "model", "planning", "tracking", "training"},
+    "doctor": {
+        "config",
+        "engines",
+        "errors",
+        "hardware",
+        "model",
+        "planning",
+        "tracking",
+        "training",
+    },
     "__main__": {"cli"},
 }
 """Part of the package to the parts it may import: the package's layers, from the bottom up."""

@@ -36,7 +36,7 @@ def run_command(wish: Wish, *, as_json: bool) -> None:
     models = Models(wish.directory, wish.overrides, console)
     questions = read_questions(wish.questions, wish.references)
     judge, model = models.server(wish.judge), models.run_model(wish.model)
-    if model.session.engine_name("policy") == "openai":
+    if model.session.engine_kind("policy").remote:
         raise UserError(
             "the run's answers come from a server, which is asked single turns",
             where=str(wish.directory),

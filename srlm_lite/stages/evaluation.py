@@ -89,7 +89,7 @@ def _policy(
     recipe = session.recipe
     held_out = policy_prompts(recipe)
     prompts = held_out
-    if session.engine_name("policy") != "openai":  # a server has a window of its own
+    if not session.engine_kind("policy").remote:  # a server has a window of its own
         prompts = [prompt for prompt in held_out if session.leaves_room(prompt.text)]
     left_out = {"too_long": len(held_out) - len(prompts)} if len(prompts) < len(held_out) else {}
     if not prompts:
@@ -156,7 +156,7 @@ def _grades(
     some = answers[: recipe.evaluate.judged_answers]
     if not some:
         return {}, {}
-    external = (recipe.judge.engine or recipe.rollout.engine) == "openai"
+    external = session.engine_kind("judge").remote
     own = external or (len(judge) == 1 and directory.path == run.anchor.path)
     judges: dict[str, Sequence[Adapter]] = {"anchor" if own else "self": judge}
     if not own and run.anchor.training.is_file():
@@ -210,7 +210,7 @@ def _divergence(
     some = [row for row in answers if row.text][:wanted]
     if not (some and stack and run.anchor.training.is_file()):
         return {}
-    if recipe.rollout.engine == "openai":
+    if session.engine_kind("policy").remote:
         return {}
     if directory.path == run.anchor.path:
         return {"divergence": 0.0}

@@ -11,6 +11,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from srlm_lite.config import Dpo, Optim, Scir
+from srlm_lite.engines import Role
 from srlm_lite.errors import UserError
 from srlm_lite.evaluate.gold import load_gold
 from srlm_lite.evaluate.judge_metrics import judge_metrics
@@ -36,7 +37,7 @@ from srlm_lite.run_dir import (
     write_records,
 )
 from srlm_lite.seeds import derive_seed
-from srlm_lite.session import Role, Session
+from srlm_lite.session import Session
 from srlm_lite.stages.anchor import Sft, fitting_examples, ift_examples, scratch
 from srlm_lite.stages.replies import candidate_of, learned_ids
 from srlm_lite.stages.sampling import judge_replies, sample_candidates

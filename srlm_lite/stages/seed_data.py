@@ -11,13 +11,13 @@ from typing import TypeVar
 
 from srlm_lite.config import SHIPPED, Recipe, shipped_text, shorten
 from srlm_lite.data.text import words_of
+from srlm_lite.engines import engines_of, kind_of
 from srlm_lite.errors import UserError
 from srlm_lite.evaluate import ifeval
 from srlm_lite.evaluate.gold import load_gold
 from srlm_lite.judging import load_rubric, load_template
 from srlm_lite.principles import load_principles
 from srlm_lite.records import Instruction, Prompt, RankedReply
-from srlm_lite.rollout.installed import check_vllm
 from srlm_lite.run_dir import read_jsonl, read_records
 
 T = TypeVar("T")
@@ -188,12 +188,8 @@ def check_inputs(recipe: Recipe) -> None:
     Raises:
         UserError: Names the first such input.
     """
-    from srlm_lite.rollout.openai_engine import key_of
-
-    if "vllm" in (recipe.rollout.engine, recipe.judge.engine):
-        check_vllm()
-    if recipe.asks_a_server:
-        key_of(recipe.openai)
+    for engine in engines_of(recipe):
+        engine.check(recipe)
     _check_gap(recipe)
     if recipe.base.chat_template is not None:
         shipped_text(*SHIPPED["base", "chat_template"], name=recipe.base.chat_template)
@@ -315,7 +311,7 @@ def check_window(recipe: Recipe, *, thought: int = 0) -> None:
     """
     judge, window = recipe.judge, recipe.base.window
     shortest = {"rollout.max_new_tokens": recipe.rollout.max_new_tokens}
-    if (judge.engine or recipe.rollout.engine) != "openai":  # a server has a window of its own
+    if not kind_of(recipe, "judge").remote:  # a server has a window of its own
         shortest["judge.max_new_tokens"] = min(judge.max_new_tokens, judge.retry_max_new_tokens)
     for key, tokens in shortest.items():
         if tokens + thought >= window:
