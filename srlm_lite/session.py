@@ -18,6 +18,7 @@ from srlm_lite.judging import Rubric, load_rubric
 from srlm_lite.processes import Processes
 from srlm_lite.progress import Reporter, Silent, Tracker, Untracked
 from srlm_lite.run_dir import RunDir, StageDir, adapter_files
+from srlm_lite.window import leaves_room
 
 if TYPE_CHECKING:  # torch is imported when the base is first needed, and not before
     from srlm_lite.model.base import LoadedBase
@@ -72,8 +73,12 @@ class Session:
         """Whether the window has room for an answer after this prompt."""
         if prompt not in self._prompt_lengths:
             self._prompt_lengths[prompt] = len(self.chat.prompt_ids(prompt))
-        room = self.recipe.base.window - self.recipe.rollout.max_new_tokens
-        return self._prompt_lengths[prompt] <= room - self.thought_tokens()
+        return leaves_room(
+            self._prompt_lengths[prompt],
+            self.recipe.base.window,
+            answer=self.recipe.rollout.max_new_tokens,
+            thought=self.thought_tokens(),
+        )
 
     def thought_tokens(self, role: Role = "policy") -> int:
         """Tokens that a thought before the answer may take: 0 where the base does not think.

@@ -25,6 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "progress": set(),
     "hardware": set(),
     "tasks": set(),
+    "window": set(),
     "config": {"errors"},
     "processes": {"errors"},
     "engines": {"config", "model", "progress", "rollout", "run_dir"},
@@ -38,6 +39,7 @@ ALLOWED: dict[str, set[str]] = {
         "model",
         "rollout",
         "training",
+        "window",
     },
     # files
     "run_dir": {"config", "errors", "records"},
@@ -62,6 +64,7 @@ ALLOWED: dict[str, set[str]] = {
         "progress",
         "rollout",
         "run_dir",
+        "window",
     },
     "stages": {
         "config",
@@ -80,6 +83,7 @@ ALLOWED: dict[str, set[str]] = {
         "seeds",
         "session",
         "training",
+        "window",
     },
     "methods": {
         "config",
@@ -109,6 +113,7 @@ ALLOWED: dict[str, set[str]] = {
         "seeds",
         "session",
         "stages",
+        "window",
     },
     "report": {
         "config",

@@ -30,6 +30,7 @@ from srlm_lite.records import Annotation, Candidate, Prompt
 from srlm_lite.run_dir import ComparisonDir, read_json, write_json, write_records
 from srlm_lite.session import Session
 from srlm_lite.stages.sampling import ask, judge_replies, limits_of, sample_candidates
+from srlm_lite.window import room_for_prompt
 
 Judging = Literal["pointwise", "pairwise"]
 Model = RunModel | FileModel
@@ -158,8 +159,8 @@ def _fitting(comparison: Comparison) -> tuple[list[Prompt], int]:
     for model in (comparison.model, comparison.baseline):
         if isinstance(model, FileModel):
             continue
-        room = model.session.recipe.base.window - reply - model.session.thought_tokens()
-        chat = model.session.chat
+        thought, chat = model.session.thought_tokens(), model.session.chat
+        room = room_for_prompt(model.session.recipe.base.window, answer=reply, thought=thought)
         prompts = [one for one in prompts if len(chat.prompt_ids(one.text)) <= room]
     if not prompts:
         raise UserError(

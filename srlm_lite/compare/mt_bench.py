@@ -26,6 +26,7 @@ from srlm_lite.seeds import derive_seed
 from srlm_lite.session import Session
 from srlm_lite.stages.replies import candidate_of
 from srlm_lite.stages.sampling import ask, chunked, with_thought
+from srlm_lite.window import room_for_prompt
 
 PLACES = ("turn", "conversation")
 TAGS = ("user", "assistant", "reference")
@@ -172,7 +173,11 @@ def _answers(
         for part in chunked(group, session.recipe.rollout.chunk_prompts)
     ]
     task = session.reporter.start(f"answers, turn {turn}", len(questions), "answers")
-    room = session.recipe.base.window - _max_new_tokens(session) - session.thought_tokens()
+    room = room_for_prompt(
+        session.recipe.base.window,
+        answer=_max_new_tokens(session),
+        thought=session.thought_tokens(),
+    )
 
     def request(question: Question) -> Request:
         messages = [{"role": "user", "content": question.turns[0]}]

@@ -32,6 +32,7 @@ from srlm_lite.planning.memory import (
     training,
 )
 from srlm_lite.rollout.sizes import drawing_bytes, rows_within
+from srlm_lite.window import longest_prompt
 
 PARTS = ("base", "adapters", "optimizer", "activations", "kv_cache", "logits", "libraries")
 TRAININGS: Mapping[str, str] = {
@@ -292,13 +293,15 @@ class _Phases:
     @property
     def _room(self) -> int:
         """The longest prompt of a candidate."""
-        window, new = self.recipe.base.window, self._answer
-        return max(1, min(self.lengths.prompt, window - new))
+        return longest_prompt(
+            self.recipe.base.window, answer=self._answer, bound=self.lengths.prompt
+        )
 
     @property
     def _judge_room(self) -> int:
-        window, new = self.recipe.base.window, self._judgement
-        return max(1, min(self.lengths.judge_prompt, window - new))
+        return longest_prompt(
+            self.recipe.base.window, answer=self._judgement, bound=self.lengths.judge_prompt
+        )
 
     @property
     def _answer(self) -> int:

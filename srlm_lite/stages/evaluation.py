@@ -23,6 +23,7 @@ from srlm_lite.stages.likelihood import candidate_likelihoods
 from srlm_lite.stages.replies import without_thoughts
 from srlm_lite.stages.sampling import chat_of, judge_replies, sample_candidates
 from srlm_lite.stages.seed_data import data_file, ifeval_tasks, policy_prompts, read_ranked
+from srlm_lite.window import room_for_answer
 
 if TYPE_CHECKING:
     from srlm_lite.model.stack import Adapter
@@ -235,7 +236,7 @@ def _ifeval(session: Session, directory: StageDir, stack: Sequence[Adapter]) -> 
     lengths = [len(session.chat.prompt_ids(task.prompt)) for task in tasks]
     limit = recipe.evaluate.ifeval_max_new_tokens
     thought = session.thought_tokens()
-    room = recipe.base.window - max(lengths) - thought
+    room = room_for_answer(recipe.base.window, prompt=max(lengths), thought=thought)
     if limit is None:
         limit = min(IFEVAL_TOKENS, room)
     if limit > room or limit < 1:

@@ -25,6 +25,7 @@ from srlm_lite.run_dir import Journal
 from srlm_lite.seeds import derive_seed
 from srlm_lite.session import Advance, Session
 from srlm_lite.stages.replies import candidate_of, reply_of, split
+from srlm_lite.window import leaves_room
 
 if TYPE_CHECKING:
     from srlm_lite.model.chat import ChatFormat
@@ -209,7 +210,8 @@ def _fitting_ids(session: Session, text: str, role: Role, limits: Limits) -> tup
     if session.engine_kind(role).remote:
         return ()
     ids = tuple(session.chat.prompt_ids(text))
-    return ids if len(ids) <= session.recipe.base.window - limits.max_new_tokens else None
+    window = session.recipe.base.window
+    return ids if leaves_room(len(ids), window, answer=limits.max_new_tokens) else None
 
 
 def judge_replies(

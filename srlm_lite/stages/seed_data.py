@@ -19,6 +19,7 @@ from srlm_lite.judging import load_rubric, load_template
 from srlm_lite.principles import load_principles
 from srlm_lite.records import Instruction, Prompt, RankedReply
 from srlm_lite.run_dir import read_jsonl, read_records
+from srlm_lite.window import admits_a_prompt
 
 T = TypeVar("T")
 
@@ -314,7 +315,7 @@ def check_window(recipe: Recipe, *, thought: int = 0) -> None:
     if not kind_of(recipe, "judge").remote:  # a server has a window of its own
         shortest["judge.max_new_tokens"] = min(judge.max_new_tokens, judge.retry_max_new_tokens)
     for key, tokens in shortest.items():
-        if tokens + thought >= window:
+        if not admits_a_prompt(window, answer=tokens, thought=thought):
             beside = f" and a thought of rollout.max_thought_tokens = {thought}" if thought else ""
             raise UserError(
                 f"leaves no room for a prompt{beside} in base.window = {window}",
