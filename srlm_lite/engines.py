@@ -9,9 +9,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from srlm_lite.config import EngineName, Recipe
 from srlm_lite.progress import Reporter
+from srlm_lite.recipe import Recipe
 from srlm_lite.run_dir import RunDir
+from srlm_lite.settings import EngineName
 
 if TYPE_CHECKING:  # torch is imported when an engine is made, and not before
     from srlm_lite.model.base import LoadedBase

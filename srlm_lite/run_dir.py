@@ -21,8 +21,8 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from srlm_lite.config import Recipe, as_noted_now, recipe_of_run
 from srlm_lite.errors import UserError
+from srlm_lite.recipe import Recipe, as_noted_now, recipe_of_run
 from srlm_lite.records import Record
 
 R = TypeVar("R", bound=Record)

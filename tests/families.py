@@ -601,7 +601,7 @@ def _build(family: Family, folder: Path, tokenizer: Any) -> None:
     import torch
     import transformers
 
-    from srlm_lite.config import recipes_dir
+    from srlm_lite.shipped import recipes_dir
 
     torch.manual_seed(0)
     hf: Any = transformers

@@ -9,7 +9,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from srlm_lite.config import load_recipe
+from srlm_lite.recipe import load_recipe
 from srlm_lite.records import Candidate, Judgement, PreferencePair, Prompt, TrainingStep
 from srlm_lite.run_dir import IterationDir, RunDir, StageDir, write_json, write_records
 

@@ -6,8 +6,9 @@ from typing import get_args
 
 import pytest
 
-from srlm_lite.config import EngineName, Recipe, load_recipe
 from srlm_lite.engines import ENGINES, engines_of, kind_of
+from srlm_lite.recipe import Recipe, load_recipe
+from srlm_lite.settings import EngineName
 
 SERVER = ("openai.url=http://127.0.0.1:1/v1", "openai.model=m")
 

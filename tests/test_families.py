@@ -13,9 +13,9 @@ from commands import Cli
 from driving import adapted, iterate, loaded, logits, peft_logits, stages, watch_sampling
 from families import ADAPTER, DOCS, FAMILIES, MERGED, QUANTIZED, page
 
-from srlm_lite.config import Base
 from srlm_lite.planning.probe import shape_of_base
 from srlm_lite.run_dir import read_json
+from srlm_lite.settings import Base
 
 
 def names(targets: tuple[str, ...]) -> list[str]:

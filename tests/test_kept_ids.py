@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from srlm_lite.config import recipe_from
 from srlm_lite.errors import ProofError
 from srlm_lite.judging import load_rubric, score_line_complete
 from srlm_lite.methods.meta_rewarding import _pair
@@ -18,6 +17,7 @@ from srlm_lite.methods.rlaif import to_learn
 from srlm_lite.methods.temporal import anchored_pairs
 from srlm_lite.model.chat import ChatFormat
 from srlm_lite.pairing import Drops, pair, replayed
+from srlm_lite.recipe import recipe_from
 from srlm_lite.records import (
     Candidate,
     Instruction,

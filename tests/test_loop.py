@@ -16,12 +16,12 @@ import pytest
 from commands import Cli
 from forked import ended
 
-from srlm_lite.config import Gate, Recipe, load_recipe
 from srlm_lite.errors import GateError, UserError
 from srlm_lite.evaluate.gate import findings
 from srlm_lite.loop import iterate
 from srlm_lite.methods import method_of
 from srlm_lite.progress import Silent
+from srlm_lite.recipe import Recipe, load_recipe
 from srlm_lite.records import Candidate, TrainingStep
 from srlm_lite.run_dir import (
     RunDir,
@@ -32,6 +32,7 @@ from srlm_lite.run_dir import (
     write_records,
 )
 from srlm_lite.session import Session
+from srlm_lite.settings import Gate
 from srlm_lite.stages.evaluation import evaluation, evaluations
 
 JUDGE_KEYS = {

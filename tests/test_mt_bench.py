@@ -19,14 +19,15 @@ from srlm_lite.compare.mt_bench import (
     judge_question,
     read_questions,
 )
-from srlm_lite.config import MtBench, load_recipe, recipe_from, recipe_of_run
 from srlm_lite.errors import UserError
 from srlm_lite.evaluate.mt_bench import TEMPERATURES, Grade, mt_bench, read_rating
 from srlm_lite.judging import load_template
+from srlm_lite.recipe import load_recipe, recipe_from, recipe_of_run
 from srlm_lite.records import Candidate
 from srlm_lite.rollout.protocol import Limits, Request
 from srlm_lite.run_dir import RunDir, read_jsonl, read_records
 from srlm_lite.session import Session
+from srlm_lite.settings import MtBench
 
 
 @pytest.mark.parametrize(

@@ -45,17 +45,13 @@ MUST_HAVE = (
 # Run by a Python that finds the unpacked wheel before this checkout.
 PROBE = """
 import json
-from srlm_lite.config import PATH_KEYS, load_recipe, recipes_dir, shipped_recipes
+from srlm_lite.recipe import load_recipe, paths_in, shipped_recipes
+from srlm_lite.shipped import recipes_dir
 from srlm_lite.judging import load_rubric
 
 paths = {}
 for name in shipped_recipes():
-    recipe = load_recipe(name)
-    paths[name] = [
-        value
-        for section, key in PATH_KEYS
-        if isinstance(value := getattr(getattr(recipe, section), key), str)
-    ]
+    paths[name] = [section[key] for section, key, _ in paths_in(load_recipe(name).model_dump())]
 rubrics = sorted(path.stem for path in (recipes_dir() / "rubrics").glob("*.yaml"))
 print(json.dumps({
     "recipes_dir": str(recipes_dir()),

@@ -10,9 +10,9 @@ import pytest
 from typer.main import get_command
 
 from srlm_lite.cli.main import app
-from srlm_lite.config import load_recipe, shipped_recipes
 from srlm_lite.planning.machine import plan_for
 from srlm_lite.planning.plan import Hardware
+from srlm_lite.recipe import load_recipe, shipped_recipes
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from srlm_lite.config import Recipe, load_recipe, recipe_from, recipes_dir
 from srlm_lite.errors import UserError
+from srlm_lite.recipe import Recipe, load_recipe, recipe_from
 from srlm_lite.records import Candidate, Judgement, Prompt, RankedReply
 from srlm_lite.run_dir import (
     Journal,
@@ -30,6 +30,7 @@ from srlm_lite.run_dir import (
     write_json,
     write_records,
 )
+from srlm_lite.shipped import recipes_dir
 
 CHUNKS = [["a", "b"], ["c"], ["d", "e"]]
 TEXTS = {

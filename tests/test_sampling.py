@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from srlm_lite.config import load_recipe, recipe_from
 from srlm_lite.errors import UserError
+from srlm_lite.recipe import load_recipe, recipe_from
 from srlm_lite.records import Judgement
 from srlm_lite.rollout.protocol import Limits, Request, Sample, Token
 from srlm_lite.run_dir import RunDir, read_jsonl

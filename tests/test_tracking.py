@@ -21,12 +21,12 @@ from test_processes import started_as_two
 
 from srlm_lite import tracking
 from srlm_lite.cli.iterate import run_iterate
-from srlm_lite.config import load_recipe
 from srlm_lite.doctor.recipes import recipe_finding
 from srlm_lite.errors import UserError
 from srlm_lite.loop import iterate
 from srlm_lite.processes import Processes
 from srlm_lite.progress import Silent, Task, Training, Untracked
+from srlm_lite.recipe import load_recipe
 from srlm_lite.run_dir import RunDir, read_json, read_jsonl
 from srlm_lite.session import Follower, Session
 from srlm_lite.tracking import Tracking, stage_figures, tracked

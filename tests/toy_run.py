@@ -10,8 +10,8 @@ from pathlib import Path
 
 from exporting import TARGETS, random_adapter
 
-from srlm_lite.config import load_recipe
 from srlm_lite.model.base import base_files
+from srlm_lite.recipe import load_recipe
 from srlm_lite.run_dir import RunDir
 
 SETTINGS = (

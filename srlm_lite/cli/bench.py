@@ -375,7 +375,7 @@ def plan(
     """
     from srlm_lite.bench.plan import bench_plan
     from srlm_lite.cli.progress import Console
-    from srlm_lite.config import load_recipe
+    from srlm_lite.recipe import load_recipe
 
     names = [name.strip() for name in phases.split(",")] if phases else None
     console = Console()

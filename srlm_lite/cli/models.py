@@ -8,13 +8,14 @@ from pathlib import Path
 
 from srlm_lite.compare.comparison import CompareJudge, Judging, Model
 from srlm_lite.compare.models import RunModel, digest_of, read_replies
-from srlm_lite.config import OpenAI, Recipe, overridden
 from srlm_lite.engines import SERVER, kind_of
 from srlm_lite.errors import UserError
 from srlm_lite.export.source import find_source
 from srlm_lite.progress import Reporter
+from srlm_lite.recipe import Recipe, overridden
 from srlm_lite.run_dir import RunDir, read_json
 from srlm_lite.session import Session
+from srlm_lite.settings import OpenAI
 
 SETTINGS = ("compare", "evaluate", "judge", "mt_bench", "openai", "rollout", "vllm")
 """Sections that say how to sample and judge; the others say what the model is."""

@@ -16,7 +16,7 @@ def list_() -> None:
     import sys
     import textwrap
 
-    from srlm_lite.config import load_recipe, shipped_recipes
+    from srlm_lite.recipe import load_recipe, shipped_recipes
 
     names = shipped_recipes()
     width = max(len(name) for name in names)
@@ -31,7 +31,7 @@ def list_() -> None:
 @app.command()
 def show(name: Annotated[str, typer.Argument(help="Shipped name or path.")]) -> None:
     """The recipe's file, comments and all."""
-    from srlm_lite.config import find_recipe
+    from srlm_lite.recipe import find_recipe
 
     typer.echo(find_recipe(name).read_text(encoding="utf-8").rstrip())
 
@@ -41,7 +41,7 @@ def check(name: Annotated[str, typer.Argument(help="Shipped name or path.")]) ->
     """Whether a recipe is valid, and what it says with all defaults filled in."""
     import yaml
 
-    from srlm_lite.config import load_recipe
+    from srlm_lite.recipe import load_recipe
 
     recipe = load_recipe(name)
     typer.echo(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False).rstrip())

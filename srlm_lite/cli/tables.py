@@ -10,7 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from srlm_lite.config import Recipe
+from srlm_lite.recipe import Recipe
 from srlm_lite.run_dir import RunDir, StageDir, read_json
 from srlm_lite.stages.evaluation import best_line
 

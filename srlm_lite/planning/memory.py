@@ -16,7 +16,6 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from srlm_lite.config import is_targeted
 from srlm_lite.rollout.sizes import (
     DRAWING,
     DRAWN,
@@ -27,6 +26,7 @@ from srlm_lite.rollout.sizes import (
     kv_bytes,
     leaf_room,
 )
+from srlm_lite.settings import is_targeted
 from srlm_lite.training.sizes import PIECE
 
 Device = Literal["cpu", "cuda"]

@@ -14,7 +14,6 @@ from functools import reduce
 from operator import attrgetter
 from typing import Any
 
-from srlm_lite.config import Anchor, Dpo, Optim, Recipe, recipe_from
 from srlm_lite.data.self_instruct import MAX_NEW_TOKENS
 from srlm_lite.engines import ENGINES, EngineKind, kind_of
 from srlm_lite.errors import UserError
@@ -31,7 +30,9 @@ from srlm_lite.planning.memory import (
     sampling,
     training,
 )
+from srlm_lite.recipe import Recipe, recipe_from
 from srlm_lite.rollout.sizes import drawing_bytes, rows_within
+from srlm_lite.settings import Anchor, Dpo, Optim
 from srlm_lite.window import longest_prompt
 
 PARTS = ("base", "adapters", "optimizer", "activations", "kv_cache", "logits", "libraries")

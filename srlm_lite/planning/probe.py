@@ -8,11 +8,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from srlm_lite.config import Base
 from srlm_lite.errors import UserError
 from srlm_lite.planning.memory import Linear, Shape
 from srlm_lite.planning.shapes import SHAPES, config_of, shape_of
 from srlm_lite.rollout.sizes import attention_of, widest
+from srlm_lite.settings import Base
 
 
 def shape_of_base(section: Base, targets: Iterable[str] = ()) -> Shape:

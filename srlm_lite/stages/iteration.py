@@ -10,7 +10,6 @@ from random import Random
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from srlm_lite.config import Dpo, Optim, Scir
 from srlm_lite.engines import Role
 from srlm_lite.errors import UserError
 from srlm_lite.evaluate.gold import load_gold
@@ -38,6 +37,7 @@ from srlm_lite.run_dir import (
 )
 from srlm_lite.seeds import derive_seed
 from srlm_lite.session import Session
+from srlm_lite.settings import Dpo, Optim, Scir
 from srlm_lite.stages.anchor import Sft, fitting_examples, ift_examples, scratch
 from srlm_lite.stages.replies import candidate_of, learned_ids
 from srlm_lite.stages.sampling import judge_replies, sample_candidates

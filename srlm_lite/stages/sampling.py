@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from srlm_lite.config import Sampling
 from srlm_lite.engines import Role
 from srlm_lite.errors import UserError
 from srlm_lite.judging import (
@@ -24,6 +23,7 @@ from srlm_lite.rollout.protocol import Limits, Request, Sample, StopRule
 from srlm_lite.run_dir import Journal
 from srlm_lite.seeds import derive_seed
 from srlm_lite.session import Advance, Session
+from srlm_lite.settings import Sampling
 from srlm_lite.stages.replies import candidate_of, reply_of, split
 from srlm_lite.window import leaves_room
 
