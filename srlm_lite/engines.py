@@ -55,6 +55,12 @@ class EngineKind:
     Raises:
         UserError: It could not be started; says why.
     """
+    reach: Callable[[Recipe], str] | None = None
+    """Asks what the engine depends on whether it is there; says what it found.
+
+    Raises:
+        UserError: It is not.
+    """
     remote: bool = False
     """A server's own model answers. It has a template, a window and thoughts of its own, needs no
     base in this process, is asked by the first process alone, and learns nothing from the run."""
@@ -128,6 +134,12 @@ def _check_key(recipe: Recipe) -> None:
     key_of(recipe.openai)
 
 
+def _reach_server(recipe: Recipe) -> str:
+    from srlm_lite.rollout.openai_engine import reach
+
+    return reach(recipe.openai)
+
+
 ENGINES: Mapping[EngineName, EngineKind] = {
     kind.name: kind
     for kind in (
@@ -140,7 +152,7 @@ ENGINES: Mapping[EngineName, EngineKind] = {
             share=lambda recipe: recipe.vllm.memory,
             label="vLLM",
         ),
-        EngineKind("openai", _make_openai, _check_key, remote=True),
+        EngineKind("openai", _make_openai, _check_key, _reach_server, remote=True),
     )
 }
 SERVER: EngineName = "openai"

@@ -366,22 +366,23 @@ class _PassBy:
             follower.session.pace.pass_by()
 
 
-def refuse_absent_base(recipe: Recipe, run: RunDir) -> None:
-    """Ask for the base before anything is written.
+def refuse_absent_base(recipe: Recipe, run: RunDir | None) -> bool:
+    """Ask for the base before anything is written; whether its files are here.
+
+    Args:
+        run: Which may have noted the commit of its base; None: there is none yet.
 
     Raises:
         UserError: It is neither here nor to be had from the Hub.
     """
     from srlm_lite.model.base import base_is_here
 
-    noted = run.base_revision if run.path.is_dir() else None
-    revision = noted or recipe.base.revision
-    base_is_here(
-        recipe.base.model_copy(update={"revision": revision}), conversion=run.base_conversion
-    )
+    noted = None if run is None else run.base_revision
+    section = recipe.base.model_copy(update={"revision": noted or recipe.base.revision})
+    return base_is_here(section, conversion=None if run is None else run.base_conversion)
 
 
-def refuse_unexportable(recipe: Recipe, run: RunDir) -> None:
+def refuse_unexportable(recipe: Recipe, run: RunDir | None) -> None:
     """Make sure that what a run is about to train can be exported, as far as its files are here.
 
     A run that has its anchor goes on: it may have been begun before this was asked. Files of the
@@ -393,9 +394,9 @@ def refuse_unexportable(recipe: Recipe, run: RunDir) -> None:
     from srlm_lite.model.base import directory_here
     from srlm_lite.model.exportable import refuse_unexportable as refuse
 
-    if run.path.is_dir() and run.anchor.is_done:
+    if run is not None and run.anchor.is_done:
         return
-    revision = run.base_revision if run.path.is_dir() else None
+    revision = None if run is None else run.base_revision
     folder = directory_here(recipe.base, revision=revision)
     if folder is not None:
         refuse(folder, recipe.targets)
