@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 from srlm_lite.progress import Reporter
 from srlm_lite.recipe import Recipe
-from srlm_lite.run_dir import RunDir
+from srlm_lite.run.run import RunDir
 from srlm_lite.settings import EngineName
 
 if TYPE_CHECKING:  # torch is imported when an engine is made, and not before

@@ -17,7 +17,8 @@ from srlm_lite.judging import Rubric, load_rubric
 from srlm_lite.processes import Processes
 from srlm_lite.progress import Reporter, Silent, Tracker, Untracked
 from srlm_lite.recipe import Recipe
-from srlm_lite.run_dir import RunDir, StageDir, adapter_files
+from srlm_lite.run.layout import StageDir, adapter_files
+from srlm_lite.run.run import RunDir
 from srlm_lite.settings import EngineName
 from srlm_lite.window import leaves_room
 

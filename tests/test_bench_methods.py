@@ -32,7 +32,8 @@ from srlm_lite.errors import UserError
 from srlm_lite.loop import iterate
 from srlm_lite.methods import METHODS
 from srlm_lite.recipe import Recipe, load_recipe
-from srlm_lite.run_dir import RunDir, read_json
+from srlm_lite.run.files import read_json
+from srlm_lite.run.run import RunDir
 from srlm_lite.session import Session
 
 

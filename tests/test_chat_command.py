@@ -18,7 +18,8 @@ from srlm_lite.model.chat import ChatFormat
 from srlm_lite.recipe import recipe_from
 from srlm_lite.records import FinishReason
 from srlm_lite.rollout.protocol import Limits, Request, Sample
-from srlm_lite.run_dir import RunDir, write_json
+from srlm_lite.run.files import write_json
+from srlm_lite.run.run import RunDir
 from srlm_lite.session import Session
 from srlm_lite.stages.conversation import Conversation
 

@@ -37,7 +37,8 @@ from srlm_lite.model.nf4 import nf4_modules
 from srlm_lite.model.stack import Adapter, Slot
 from srlm_lite.progress import Silent
 from srlm_lite.recipe import recipe_from
-from srlm_lite.run_dir import RunDir, read_json, write_json
+from srlm_lite.run.files import read_json, write_json
+from srlm_lite.run.run import RunDir
 from srlm_lite.settings import Base
 
 IDS = torch.tensor([[5, 17, 99, 3, 42, 250, 7, 7, 61, 12]])

@@ -37,7 +37,7 @@ from srlm_lite.model.layout import Layout
 from srlm_lite.model.merge import base_weights
 from srlm_lite.model.stack import Adapter, Slot
 from srlm_lite.progress import Silent
-from srlm_lite.run_dir import RunDir
+from srlm_lite.run.run import RunDir
 from srlm_lite.session import refuse_unexportable as refuse_before_the_anchor
 from srlm_lite.settings import Base, Gate, is_targeted
 from srlm_lite.shipped import recipes_dir

@@ -14,7 +14,7 @@ from driving import adapted, iterate, loaded, logits, peft_logits, stages, watch
 from families import ADAPTER, DOCS, FAMILIES, MERGED, QUANTIZED, page
 
 from srlm_lite.planning.probe import shape_of_base
-from srlm_lite.run_dir import read_json
+from srlm_lite.run.files import read_json
 from srlm_lite.settings import Base
 
 

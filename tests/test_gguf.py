@@ -40,7 +40,7 @@ from srlm_lite.model.gguf_splits import SPLITS
 from srlm_lite.model.gguf_tokenizer import build_tokenizer, read_vocabulary
 from srlm_lite.progress import Silent
 from srlm_lite.recipe import load_recipe
-from srlm_lite.run_dir import RunDir
+from srlm_lite.run.run import RunDir
 from srlm_lite.session import Session, refuse_absent_base
 from srlm_lite.settings import Base
 

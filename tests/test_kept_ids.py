@@ -30,7 +30,8 @@ from srlm_lite.records import (
     SampledTarget,
 )
 from srlm_lite.rollout.protocol import Sample
-from srlm_lite.run_dir import RunDir, read_jsonl, read_records, write_records
+from srlm_lite.run.files import read_jsonl, read_records, write_records
+from srlm_lite.run.run import RunDir
 from srlm_lite.session import Session
 from srlm_lite.stages.anchor import _judge_example, agreeing_targets, ift_examples
 from srlm_lite.stages.iteration import pair_example

@@ -32,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "shipped": {"errors"},
     "settings": {"errors", "shipped"},
     "recipe": {"errors", "settings", "shipped", "yaml_text"},
-    "engines": {"model", "progress", "recipe", "rollout", "run_dir", "settings"},
+    "engines": {"model", "progress", "recipe", "rollout", "run.run", "settings"},
     "planning": {
         "data",
         "engines",
@@ -47,8 +47,12 @@ ALLOWED: dict[str, set[str]] = {
         "window",
     },
     # files
-    "run_dir": {"errors", "recipe", "records"},
-    "data": {"errors", "records", "run_dir"},
+    "run": set(),
+    "run.files": {"errors", "records"},
+    "run.journal": {"records", "run.files"},
+    "run.layout": {"errors", "run.files"},
+    "run.run": {"errors", "recipe", "run.files", "run.layout"},
+    "data": {"errors", "records", "run.files"},
     # pure: from judgements to pairs and figures
     "judging": {"errors", "records", "shipped", "yaml_text"},
     "pairing": {"records", "settings"},
@@ -68,7 +72,8 @@ ALLOWED: dict[str, set[str]] = {
         "progress",
         "recipe",
         "rollout",
-        "run_dir",
+        "run.layout",
+        "run.run",
         "settings",
         "window",
     },
@@ -85,7 +90,10 @@ ALLOWED: dict[str, set[str]] = {
         "recipe",
         "records",
         "rollout",
-        "run_dir",
+        "run.files",
+        "run.journal",
+        "run.layout",
+        "run.run",
         "seeds",
         "session",
         "settings",
@@ -102,7 +110,8 @@ ALLOWED: dict[str, set[str]] = {
         "principles",
         "recipe",
         "records",
-        "run_dir",
+        "run.files",
+        "run.layout",
         "seeds",
         "session",
         "settings",
@@ -117,7 +126,9 @@ ALLOWED: dict[str, set[str]] = {
         "model",
         "records",
         "rollout",
-        "run_dir",
+        "run.files",
+        "run.journal",
+        "run.layout",
         "seeds",
         "session",
         "settings",
@@ -131,7 +142,9 @@ ALLOWED: dict[str, set[str]] = {
         "pairing",
         "recipe",
         "records",
-        "run_dir",
+        "run.files",
+        "run.layout",
+        "run.run",
         "settings",
         "shipped",
         "stages",
@@ -143,7 +156,9 @@ ALLOWED: dict[str, set[str]] = {
         "recipe",
         "records",
         "report",
-        "run_dir",
+        "run.files",
+        "run.layout",
+        "run.run",
         "shipped",
         "stages",
     },
@@ -153,10 +168,11 @@ ALLOWED: dict[str, set[str]] = {
         "recipe",
         "records",
         "report",
-        "run_dir",
+        "run.files",
+        "run.run",
         "settings",
     },
-    "loop": {"methods", "run_dir", "session", "stages"},
+    "loop": {"methods", "run.layout", "session", "stages"},
     "bench": {
         "errors",
         "evaluate",
@@ -171,7 +187,9 @@ ALLOWED: dict[str, set[str]] = {
         "recipe",
         "records",
         "rollout",
-        "run_dir",
+        "run.files",
+        "run.layout",
+        "run.run",
         "seeds",
         "session",
         "settings",
@@ -195,7 +213,9 @@ ALLOWED: dict[str, set[str]] = {
         "recipe",
         "records",
         "report",
-        "run_dir",
+        "run.files",
+        "run.layout",
+        "run.run",
         "session",
         "settings",
         "stages",
@@ -210,7 +230,8 @@ ALLOWED: dict[str, set[str]] = {
         "planning",
         "principles",
         "recipe",
-        "run_dir",
+        "run.files",
+        "run.run",
         "session",
         "settings",
         "shipped",
@@ -256,8 +277,12 @@ def module_name(path: Path) -> str:
 
 
 def part_of(module: str) -> str:
-    """`srlm_lite.model.base` belongs to `model`, `srlm_lite.loop` to `loop`."""
-    return [*module.split("."), ""][1]
+    """`srlm_lite.model.base` belongs to `model`, `srlm_lite.loop` to `loop`.
+
+    Of the run directory each module is a part: its files lie below recipes, `RunDir` above them.
+    """
+    _, part, *below = [*module.split("."), "", ""]
+    return f"{part}.{below[0]}".rstrip(".") if part == "run" else part
 
 
 def imports(path: Path) -> Iterator[tuple[str, bool]]:
@@ -339,7 +364,7 @@ def test_only_the_run_directory_knows_names_of_its_files() -> None:
             and isinstance(node.value, str)
             and node.value.startswith(names)
         }
-    assert knowing == {"run_dir"}
+    assert knowing == {"run.layout", "run.run"}
 
 
 def test_the_loop_fits_on_a_screen() -> None:

@@ -56,7 +56,8 @@ from srlm_lite.records import (
     Reply,
     Revision,
 )
-from srlm_lite.run_dir import RunDir, read_json, read_records, write_records
+from srlm_lite.run.files import read_json, read_records, write_records
+from srlm_lite.run.run import RunDir
 from srlm_lite.session import Session
 from srlm_lite.settings import Dno, sections_of
 from srlm_lite.stages.likelihood import candidate_likelihoods

@@ -25,7 +25,8 @@ from srlm_lite.judging import load_template
 from srlm_lite.recipe import load_recipe, recipe_from, recipe_of_run
 from srlm_lite.records import Candidate
 from srlm_lite.rollout.protocol import Limits, Request
-from srlm_lite.run_dir import RunDir, read_jsonl, read_records
+from srlm_lite.run.files import read_jsonl, read_records
+from srlm_lite.run.run import RunDir
 from srlm_lite.session import Session
 from srlm_lite.settings import MtBench
 

@@ -16,7 +16,8 @@ from commands import Cli, in_process
 
 from srlm_lite import recipe as recipes
 from srlm_lite.recipe import Recipe, as_begun, load_recipe, recipe_from
-from srlm_lite.run_dir import RunDir, sha256_file
+from srlm_lite.run.files import sha256_file
+from srlm_lite.run.run import RunDir
 from srlm_lite.settings import Before, marked
 from srlm_lite.shipped import recipes_dir
 

@@ -23,7 +23,8 @@ from srlm_lite.rollout import openai_engine
 from srlm_lite.rollout.openai_engine import NO_KEY, OpenAIEngine, _covering, _retry_after
 from srlm_lite.rollout.protocol import Limits, Request, Sample, Token
 from srlm_lite.rollout.transformers_engine import TransformersEngine
-from srlm_lite.run_dir import RunDir, read_jsonl
+from srlm_lite.run.files import read_jsonl
+from srlm_lite.run.run import RunDir
 from srlm_lite.session import Session
 from srlm_lite.settings import Base, OpenAI
 

@@ -30,7 +30,7 @@ from srlm_lite.pairing import (
 )
 from srlm_lite.recipe import Recipe, recipe_from
 from srlm_lite.records import Candidate, FinishReason, Judgement, PreferencePair, Prompt
-from srlm_lite.run_dir import RunDir
+from srlm_lite.run.run import RunDir
 from srlm_lite.session import Session
 from srlm_lite.settings import Pairing
 

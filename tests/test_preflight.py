@@ -23,7 +23,7 @@ from srlm_lite.preflight import machine as preflight_machine
 from srlm_lite.preflight.checks import CHECKS, NEEDS
 from srlm_lite.processes import LAUNCHER
 from srlm_lite.recipe import load_recipe
-from srlm_lite.run_dir import RunDir
+from srlm_lite.run.run import RunDir
 
 
 def asked(cli: Cli, out: Path, *settings: str, more: Sequence[str] = ()) -> dict[str, str]:

@@ -27,7 +27,8 @@ from srlm_lite.recipe import load_recipe
 from srlm_lite.report.answer import worries
 from srlm_lite.report.facts import gather
 from srlm_lite.report.html import html
-from srlm_lite.run_dir import RunDir, read_json
+from srlm_lite.run.files import read_json
+from srlm_lite.run.run import RunDir
 from srlm_lite.session import Session
 from srlm_lite.stages.reading import reading
 

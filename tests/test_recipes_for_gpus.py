@@ -18,7 +18,7 @@ from srlm_lite.model.chat import ChatFormat
 from srlm_lite.planning.machine import plan_for
 from srlm_lite.planning.plan import parse_gpus
 from srlm_lite.recipe import load_recipe
-from srlm_lite.run_dir import read_jsonl
+from srlm_lite.run.files import read_jsonl
 from srlm_lite.shipped import recipes_dir
 
 MISTRAL = (

@@ -11,7 +11,8 @@ import pytest
 from forked import ended
 
 from srlm_lite.model.base import SMOLLM2_WHEEL, smollm2_file
-from srlm_lite.run_dir import RunDir, read_json, read_jsonl
+from srlm_lite.run.files import read_json, read_jsonl
+from srlm_lite.run.run import RunDir
 
 pytestmark = [
     pytest.mark.slow,

@@ -20,7 +20,7 @@ from srlm_lite.model import stack as stack_module
 from srlm_lite.model.base import LoadedBase, load_base
 from srlm_lite.model.stack import CONFIG, WEIGHTS, Adapter, Slot, fuse, split
 from srlm_lite.recipe import load_recipe
-from srlm_lite.run_dir import RunDir
+from srlm_lite.run.run import RunDir
 from srlm_lite.session import Session
 from srlm_lite.settings import Base, Lora
 

@@ -29,7 +29,8 @@ from srlm_lite.records import Candidate, Judgement, PreferencePair, Prompt, Rank
 from srlm_lite.rollout.ends import Ends
 from srlm_lite.rollout.protocol import Limits, Request, Sample
 from srlm_lite.rollout.transformers_engine import TransformersEngine
-from srlm_lite.run_dir import RunDir, read_json, read_jsonl, read_records
+from srlm_lite.run.files import read_json, read_jsonl, read_records
+from srlm_lite.run.run import RunDir
 from srlm_lite.session import Session
 from srlm_lite.shipped import recipes_dir
 from srlm_lite.stages.conversation import Conversation

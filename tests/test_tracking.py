@@ -27,7 +27,8 @@ from srlm_lite.loop import iterate
 from srlm_lite.processes import Processes
 from srlm_lite.progress import Silent, Task, Training, Untracked
 from srlm_lite.recipe import load_recipe
-from srlm_lite.run_dir import RunDir, read_json, read_jsonl
+from srlm_lite.run.files import read_json, read_jsonl
+from srlm_lite.run.run import RunDir
 from srlm_lite.session import Follower, Session
 from srlm_lite.tracking import Tracking, stage_figures, tracked
 

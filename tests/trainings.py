@@ -20,7 +20,7 @@ from srlm_lite.model.stack import Adapter, Slot
 from srlm_lite.processes import Processes, place
 from srlm_lite.recipe import recipe_from
 from srlm_lite.rollout.protocol import Limits, Request
-from srlm_lite.run_dir import RunDir
+from srlm_lite.run.run import RunDir
 from srlm_lite.session import Session, follow
 from srlm_lite.settings import Anchor, Base, Dpo, Lora
 from srlm_lite.training.dpo import PairExample, train_dpo

@@ -14,7 +14,7 @@ from typing import Any
 from srlm_lite.methods import METHODS
 from srlm_lite.methods.self_rewarding import SelfRewarding
 from srlm_lite.recipe import Recipe, sections_of_methods
-from srlm_lite.run_dir import RunDir
+from srlm_lite.run.run import RunDir
 
 FIRST_STAGES = ("prompts", "candidates", "judgements")
 """Of the first iteration, what can be the same in several runs."""

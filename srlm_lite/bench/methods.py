@@ -35,7 +35,9 @@ from srlm_lite.methods.self_rewarding import SelfRewarding
 from srlm_lite.progress import Reporter, Silent
 from srlm_lite.recipe import Recipe, load_recipe
 from srlm_lite.records import Candidate, Judgement
-from srlm_lite.run_dir import RunDir, StageDir, read_json, read_records
+from srlm_lite.run.files import read_json, read_records
+from srlm_lite.run.layout import StageDir
+from srlm_lite.run.run import RunDir
 from srlm_lite.session import Session
 from srlm_lite.settings import Gate
 from srlm_lite.stages.evaluation import evaluation

@@ -33,7 +33,7 @@ from srlm_lite.planning.shapes import config_of
 from srlm_lite.progress import Reporter
 from srlm_lite.recipe import Recipe, recipe_from
 from srlm_lite.rollout.protocol import Engine, Limits, Request, Sample
-from srlm_lite.run_dir import RunDir
+from srlm_lite.run.run import RunDir
 from srlm_lite.seeds import derive_seed
 from srlm_lite.session import Session
 from srlm_lite.settings import Base, Lora

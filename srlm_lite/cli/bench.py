@@ -204,7 +204,7 @@ def methods(
     from srlm_lite.bench.methods import Settings, bench_methods, cases_of
     from srlm_lite.bench.methods_plot import plot as drawn
     from srlm_lite.cli.progress import Console
-    from srlm_lite.run_dir import write_atomically
+    from srlm_lite.run.files import write_atomically
 
     settings = Settings(
         out=out.resolve(),

@@ -22,8 +22,12 @@ from srlm_lite.processes import Processes, place, takes_sharding
 from srlm_lite.recipe import Recipe, as_begun, load_recipe, overridden
 from srlm_lite.report.answer import anchor_is_best, best
 from srlm_lite.report.facts import gather
-from srlm_lite.run_dir import RunDir
-from srlm_lite.session import Session, follow, refuse_several
+from srlm_lite.run.run import RunDir
+from srlm_lite.session import (
+    Session,
+    follow,
+    refuse_several,
+)
 from srlm_lite.tracking import tracked
 
 

@@ -13,7 +13,8 @@ from srlm_lite.errors import UserError
 from srlm_lite.export.source import find_source
 from srlm_lite.progress import Reporter
 from srlm_lite.recipe import Recipe, overridden
-from srlm_lite.run_dir import RunDir, read_json
+from srlm_lite.run.files import read_json
+from srlm_lite.run.run import RunDir
 from srlm_lite.session import Session
 from srlm_lite.settings import OpenAI
 

@@ -26,7 +26,8 @@ from srlm_lite.evaluate.head_to_head import (
 )
 from srlm_lite.judging import fill, load_template, mean_scores
 from srlm_lite.records import Annotation, Candidate, Prompt
-from srlm_lite.run_dir import ComparisonDir, read_json, write_json, write_records
+from srlm_lite.run.files import read_json, write_json, write_records
+from srlm_lite.run.layout import ComparisonDir
 from srlm_lite.session import Session
 from srlm_lite.settings import Sampling
 from srlm_lite.stages.sampling import ask, judge_replies, limits_of, sample_candidates

@@ -27,7 +27,8 @@ from srlm_lite.judging import SCORES, fill, load_template, numbered, plain_lines
 from srlm_lite.methods.self_rewarding import MadePairs, SelfRewarding, judged
 from srlm_lite.pairing import Drops, Scored, has_tag, length_penalty, pair
 from srlm_lite.records import Candidate, Judgement, PreferencePair, Prompt
-from srlm_lite.run_dir import IterationDir, read_jsonl, write_records
+from srlm_lite.run.files import read_jsonl, write_records
+from srlm_lite.run.layout import IterationDir
 from srlm_lite.session import Session
 from srlm_lite.settings import Dno as Section
 from srlm_lite.stages import iteration as stages

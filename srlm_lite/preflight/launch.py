@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from srlm_lite.recipe import Recipe
-from srlm_lite.run_dir import RunDir
+from srlm_lite.run.run import RunDir
 
 if TYPE_CHECKING:
     from srlm_lite.model.chat import ChatFormat

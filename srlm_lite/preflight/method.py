@@ -7,7 +7,7 @@ from pathlib import Path
 from srlm_lite.judging import load_template
 from srlm_lite.principles import load_principles
 from srlm_lite.recipe import Recipe
-from srlm_lite.run_dir import read_jsonl
+from srlm_lite.run.files import read_jsonl
 from srlm_lite.stages.seed_data import (
     prompt_file,
     ranked_file,

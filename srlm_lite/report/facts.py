@@ -26,13 +26,9 @@ from srlm_lite.records import (
     TrainingStep,
 )
 from srlm_lite.report.words import Words, words
-from srlm_lite.run_dir import (
-    IterationDir,
-    RunDir,
-    StageDir,
-    read_json,
-    read_records,
-)
+from srlm_lite.run.files import read_json, read_records
+from srlm_lite.run.layout import IterationDir, StageDir
+from srlm_lite.run.run import RunDir
 
 Z95 = 1.96
 """Standard errors to either side of a mean that make its 95% interval."""

@@ -21,7 +21,7 @@ from srlm_lite.records import (
     SampledInstruction,
     SampledTarget,
 )
-from srlm_lite.run_dir import read_json, write_json, write_records
+from srlm_lite.run.files import read_json, write_json, write_records
 from srlm_lite.seeds import derive_seed
 from srlm_lite.session import Session
 from srlm_lite.settings import Optim

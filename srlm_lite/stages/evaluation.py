@@ -16,7 +16,9 @@ from srlm_lite.evaluate.judge_metrics import calibration, judge_metrics, share_i
 from srlm_lite.evaluate.policy_metrics import means_by_prompt, policy_metrics, standard_error
 from srlm_lite.judging import mean_scores
 from srlm_lite.records import Candidate, Prompt
-from srlm_lite.run_dir import RunDir, StageDir, read_json, write_json, write_records
+from srlm_lite.run.files import read_json, write_json, write_records
+from srlm_lite.run.layout import StageDir
+from srlm_lite.run.run import RunDir
 from srlm_lite.session import Session
 from srlm_lite.settings import Gate, Sampling
 from srlm_lite.stages.likelihood import candidate_likelihoods

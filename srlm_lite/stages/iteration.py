@@ -27,14 +27,8 @@ from srlm_lite.records import (
     TrainingStep,
 )
 from srlm_lite.rollout.protocol import Sample
-from srlm_lite.run_dir import (
-    DeltaPlace,
-    IterationDir,
-    read_json,
-    read_records,
-    write_json,
-    write_records,
-)
+from srlm_lite.run.files import read_json, read_records, write_json, write_records
+from srlm_lite.run.layout import DeltaPlace, IterationDir
 from srlm_lite.seeds import derive_seed
 from srlm_lite.session import Session
 from srlm_lite.settings import Dpo, Optim, Scir

@@ -20,7 +20,7 @@ from srlm_lite.judging import (
 from srlm_lite.progress import Task
 from srlm_lite.records import Candidate, Judgement, Prompt, Reply
 from srlm_lite.rollout.protocol import Limits, Request, Sample, StopRule
-from srlm_lite.run_dir import Journal
+from srlm_lite.run.journal import Journal
 from srlm_lite.seeds import derive_seed
 from srlm_lite.session import Advance, Session
 from srlm_lite.settings import Sampling

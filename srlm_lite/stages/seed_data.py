@@ -15,7 +15,7 @@ from srlm_lite.errors import UserError, shorten
 from srlm_lite.evaluate import ifeval
 from srlm_lite.recipe import Recipe
 from srlm_lite.records import Instruction, Prompt, RankedReply
-from srlm_lite.run_dir import read_jsonl, read_records
+from srlm_lite.run.files import read_jsonl, read_records
 from srlm_lite.window import admits_a_prompt
 
 T = TypeVar("T")
