@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from srlm_lite.errors import UserError
 from srlm_lite.planning.lengths import lengths_of, longest
 from srlm_lite.planning.machine import plan_for, settings_that_fit, shortfall, spread
-from srlm_lite.planning.memory import ROUNDING, Held, holes, leaf_room, sampling, training
+from srlm_lite.planning.memory import ROUNDING, Held, holes, sampling, training
 from srlm_lite.planning.plan import (
     TRAININGS,
     Hardware,
@@ -29,6 +29,7 @@ from srlm_lite.planning.probe import probe, shape_of_base
 from srlm_lite.planning.rates import known_rates, remember
 from srlm_lite.planning.shapes import config_of
 from srlm_lite.recipe import Recipe, load_recipe
+from srlm_lite.rollout.sizes import leaf_room
 from srlm_lite.settings import Anchor, Base, Dpo, Lora, RewardSection
 
 RANK = 8

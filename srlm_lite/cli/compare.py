@@ -13,9 +13,9 @@ import typer
 from srlm_lite.cli.models import Models
 from srlm_lite.cli.progress import ConsoleReporter
 from srlm_lite.cli.tables import plain_table
+from srlm_lite.compare.annotations import compare_annotations
+from srlm_lite.compare.comparison import Comparison, Judging, compare
 from srlm_lite.errors import UserError
-from srlm_lite.stages.annotations import compare_annotations
-from srlm_lite.stages.comparison import Comparison, Judging, compare
 from srlm_lite.stages.seed_data import policy_prompts, read_prompts
 
 

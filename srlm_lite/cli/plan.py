@@ -7,26 +7,22 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import typer
 
 from srlm_lite.cli.tables import plain_table
-from srlm_lite.errors import UserError
 from srlm_lite.hardware import Gpu, choose_recipe, device_name, pick_recipe
 from srlm_lite.planning.machine import (
     SHARDING,
-    hardware_found,
     plan_for,
     settings_that_fit,
-    shortfall,
     spread,
 )
 from srlm_lite.planning.plan import PARTS, Hardware, Plan, needs_sharding, parse_gpus
 from srlm_lite.planning.rates import known_rates, rates_folder, rates_key
 from srlm_lite.recipe import Recipe, load_recipe
-from srlm_lite.settings import LORA_TARGETS
 
 _HEADS = {"kv_cache": "KV cache"}
 _ALIKE = {"prompts": "candidates", "revision SFT": "anchor SFT"}
@@ -66,34 +62,6 @@ def recipe_for(hardware: Hardware) -> tuple[str, str]:
     """The recipe for GPUs that are asked about, and why."""
     asked = Gpu(hardware.name, hardware.memory / 1e9)
     return choose_recipe([asked] * hardware.count, where="")
-
-
-def refuse_what_cannot_fit(recipe: Recipe, *, shards: int = 1) -> None:
-    """Stop a run that would run out of memory, before it begins.
-
-    Or train adapters on layers that the base does not have. Says nothing where the base's shape is
-    unknown: its loading says what is wrong with it.
-
-    Args:
-        shards: Processes that the base is spread over.
-
-    Raises:
-        UserError: A phase that no batch of its own choosing makes fit; says what would. Or a LoRA
-            target names no layer that can carry an adapter.
-    """
-    try:
-        plan = plan_for(recipe, replace(hardware_found(recipe), shards=shards))
-    except UserError as error:
-        if error.where == LORA_TARGETS:
-            raise
-        return
-    missing = shortfall(plan)
-    if missing is not None:
-        raise UserError(
-            missing.what,
-            where=f"recipe {recipe.name}",
-            way_out=f"{missing.way_out}; --no-plan runs it all the same",
-        )
 
 
 @dataclass(frozen=True, slots=True)

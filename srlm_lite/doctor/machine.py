@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from srlm_lite.doctor.finding import Finding
-from srlm_lite.hardware import gpus
-from srlm_lite.planning.machine import machine_memory
+from srlm_lite.hardware import gpus, machine_memory
 
 LEAST_DISK = 2e9
 LITTLE_DISK = 20e9

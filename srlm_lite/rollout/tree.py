@@ -30,8 +30,8 @@ from transformers import AttentionInterface, Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
 
-from srlm_lite.planning.memory import LEAST_ROOM
 from srlm_lite.rollout.attention import Attended, attention, hiding, merged
+from srlm_lite.rollout.sizes import LEAST_ROOM
 
 NAME = "srlm_tree"
 """Under which transformers knows the attention of a tree."""
