@@ -35,6 +35,8 @@ PHASES = ("DPO", "anchor SFT", "judge", "candidates", "evaluation", "load")
 SHORT = ("rollout.max_new_tokens=64", "judge.max_new_tokens=32", "rollout.chunk_prompts=8")
 """As long as the window all the same: prompts fill what answers leave."""
 ROLLOUT = "ours,continuous,batched"
+WINDOWED = "gemma3-270m"
+"""A shape most of whose layers see a window, beside SmolLM2, whose layers see all."""
 EXTRAS = ("vllm", "unsloth")
 """Packages that have `gpu` tests of their own, and are their marker's name."""
 
@@ -93,6 +95,9 @@ def parts_of(options: argparse.Namespace) -> dict[str, list[str]]:
     """The benchmarks by name: the words of each command."""
     shapes, plans = (list(filter(None, one.split(","))) for one in (options.shapes, options.plans))
     parts = {"doctor": ["doctor"]}
+    rollout = ["bench", "rollout", "--engines", ROLLOUT]
+    if not options.no_rollout:
+        parts[f"rollout-{WINDOWED}"] = [*rollout, "--base", f"random:{WINDOWED}"]
     for shape in shapes:
         parts |= _shape_parts(shape, options.device)
         if shape in plans:
@@ -101,7 +106,7 @@ def parts_of(options: argparse.Namespace) -> dict[str, list[str]]:
         if recipe not in shapes:
             parts |= _plan_parts(recipe)
     if not options.no_rollout:
-        parts["rollout"] = ["bench", "rollout", "--engines", ROLLOUT]
+        parts["rollout"] = rollout
     return parts
 
 
@@ -211,7 +216,7 @@ def section(out: Path) -> str:
         *_tests(files.get("tests")),
         *_gpu(files),
         *_plans(files),
-        *_rollout(files.get("rollout")),
+        *_rollouts(files),
     ]
     return "\n".join(lines).strip() + "\n"
 
@@ -308,11 +313,14 @@ def _plans(files: dict[str, Any]) -> list[str]:
     return [*lines, "", *notes, ""]
 
 
-def _rollout(result: dict[str, Any] | None) -> list[str]:
-    if result is None:
-        return []
+def _rollouts(files: dict[str, Any]) -> list[str]:
+    found = {name: row for name, row in files.items() if name.split("-")[0] == "rollout"}
+    return [line for _, result in sorted(found.items()) for line in _rollout(result)]
+
+
+def _rollout(result: dict[str, Any]) -> list[str]:
     if "failed" in result:
-        return [f"`bench rollout` failed: {result['failed']}", ""]
+        return [f"`bench rollout` ({result['part']}) failed: {result['failed']}", ""]
     base, dtype = result["base"]["name"], result["dtype"]
     lines = [
         f"`srlm-lite bench rollout`, {base} in {dtype} on {result['device']}:",

@@ -46,3 +46,8 @@ def program() -> str:
 def same_command() -> str:
     """What goes on with what this command has begun: with `--fresh` it would delete it."""
     return "the same command" + (" without --fresh" if "--fresh" in sys.argv else "")
+
+
+def shorten(text: str) -> str:
+    """What a message can show of a text."""
+    return text if len(text) <= 200 else f"{text[:200]}…"

@@ -20,9 +20,10 @@ from typing import Annotated, Protocol
 
 from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
 
-from srlm_lite.config import SHIPPED, read_yaml, shipped_file, shipped_text
 from srlm_lite.errors import UserError
 from srlm_lite.records import FinishReason, Judgement
+from srlm_lite.shipped import RUBRICS, TEMPLATES, shipped_file, shipped_text
+from srlm_lite.yaml_text import read_yaml
 
 PLACEHOLDER = re.compile(r"\{\{\s*(prompt|response)\s*\}\}")
 
@@ -74,7 +75,7 @@ def load_rubric(name_or_path: str) -> Rubric:
         UserError: Not found, unknown keys, values of another type, an empty range, a placeholder
             missing or doubled, or no delimiter around the response where one is named.
     """
-    path = shipped_file(*SHIPPED["judge", "rubric"], name=name_or_path)
+    path = shipped_file(RUBRICS, name=name_or_path)
     return _read_rubric(path)
 
 
@@ -84,8 +85,8 @@ def load_template(name_or_path: str, *placeholders: str) -> str:
     Raises:
         UserError: Not found, or a `{{placeholder}}` is missing or doubled.
     """
-    path = shipped_file("templates", ".txt", name=name_or_path)
-    text = shipped_text("templates", ".txt", name=name_or_path)
+    path = shipped_file(TEMPLATES, name=name_or_path)
+    text = shipped_text(TEMPLATES, name=name_or_path)
     for placeholder in placeholders:
         if text.count(f"{{{{{placeholder}}}}}") != 1:
             raise UserError(

@@ -22,7 +22,7 @@ from __future__ import annotations
 import shutil
 
 from srlm_lite.methods import method_of
-from srlm_lite.run_dir import IterationDir
+from srlm_lite.run.layout import IterationDir
 from srlm_lite.session import Session
 from srlm_lite.stages import anchor, evaluation
 from srlm_lite.stages.iteration import check_prompts

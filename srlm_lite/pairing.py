@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 from itertools import combinations
 from random import Random
 
-from srlm_lite.config import Pairing
 from srlm_lite.records import Candidate, PreferencePair, Prompt
+from srlm_lite.settings import Pairing
 
 CANDIDATE_REASONS = (
     "truncated",

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 from pydantic import TypeAdapter, ValidationError
 
-from srlm_lite.config import SHIPPED, read_yaml, shipped_file
 from srlm_lite.errors import UserError
 from srlm_lite.judging import closing_tags, options, quote
+from srlm_lite.shipped import PRINCIPLES, shipped_file
+from srlm_lite.yaml_text import read_yaml
 
 _PLACES = {
     "critique": {"principle", "prompt", "response"},
@@ -59,7 +60,7 @@ def load_principles(name_or_path: str) -> Principles:
         UserError: Not found, not YAML, an unknown or missing key, no principle, two options alike,
             or a question whose placeholders are not the ones it needs, once each.
     """
-    path = shipped_file(*SHIPPED["rlaif", "principles"], name=name_or_path)
+    path = shipped_file(PRINCIPLES, name=name_or_path)
     raw = read_yaml(path)
     try:
         found = TypeAdapter(Principles).validate_python(raw)

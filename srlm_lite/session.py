@@ -11,12 +11,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
-from srlm_lite.config import EngineName, Recipe
 from srlm_lite.errors import ProofError, UserError
 from srlm_lite.judging import Rubric, load_rubric
 from srlm_lite.processes import Processes
 from srlm_lite.progress import Reporter, Silent, Tracker, Untracked
-from srlm_lite.run_dir import RunDir, StageDir, adapter_files
+from srlm_lite.recipe import Recipe
+from srlm_lite.run.layout import StageDir, adapter_files
+from srlm_lite.run.run import RunDir
+from srlm_lite.settings import EngineName
 
 if TYPE_CHECKING:  # torch is imported when the base is first needed, and not before
     from srlm_lite.model.base import LoadedBase

@@ -28,12 +28,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
 
-from srlm_lite.config import Recipe, TrackerName
 from srlm_lite.errors import UserError
 from srlm_lite.progress import Training
+from srlm_lite.recipe import Recipe
 from srlm_lite.records import TrainingStep
 from srlm_lite.report.facts import gather, used_settings
-from srlm_lite.run_dir import RunDir, read_json, read_records, write_json
+from srlm_lite.run.files import read_json, read_records, write_json
+from srlm_lite.run.run import RunDir
+from srlm_lite.settings import TrackerName
 
 ITERATION = "iteration"
 """The axis of all figures but those of a training's steps."""

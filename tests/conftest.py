@@ -190,8 +190,8 @@ def shared_data() -> Path:
 @pytest.fixture(scope="session")
 def smollm2() -> LoadedBase:
     """SmolLM2-135M from its wheel, loaded once and shared: do not change it."""
-    from srlm_lite.config import Base
     from srlm_lite.model import base
+    from srlm_lite.settings import Base
 
     if base.smollm2_file() is None:
         pytest.skip(f"no SmolLM2 here ({base.SMOLLM2_WHEEL})")

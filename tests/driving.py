@@ -12,8 +12,8 @@ import pytest
 from commands import Cli, Done
 from families import ALIKE, PLAIN, TREE
 
-from srlm_lite.config import recipes_dir
 from srlm_lite.rollout.transformers_engine import TransformersEngine
+from srlm_lite.shipped import recipes_dir
 
 FAST = (
     "method=spin",  # one that needs nothing of a judge: here it writes noise

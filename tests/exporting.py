@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 
-from srlm_lite.config import recipe_from
 from srlm_lite.model.base import base_files
 from srlm_lite.model.stack import Adapter
+from srlm_lite.recipe import recipe_from
 from srlm_lite.records import Candidate, Prompt
-from srlm_lite.run_dir import RunDir, StageDir, write_json, write_records
+from srlm_lite.run.files import write_json, write_records
+from srlm_lite.run.layout import StageDir
+from srlm_lite.run.run import RunDir
 
 TARGETS = ("q_proj", "v_proj", "down_proj")
 

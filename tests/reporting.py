@@ -9,9 +9,11 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from srlm_lite.config import load_recipe
+from srlm_lite.recipe import load_recipe
 from srlm_lite.records import Candidate, Judgement, PreferencePair, Prompt, TrainingStep
-from srlm_lite.run_dir import IterationDir, RunDir, StageDir, write_json, write_records
+from srlm_lite.run.files import write_json, write_records
+from srlm_lite.run.layout import IterationDir, StageDir
+from srlm_lite.run.run import RunDir
 
 SYLLABLES = ("ba", "dor", "en", "fi", "gul", "ish", "lan", "mor", "qua", "tis", "ver", "zo")
 WORDS = ["".join(parts) for parts in product(SYLLABLES, repeat=3)]

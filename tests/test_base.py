@@ -30,7 +30,6 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from srlm_lite.config import Base
 from srlm_lite.errors import UserError
 from srlm_lite.model import base as base_module
 from srlm_lite.model import gguf as gguf_module
@@ -43,6 +42,7 @@ from srlm_lite.model.base import (
 )
 from srlm_lite.model.heap import give_back
 from srlm_lite.model.targets import check_targets
+from srlm_lite.settings import Base
 
 DIMENSION, HIDDEN, HEADS, LAYERS = 32, 64, 4, 2
 IM_START, IM_END, END_OF_TEXT = 1, 2, 0

@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from srlm_lite.config import Base, Lora, load_recipe
 from srlm_lite.errors import UserError
 from srlm_lite.model.base import LoadedBase, empty_model, load_base
 from srlm_lite.model.chat import ChatFormat
@@ -28,7 +27,9 @@ from srlm_lite.model.targets import check_targets, experts_left_out, targeted
 from srlm_lite.planning.machine import plan_for
 from srlm_lite.planning.memory import attention_of
 from srlm_lite.planning.plan import Hardware
+from srlm_lite.recipe import load_recipe
 from srlm_lite.rollout.memory import rows_that_fit
+from srlm_lite.settings import Base, Lora
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 IDS = torch.tensor([[5, 9, 17, 33, 65, 2, 8]])

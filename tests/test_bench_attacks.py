@@ -10,8 +10,8 @@ from commands import Cli
 from toy_run import make_toy_run
 
 from srlm_lite.bench.attacks import Attack, built_in, gains
-from srlm_lite.config import load_recipe
 from srlm_lite.judging import load_rubric
+from srlm_lite.recipe import load_recipe
 from srlm_lite.stages.seed_data import policy_prompts
 from srlm_lite.tasks import house_style, toy
 

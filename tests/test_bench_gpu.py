@@ -14,12 +14,12 @@ from transformers import LlamaConfig
 from srlm_lite.bench.floor import Shape, decode, dpo_step, prefill
 from srlm_lite.bench.gpu import SMALL, TINY, Job, bench_gpu, job_of, shape_config, ways_of
 from srlm_lite.bench.roofline import shape_of
-from srlm_lite.config import Base
 from srlm_lite.errors import UserError
 from srlm_lite.model.base import load_base
 from srlm_lite.model.random_base import random_base
 from srlm_lite.planning.shapes import SHAPES
 from srlm_lite.progress import Silent
+from srlm_lite.settings import Base
 
 TOOL = Path(__file__).resolve().parent.parent / ".ci" / "gpu_report.py"
 SPEC = importlib.util.spec_from_file_location("gpu_report", TOOL)

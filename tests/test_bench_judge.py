@@ -10,10 +10,11 @@ import pytest
 from commands import Cli
 
 from srlm_lite.bench.judge import bench_judge
-from srlm_lite.config import recipe_from
 from srlm_lite.errors import UserError
+from srlm_lite.recipe import recipe_from
 from srlm_lite.records import Candidate, Judgement, Prompt
-from srlm_lite.run_dir import RunDir, write_records
+from srlm_lite.run.files import write_records
+from srlm_lite.run.run import RunDir
 
 
 def gold(prompt: str, response: str) -> float:

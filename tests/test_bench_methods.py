@@ -28,11 +28,12 @@ from srlm_lite.bench.methods import (
     summary,
 )
 from srlm_lite.bench.methods_plot import COLORS, apart, plot
-from srlm_lite.config import Recipe, load_recipe
 from srlm_lite.errors import UserError
 from srlm_lite.loop import iterate
 from srlm_lite.methods import METHODS
-from srlm_lite.run_dir import RunDir, read_json
+from srlm_lite.recipe import Recipe, load_recipe
+from srlm_lite.run.files import read_json
+from srlm_lite.run.run import RunDir
 from srlm_lite.session import Session
 
 

@@ -18,11 +18,11 @@ from srlm_lite.bench.plain import PlainGenerate
 from srlm_lite.bench.rollout import Settings, bench_rollout, ways_of
 from srlm_lite.bench.roofline import copy_bandwidth, matmul_rates, shape_of
 from srlm_lite.bench.workload import PROMPTS, StandIn, Workload
-from srlm_lite.config import Base
 from srlm_lite.errors import UserError
 from srlm_lite.model.base import LoadedBase, load_base
 from srlm_lite.planning.shapes import SHAPES
 from srlm_lite.progress import Silent
+from srlm_lite.settings import Base
 
 SMALL = Shape(linear=100, head=50, layers=2, query_width=4, cache_width=2, number_bytes=2)
 CPU = torch.device("cpu")

@@ -13,12 +13,13 @@ from commands import Cli
 from exporting import make_run, random_adapter
 
 from srlm_lite.cli import chat
-from srlm_lite.config import recipe_from
 from srlm_lite.model import base as base_module
 from srlm_lite.model.chat import ChatFormat
+from srlm_lite.recipe import recipe_from
 from srlm_lite.records import FinishReason
 from srlm_lite.rollout.protocol import Limits, Request, Sample
-from srlm_lite.run_dir import RunDir, write_json
+from srlm_lite.run.files import write_json
+from srlm_lite.run.run import RunDir
 from srlm_lite.session import Session
 from srlm_lite.stages.conversation import Conversation
 

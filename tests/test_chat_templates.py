@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from srlm_lite.config import load_recipe, recipes_dir
 from srlm_lite.errors import UserError
 from srlm_lite.model.base import LoadedBase
 from srlm_lite.model.chat import ChatFormat, Reply
 from srlm_lite.model.template import fixed_date
+from srlm_lite.recipe import load_recipe
+from srlm_lite.shipped import recipes_dir
 
 THINK = ("<think>", "</think>")
 FAMILIES: dict[str, tuple[str, str | None, tuple[str, ...], tuple[str, ...]]] = {

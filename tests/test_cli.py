@@ -22,10 +22,13 @@ from srlm_lite import __version__
 from srlm_lite.cli import iterate, main
 from srlm_lite.cli.progress import Console, _duration, summary
 from srlm_lite.cli.tables import closing_table
-from srlm_lite.config import load_recipe, recipe_from, recipes_dir, shipped_recipes
 from srlm_lite.errors import UserError
+from srlm_lite.recipe import load_recipe, recipe_from, shipped_recipes
 from srlm_lite.records import Candidate, Judgement, Label, PreferencePair, Prompt, Revision
-from srlm_lite.run_dir import IterationDir, RunDir, StageDir, write_json, write_records
+from srlm_lite.run.files import write_json, write_records
+from srlm_lite.run.layout import IterationDir, StageDir
+from srlm_lite.run.run import RunDir
+from srlm_lite.shipped import recipes_dir
 from srlm_lite.stages.seed_data import check_inputs
 
 GOLD = "srlm_lite.tasks.toy:gold"

@@ -29,7 +29,8 @@ from srlm_lite.evaluate.head_to_head import (
 from srlm_lite.judging import fill, load_template
 from srlm_lite.records import Annotation, FinishReason, Judgement, Prompt
 from srlm_lite.rollout import openai_engine
-from srlm_lite.run_dir import RunDir, read_jsonl, read_records
+from srlm_lite.run.files import read_jsonl, read_records
+from srlm_lite.run.run import RunDir
 from srlm_lite.stages.comparison import PLACES
 from srlm_lite.stages.models import file_name, read_replies
 from srlm_lite.stages.seed_data import read_prompts

@@ -13,12 +13,12 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 from srlm_lite.bench.continuous import ContinuousBatching
 from srlm_lite.bench.rollout import Settings, bench_rollout
 from srlm_lite.bench.workload import Workload
-from srlm_lite.config import Base, Lora
 from srlm_lite.errors import SrlmError
 from srlm_lite.model.base import LoadedBase, load_base
 from srlm_lite.model.chat import ChatFormat
 from srlm_lite.model.stack import Adapter, Slot
 from srlm_lite.progress import Silent
+from srlm_lite.settings import Base, Lora
 
 TEXTS = ("moon", "How do I look after a bicycle?", "Read the reply and judge it, please. " * 12)
 TARGETS = ("q_proj", "v_proj", "down_proj")

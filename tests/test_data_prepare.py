@@ -28,7 +28,7 @@ from srlm_lite.data.split import RankedPrompt, Reply, split
 from srlm_lite.data.text import is_repetitive, normalised, prompt_problem
 from srlm_lite.errors import UserError
 from srlm_lite.records import Instruction, Prompt, RankedReply
-from srlm_lite.run_dir import read_records
+from srlm_lite.run.files import read_records
 from srlm_lite.stages.seed_data import read_ranked
 
 DATA = Path(

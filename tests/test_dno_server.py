@@ -11,11 +11,12 @@ from chat_server import transformers_serve
 from commands import Cli
 from forked import ended
 
-from srlm_lite.config import load_recipe
 from srlm_lite.loop import iterate
 from srlm_lite.methods.dno import render
+from srlm_lite.recipe import load_recipe
 from srlm_lite.records import Candidate, Judgement, PreferencePair, Prompt, Reply
-from srlm_lite.run_dir import RunDir, read_records
+from srlm_lite.run.files import read_records
+from srlm_lite.run.run import RunDir
 from srlm_lite.session import Session
 from srlm_lite.tasks import toy
 

@@ -16,7 +16,6 @@ from packaging.requirements import Requirement
 from rich.console import Console
 
 from srlm_lite.cli import doctor
-from srlm_lite.config import Base, load_recipe
 from srlm_lite.doctor import machine, packages, proof
 from srlm_lite.doctor.finding import Finding
 from srlm_lite.doctor.recipes import recipe_finding
@@ -25,7 +24,9 @@ from srlm_lite.model import base as base_module
 from srlm_lite.model.base import base_is_here
 from srlm_lite.planning import machine as planning
 from srlm_lite.planning.machine import plan_for
+from srlm_lite.recipe import load_recipe
 from srlm_lite.rollout.memory import memory_of
+from srlm_lite.settings import Base
 from srlm_lite.training import selftest
 
 # --- packages ---------------------------------------------------------------------------------

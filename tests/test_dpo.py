@@ -13,11 +13,11 @@ import torch
 from transformers import get_scheduler
 from trl.trainer.dpo_trainer import DPOTrainer
 
-from srlm_lite.config import Anchor, Base, Dpo, Lora, Scir
 from srlm_lite.errors import ProofError, UserError
 from srlm_lite.model.base import LoadedBase, load_base
 from srlm_lite.model.chat import ChatFormat
 from srlm_lite.model.stack import Adapter, Slot
+from srlm_lite.settings import Anchor, Base, Dpo, Lora, Scir
 from srlm_lite.training import dpo as dpo_module
 from srlm_lite.training.arguments import (
     early_mean,

@@ -11,9 +11,10 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from srlm_lite.cli.main import app
-from srlm_lite.config import load_recipe, recipes_dir
 from srlm_lite.errors import UserError
-from srlm_lite.run_dir import RunDir
+from srlm_lite.recipe import load_recipe
+from srlm_lite.run.run import RunDir
+from srlm_lite.shipped import recipes_dir
 
 Evaluate = Callable[..., Result]
 

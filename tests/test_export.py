@@ -23,7 +23,6 @@ from peft import PeftModel
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from srlm_lite.config import Base, recipe_from
 from srlm_lite.errors import ProofError, UserError
 from srlm_lite.export import card
 from srlm_lite.export.export import Export, Wish
@@ -37,7 +36,10 @@ from srlm_lite.model.layout import Layout
 from srlm_lite.model.nf4 import nf4_modules
 from srlm_lite.model.stack import Adapter, Slot
 from srlm_lite.progress import Silent
-from srlm_lite.run_dir import RunDir, read_json, write_json
+from srlm_lite.recipe import recipe_from
+from srlm_lite.run.files import read_json, write_json
+from srlm_lite.run.run import RunDir
+from srlm_lite.settings import Base
 
 IDS = torch.tensor([[5, 17, 99, 3, 42, 250, 7, 7, 61, 12]])
 

@@ -20,7 +20,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from srlm_lite.export.export import Export, Wish
 from srlm_lite.export.source import find_source
 from srlm_lite.progress import Silent
-from srlm_lite.run_dir import RunDir, sha256_file
+from srlm_lite.run.files import sha256_file
+from srlm_lite.run.run import RunDir
 
 
 @pytest.fixture

@@ -24,7 +24,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from srlm_lite.config import Base, Gate, is_targeted, recipes_dir
 from srlm_lite.errors import ProofError, UserError
 from srlm_lite.evaluate.gate import findings
 from srlm_lite.export.export import Export, Wish
@@ -38,8 +37,10 @@ from srlm_lite.model.layout import Layout
 from srlm_lite.model.merge import base_weights
 from srlm_lite.model.stack import Adapter, Slot
 from srlm_lite.progress import Silent
-from srlm_lite.run_dir import RunDir
+from srlm_lite.run.run import RunDir
 from srlm_lite.session import refuse_unexportable as refuse_before_the_anchor
+from srlm_lite.settings import Base, Gate, is_targeted
+from srlm_lite.shipped import recipes_dir
 from srlm_lite.training.rloo import larger
 
 hf: Any = transformers

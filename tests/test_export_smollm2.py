@@ -10,7 +10,6 @@ import torch
 from exporting import make_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from srlm_lite.config import recipes_dir
 from srlm_lite.errors import UserError
 from srlm_lite.export.export import Export, Wish
 from srlm_lite.export.source import Source, find_source
@@ -18,6 +17,7 @@ from srlm_lite.model.base import SMOLLM2, SMOLLM2_WHEEL, load_base, smollm2_file
 from srlm_lite.model.chat import ChatFormat
 from srlm_lite.model.stack import Adapter, Slot
 from srlm_lite.progress import Silent
+from srlm_lite.shipped import recipes_dir
 
 ANCHOR = recipes_dir() / "house_style" / "anchor"
 PROMPT = "Give me facts about the moon."

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from exporting import make_run, random_adapter
 
-from srlm_lite.config import recipes_dir
 from srlm_lite.export.export import Export, Wish
 from srlm_lite.export.source import find_source
 from srlm_lite.progress import Silent
+from srlm_lite.shipped import recipes_dir
 
 pytestmark = pytest.mark.vllm
 

@@ -13,9 +13,9 @@ from commands import Cli
 from driving import adapted, iterate, loaded, logits, peft_logits, stages, watch_sampling
 from families import ADAPTER, DOCS, FAMILIES, MERGED, QUANTIZED, page
 
-from srlm_lite.config import Base
 from srlm_lite.planning.probe import shape_of_base
-from srlm_lite.run_dir import read_json
+from srlm_lite.run.files import read_json
+from srlm_lite.settings import Base
 
 
 def names(targets: tuple[str, ...]) -> list[str]:
@@ -76,4 +76,4 @@ def test_a_checkpoint_in_few_bits_is_refused_before_the_anchor(
 
 
 def test_the_page_of_bases_says_what_these_tests_hold() -> None:
-    assert DOCS.read_text() == page(), "write it anew: python tests/families.py docs"
+    assert DOCS.read_text() == page(), "write it anew: make docs"

@@ -23,7 +23,6 @@ from gguf_files import (
     sentencepiece,
 )
 
-from srlm_lite.config import Base, load_recipe
 from srlm_lite.errors import UserError
 from srlm_lite.model import gguf as gguf_module
 from srlm_lite.model.base import (
@@ -40,8 +39,10 @@ from srlm_lite.model.gguf_header import read_header
 from srlm_lite.model.gguf_splits import SPLITS
 from srlm_lite.model.gguf_tokenizer import build_tokenizer, read_vocabulary
 from srlm_lite.progress import Silent
-from srlm_lite.run_dir import RunDir
+from srlm_lite.recipe import load_recipe
+from srlm_lite.run.run import RunDir
 from srlm_lite.session import Session, refuse_absent_base
+from srlm_lite.settings import Base
 
 
 @pytest.fixture(autouse=True)

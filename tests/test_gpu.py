@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from srlm_lite.bench.gpu import Job, bench_gpu
-from srlm_lite.config import Base, Lora
 from srlm_lite.doctor.machine import gpu_findings
 from srlm_lite.model.base import load_base
 from srlm_lite.model.chat import ChatFormat
@@ -21,6 +20,7 @@ from srlm_lite.model.stack import Adapter, Slot
 from srlm_lite.progress import Silent
 from srlm_lite.rollout.protocol import Limits, Request
 from srlm_lite.rollout.transformers_engine import TransformersEngine
+from srlm_lite.settings import Base, Lora
 from srlm_lite.training.selftest import prove_stack, toy_base
 
 GPU = pytest.param("cuda", marks=pytest.mark.gpu)
@@ -111,8 +111,9 @@ def allocated() -> int:
 
 @pytest.mark.gpu
 def test_sampling_and_training_give_their_memory_back(tiny_base_dir: Path) -> None:
-    base = load_base(Base(name=str(tiny_base_dir), device="cuda", quantization="nf4"))
-    prove_stack(base)  # with the slot, which stays
+    section = Base(name=str(tiny_base_dir), device="cuda", quantization="nf4")
+    prove_stack(load_base(section))  # libraries take their workspaces; a base is wrapped once
+    base = load_base(section)
     slot = Slot(base.model, targets=Lora().targets, rank=8)
     engine = TransformersEngine(slot, ChatFormat.of(base))
     before = allocated()

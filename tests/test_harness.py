@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from srlm_lite.config import Base, Lora, recipes_dir
 from srlm_lite.errors import UserError
 from srlm_lite.model.base import LoadedBase, load_base
 from srlm_lite.model.harness import harness_model, run_tasks, task_manager
 from srlm_lite.model.stack import Adapter, Slot
+from srlm_lite.settings import Base, Lora
+from srlm_lite.shipped import recipes_dir
 from srlm_lite.training.likelihood import log_likelihoods
 from srlm_lite.training.sft import Example
 

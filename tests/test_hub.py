@@ -17,12 +17,14 @@ from hub_server import Hub, Repo, serving
 from huggingface_hub import constants, snapshot_download
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from srlm_lite.config import Base, recipe_from
 from srlm_lite.errors import UserError
 from srlm_lite.model.base import base_files, load_base
 from srlm_lite.model.checkpoint import Checkpoint
-from srlm_lite.run_dir import RunDir, read_json
+from srlm_lite.recipe import recipe_from
+from srlm_lite.run.files import read_json
+from srlm_lite.run.run import RunDir
 from srlm_lite.session import Session
+from srlm_lite.settings import Base
 
 TOKEN = "hf_thistokenisnobodysbusiness"
 SHARDS = 4

@@ -21,7 +21,6 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from srlm_lite.config import Pairing, recipes_dir
 from srlm_lite.errors import UserError
 from srlm_lite.judging import (
     PLACEHOLDER,
@@ -37,6 +36,8 @@ from srlm_lite.judging import (
 )
 from srlm_lite.pairing import Drops, pairs_of, usable_candidates
 from srlm_lite.records import Candidate, Judgement, PreferencePair, Prompt
+from srlm_lite.settings import Pairing
+from srlm_lite.shipped import recipes_dir
 
 TEMPLATE = "Grade it.\nPrompt: {{prompt}}\n<reply>\n{{response}}\n</reply>"
 FIVE = Rubric("five", TEMPLATE, min=0, max=5, delimiter="reply")

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from srlm_lite.config import recipe_from
 from srlm_lite.errors import ProofError
 from srlm_lite.judging import load_rubric, score_line_complete
 from srlm_lite.methods.meta_rewarding import _pair
@@ -18,6 +17,7 @@ from srlm_lite.methods.rlaif import to_learn
 from srlm_lite.methods.temporal import anchored_pairs
 from srlm_lite.model.chat import ChatFormat
 from srlm_lite.pairing import Drops, pair, replayed
+from srlm_lite.recipe import recipe_from
 from srlm_lite.records import (
     Candidate,
     Instruction,
@@ -30,7 +30,8 @@ from srlm_lite.records import (
     SampledTarget,
 )
 from srlm_lite.rollout.protocol import Sample
-from srlm_lite.run_dir import RunDir, read_jsonl, read_records, write_records
+from srlm_lite.run.files import read_jsonl, read_records, write_records
+from srlm_lite.run.run import RunDir
 from srlm_lite.session import Session
 from srlm_lite.stages.anchor import _judge_example, agreeing_targets, ift_examples
 from srlm_lite.stages.iteration import pair_example

@@ -16,22 +16,17 @@ import pytest
 from commands import Cli
 from forked import ended
 
-from srlm_lite.config import Gate, Recipe, load_recipe
 from srlm_lite.errors import GateError, UserError
 from srlm_lite.evaluate.gate import findings
 from srlm_lite.loop import iterate
 from srlm_lite.methods import method_of
 from srlm_lite.progress import Silent
+from srlm_lite.recipe import Recipe, load_recipe
 from srlm_lite.records import Candidate, TrainingStep
-from srlm_lite.run_dir import (
-    RunDir,
-    read_json,
-    read_jsonl,
-    read_records,
-    sha256_file,
-    write_records,
-)
+from srlm_lite.run.files import read_json, read_jsonl, read_records, sha256_file, write_records
+from srlm_lite.run.run import RunDir
 from srlm_lite.session import Session
+from srlm_lite.settings import Gate
 from srlm_lite.stages.evaluation import evaluation, evaluations
 
 JUDGE_KEYS = {
@@ -345,7 +340,8 @@ def test_pairs_longer_than_the_window_are_dropped_and_counted(
 ) -> None:
     """A window that the longest pairs of the undisturbed run exceed, and nothing else does."""
     from srlm_lite.records import Candidate, Judgement, PreferencePair, Prompt
-    from srlm_lite.run_dir import IterationDir, read_records
+    from srlm_lite.run.files import read_records
+    from srlm_lite.run.layout import IterationDir
     from srlm_lite.stages.iteration import pair_example
 
     place = finished.iteration(1)

@@ -13,11 +13,11 @@ import transformers
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from srlm_lite.config import Anchor, Base, Dpo, Lora
 from srlm_lite.errors import ProofError
 from srlm_lite.model.base import LoadedBase, load_base
 from srlm_lite.model.stack import Adapter, Slot
 from srlm_lite.model.targets import check_targets
+from srlm_lite.settings import Anchor, Base, Dpo, Lora
 from srlm_lite.training import dpo as dpo_module
 from srlm_lite.training import tokens as tokens_module
 from srlm_lite.training.dpo import PairExample, train_dpo

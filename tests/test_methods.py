@@ -15,7 +15,6 @@ from typing import Any, get_args
 
 import pytest
 
-from srlm_lite.config import METHOD_SECTIONS, Dno, Recipe, load_recipe, recipe_from, shipped_recipes
 from srlm_lite.errors import UserError
 from srlm_lite.judging import fill, load_template
 from srlm_lite.loop import iterate
@@ -46,6 +45,7 @@ from srlm_lite.methods.spin import against_human
 from srlm_lite.methods.temporal import anchored_pairs
 from srlm_lite.pairing import Drops, Scored
 from srlm_lite.principles import load_principles
+from srlm_lite.recipe import Recipe, load_recipe, recipe_from, shipped_recipes
 from srlm_lite.records import (
     Candidate,
     Judgement,
@@ -56,8 +56,10 @@ from srlm_lite.records import (
     Reply,
     Revision,
 )
-from srlm_lite.run_dir import RunDir, read_json, read_records, write_records
+from srlm_lite.run.files import read_json, read_records, write_records
+from srlm_lite.run.run import RunDir
 from srlm_lite.session import Session
+from srlm_lite.settings import Dno, sections_of
 from srlm_lite.stages.likelihood import candidate_likelihoods
 from srlm_lite.stages.reward import ranked_pairs, reward_model
 from srlm_lite.tasks.toy import topic_of
@@ -86,7 +88,10 @@ def test_scir_needs_a_model_that_has_moved_from_the_anchor() -> None:
 
 
 def test_a_method_s_settings_count_for_that_method_alone() -> None:
-    for method, section in METHOD_SECTIONS.items():
+    for section, kind in sections_of(Recipe).items():
+        method = kind.read_by
+        if method is None:
+            continue
         told = {**MINIMAL, "method": method, "dpo": {"init": "previous", "reference": "anchor"}}
         assert section in recipe_from(told, where="r").identity()
         assert section not in recipe_from(MINIMAL, where="r").identity()

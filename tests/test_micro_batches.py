@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from srlm_lite.config import Anchor, Base, Dpo, Lora, RewardSection, Rollout, Scir
 from srlm_lite.errors import UserError
 from srlm_lite.model.base import LoadedBase, load_base
 from srlm_lite.model.chat import ChatFormat
 from srlm_lite.model.stack import Adapter, Slot
+from srlm_lite.settings import Anchor, Base, Dpo, Lora, RewardSection, Rollout, Scir
 from srlm_lite.training import arguments
 from srlm_lite.training.dpo import PairExample, train_dpo
 from srlm_lite.training.dropout import Masks

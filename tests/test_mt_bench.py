@@ -12,14 +12,16 @@ from chat_server import Reply, completion, scripted
 from commands import Cli
 from exporting import make_run, random_adapter
 
-from srlm_lite.config import MtBench, load_recipe, recipe_from, recipe_of_run
 from srlm_lite.errors import UserError
 from srlm_lite.evaluate.mt_bench import TEMPERATURES, Grade, mt_bench, read_rating
 from srlm_lite.judging import load_template
+from srlm_lite.recipe import load_recipe, recipe_from, recipe_of_run
 from srlm_lite.records import Candidate
 from srlm_lite.rollout.protocol import Limits, Request
-from srlm_lite.run_dir import RunDir, read_jsonl, read_records
+from srlm_lite.run.files import read_jsonl, read_records
+from srlm_lite.run.run import RunDir
 from srlm_lite.session import Session
+from srlm_lite.settings import MtBench
 from srlm_lite.stages.mt_bench import (
     PLACES,
     Question,

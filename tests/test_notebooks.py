@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 from reporting import add_anchor, add_iteration, evaluation, new_run, some_pairs
 
-from srlm_lite.config import load_recipe
+from srlm_lite.recipe import load_recipe
 from srlm_lite.records import Judgement
-from srlm_lite.run_dir import RunDir, StageDir, write_records
+from srlm_lite.run.files import write_records
+from srlm_lite.run.layout import StageDir
+from srlm_lite.run.run import RunDir
 from srlm_lite.stages.seed_data import data_file, read_ranked
 
 nbformat: Any = pytest.importorskip("nbformat")

@@ -14,9 +14,12 @@ from typing import Any
 import pytest
 from commands import Cli, in_process
 
-from srlm_lite import config
-from srlm_lite.config import Recipe, as_begun, load_recipe, recipe_from, recipes_dir
-from srlm_lite.run_dir import RunDir, sha256_file
+from srlm_lite import recipe as recipes
+from srlm_lite.recipe import Recipe, as_begun, load_recipe, recipe_from
+from srlm_lite.run.files import sha256_file
+from srlm_lite.run.run import RunDir
+from srlm_lite.settings import Before, marked
+from srlm_lite.shipped import recipes_dir
 
 KEPT = Path(__file__).parent / "data" / "run-513090d"
 SETTINGS = [
@@ -85,8 +88,12 @@ def test_a_default_that_came_later_leaves_older_runs_as_they_were(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As if `rollout.fold` and `dpo.beta` had come later, with other defaults than what was."""
-    later = [("rollout.fold", True), ("dpo.beta", 0.3)]
-    monkeypatch.setattr(config, "_came_later", lambda section: iter(later))
+    later = [("rollout.fold", Before(True)), ("dpo.beta", Before(0.3))]
+    monkeypatch.setattr(
+        recipes,
+        "marked",
+        lambda section, kind: iter(later) if kind is Before else marked(section, kind),
+    )
 
     def noted(**sections: dict[str, Any]) -> Recipe:
         raw = {"name": "t", "base": {"name": "some/base"}, "data": {"dir": "nowhere"}, **sections}

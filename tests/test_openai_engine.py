@@ -12,19 +12,21 @@ from typing import Any
 import pytest
 from chat_server import Reply, Server, completion, free_port, scripted, serving
 
-from srlm_lite.config import Base, OpenAI, load_recipe
 from srlm_lite.errors import SrlmError, UserError
 from srlm_lite.loop import iterate
 from srlm_lite.model.base import LoadedBase, load_base
 from srlm_lite.model.chat import ChatFormat
 from srlm_lite.model.stack import Slot
 from srlm_lite.progress import Silent
+from srlm_lite.recipe import load_recipe
 from srlm_lite.rollout import openai_engine
 from srlm_lite.rollout.openai_engine import NO_KEY, OpenAIEngine, _covering, _retry_after
 from srlm_lite.rollout.protocol import Limits, Request, Sample, Token
 from srlm_lite.rollout.transformers_engine import TransformersEngine
-from srlm_lite.run_dir import RunDir, read_jsonl
+from srlm_lite.run.files import read_jsonl
+from srlm_lite.run.run import RunDir
 from srlm_lite.session import Session
+from srlm_lite.settings import Base, OpenAI
 
 TEXTS = ("moon", "How do I look after a bicycle?", "Read the reply and judge it, please.")
 GREEDY = Limits(temperature=0.0, top_p=1.0, max_new_tokens=12)

@@ -14,7 +14,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from srlm_lite.config import Pairing, Recipe, recipe_from
 from srlm_lite.errors import UserError
 from srlm_lite.judging import mean_scores, unasked, votes_by_candidate
 from srlm_lite.methods import method_of
@@ -29,9 +28,11 @@ from srlm_lite.pairing import (
     replayed,
     usable_candidates,
 )
+from srlm_lite.recipe import Recipe, recipe_from
 from srlm_lite.records import Candidate, FinishReason, Judgement, PreferencePair, Prompt
-from srlm_lite.run_dir import RunDir
+from srlm_lite.run.run import RunDir
 from srlm_lite.session import Session
+from srlm_lite.settings import Pairing
 
 DEFAULT = Pairing()
 

@@ -13,7 +13,6 @@ import pytest
 from live_bytes import LiveBytes
 from typer.testing import CliRunner
 
-from srlm_lite.config import Anchor, Base, Dpo, Lora, Recipe, RewardSection, load_recipe
 from srlm_lite.errors import UserError
 from srlm_lite.planning.lengths import lengths_of, longest
 from srlm_lite.planning.machine import plan_for, settings_that_fit, shortfall, spread
@@ -29,6 +28,8 @@ from srlm_lite.planning.plan import (
 from srlm_lite.planning.probe import probe, shape_of_base
 from srlm_lite.planning.rates import known_rates, remember
 from srlm_lite.planning.shapes import config_of
+from srlm_lite.recipe import Recipe, load_recipe
+from srlm_lite.settings import Anchor, Base, Dpo, Lora, RewardSection
 
 RANK = 8
 GB = 10**9

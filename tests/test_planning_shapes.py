@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from srlm_lite.config import load_recipe
 from srlm_lite.errors import UserError
 from srlm_lite.planning.shapes import SHAPES, config_of, shape_of
+from srlm_lite.recipe import load_recipe
 
 TODAY = ("qwen3-8b", "gemma3-4b", "mistral-7b", "smollm3-3b")
 

@@ -18,14 +18,16 @@ from forked import Program
 from trainings import CASES
 
 from srlm_lite import processes
-from srlm_lite.config import load_recipe, recipes_dir
 from srlm_lite.errors import UserError
 from srlm_lite.loop import iterate
 from srlm_lite.model.base import load_base
 from srlm_lite.model.stack import Adapter
 from srlm_lite.processes import Place, Processes, of_one_process, place
-from srlm_lite.run_dir import RunDir, read_json, read_jsonl
+from srlm_lite.recipe import load_recipe
+from srlm_lite.run.files import read_json, read_jsonl
+from srlm_lite.run.run import RunDir
 from srlm_lite.session import Session, refuse_sharding
+from srlm_lite.shipped import recipes_dir
 
 HERE = Path(__file__).parent
 TWO_GPUS = [
@@ -313,7 +315,7 @@ import sys, time
 from pathlib import Path
 from srlm_lite.config import load_recipe
 from srlm_lite.processes import Processes, place
-from srlm_lite.run_dir import RunDir
+from srlm_lite.run.run import RunDir
 from srlm_lite.session import Session, follow
 
 def busy(follower):

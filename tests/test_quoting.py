@@ -15,7 +15,6 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from srlm_lite.config import recipes_dir
 from srlm_lite.evaluate import head_to_head, mt_bench
 from srlm_lite.judging import (
     Rubric,
@@ -31,6 +30,7 @@ from srlm_lite.methods.meta_rewarding import read_verdict
 from srlm_lite.methods.rlaif import rationale_of
 from srlm_lite.principles import load_principles
 from srlm_lite.records import Candidate, Reply
+from srlm_lite.shipped import recipes_dir
 from srlm_lite.stages import comparison
 from srlm_lite.stages import mt_bench as asking
 from srlm_lite.stages.mt_bench import Question, judge_question

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 from reporting import add_anchor, new_run
 
-from srlm_lite.config import load_recipe
 from srlm_lite.evaluate.reading import (
     Price,
     anchor_doubts,
@@ -24,10 +23,12 @@ from srlm_lite.evaluate.reading import (
     spread,
 )
 from srlm_lite.progress import Silent
+from srlm_lite.recipe import load_recipe
 from srlm_lite.report.answer import worries
 from srlm_lite.report.facts import gather
 from srlm_lite.report.html import html
-from srlm_lite.run_dir import RunDir, read_json
+from srlm_lite.run.files import read_json
+from srlm_lite.run.run import RunDir
 from srlm_lite.session import Session
 from srlm_lite.stages.reading import reading
 

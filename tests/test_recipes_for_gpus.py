@@ -14,11 +14,12 @@ from families import build_family
 from test_chat_templates import FAMILIES as MARKS
 from test_chat_templates import tokenizer_of, trl_templates
 
-from srlm_lite.config import load_recipe, recipes_dir
 from srlm_lite.model.chat import ChatFormat
 from srlm_lite.planning.machine import plan_for
 from srlm_lite.planning.plan import parse_gpus
-from srlm_lite.run_dir import read_jsonl
+from srlm_lite.recipe import load_recipe
+from srlm_lite.run.files import read_jsonl
+from srlm_lite.shipped import recipes_dir
 
 MISTRAL = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + "

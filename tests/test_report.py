@@ -39,7 +39,8 @@ from srlm_lite.report.facts import Estimate, Facts, Pair, gather
 from srlm_lite.report.html import MOST_BYTES, html
 from srlm_lite.report.markdown import markdown
 from srlm_lite.report.pack import pack, shortened
-from srlm_lite.run_dir import RunDir, read_json, read_records, write_json, write_records
+from srlm_lite.run.files import read_json, read_records, write_json, write_records
+from srlm_lite.run.run import RunDir
 
 NASTY = (
     "<script>window.hurt = 1</script>",

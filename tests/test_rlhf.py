@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from srlm_lite.config import Base, Dpo, Lora, Rollout
 from srlm_lite.errors import ProofError, UserError
 from srlm_lite.model.base import LoadedBase, load_base
 from srlm_lite.model.chat import ChatFormat
 from srlm_lite.model.stack import Adapter, Slot
+from srlm_lite.settings import Base, Dpo, Lora, Rollout
 from srlm_lite.training import rloo as rloo_module
 from srlm_lite.training.arguments import total_steps
 from srlm_lite.training.dpo import PairExample

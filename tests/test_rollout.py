@@ -12,7 +12,6 @@ from scipy.stats import chisquare
 from tapes import Tape, logits_by_prefix, taped
 from transformers import AutoModelForCausalLM, FalconConfig, LlamaConfig, MiniCPM3Config
 
-from srlm_lite.config import Base, Lora
 from srlm_lite.model import random_base as random_base_module
 from srlm_lite.model.base import LoadedBase, load_base
 from srlm_lite.model.chat import ChatFormat
@@ -26,6 +25,7 @@ from srlm_lite.rollout.protocol import Limits, Request, Sample
 from srlm_lite.rollout.steps import Steps
 from srlm_lite.rollout.transformers_engine import TransformersEngine
 from srlm_lite.rollout.tree import shared_prefix
+from srlm_lite.settings import Base, Lora
 
 TEXTS = ("moon", "How do I look after a bicycle?", "Read the reply and judge it, please.", "a b c")
 GREEDY = Limits(temperature=0.0, top_p=1.0, max_new_tokens=12)

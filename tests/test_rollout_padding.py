@@ -10,13 +10,13 @@ import pytest
 import torch
 import transformers
 
-from srlm_lite.config import Base
 from srlm_lite.model.base import LoadedBase, load_base
 from srlm_lite.model.chat import ChatFormat
 from srlm_lite.model.stack import Slot
 from srlm_lite.rollout.plain import hides_padding
 from srlm_lite.rollout.protocol import Limits, Request
 from srlm_lite.rollout.transformers_engine import TransformersEngine
+from srlm_lite.settings import Base
 from srlm_lite.training.likelihood import log_likelihoods
 from srlm_lite.training.sft import Example
 

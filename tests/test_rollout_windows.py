@@ -10,7 +10,6 @@ import torch
 import transformers
 from tapes import logits_by_prefix, taped
 
-from srlm_lite.config import Base, Lora
 from srlm_lite.model.base import load_base
 from srlm_lite.model.chat import ChatFormat
 from srlm_lite.model.random_base import random_base
@@ -19,6 +18,7 @@ from srlm_lite.rollout import steps, tree
 from srlm_lite.rollout.protocol import Limits, Request
 from srlm_lite.rollout.transformers_engine import TransformersEngine
 from srlm_lite.rollout.tree import Tree, Window
+from srlm_lite.settings import Base, Lora
 
 hf: Any = transformers
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from commands import Cli
 
-from srlm_lite.config import load_recipe
 from srlm_lite.doctor.recipes import recipe_finding
 from srlm_lite.judging import load_rubric
 from srlm_lite.planning.probe import prompt_tokens
 from srlm_lite.planning.room import Counted, room_for, room_of, unjudged
+from srlm_lite.recipe import load_recipe
 
 RUBRIC = Counted(311, exact=True)
 

@@ -16,12 +16,10 @@ from typing import Any
 
 import pytest
 
-from srlm_lite.config import Recipe, load_recipe, recipe_from, recipes_dir
 from srlm_lite.errors import UserError
+from srlm_lite.recipe import Recipe, load_recipe, recipe_from
 from srlm_lite.records import Candidate, Judgement, Prompt, RankedReply
-from srlm_lite.run_dir import (
-    Journal,
-    RunDir,
+from srlm_lite.run.files import (
     read_json,
     read_jsonl,
     read_records,
@@ -30,6 +28,9 @@ from srlm_lite.run_dir import (
     write_json,
     write_records,
 )
+from srlm_lite.run.journal import Journal
+from srlm_lite.run.run import RunDir
+from srlm_lite.shipped import recipes_dir
 
 CHUNKS = [["a", "b"], ["c"], ["d", "e"]]
 TEXTS = {
@@ -588,7 +589,7 @@ def test_two_processes_do_not_work_in_one_directory(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "out")
     with run.locked():
         code = (
-            "from pathlib import Path; from srlm_lite.run_dir import RunDir\n"
+            "from pathlib import Path; from srlm_lite.run.run import RunDir\n"
             f"with RunDir(Path({str(run.path)!r})).locked(): pass"
         )
         other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

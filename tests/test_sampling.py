@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
-from srlm_lite.config import load_recipe, recipe_from
 from srlm_lite.errors import UserError
+from srlm_lite.recipe import load_recipe, recipe_from
 from srlm_lite.records import Judgement
 from srlm_lite.rollout.protocol import Limits, Request, Sample, Token
-from srlm_lite.run_dir import RunDir, read_jsonl
+from srlm_lite.run.files import read_jsonl
+from srlm_lite.run.run import RunDir
 from srlm_lite.session import Session
 from srlm_lite.stages.sampling import judge_replies
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from srlm_lite.config import load_recipe
 from srlm_lite.errors import UserError
+from srlm_lite.recipe import load_recipe
 from srlm_lite.stages.seed_data import (
     check_inputs,
     nearly_held_out,

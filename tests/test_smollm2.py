@@ -11,7 +11,8 @@ import pytest
 from forked import ended
 
 from srlm_lite.model.base import SMOLLM2_WHEEL, smollm2_file
-from srlm_lite.run_dir import RunDir, read_json, read_jsonl
+from srlm_lite.run.files import read_json, read_jsonl
+from srlm_lite.run.run import RunDir
 
 pytestmark = [
     pytest.mark.slow,
@@ -82,7 +83,7 @@ def test_one_iteration_on_human_scored_replies(shared_data: Path, tmp_path: Path
 
 def test_self_instruct_writes_new_prompts(tmp_path: Path) -> None:
     """SmolLM2 itself continues lists of requests; what it writes passes the filters."""
-    from srlm_lite.config import load_recipe
+    from srlm_lite.recipe import load_recipe
     from srlm_lite.session import Session
     from srlm_lite.stages.seed_data import read_ift
     from srlm_lite.stages.self_instruct import write_prompts

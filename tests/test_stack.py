@@ -15,13 +15,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from srlm_lite.config import Base, Lora, load_recipe
 from srlm_lite.errors import ProofError, UserError
 from srlm_lite.model import stack as stack_module
 from srlm_lite.model.base import LoadedBase, load_base
 from srlm_lite.model.stack import CONFIG, WEIGHTS, Adapter, Slot, fuse, split
-from srlm_lite.run_dir import RunDir
+from srlm_lite.recipe import load_recipe
+from srlm_lite.run.run import RunDir
 from srlm_lite.session import Session
+from srlm_lite.settings import Base, Lora
 
 TARGETS = ("q_proj", "v_proj", "down_proj")
 LORA = Lora(rank=4, alpha=8, targets=TARGETS)

@@ -18,19 +18,21 @@ from typing import Any
 import pytest
 from test_chat_templates import trl_chat
 
-from srlm_lite.config import Recipe, load_recipe, recipe_from, recipes_dir
 from srlm_lite.errors import UserError
 from srlm_lite.loop import iterate
 from srlm_lite.model.base import SMOLLM2_WHEEL, smollm2_file
 from srlm_lite.model.chat import ChatFormat
 from srlm_lite.pairing import usable_candidates
 from srlm_lite.planning.lengths import lengths_of
+from srlm_lite.recipe import Recipe, load_recipe, recipe_from
 from srlm_lite.records import Candidate, Judgement, PreferencePair, Prompt, RankedReply
 from srlm_lite.rollout.ends import Ends
 from srlm_lite.rollout.protocol import Limits, Request, Sample
 from srlm_lite.rollout.transformers_engine import TransformersEngine
-from srlm_lite.run_dir import RunDir, read_json, read_jsonl, read_records
+from srlm_lite.run.files import read_json, read_jsonl, read_records
+from srlm_lite.run.run import RunDir
 from srlm_lite.session import Session
+from srlm_lite.shipped import recipes_dir
 from srlm_lite.stages.conversation import Conversation
 from srlm_lite.stages.iteration import check_prompts, pair_example
 from srlm_lite.stages.replies import (

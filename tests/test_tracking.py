@@ -24,13 +24,14 @@ from test_processes import started_as_two
 
 from srlm_lite import tracking
 from srlm_lite.cli.iterate import run_iterate
-from srlm_lite.config import load_recipe
 from srlm_lite.doctor.recipes import recipe_finding
 from srlm_lite.errors import UserError
 from srlm_lite.loop import iterate
 from srlm_lite.processes import Processes
 from srlm_lite.progress import Silent, Task, Training, Untracked
-from srlm_lite.run_dir import RunDir, read_json, read_jsonl
+from srlm_lite.recipe import load_recipe
+from srlm_lite.run.files import read_json, read_jsonl
+from srlm_lite.run.run import RunDir
 from srlm_lite.session import Follower, Session
 from srlm_lite.tracking import Tracking, cut_back, stage_figures, tracked
 
@@ -325,7 +326,7 @@ import os, signal, sys, time
 from pathlib import Path
 from srlm_lite import tracking
 from srlm_lite.progress import Training
-from srlm_lite.run_dir import RunDir
+from srlm_lite.run.run import RunDir
 
 class Console:
     def say(self, text): ...

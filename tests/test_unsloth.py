@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from srlm_lite.config import load_recipe
 from srlm_lite.errors import UserError
 from srlm_lite.model import unsloth_backend
 from srlm_lite.model.stack import Adapter
-from srlm_lite.run_dir import RunDir
+from srlm_lite.recipe import load_recipe
+from srlm_lite.run.run import RunDir
 from srlm_lite.session import Session
 
 needs_unsloth = pytest.mark.unsloth

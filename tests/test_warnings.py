@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from srlm_lite.config import Gate
 from srlm_lite.evaluate.gate import CHECKS, best_model, findings
+from srlm_lite.settings import Gate
 from srlm_lite.stages.evaluation import warnings
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from exporting import TARGETS, random_adapter
 
-from srlm_lite.config import load_recipe
 from srlm_lite.model.base import base_files
-from srlm_lite.run_dir import RunDir
+from srlm_lite.recipe import load_recipe
+from srlm_lite.run.run import RunDir
 
 SETTINGS = (
     "evaluate.policy_prompts=12",

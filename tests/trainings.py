@@ -14,14 +14,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from srlm_lite.config import Anchor, Base, Dpo, Lora, recipe_from
 from srlm_lite.model.base import LoadedBase, load_base
 from srlm_lite.model.sharding import held
 from srlm_lite.model.stack import Adapter, Slot
 from srlm_lite.processes import Processes, place
+from srlm_lite.recipe import recipe_from
 from srlm_lite.rollout.protocol import Limits, Request
-from srlm_lite.run_dir import RunDir
+from srlm_lite.run.run import RunDir
 from srlm_lite.session import Session, follow
+from srlm_lite.settings import Anchor, Base, Dpo, Lora
 from srlm_lite.training.dpo import PairExample, train_dpo
 from srlm_lite.training.sft import Example, train_sft
 

@@ -16,12 +16,13 @@ from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from srlm_lite.config import load_recipe
 from srlm_lite.errors import UserError
 from srlm_lite.evaluate.intervals import interval, ratio
 from srlm_lite.judging import PLACEHOLDER, Rubric, mean_scores
 from srlm_lite.progress import Reporter
-from srlm_lite.run_dir import RunDir, read_jsonl
+from srlm_lite.recipe import load_recipe
+from srlm_lite.run.files import read_jsonl
+from srlm_lite.run.run import RunDir
 from srlm_lite.session import Session
 from srlm_lite.stages.sampling import judge_replies
 from srlm_lite.stages.seed_data import policy_prompts

@@ -32,7 +32,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from srlm_lite.bench.machine import apart, resident_peak
-from srlm_lite.config import Base, Lora
 from srlm_lite.errors import UserError
 from srlm_lite.model import parity
 from srlm_lite.model.base import base_files, empty_model
@@ -42,6 +41,7 @@ from srlm_lite.model.merge import Weights, plan, write
 from srlm_lite.model.nf4 import nf4_modules
 from srlm_lite.model.stack import Adapter, fuse
 from srlm_lite.progress import Reporter
+from srlm_lite.settings import Base, Lora
 
 hf: Any = transformers  # only partly typed
 

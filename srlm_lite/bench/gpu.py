@@ -38,7 +38,6 @@ from srlm_lite.bench.machine import peak_memory, resident, synchronise
 from srlm_lite.bench.plain import PlainGenerate
 from srlm_lite.bench.roofline import matmul_rates, measure_rates, roofline, shape_of
 from srlm_lite.bench.workload import Workload
-from srlm_lite.config import Base, Dpo, Lora
 from srlm_lite.errors import UserError
 from srlm_lite.model.base import LoadedBase, compute_dtype, load_base
 from srlm_lite.model.chat import ChatFormat
@@ -49,6 +48,7 @@ from srlm_lite.planning.shapes import SHAPES, config_of
 from srlm_lite.progress import Reporter
 from srlm_lite.rollout.protocol import Limits, Request
 from srlm_lite.rollout.transformers_engine import TransformersEngine
+from srlm_lite.settings import Base, Dpo, Lora
 from srlm_lite.training.dpo import PairExample, train_dpo
 from srlm_lite.training.plain import train_plain_dpo
 

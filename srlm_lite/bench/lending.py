@@ -11,10 +11,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from srlm_lite.config import METHOD_SECTIONS, Recipe
 from srlm_lite.methods import METHODS
 from srlm_lite.methods.self_rewarding import SelfRewarding
-from srlm_lite.run_dir import RunDir
+from srlm_lite.recipe import Recipe, sections_of_methods
+from srlm_lite.run.run import RunDir
 
 FIRST_STAGES = ("prompts", "candidates", "judgements")
 """Of the first iteration, what can be the same in several runs."""
@@ -39,7 +39,7 @@ def same_first_grades(one: Recipe, other: Recipe) -> bool:
 def _measuring(recipe: Recipe) -> dict[str, Any]:
     """All settings but those that an anchor's evaluation surely does not read."""
     told = recipe.identity()
-    unread = ("method", "anchor", "prompts", "pairing", *METHOD_SECTIONS.values())
+    unread = ("method", "anchor", "prompts", "pairing", *sections_of_methods())
     kept = {section: value for section, value in told.items() if section not in unread}
     # The rank is the slot's, and with it the rounding's.
     kept["dpo"] = kept["dpo"]["lora"]

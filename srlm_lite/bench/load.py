@@ -26,12 +26,12 @@ import transformers
 
 from srlm_lite.bench.export import LARGE, RANDOM, random_base
 from srlm_lite.bench.machine import apart, resident_peak, status_bytes
-from srlm_lite.config import Base
 from srlm_lite.errors import UserError
 from srlm_lite.model import base as bases
 from srlm_lite.model.checkpoint import Checkpoint
 from srlm_lite.model.nf4 import nf4_settings
 from srlm_lite.progress import Reporter
+from srlm_lite.settings import Base
 
 hf: Any = transformers  # only partly typed
 

@@ -26,7 +26,6 @@ from srlm_lite.bench.lending import (
     same_evaluation,
     same_first_grades,
 )
-from srlm_lite.config import Gate, Recipe, load_recipe
 from srlm_lite.errors import UserError
 from srlm_lite.evaluate.gate import findings
 from srlm_lite.judging import mean_scores
@@ -34,9 +33,13 @@ from srlm_lite.loop import iterate, make_anchor
 from srlm_lite.methods.cream import consistencies
 from srlm_lite.methods.self_rewarding import SelfRewarding
 from srlm_lite.progress import Reporter, Silent
+from srlm_lite.recipe import Recipe, load_recipe
 from srlm_lite.records import Candidate, Judgement
-from srlm_lite.run_dir import RunDir, StageDir, read_json, read_records
+from srlm_lite.run.files import read_json, read_records
+from srlm_lite.run.layout import StageDir
+from srlm_lite.run.run import RunDir
 from srlm_lite.session import Session
+from srlm_lite.settings import Gate
 from srlm_lite.stages.evaluation import evaluation
 from srlm_lite.stages.log import StageLog
 

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from srlm_lite.bench.machine import apart, resident_peak, status_bytes
-from srlm_lite.config import Base, Recipe
 from srlm_lite.errors import UserError
 from srlm_lite.hardware import device_name
 from srlm_lite.planning.lengths import longest
@@ -28,6 +27,8 @@ from srlm_lite.planning.machine import hardware_found, plan_for
 from srlm_lite.planning.plan import TRAININGS, Phase, Plan
 from srlm_lite.planning.rates import rates_key, remember
 from srlm_lite.progress import Reporter
+from srlm_lite.recipe import Recipe
+from srlm_lite.settings import Base
 
 if TYPE_CHECKING:
     from srlm_lite.model.base import LoadedBase

@@ -26,16 +26,17 @@ from srlm_lite.bench.machine import peak_memory, synchronise
 from srlm_lite.bench.plain import PlainGenerate
 from srlm_lite.bench.roofline import Rates, measure_rates, roofline, shape_of
 from srlm_lite.bench.workload import StandIn, Workload
-from srlm_lite.config import Base, Lora, Recipe, recipe_from
 from srlm_lite.errors import SrlmError, UserError
 from srlm_lite.model.base import LoadedBase, compute_device, compute_dtype, load_base
 from srlm_lite.model.random_base import random_base
 from srlm_lite.planning.shapes import config_of
 from srlm_lite.progress import Reporter
+from srlm_lite.recipe import Recipe, recipe_from
 from srlm_lite.rollout.protocol import Engine, Limits, Request, Sample
-from srlm_lite.run_dir import RunDir
+from srlm_lite.run.run import RunDir
 from srlm_lite.seeds import derive_seed
 from srlm_lite.session import Session
+from srlm_lite.settings import Base, Lora
 
 Way = Literal["ours", "vllm", "continuous", "batched", "one-by-one"]
 WAYS: tuple[Way, ...] = ("ours", "vllm", "continuous", "batched", "one-by-one")

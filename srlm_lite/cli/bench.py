@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from srlm_lite.cli.completion import overrides, recipe_names
+
 app = typer.Typer(help="Measure on this machine.", no_args_is_help=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print everything that was measured as JSON.")]
@@ -101,7 +103,10 @@ def attacks(
         typer.Option("--adapters", help="A run directory: its last judge.", metavar="DIR"),
     ] = None,
     recipe: Annotated[
-        str | None, typer.Option(help="A recipe: its shipped anchor.", metavar="NAME")
+        str | None,
+        typer.Option(
+            help="A recipe: its shipped anchor.", metavar="NAME", autocompletion=recipe_names
+        ),
     ] = None,
     replies: Annotated[
         Path | None,
@@ -119,7 +124,12 @@ def attacks(
     ] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", help="Override a setting of the recipe.", metavar="KEY=VALUE"),
+        typer.Option(
+            "--set",
+            help="Override a setting of the recipe.",
+            metavar="KEY=VALUE",
+            autocompletion=overrides,
+        ),
     ] = None,
     json_: Json = False,
 ) -> None:
@@ -193,7 +203,12 @@ def methods(
     ] = 1,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", help="Change a setting of all runs.", metavar="KEY=VALUE"),
+        typer.Option(
+            "--set",
+            help="Change a setting of all runs.",
+            metavar="KEY=VALUE",
+            autocompletion=overrides,
+        ),
     ] = None,
     plot: Annotated[
         Path | None, typer.Option(help="Write the plot there, as SVG.", metavar="FILE")
@@ -204,7 +219,7 @@ def methods(
     from srlm_lite.bench.methods import Settings, bench_methods, cases_of
     from srlm_lite.bench.methods_plot import plot as drawn
     from srlm_lite.cli.progress import Console
-    from srlm_lite.run_dir import write_atomically
+    from srlm_lite.run.files import write_atomically
 
     settings = Settings(
         out=out.resolve(),
@@ -354,11 +369,20 @@ def gpu_text(result: dict[str, Any]) -> str:
 @app.command()
 def plan(
     recipe: Annotated[
-        str, typer.Option(help="Whose phases, with what it sets; shipped name or path.")
+        str,
+        typer.Option(
+            help="Whose phases, with what it sets; shipped name or path.",
+            autocompletion=recipe_names,
+        ),
     ] = "smollm2-135m-demo",
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", help="Override a setting: dpo.beta=0.2", metavar="KEY=VALUE"),
+        typer.Option(
+            "--set",
+            help="Override a setting: dpo.beta=0.2",
+            metavar="KEY=VALUE",
+            autocompletion=overrides,
+        ),
     ] = None,
     phases: Annotated[
         str | None, typer.Option(help="Which, separated by commas.", metavar="NAMES")
@@ -375,7 +399,7 @@ def plan(
     """
     from srlm_lite.bench.plan import bench_plan
     from srlm_lite.cli.progress import Console
-    from srlm_lite.config import load_recipe
+    from srlm_lite.recipe import load_recipe
 
     names = [name.strip() for name in phases.split(",")] if phases else None
     console = Console()

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import typer
 
-from srlm_lite.config import Recipe, known_temperature
 from srlm_lite.errors import UserError
 from srlm_lite.export.source import find_source
-from srlm_lite.run_dir import RunDir
+from srlm_lite.recipe import Recipe
+from srlm_lite.run.run import RunDir
 from srlm_lite.session import Session
+from srlm_lite.settings import known_temperature
 from srlm_lite.stages.conversation import Conversation
 
 HELP = """\

@@ -10,10 +10,12 @@ from typing import Any
 import typer
 
 from srlm_lite.cli.progress import Console, summary
-from srlm_lite.config import Recipe, overridden
 from srlm_lite.errors import UserError
 from srlm_lite.processes import Processes, place
-from srlm_lite.run_dir import RunDir, StageDir, read_json
+from srlm_lite.recipe import Recipe, overridden
+from srlm_lite.run.files import read_json
+from srlm_lite.run.layout import StageDir
+from srlm_lite.run.run import RunDir
 from srlm_lite.session import Session, follow, refuse_sharding
 from srlm_lite.stages.evaluation import evaluation
 

@@ -14,14 +14,14 @@ from srlm_lite.cli.facts import hardware, versions
 from srlm_lite.cli.plan import refuse_what_cannot_fit
 from srlm_lite.cli.progress import Console
 from srlm_lite.cli.tables import closing_table
-from srlm_lite.config import Recipe, as_begun, load_recipe, overridden
 from srlm_lite.errors import GateError, program
 from srlm_lite.hardware import pick_recipe
 from srlm_lite.loop import iterate
 from srlm_lite.processes import Processes, place
+from srlm_lite.recipe import Recipe, as_begun, load_recipe, overridden
 from srlm_lite.report.answer import anchor_is_best, best
 from srlm_lite.report.facts import gather
-from srlm_lite.run_dir import RunDir
+from srlm_lite.run.run import RunDir
 from srlm_lite.session import (
     Session,
     follow,

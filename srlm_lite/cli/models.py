@@ -6,12 +6,14 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from srlm_lite.config import OpenAI, Recipe, overridden
 from srlm_lite.errors import UserError
 from srlm_lite.export.source import find_source
 from srlm_lite.progress import Reporter
-from srlm_lite.run_dir import RunDir, read_json
+from srlm_lite.recipe import Recipe, overridden
+from srlm_lite.run.files import read_json
+from srlm_lite.run.run import RunDir
 from srlm_lite.session import Session
+from srlm_lite.settings import OpenAI
 from srlm_lite.stages.comparison import CompareJudge, Judging, Model
 from srlm_lite.stages.models import RunModel, digest_of, read_replies
 

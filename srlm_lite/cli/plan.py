@@ -13,7 +13,6 @@ from typing import Any
 import typer
 
 from srlm_lite.cli.tables import plain_table
-from srlm_lite.config import LORA_TARGETS, Recipe, load_recipe
 from srlm_lite.errors import UserError
 from srlm_lite.hardware import Gpu, choose_recipe, device_name, pick_recipe
 from srlm_lite.planning.machine import (
@@ -27,6 +26,8 @@ from srlm_lite.planning.machine import (
 from srlm_lite.planning.plan import PARTS, Hardware, Plan, needs_sharding, parse_gpus
 from srlm_lite.planning.rates import known_rates, rates_folder, rates_key
 from srlm_lite.planning.room import Room, room_for, unjudged
+from srlm_lite.recipe import Recipe, load_recipe
+from srlm_lite.settings import LORA_TARGETS
 
 _HEADS = {"kv_cache": "KV cache"}
 _ALIKE = {"prompts": "candidates", "revision SFT": "anchor SFT"}

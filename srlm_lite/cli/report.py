@@ -12,7 +12,8 @@ from srlm_lite.report.answer import answer
 from srlm_lite.report.facts import gather
 from srlm_lite.report.html import GENERATOR, html
 from srlm_lite.report.markdown import markdown
-from srlm_lite.run_dir import RunDir, write_atomically
+from srlm_lite.run.files import write_atomically
+from srlm_lite.run.run import RunDir
 
 
 def run_report(*, directory: Path, out: Path | None, as_markdown: bool) -> None:

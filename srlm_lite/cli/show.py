@@ -13,7 +13,8 @@ from srlm_lite.records import Record
 if TYPE_CHECKING:
     from srlm_lite.report.facts import Pair
     from srlm_lite.report.words import Words
-    from srlm_lite.run_dir import IterationDir, RunDir
+    from srlm_lite.run.layout import IterationDir
+    from srlm_lite.run.run import RunDir
 
 R = TypeVar("R", bound=Record)
 T = TypeVar("T", bound="Record | Pair")
@@ -34,7 +35,7 @@ def run(adapters: Adapters, json_: Json = False) -> None:
     import json
 
     from srlm_lite.cli.tables import closing_table
-    from srlm_lite.run_dir import RunDir
+    from srlm_lite.run.run import RunDir
 
     run_dir = RunDir(adapters)
     facts = run_dir.facts()
@@ -151,7 +152,7 @@ def _opened(adapters: Path, number: int | None) -> tuple[RunDir, IterationDir, W
     """The run, the iteration or the last one, and the words of its method."""
     from srlm_lite.errors import UserError
     from srlm_lite.report.words import words
-    from srlm_lite.run_dir import RunDir
+    from srlm_lite.run.run import RunDir
 
     run_dir = RunDir(adapters)
     facts = run_dir.facts()
@@ -167,7 +168,7 @@ def _opened(adapters: Path, number: int | None) -> tuple[RunDir, IterationDir, W
 
 
 def _read(paths: Sequence[Path], kind: type[R]) -> list[R]:
-    from srlm_lite.run_dir import read_records
+    from srlm_lite.run.files import read_records
 
     return [row for path in paths for row in read_records(path, kind, growing=True)]
 

@@ -10,8 +10,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from srlm_lite.config import Recipe
-from srlm_lite.run_dir import RunDir, StageDir, read_json
+from srlm_lite.recipe import Recipe
+from srlm_lite.run.files import read_json
+from srlm_lite.run.layout import StageDir
+from srlm_lite.run.run import RunDir
 from srlm_lite.stages.evaluation import best_line
 
 

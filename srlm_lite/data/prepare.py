@@ -35,7 +35,7 @@ from srlm_lite.data.split import RankedPrompt, SeedData, hash_order, split
 from srlm_lite.data.text import normalised
 from srlm_lite.errors import UserError
 from srlm_lite.records import Prompt, RankedReply, Record
-from srlm_lite.run_dir import write_json, write_records
+from srlm_lite.run.files import write_json, write_records
 
 Format = Literal["oasst-trees", "ranked", "prompts"]
 FILES = ("ift.jsonl", "eft_train.jsonl", "eft_eval.jsonl", "prompts.jsonl")

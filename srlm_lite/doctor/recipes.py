@@ -6,7 +6,6 @@ import importlib.util
 from functools import cache
 from pathlib import Path
 
-from srlm_lite.config import Base, Recipe, load_recipe, shipped_recipes
 from srlm_lite.doctor.finding import Finding, State
 from srlm_lite.errors import UserError
 from srlm_lite.planning.machine import plan_for, shortfall
@@ -14,6 +13,8 @@ from srlm_lite.planning.memory import Shape
 from srlm_lite.planning.plan import Plan
 from srlm_lite.planning.probe import shape_of_base
 from srlm_lite.planning.room import room_for, unjudged
+from srlm_lite.recipe import Recipe, load_recipe, shipped_recipes
+from srlm_lite.settings import Base
 from srlm_lite.tracking import missing
 
 SLOW_ON_CPU = 1_000_000_000

@@ -14,8 +14,8 @@ from math import hypot, isnan
 from statistics import NormalDist
 from typing import Any
 
-from srlm_lite.config import Gate
 from srlm_lite.evaluate.judge_metrics import collapsed_score
+from srlm_lite.settings import Gate
 
 CHANCE = 0.05
 """How likely a model no worse than the anchor may be told to have lost a criterion."""

@@ -7,10 +7,11 @@ from typing import Any
 
 import yaml
 
-from srlm_lite.config import METHOD_SECTIONS, Recipe, short_base
 from srlm_lite.export.source import Source
+from srlm_lite.recipe import Recipe, sections_of_methods
 from srlm_lite.report.facts import gather, public_settings
 from srlm_lite.report.markdown import measured, warned_of
+from srlm_lite.shipped import short_base
 
 CARD = "README.md"
 RECIPE = "recipe.yaml"
@@ -40,7 +41,7 @@ def public_recipe(recipe: Recipe) -> dict[str, Any]:
 
     Files and directories have their names in place of their paths.
     """
-    others = {section for method, section in METHOD_SECTIONS.items() if method != recipe.method}
+    others = sections_of_methods(but=recipe.method)
     return public_settings(recipe.model_dump(mode="json", exclude=others))
 
 

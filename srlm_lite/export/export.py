@@ -27,7 +27,7 @@ from srlm_lite.export.card import write_card
 from srlm_lite.export.hub import files_of
 from srlm_lite.export.source import Source
 from srlm_lite.progress import Reporter, Silent, Task
-from srlm_lite.run_dir import read_json, write_json
+from srlm_lite.run.files import read_json, write_json
 
 if TYPE_CHECKING:
     from srlm_lite.model.base import BaseFiles

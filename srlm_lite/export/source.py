@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from srlm_lite.config import Recipe
 from srlm_lite.errors import UserError
+from srlm_lite.recipe import Recipe
 from srlm_lite.records import Candidate, Prompt
-from srlm_lite.run_dir import RunDir, StageDir, read_records
+from srlm_lite.run.files import read_records
+from srlm_lite.run.layout import StageDir
+from srlm_lite.run.run import RunDir
 
 if TYPE_CHECKING:
     from srlm_lite.model.base import BaseFiles

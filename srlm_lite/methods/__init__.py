@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from srlm_lite.config import Recipe
 from srlm_lite.methods.cream import Cream
 from srlm_lite.methods.dno import Dno
 from srlm_lite.methods.dpo import OfflineDpo
@@ -13,6 +12,7 @@ from srlm_lite.methods.scir import Scir
 from srlm_lite.methods.self_rewarding import SelfRewarding
 from srlm_lite.methods.spin import Spin
 from srlm_lite.methods.temporal import Temporal
+from srlm_lite.recipe import Recipe
 
 METHODS: dict[str, type[SelfRewarding]] = {
     "self-rewarding": SelfRewarding,

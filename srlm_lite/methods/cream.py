@@ -33,7 +33,7 @@ from srlm_lite.methods.self_rewarding import (
 )
 from srlm_lite.pairing import Drops, Scored, Scores, usable_candidates
 from srlm_lite.records import Candidate, Judgement, PreferencePair, Prompt
-from srlm_lite.run_dir import IterationDir
+from srlm_lite.run.layout import IterationDir
 from srlm_lite.session import Session
 from srlm_lite.stages import iteration as stages
 from srlm_lite.stages.likelihood import candidate_likelihoods

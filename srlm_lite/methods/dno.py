@@ -22,14 +22,15 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from srlm_lite.config import Dno as Section
 from srlm_lite.errors import UserError
 from srlm_lite.judging import SCORES, fill, load_template, numbered, plain_lines
 from srlm_lite.methods.self_rewarding import MadePairs, SelfRewarding, judged
 from srlm_lite.pairing import Drops, Scored, has_tag, length_penalty, pair
 from srlm_lite.records import Candidate, Judgement, PreferencePair, Prompt
-from srlm_lite.run_dir import IterationDir, read_jsonl, write_records
+from srlm_lite.run.files import read_jsonl, write_records
+from srlm_lite.run.layout import IterationDir
 from srlm_lite.session import Session
+from srlm_lite.settings import Dno as Section
 from srlm_lite.stages import iteration as stages
 from srlm_lite.stages.replies import read_as_reply
 from srlm_lite.stages.sampling import ask, limits_of

@@ -11,7 +11,8 @@ from typing import Any
 from srlm_lite.methods.self_rewarding import MadePairs, SelfRewarding, best_against_worst
 from srlm_lite.pairing import told_apart, usable_candidates
 from srlm_lite.records import Candidate, Judgement, Prompt, RankedReply
-from srlm_lite.run_dir import IterationDir, write_records
+from srlm_lite.run.files import write_records
+from srlm_lite.run.layout import IterationDir
 from srlm_lite.session import Session
 from srlm_lite.stages import iteration as stages
 from srlm_lite.stages.replies import read_as_reply

@@ -30,7 +30,7 @@ from srlm_lite.judging import Rubric, fill, load_template, options, plain_lines
 from srlm_lite.methods.self_rewarding import MadePairs, SelfRewarding
 from srlm_lite.pairing import JUDGE, Drops, at_iteration
 from srlm_lite.records import Candidate, Judgement, PreferencePair, Prompt, Reply
-from srlm_lite.run_dir import IterationDir
+from srlm_lite.run.layout import IterationDir
 from srlm_lite.session import Session
 from srlm_lite.stages import iteration as stages
 from srlm_lite.stages.sampling import ask, limits_of

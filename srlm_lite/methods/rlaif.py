@@ -42,7 +42,8 @@ from srlm_lite.records import (
     Revision,
     SampledInstruction,
 )
-from srlm_lite.run_dir import IterationDir, read_records, write_json, write_records
+from srlm_lite.run.files import read_records, write_json, write_records
+from srlm_lite.run.layout import IterationDir
 from srlm_lite.session import Session
 from srlm_lite.stages import iteration as stages
 from srlm_lite.stages.likelihood import candidate_likelihoods

@@ -23,7 +23,8 @@ from typing import Any
 from srlm_lite.methods.self_rewarding import SelfRewarding
 from srlm_lite.pairing import Drops
 from srlm_lite.records import Candidate, Judgement, PreferencePair, Prompt
-from srlm_lite.run_dir import IterationDir, read_json, read_records, write_json, write_records
+from srlm_lite.run.files import read_json, read_records, write_json, write_records
+from srlm_lite.run.layout import IterationDir
 from srlm_lite.session import Session
 from srlm_lite.stages import iteration as stages
 from srlm_lite.stages.reward import reward_model

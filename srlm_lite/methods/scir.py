@@ -19,7 +19,7 @@ from typing import Any
 from srlm_lite.judging import votes_by_candidate
 from srlm_lite.methods.self_rewarding import MadePairs, SelfRewarding
 from srlm_lite.records import Candidate, Judgement, PreferencePair, Prompt
-from srlm_lite.run_dir import IterationDir
+from srlm_lite.run.layout import IterationDir
 from srlm_lite.session import Session
 from srlm_lite.stages import iteration as stages
 

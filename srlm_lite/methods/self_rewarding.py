@@ -18,7 +18,7 @@ from srlm_lite.evaluate.gold import load_gold
 from srlm_lite.judging import mean_scores, unasked, votes_by_candidate
 from srlm_lite.pairing import Drops, Scored, Scores, length_penalty, pairs_of, usable_candidates
 from srlm_lite.records import Candidate, Judgement, PreferencePair, Prompt
-from srlm_lite.run_dir import IterationDir
+from srlm_lite.run.layout import IterationDir
 from srlm_lite.seeds import derive_seed
 from srlm_lite.session import Session
 from srlm_lite.stages import iteration as stages

@@ -18,7 +18,7 @@ from typing import Any
 from srlm_lite.methods.self_rewarding import MadePairs, SelfRewarding
 from srlm_lite.pairing import Drops, at_iteration, pair, usable_candidates
 from srlm_lite.records import Candidate, Judgement, PreferencePair, Prompt
-from srlm_lite.run_dir import IterationDir
+from srlm_lite.run.layout import IterationDir
 from srlm_lite.session import Session
 from srlm_lite.stages import iteration as stages
 from srlm_lite.stages.replies import read_as_reply

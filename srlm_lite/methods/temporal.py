@@ -32,7 +32,7 @@ from srlm_lite.pairing import (
     too_close,
 )
 from srlm_lite.records import Candidate, Judgement, PreferencePair, Prompt
-from srlm_lite.run_dir import IterationDir
+from srlm_lite.run.layout import IterationDir
 from srlm_lite.session import Session
 from srlm_lite.stages import iteration as stages
 

@@ -36,7 +36,6 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from srlm_lite import config
 from srlm_lite.errors import UserError
 from srlm_lite.model import unsloth_backend
 from srlm_lite.model.checkpoint import INDEX, Checkpoint, weight_files
@@ -47,6 +46,8 @@ from srlm_lite.model.nf4 import nf4_settings
 from srlm_lite.model.quiet import first_line as _first_line
 from srlm_lite.model.quiet import quiet as _quiet
 from srlm_lite.model.sharding import load_shards
+from srlm_lite.model.tokenizer import open_tokenizer
+from srlm_lite.settings import Base
 
 log = logging.getLogger(__name__)
 hf: Any = transformers  # only partly typed
@@ -105,7 +106,7 @@ class BaseFiles:
 
 
 def base_files(
-    section: config.Base, *, revision: str | None = None, conversion: int | None = None
+    section: Base, *, revision: str | None = None, conversion: int | None = None
 ) -> BaseFiles:
     """The files of the base that a recipe names, without loading it.
 
@@ -133,7 +134,7 @@ def base_files(
     return BaseFiles(folder=Path(folder), kind=kind, source=source)
 
 
-def base_is_here(section: config.Base, *, conversion: int | None = None) -> bool:
+def base_is_here(section: Base, *, conversion: int | None = None) -> bool:
     """Whether the base's files are on this machine; if not, the Hub has them and gives them out.
 
     Args:
@@ -158,7 +159,7 @@ def base_is_here(section: config.Base, *, conversion: int | None = None) -> bool
     return False
 
 
-def directory_here(section: config.Base, *, revision: str | None = None) -> Path | None:
+def directory_here(section: Base, *, revision: str | None = None) -> Path | None:
     """The base's directory where it is one, or one that the Hub's cache has whole; else None.
 
     Args:
@@ -193,7 +194,7 @@ def _is_complete(folder: Path) -> bool:
     return all((folder / name).is_file() for name in names)
 
 
-def read_config(section: config.Base) -> Any:
+def read_config(section: Base) -> Any:
     """The configuration of the base that a recipe names, as transformers has it; no weights.
 
     Raises:
@@ -216,9 +217,9 @@ def skeleton(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     Raises:
         UserError: transformers cannot make sense of the directory.
     """
-    section = config.Base(name=str(folder))
+    section = Base(name=str(folder))
     with _quiet(), _explained(section, "directory", str(folder)):
-        tokenizer = _tokenizer(str(folder))
+        tokenizer = open_tokenizer(str(folder))
         model = empty_model(folder)
         if (folder / "generation_config.json").is_file():
             model.generation_config = hf.GenerationConfig.from_pretrained(str(folder))
@@ -241,9 +242,7 @@ def empty_model(base: Path | Any) -> PreTrainedModel:
     return model
 
 
-def load_base(
-    section: config.Base, *, sharded: bool = False, conversion: int | None = None
-) -> LoadedBase:
+def load_base(section: Base, *, sharded: bool = False, conversion: int | None = None) -> LoadedBase:
     """Load the base that a recipe names, ready for adapters.
 
     Args:
@@ -290,7 +289,7 @@ def _caps_its_scores(model: PreTrainedModel) -> bool:
     return capped is not None and model.config._attn_implementation == "sdpa"
 
 
-def compute_dtype(section: config.Base) -> torch.dtype:
+def compute_dtype(section: Base) -> torch.dtype:
     """What the section's `dtype` means on this machine."""
     return _dtype(section.dtype, compute_device(section.device))
 
@@ -369,7 +368,7 @@ def _dtype(wanted: str, device: torch.device) -> torch.dtype:
 
 
 def _load(
-    section: config.Base,
+    section: Base,
     folder: str,
     kind: Kind,
     device: torch.device,
@@ -381,7 +380,7 @@ def _load(
         folder, revision=section.revision or "main", trust_remote_code=False
     )
     _refuse_quantized(section.name, settings.to_dict())
-    tokenizer = _tokenizer(folder, section.revision)
+    tokenizer = open_tokenizer(folder, section.revision)
     if section.backend == "unsloth":
         model = unsloth_backend.load(folder, section, device=device, dtype=dtype)
         _check_complete(model, section, folder, kind)
@@ -396,19 +395,7 @@ def _load(
     return model, tokenizer
 
 
-def _tokenizer(folder: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a directory or a Hub model.
-
-    Never mistral-common's, which transformers takes wherever that is installed and a `tekken.json`
-    lies there: it knows no chat template, and hides what its ids stand for.
-    """
-    tokenizer: PreTrainedTokenizerBase = hf.AutoTokenizer.from_pretrained(
-        folder, revision=revision or "main", mistral_format=False, trust_remote_code=False
-    )
-    return tokenizer
-
-
-def _check_complete(model: PreTrainedModel, section: config.Base, folder: str, kind: Kind) -> None:
+def _check_complete(model: PreTrainedModel, section: Base, folder: str, kind: Kind) -> None:
     """For a loader that does not tell: whether the files have every tensor of the model."""
     if kind == "hub":
         folder = snapshot_download(folder, revision=section.revision, local_files_only=True)
@@ -417,7 +404,7 @@ def _check_complete(model: PreTrainedModel, section: config.Base, folder: str, k
     _check_missing(section, [name for name, _ in model.named_parameters() if name not in there])
 
 
-def _check_missing(section: config.Base, missing: list[str]) -> None:
+def _check_missing(section: Base, missing: list[str]) -> None:
     if missing:
         raise UserError(
             f"the weights of {section.name} lack {len(missing)} tensors, such as {missing[0]}",
@@ -641,7 +628,7 @@ def _ids(value: int | list[int] | None) -> tuple[int, ...]:
 
 
 @contextlib.contextmanager
-def _explained(section: config.Base, kind: Kind, location: str) -> Iterator[None]:
+def _explained(section: Base, kind: Kind, location: str) -> Iterator[None]:
     """Turn what a library says about a base that does not load into one line."""
     try:
         yield
@@ -663,7 +650,7 @@ def _explained(section: config.Base, kind: Kind, location: str) -> Iterator[None
         raise _explanation(error, section, kind, location) from error
 
 
-def _explanation(error: Exception, section: config.Base, kind: Kind, location: str) -> UserError:
+def _explanation(error: Exception, section: Base, kind: Kind, location: str) -> UserError:
     def line(what: str, way_out: str | None = None) -> UserError:
         return UserError(what, where=_WHERE, way_out=way_out)
 

@@ -9,10 +9,10 @@ from typing import Any, Self
 
 from transformers import PreTrainedTokenizerBase
 
-from srlm_lite.config import shipped_text
 from srlm_lite.errors import UserError
 from srlm_lite.model.base import LoadedBase
 from srlm_lite.model.template import REPLY, USER, WHERE, Message, Template, is_control
+from srlm_lite.shipped import CHAT_TEMPLATES, shipped_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,7 +238,7 @@ class ChatFormat:
 
     def _template(self, name: str | None) -> str:
         if name is not None:
-            return shipped_text("chat_templates", ".jinja", name=name)
+            return shipped_text(CHAT_TEMPLATES, name=name)
         try:
             own: str = self._tokenizer.get_chat_template()
         except ValueError as error:

@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from srlm_lite.config import Base
 from srlm_lite.errors import UserError
 from srlm_lite.model.base import compute_dtype
 from srlm_lite.model.checkpoint import (
@@ -39,6 +38,7 @@ from srlm_lite.model.layout import Group, Layout
 from srlm_lite.model.nf4 import nf4_modules
 from srlm_lite.model.stack import Adapter, Factors, fuse
 from srlm_lite.model.targets import text_model
+from srlm_lite.settings import Base
 
 Onto = Literal["original", "dequantized"]
 

@@ -14,9 +14,9 @@ import transformers
 from accelerate import init_empty_weights
 from transformers import PreTrainedModel
 
-from srlm_lite.config import recipes_dir
 from srlm_lite.model.base import LoadedBase, keep_differentiable
 from srlm_lite.model.nf4 import expect_nf4, put_weight
+from srlm_lite.shipped import recipes_dir
 
 hf: Any = transformers  # only partly typed
 

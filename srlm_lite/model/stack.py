@@ -32,11 +32,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from srlm_lite.config import Lora, is_targeted
 from srlm_lite.errors import ProofError, UserError
 from srlm_lite.model import unsloth_backend
 from srlm_lite.model.sharding import is_sharded
 from srlm_lite.model.targets import targeted
+from srlm_lite.settings import Lora, is_targeted
 
 Factors = tuple[Tensor, Tensor]
 """LoRA's A, (rank, in_features), and B, (out_features, rank)."""

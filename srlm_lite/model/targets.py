@@ -24,8 +24,8 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.pytorch_utils import Conv1D
 
-from srlm_lite.config import LORA_TARGETS, is_targeted
 from srlm_lite.errors import UserError
+from srlm_lite.settings import LORA_TARGETS, is_targeted
 
 _ASKED = ("dtype", "device", "shape")
 """What code may ask a weight for without its numbers."""

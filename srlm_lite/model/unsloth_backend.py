@@ -17,9 +17,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from srlm_lite.config import Base
 from srlm_lite.errors import UserError
 from srlm_lite.model.cache import cache_dir
+from srlm_lite.settings import Base
 
 if TYPE_CHECKING:
     import torch

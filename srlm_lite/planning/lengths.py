@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from srlm_lite.config import Recipe
 from srlm_lite.errors import UserError
 from srlm_lite.planning.probe import thinks
+from srlm_lite.settings import Shared
 
 TEMPLATE = 64
 """Tokens that a chat template may put around a turn."""
@@ -46,14 +46,14 @@ class Lengths:
     """Before every answer; 0 where the base does not think, or that cannot be told here."""
 
 
-def longest(recipe: Recipe) -> Lengths:
+def longest(recipe: Shared) -> Lengths:
     """As the window admits, whatever the data."""
     window = recipe.base.window
     thought = recipe.rollout.max_thought_tokens if thinks(recipe.base) else 0
     return Lengths(window, window, window, window, thought=thought)
 
 
-def lengths_of(recipe: Recipe) -> Lengths:
+def lengths_of(recipe: Shared) -> Lengths:
     """As the seed data admits, where it is there and small enough to look into."""
     window, bound = recipe.base.window, longest(recipe)
     if not Path(recipe.data.dir).is_dir():
@@ -96,7 +96,7 @@ def lengths_of(recipe: Recipe) -> Lengths:
     )
 
 
-def prompt_texts(recipe: Recipe) -> tuple[list[str] | None, list[str] | None]:
+def prompt_texts(recipe: Shared) -> tuple[list[str] | None, list[str] | None]:
     """Prompts of a file that candidates answer, and held-out ones; None of those that are not here
     or cannot be read."""
     own = recipe.prompts.source == "file"
@@ -115,12 +115,12 @@ def _texts(path: Path, *, limit: int | None = None) -> list[str] | None:
     return list(dict.fromkeys(texts))[:limit]
 
 
-def _prompt_file(recipe: Recipe) -> Path:
+def _prompt_file(recipe: Shared) -> Path:
     named = recipe.prompts.file
     return Path(named) if named else Path(recipe.data.dir) / "prompts.jsonl"
 
 
-def _held_out_file(recipe: Recipe) -> Path:
+def _held_out_file(recipe: Shared) -> Path:
     """What the evaluation takes its prompts from."""
     own = Path(recipe.data.dir) / "eval_prompts.jsonl"
     return own if own.is_file() else own.with_name("eft_eval.jsonl")
@@ -149,7 +149,7 @@ def _most(rows: Iterable[Mapping[str, Any]], *columns: str) -> int:
     )
 
 
-def _rubric_bytes(recipe: Recipe) -> int:
+def _rubric_bytes(recipe: Shared) -> int:
     from srlm_lite.judging import load_rubric
 
     return len(load_rubric(recipe.judge.rubric).template.encode())

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from srlm_lite.config import Recipe
 from srlm_lite.errors import UserError
 from srlm_lite.hardware import gpus
 from srlm_lite.planning.lengths import Lengths, lengths_of
@@ -22,6 +21,8 @@ from srlm_lite.planning.plan import (
     needs_sharding,
 )
 from srlm_lite.planning.probe import probe, shape_of_base
+from srlm_lite.recipe import Recipe
+from srlm_lite.settings import Shared
 
 SHARDING = "fsdp2-qlora.yaml"
 """The configuration of accelerate that spreads a base."""
@@ -30,7 +31,7 @@ LIMIT = Path("/sys/fs/cgroup/memory.max")
 """Where Linux says how much a container may have."""
 
 
-def hardware_found(recipe: Recipe) -> Hardware:
+def hardware_found(recipe: Shared) -> Hardware:
     """What the recipe would run on here: the GPUs, or the machine's memory."""
     found = [] if recipe.base.device == "cpu" else gpus()
     if found:
@@ -139,7 +140,7 @@ def settings_that_fit(plan: Plan) -> tuple[list[str], bool]:
     return advice(plan, lambda recipe: plan_for(recipe, plan.hardware, shape=plan.shape))
 
 
-def _itemsize(recipe: Recipe, hardware: Hardware) -> int:
+def _itemsize(recipe: Shared, hardware: Hardware) -> int:
     if recipe.base.dtype != "auto":
         return 4 if recipe.base.dtype == "float32" else 2
     if hardware.device == "cuda":
@@ -149,7 +150,7 @@ def _itemsize(recipe: Recipe, hardware: Hardware) -> int:
     return compute_dtype(recipe.base.model_copy(update={"device": "cpu"})).itemsize
 
 
-def _shipped_rank(recipe: Recipe) -> int | None:
+def _shipped_rank(recipe: Shared) -> int | None:
     if recipe.anchor.init == "base":
         return None
     try:

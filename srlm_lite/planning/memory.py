@@ -16,7 +16,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from srlm_lite.config import is_targeted
+from srlm_lite.settings import is_targeted
 
 Device = Literal["cpu", "cuda"]
 Training = Literal["sft", "dpo", "reward"]

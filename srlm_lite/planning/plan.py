@@ -14,7 +14,6 @@ from functools import reduce
 from operator import attrgetter
 from typing import Any
 
-from srlm_lite.config import Anchor, Dpo, Optim, Recipe, recipe_from
 from srlm_lite.errors import UserError
 from srlm_lite.planning.lengths import Lengths
 from srlm_lite.planning.memory import (
@@ -31,6 +30,8 @@ from srlm_lite.planning.memory import (
     sampling,
     training,
 )
+from srlm_lite.recipe import Recipe, recipe_from
+from srlm_lite.settings import Anchor, Dpo, Optim
 
 PARTS = ("base", "adapters", "optimizer", "activations", "kv_cache", "logits", "libraries")
 TRAININGS: Mapping[str, str] = {

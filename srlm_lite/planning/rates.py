@@ -14,7 +14,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from srlm_lite.config import Recipe
+from srlm_lite.settings import Shared
 
 Rates = Mapping[str, float]
 """Tokens a second by phase: of those that sample, drawn; of those that train, trained on."""
@@ -27,7 +27,7 @@ def rates_folder() -> Path:
     return cache_dir()
 
 
-def rates_key(recipe: Recipe, *, device: str, itemsize: int) -> str:
+def rates_key(recipe: Shared, *, device: str, itemsize: int) -> str:
     """What rates are kept under: the device's name, and what of the base decides its speed."""
     base = Path(recipe.base.name).name.lower()
     return f"{device} | {base} | {recipe.base.quantization} | {8 * itemsize} bit"

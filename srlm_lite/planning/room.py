@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from srlm_lite.config import Recipe
 from srlm_lite.planning.lengths import TEMPLATE, longest, prompt_texts
 from srlm_lite.planning.probe import prompt_tokens
+from srlm_lite.settings import Shared
 
 BYTES_A_TOKEN = 4
 """Roughly, of English text: for what no tokenizer is here to count."""
@@ -64,7 +64,7 @@ class Room:
 
 
 def room_of(
-    recipe: Recipe,
+    recipe: Shared,
     *,
     rubric: Counted,
     prompts: Counted | None,
@@ -108,7 +108,7 @@ def room_of(
     )
 
 
-def room_for(recipe: Recipe) -> Room | None:
+def room_for(recipe: Shared) -> Room | None:
     """The same, counted by the base's tokenizer where that is here, else estimated from bytes.
 
     Raises:
@@ -139,7 +139,7 @@ _LOOKED_AT = 64
 """Prompts, the longest in bytes, of which a tokenizer says which is the longest in tokens."""
 
 
-def _longest(recipe: Recipe, texts: Sequence[str] | None) -> Counted | None:
+def _longest(recipe: Shared, texts: Sequence[str] | None) -> Counted | None:
     """The longest of some prompts as a turn; None where they are not here."""
     if not texts:
         return None

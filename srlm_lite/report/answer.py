@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from srlm_lite.config import Gate
 from srlm_lite.evaluate.gate import Best, best_model, findings
 from srlm_lite.evaluate.reading import anchor_doubts, doubts
 from srlm_lite.report.facts import Duel, Estimate, Facts, Model
+from srlm_lite.settings import Gate
 
 LENGTH_GROWTH = 1.3
 """Answers longer than the anchor's by this factor are told where no grades of the anchor tell

@@ -6,16 +6,17 @@ meanwhile; what an older run does not have is left empty.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from srlm_lite.config import METHOD_SECTIONS, PATH_KEYS
 from srlm_lite.evaluate.judge_metrics import histogram
 from srlm_lite.judging import by_candidate, mean_scores
 from srlm_lite.pairing import JUDGE, replay_age
+from srlm_lite.recipe import paths_in, sections_of_methods
 from srlm_lite.records import (
     Candidate,
     Judgement,
@@ -25,13 +26,9 @@ from srlm_lite.records import (
     TrainingStep,
 )
 from srlm_lite.report.words import Words, words
-from srlm_lite.run_dir import (
-    IterationDir,
-    RunDir,
-    StageDir,
-    read_json,
-    read_records,
-)
+from srlm_lite.run.files import read_json, read_records
+from srlm_lite.run.layout import IterationDir, StageDir
+from srlm_lite.run.run import RunDir
 
 Z95 = 1.96
 """Standard errors to either side of a mean that make its 95% interval."""
@@ -458,19 +455,16 @@ def _curves(place: IterationDir) -> list[Curve]:
 
 def public_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The recipe with the names of files and directories in place of their absolute paths."""
-    public = {
-        key: dict(value) if isinstance(value, Mapping) else value for key, value in settings.items()
-    }
-    for section, key in PATH_KEYS:
-        value = public.get(section, {}).get(key)
-        if isinstance(value, str) and Path(value).is_absolute():
-            public[section][key] = Path(value).name
+    public = copy.deepcopy(dict(settings))
+    for section, key, _ in paths_in(public):
+        if Path(section[key]).is_absolute():
+            section[key] = Path(section[key]).name
     return public
 
 
 def used_settings(facts: Facts) -> dict[str, Any]:
     """The public settings without the sections of other methods."""
-    others = {section for method, section in METHOD_SECTIONS.items() if method != facts.method}
+    others = sections_of_methods(but=facts.method)
     return {
         key: value for key, value in public_settings(facts.settings).items() if key not in others
     }

@@ -16,10 +16,10 @@ from typing import Any
 
 import yaml
 
-from srlm_lite.config import UNREAD
 from srlm_lite.errors import UserError
 from srlm_lite.evaluate.gold import Gold, load_gold
 from srlm_lite.evaluate.reading import KINDS, first_loss
+from srlm_lite.recipe import UNREAD
 from srlm_lite.report.answer import answer, duration, hardware
 from srlm_lite.report.charts import groups, number
 from srlm_lite.report.draw import svg

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from srlm_lite.config import short_base
 from srlm_lite.report.answer import Answer, answer, worries
 from srlm_lite.report.charts import number
 from srlm_lite.report.facts import Facts, Model
+from srlm_lite.shipped import short_base
 
 
 def markdown(facts: Facts) -> str:

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
-from srlm_lite import config
 from srlm_lite.errors import SrlmError, UserError, same_command
 from srlm_lite.records import FinishReason
 from srlm_lite.rollout.protocol import Limits, Request, Sample, StopRule, Token
+from srlm_lite.settings import OpenAI
 
 if TYPE_CHECKING:
     from srlm_lite.model.stack import Adapter
@@ -62,7 +62,7 @@ class OpenAIEngine:
         settings: The recipe's section; url and model are given.
     """
 
-    def __init__(self, settings: config.OpenAI) -> None:
+    def __init__(self, settings: OpenAI) -> None:
         self._settings = settings
         self._client: httpx.Client | None = None
         self._neutral = Neutral()
@@ -164,7 +164,7 @@ class OpenAIEngine:
         return body
 
 
-def key_of(settings: config.OpenAI) -> str:
+def key_of(settings: OpenAI) -> str:
     """The server's key, from the environment.
 
     Raises:

@@ -16,7 +16,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from srlm_lite import config
 from srlm_lite.errors import UserError
 from srlm_lite.model.base import LoadedBase
 from srlm_lite.model.chat import ChatFormat
@@ -34,6 +33,7 @@ from srlm_lite.rollout.vllm_worker import (
     Start,
     Work,
 )
+from srlm_lite.settings import Base
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ class VllmEngine:
         self,
         base: LoadedBase,
         chat: ChatFormat,
-        section: config.Base,
+        section: Base,
         *,
         memory: float,
         batch_rows: int | None,

@@ -10,7 +10,6 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from srlm_lite.config import Optim
 from srlm_lite.errors import UserError
 from srlm_lite.evaluate.reading import ADVICE, anchor_doubts, doubts
 from srlm_lite.judging import Rubric, as_sampled, parse_score
@@ -22,9 +21,10 @@ from srlm_lite.records import (
     SampledInstruction,
     SampledTarget,
 )
-from srlm_lite.run_dir import read_json, write_json, write_records
+from srlm_lite.run.files import read_json, write_json, write_records
 from srlm_lite.seeds import derive_seed
 from srlm_lite.session import Session
+from srlm_lite.settings import Optim
 from srlm_lite.stages.replies import learned_ids, without_thoughts
 from srlm_lite.stages.sampling import judge_replies
 from srlm_lite.stages.seed_data import data_file, read_extra, read_ift, read_ranked

@@ -14,7 +14,7 @@ from srlm_lite.data.columns import number_of
 from srlm_lite.errors import UserError
 from srlm_lite.evaluate.head_to_head import Outcome, head_to_head
 from srlm_lite.evaluate.length_control import GamedRow
-from srlm_lite.run_dir import read_jsonl
+from srlm_lite.run.files import read_jsonl
 
 TIE = 1.5
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, Literal
 
-from srlm_lite.config import Sampling
 from srlm_lite.errors import UserError
 from srlm_lite.evaluate.gold import load_gold
 from srlm_lite.evaluate.head_to_head import (
@@ -26,8 +25,10 @@ from srlm_lite.evaluate.head_to_head import (
 )
 from srlm_lite.judging import fill, load_template, mean_scores
 from srlm_lite.records import Annotation, Candidate, Prompt
-from srlm_lite.run_dir import ComparisonDir, read_json, write_json, write_records
+from srlm_lite.run.files import read_json, write_json, write_records
+from srlm_lite.run.layout import ComparisonDir
 from srlm_lite.session import Session
+from srlm_lite.settings import Sampling
 from srlm_lite.stages.models import FileModel, RunModel, digest_of, file_name
 from srlm_lite.stages.sampling import ask, judge_replies, limits_of, sample_candidates
 

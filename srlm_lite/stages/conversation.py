@@ -7,13 +7,13 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from srlm_lite.config import Sampling
 from srlm_lite.errors import UserError
 from srlm_lite.judging import names_a_score, parse_score, score_line_complete
 from srlm_lite.records import Reply
 from srlm_lite.rollout.protocol import Limits, Request
 from srlm_lite.seeds import derive_seed
 from srlm_lite.session import Session
+from srlm_lite.settings import Sampling
 from srlm_lite.stages.replies import reply_of
 from srlm_lite.stages.sampling import limits_of, with_thought
 

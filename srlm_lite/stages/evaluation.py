@@ -7,7 +7,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from srlm_lite.config import Gate, Sampling
 from srlm_lite.errors import GateError, UserError, same_command
 from srlm_lite.evaluate import ifeval
 from srlm_lite.evaluate.gate import best_model, findings
@@ -17,8 +16,11 @@ from srlm_lite.evaluate.judge_metrics import calibration, judge_metrics, share_i
 from srlm_lite.evaluate.policy_metrics import means_by_prompt, policy_metrics, standard_error
 from srlm_lite.judging import mean_scores
 from srlm_lite.records import Candidate, Prompt
-from srlm_lite.run_dir import RunDir, StageDir, read_json, write_json, write_records
+from srlm_lite.run.files import read_json, write_json, write_records
+from srlm_lite.run.layout import StageDir
+from srlm_lite.run.run import RunDir
 from srlm_lite.session import Session
+from srlm_lite.settings import Gate, Sampling
 from srlm_lite.stages.likelihood import candidate_likelihoods
 from srlm_lite.stages.replies import without_thoughts
 from srlm_lite.stages.sampling import chat_of, judge_replies, sample_candidates

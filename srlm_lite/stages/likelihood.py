@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from srlm_lite.records import Candidate, Likelihood, Prompt
-from srlm_lite.run_dir import Journal
+from srlm_lite.run.journal import Journal
 from srlm_lite.session import Advance, Session
 from srlm_lite.stages.replies import learned_ids
 from srlm_lite.stages.sampling import chunked, skip

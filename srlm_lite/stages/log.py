@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from srlm_lite.evaluate.gate import findings
-from srlm_lite.run_dir import StageDir
+from srlm_lite.run.layout import StageDir
 from srlm_lite.session import Session
 from srlm_lite.stages.evaluation import evaluations
 

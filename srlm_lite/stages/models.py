@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from srlm_lite.errors import UserError
 from srlm_lite.records import Prompt
-from srlm_lite.run_dir import read_jsonl
+from srlm_lite.run.files import read_jsonl
 from srlm_lite.session import Role, Session
 
 if TYPE_CHECKING:

@@ -20,7 +20,9 @@ from srlm_lite.evaluate.mt_bench import (
 from srlm_lite.judging import fill, load_template
 from srlm_lite.records import Candidate
 from srlm_lite.rollout.protocol import Limits, Request
-from srlm_lite.run_dir import Journal, MtBenchDir, read_json, read_jsonl, write_json
+from srlm_lite.run.files import read_json, read_jsonl, write_json
+from srlm_lite.run.journal import Journal
+from srlm_lite.run.layout import MtBenchDir
 from srlm_lite.seeds import derive_seed
 from srlm_lite.session import Session
 from srlm_lite.stages.models import RunModel, digest_of, file_name

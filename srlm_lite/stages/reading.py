@@ -17,7 +17,7 @@ from srlm_lite.evaluate.reading import (
     spread,
 )
 from srlm_lite.records import Instruction
-from srlm_lite.run_dir import read_json, write_json
+from srlm_lite.run.files import read_json, write_json
 from srlm_lite.session import Advance, Session
 from srlm_lite.stages.seed_data import answered_prompts
 

@@ -11,7 +11,7 @@ from srlm_lite.errors import UserError
 from srlm_lite.pairing import best_and_worst, told_apart
 from srlm_lite.progress import Training
 from srlm_lite.records import Candidate, Instruction, PreferencePair, Prompt, RankedReply
-from srlm_lite.run_dir import read_json
+from srlm_lite.run.files import read_json
 from srlm_lite.seeds import derive_seed
 from srlm_lite.session import Session
 from srlm_lite.stages.anchor import ift_examples, scratch

@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from srlm_lite.config import Sampling
 from srlm_lite.errors import UserError
 from srlm_lite.judging import (
     expected_score,
@@ -20,9 +19,10 @@ from srlm_lite.judging import (
 from srlm_lite.progress import Task
 from srlm_lite.records import Candidate, Judgement, Prompt, Reply
 from srlm_lite.rollout.protocol import Limits, Request, Sample, StopRule
-from srlm_lite.run_dir import Journal
+from srlm_lite.run.journal import Journal
 from srlm_lite.seeds import derive_seed
 from srlm_lite.session import Advance, Role, Session
+from srlm_lite.settings import Sampling
 from srlm_lite.stages.replies import candidate_of, reply_of, split
 
 if TYPE_CHECKING:

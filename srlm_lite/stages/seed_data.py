@@ -9,16 +9,17 @@ from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
-from srlm_lite.config import SHIPPED, Recipe, shipped_text, shorten
 from srlm_lite.data.text import words_of
-from srlm_lite.errors import UserError
+from srlm_lite.errors import UserError, shorten
 from srlm_lite.evaluate import ifeval
 from srlm_lite.evaluate.gold import load_gold
 from srlm_lite.judging import load_rubric, load_template
 from srlm_lite.principles import load_principles
+from srlm_lite.recipe import Recipe
 from srlm_lite.records import Instruction, Prompt, RankedReply
 from srlm_lite.rollout.installed import check_vllm
-from srlm_lite.run_dir import read_jsonl, read_records
+from srlm_lite.run.files import read_jsonl, read_records
+from srlm_lite.shipped import CHAT_TEMPLATES, shipped_text
 
 T = TypeVar("T")
 
@@ -196,7 +197,7 @@ def check_inputs(recipe: Recipe) -> None:
         key_of(recipe.openai)
     _check_gap(recipe)
     if recipe.base.chat_template is not None:
-        shipped_text(*SHIPPED["base", "chat_template"], name=recipe.base.chat_template)
+        shipped_text(CHAT_TEMPLATES, name=recipe.base.chat_template)
     if recipe.anchor.init != "base" and not Path(recipe.anchor.init).is_dir():
         raise UserError("no such directory", where=f"anchor.init = {recipe.anchor.init}")
     if recipe.evaluate.gold is not None:

@@ -10,7 +10,8 @@ from srlm_lite.data.self_instruct import PromptPool
 from srlm_lite.errors import UserError
 from srlm_lite.records import Prompt
 from srlm_lite.rollout.protocol import Limits, Request
-from srlm_lite.run_dir import IterationDir, read_records
+from srlm_lite.run.files import read_records
+from srlm_lite.run.layout import IterationDir
 from srlm_lite.seeds import derive_seed
 from srlm_lite.session import Session
 from srlm_lite.stages.replies import reply_of

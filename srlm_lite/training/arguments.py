@@ -14,11 +14,11 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
-from srlm_lite.config import Optim
 from srlm_lite.errors import UserError
 from srlm_lite.model.base import LoadedBase
 from srlm_lite.model.heap import is_out_of_memory
 from srlm_lite.processes import place
+from srlm_lite.settings import Optim
 from srlm_lite.training.dealing import Deal
 
 A = TypeVar("A", bound=Any)

@@ -18,10 +18,10 @@ from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.utils import use_adapter
 
-from srlm_lite.config import Dpo, Scir
 from srlm_lite.errors import ProofError
 from srlm_lite.model.base import LoadedBase
 from srlm_lite.model.stack import Adapter, Slot
+from srlm_lite.settings import Dpo, Scir
 from srlm_lite.training.arguments import (
     NO_ROUTER_LOSS,
     Listener,

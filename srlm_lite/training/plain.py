@@ -11,9 +11,9 @@ from transformers.trainer_callback import PrinterCallback
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
-from srlm_lite.config import Dpo
 from srlm_lite.model.base import LoadedBase
 from srlm_lite.model.stack import Adapter, Slot
+from srlm_lite.settings import Dpo
 from srlm_lite.training.arguments import (
     Listener,
     OnStep,

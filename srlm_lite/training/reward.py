@@ -18,10 +18,10 @@ from transformers.trainer_callback import PrinterCallback
 from trl.trainer.reward_config import RewardConfig
 from trl.trainer.reward_trainer import RewardTrainer
 
-from srlm_lite.config import Optim
 from srlm_lite.errors import ProofError, UserError
 from srlm_lite.model.base import LoadedBase
 from srlm_lite.model.stack import Adapter, Slot
+from srlm_lite.settings import Optim
 from srlm_lite.training.arguments import (
     Listener,
     OnStep,

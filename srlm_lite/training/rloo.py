@@ -21,11 +21,11 @@ from trl.trainer.rloo_config import RLOOConfig
 from trl.trainer.rloo_trainer import RLOOTrainer
 from trl.trainer.utils import use_adapter
 
-from srlm_lite.config import Dpo, Rollout
 from srlm_lite.errors import ProofError, UserError
 from srlm_lite.model.base import LoadedBase
 from srlm_lite.model.chat import ChatFormat
 from srlm_lite.model.stack import Adapter, Slot
+from srlm_lite.settings import Dpo, Rollout
 from srlm_lite.training.arguments import (
     NO_ROUTER_LOSS,
     Listener,

@@ -9,11 +9,12 @@ from typing import Literal
 
 import torch
 
-from srlm_lite.config import Base, Dpo, Lora, recipes_dir
 from srlm_lite.errors import ProofError
 from srlm_lite.model.base import LoadedBase, load_base
 from srlm_lite.model.chat import ChatFormat
 from srlm_lite.model.stack import Adapter, Slot
+from srlm_lite.settings import Base, Dpo, Lora
+from srlm_lite.shipped import recipes_dir
 from srlm_lite.training.dpo import PairExample, train_dpo
 
 _LORA = Lora(rank=4, alpha=8)

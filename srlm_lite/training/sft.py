@@ -14,10 +14,10 @@ from transformers.trainer_callback import PrinterCallback, TrainerCallback
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-from srlm_lite.config import Optim
 from srlm_lite.errors import ProofError
 from srlm_lite.model.base import LoadedBase
 from srlm_lite.model.stack import Adapter, Slot
+from srlm_lite.settings import Optim
 from srlm_lite.training.arguments import (
     NO_ROUTER_LOSS,
     Listener,

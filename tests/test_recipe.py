@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,20 +12,19 @@ from typing import Any
 import pytest
 import yaml
 
-from srlm_lite.config import (
-    Recipe,
-    find_recipe,
-    load_recipe,
-    recipe_from,
-    recipes_dir,
-    shipped_file,
-    shipped_recipes,
-    shipped_text,
-)
 from srlm_lite.errors import UserError
 from srlm_lite.evaluate.gold import load_gold
 from srlm_lite.hardware import Gpu, choose_recipe
 from srlm_lite.judging import load_rubric
+from srlm_lite.recipe import Recipe, find_recipe, load_recipe, recipe_from, shipped_recipes
+from srlm_lite.shipped import (
+    CHAT_TEMPLATES,
+    RUBRICS,
+    Shelf,
+    recipes_dir,
+    shipped_file,
+    shipped_text,
+)
 from srlm_lite.stages.seed_data import data_file
 
 MINIMAL: dict[str, Any] = {"name": "t", "base": {"name": "some/base"}, "data": {"dir": "nowhere"}}
@@ -72,7 +72,7 @@ def test_every_shipped_recipe_loads(name: str) -> None:
     assert loaded.description.endswith(".")
     load_rubric(loaded.judge.rubric)
     if loaded.base.chat_template is not None:
-        assert shipped_file("chat_templates", ".jinja", name=loaded.base.chat_template).is_file()
+        assert shipped_file(CHAT_TEMPLATES, name=loaded.base.chat_template).is_file()
     if loaded.evaluate.gold is not None:
         load_gold(loaded.evaluate.gold)
     assert len(loaded.digest()) == 64
@@ -422,21 +422,19 @@ def test_the_home_directory_is_found(
 def test_a_template_from_windows_reads_like_any_other(tmp_path: Path) -> None:
     path = tmp_path / "t.jinja"
     path.write_bytes(b"\xef\xbb\xbfhello")
-    assert shipped_text("chat_templates", ".jinja", name=str(path)) == "hello"
+    assert shipped_text(CHAT_TEMPLATES, name=str(path)) == "hello"
     path.write_bytes(b"\xff")
     with pytest.raises(UserError, match=r"t\.jinja: not UTF-8 text"):
-        shipped_text("chat_templates", ".jinja", name=str(path))
+        shipped_text(CHAT_TEMPLATES, name=str(path))
 
 
-@pytest.mark.parametrize("kind", ["rubrics", "chat_templates"])
-def test_a_missing_shipped_file_lists_what_there_is(kind: str) -> None:
-    suffix = {"rubrics": ".yaml", "chat_templates": ".jinja"}[kind]
-    with pytest.raises(
-        UserError, match=f"additive-6: neither a file nor one of the shipped {kind}"
-    ):
-        shipped_file(kind, suffix, name="additive-6")
-    names = [path.stem for path in (recipes_dir() / kind).glob(f"*{suffix}")]
+@pytest.mark.parametrize("shelf", [RUBRICS, CHAT_TEMPLATES])
+def test_a_missing_shipped_file_lists_what_there_is(shelf: Shelf) -> None:
+    names = sorted(path.stem for path in (recipes_dir() / shelf.folder).glob(f"*{shelf.suffix}"))
     assert names
+    said = f"neither a file nor one of the shipped {shelf.folder} ({', '.join(names)})"
+    with pytest.raises(UserError, match=re.escape(f"additive-6: {said}")):
+        shipped_file(shelf, name="additive-6")
 
 
 # --- identity ---------------------------------------------------------------------------------
@@ -529,7 +527,7 @@ def test_identity_survives_the_way_through_json(written: Path) -> None:
 
 def test_the_digest_is_the_same_in_another_process(written: Path) -> None:
     code = (
-        f"from srlm_lite.config import load_recipe; print(load_recipe({str(written)!r}).digest())"
+        f"from srlm_lite.recipe import load_recipe; print(load_recipe({str(written)!r}).digest())"
     )
     other = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/"

@@ -1,0 +1,476 @@
+"""Recipes: what a run is to do.
+
+A recipe is a YAML file with the sections of `Recipe`. `load_recipe` reads it, applies overrides
+such as `dpo.beta=0.2`, resolves its paths, and refuses keys it does not know.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError, model_validator
+
+from srlm_lite.errors import UserError, shorten
+from srlm_lite.settings import (
+    Before,
+    Cream,
+    DecidesNothing,
+    Dno,
+    IsPath,
+    MetaRewarding,
+    Offline,
+    Rlaif,
+    Rlhf,
+    Scir,
+    Shared,
+    Spin,
+    marked,
+    sections_of,
+)
+from srlm_lite.shipped import place_of_base, recipes_dir
+from srlm_lite.yaml_text import parse_yaml, read_yaml
+
+
+class Recipe(Shared):
+    """All a run needs to know."""
+
+    offline: Offline = Offline()
+    spin: Spin = Spin()
+    cream: Cream = Cream()
+    dno: Dno = Dno()
+    scir: Scir = Scir()
+    meta_rewarding: MetaRewarding = MetaRewarding()
+    rlaif: Rlaif = Rlaif()
+    rlhf: Rlhf = Rlhf()
+
+    @model_validator(mode="after")
+    def _server_is_named(self) -> Recipe:
+        if self.asks_a_server and not (self.openai.url and self.openai.model):
+            raise ValueError("the engine openai needs openai.url and openai.model")
+        return self
+
+    @model_validator(mode="after")
+    def _implicit_reward_exists(self) -> Recipe:
+        told = self.dpo.init == "previous" and self.dpo.reference == "anchor"
+        if self.method == "scir" and not told:
+            raise ValueError(
+                "method scir needs dpo.init=previous and dpo.reference=anchor: the implicit reward "
+                "is what the last model has learned beyond the anchor"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _revisions_are_kept(self) -> Recipe:
+        if self.method == "rlaif" and self.dpo.init != "previous":
+            raise ValueError(
+                "method rlaif needs dpo.init=previous: what the revisions taught is in the last "
+                "delta"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _both_roles_are_kept(self) -> Recipe:
+        if self.method != "meta-rewarding" or self.dpo.init == "previous":
+            return self
+        meta = self.meta_rewarding
+        if meta.roles == "shared" and {"policy", "judge"} & set(meta.schedule):
+            raise ValueError(
+                "method meta-rewarding needs dpo.init=previous where its schedule trains one role "
+                "alone: a delta that starts from zero forgets the other one. Or set "
+                "meta_rewarding.roles=separate"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _answers_fill_a_step(self) -> Recipe:
+        if self.method != "rlhf":
+            return self
+        if self.dpo.batch_size % self.rollout.n:
+            raise ValueError("method rlhf needs a dpo.batch_size that rollout.n divides")
+        if self.prompts.per_iteration * self.rollout.n < self.dpo.batch_size:
+            raise ValueError(
+                "method rlhf needs as many answers (prompts.per_iteration times rollout.n) as "
+                "dpo.batch_size"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _something_can_be_drawn(self) -> Recipe:
+        if self.method == "rlhf" and not self.rollout.temperature:
+            raise ValueError(
+                "method rlhf needs a rollout.temperature above 0: it learns from how replies to "
+                "one prompt differ"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _gold_is_there(self) -> Recipe:
+        if self.pairing.source == "gold" and self.evaluate.gold is None:
+            raise ValueError(
+                "pairing.source=gold needs evaluate.gold, the scorer whose order it is"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _settings_are_read(self) -> Recipe:
+        unread = dict(UNREAD.get(self.method, {}))
+        if self.method == "dpo" and self.offline.pairs == "all":
+            unread |= {"pairing.rho": (), "pairing.alpha": (), "pairing.source": ("random", "gold")}
+        if self.method == "cream" and self.cream.scores == "likelihood":
+            unread |= {"pairing.source": ("gold",)}
+        for name, values in unread.items():
+            section, key = name.split(".")
+            value = getattr(getattr(self, section), key)
+            plain = type(getattr(self, section)).model_fields[key].default
+            if value in values if values else value != plain:
+                told = f"{name}={value}" if values else name
+                raise ValueError(f"method {self.method} knows no {told}")
+        return self
+
+    @property
+    def asks_a_server(self) -> bool:
+        """Whether the run needs the server of the section `openai`."""
+        teacher = self.method == "dno" and self.dno.teacher == "server"
+        return teacher or "openai" in (self.rollout.engine, self.judge.engine)
+
+    @property
+    def judge_makes_pairs(self) -> bool:
+        """Whether differences of the rubric's scores decide what is a pair."""
+        if self.pairing.source != "judge" or self.method in ("dpo", "rlaif"):
+            return False
+        if self.method == "dno" and self.dno.grading == "side-by-side":
+            return False
+        return self.method != "cream" or self.cream.scores == "judge"
+
+    @property
+    def judge_has_deltas(self) -> bool:
+        """Whether the judge's role has deltas of its own."""
+        return self.method == "meta-rewarding" and self.meta_rewarding.roles == "separate"
+
+    def identity(self) -> dict[str, Any]:
+        """What makes two runs the same run: every setting that decides what is computed.
+
+        Leaves out the sections of other methods and what `DecidesNothing`. A path counts by what
+        the file holds, not by where it lies; that of a shipped base by its place among the recipes,
+        so that a run goes on from another installation (`RunDir.hold_to_base` holds it to the
+        weights). A setting that came later counts where it is not what it was `Before`.
+        """
+        others = sections_of_methods(but=self.method)
+        settings = as_noted_now(self.model_dump(mode="json", exclude=others))
+        for part, key, path in paths_in(settings):
+            if path.by_content:
+                part[key] = _content_digest(part[key], path)
+        for name, before in marked(Recipe, Before):
+            part, key = _place(settings, name)
+            if key in part and part[key] == before.value:
+                del part[key]
+        return settings
+
+    def digest(self) -> str:
+        """SHA-256 of the identity."""
+        text = json.dumps(self.identity(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+WORDS = {
+    "missing": "has to be given",
+    "model_type": "is a section: a mapping of settings, or section.key=value",
+}
+"""What some of pydantic's errors say, in the words of recipes."""
+
+UNREAD: dict[str, dict[str, tuple[str, ...]]] = {
+    "dpo": {"pairing.source": ("gold",), "prompts.source": ("self-instruct",), "prompts.file": ()},
+    "spin": {
+        "pairing.source": ("random", "gold"), "pairing.min_gap": (), "pairing.rho": (),
+        "pairing.alpha": (), "dpo.beta": (), "prompts.source": ("self-instruct",),
+        "prompts.file": (),
+    },
+    "temporal": {"pairing.source": ("random",)},
+    # It would hold blind pairs, and those of a gold scorer, to what the judge thinks of them.
+    "scir": {"pairing.source": ("random", "gold")},
+    "dno": {"pairing.source": ("random",), "pairing.rho": ()},
+    "rlaif": {"pairing.rho": (), "pairing.alpha": ()},
+    "rlhf": {
+        "pairing.source": ("random", "gold"), "pairing.min_gap": (), "pairing.rho": (),
+        "pairing.alpha": (), "pairing.replay": (), "dpo.beta": (), "dpo.nll_weight": (),
+        "dpo.label_smoothing": (), "dpo.ld_alpha": (),
+    },
+}  # fmt: skip
+"""Settings that a method does not read: these values, or any but the default. They are refused, or
+a run that is called a control would not be one."""
+
+
+def as_noted_now(identity: dict[str, Any]) -> dict[str, Any]:
+    """The same identity, which an earlier version may have noted, without what decides nothing."""
+    noted: dict[str, Any] = copy.deepcopy(identity)
+    noted["base"]["name"] = place_of_base(noted["base"]["name"])
+    for name, _ in marked(Recipe, DecidesNothing):
+        part, key = _place(noted, name)
+        part.pop(key, None)
+    return noted
+
+
+def sections_of_methods(*, but: str | None = None) -> set[str]:
+    """Names of the sections that one method alone reads; without those of the method `but`."""
+    return {name for name, one in sections_of(Recipe).items() if one.read_by not in (None, but)}
+
+
+def paths_in(settings: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, IsPath]]:
+    """The settings of a recipe, or of a part of it, that may be paths.
+
+    Args:
+        settings: By section, as in a file; what is no section there is passed over.
+
+    Yields:
+        The section that holds it, its key there, and what kind of path it may be.
+    """
+    for name, mark in marked(Recipe, IsPath):
+        part, key = _place(settings, name)
+        if isinstance(part.get(key), str):
+            yield part, key, mark
+
+
+def _place(settings: dict[str, Any], name: str) -> tuple[dict[str, Any], str]:
+    """The section that holds a setting, and its key there; an empty one where there is none."""
+    *above, key = name.split(".")
+    part: Any = settings
+    for section in above:
+        part = part.get(section)
+        if not isinstance(part, dict):
+            return {}, key
+    return part, key
+
+
+def recipe_of_run(noted: Mapping[str, Any], *, where: str) -> Recipe:
+    """The recipe that a run has noted; settings that it did not know yet are what they were before.
+
+    Raises:
+        UserError: As `recipe_from`.
+    """
+    recipe = recipe_from(noted, where=where)
+    return as_begun(recipe, noted, where=where)
+
+
+def as_begun(recipe: Recipe, noted: Mapping[str, Any], *, where: str) -> Recipe:
+    """A recipe for going on with a run that has noted `noted`.
+
+    What the run was begun without, and the recipe does not name itself, stays as it was before.
+
+    Raises:
+        UserError: As `recipe_from`.
+    """
+    given = recipe.model_dump(mode="json", exclude_unset=True)
+    for name, before in marked(Recipe, Before):
+        known, key = _place(dict(noted), name)
+        if key in known:
+            continue
+        part = given
+        for section in name.split(".")[:-1]:
+            part = part.setdefault(section, {})
+        part.setdefault(key, before.value)
+    return recipe_from(given, where=where)
+
+
+def shipped_recipes() -> list[str]:
+    """Names of the shipped recipes, sorted."""
+    return sorted(path.stem for path in recipes_dir().glob("*.yaml"))
+
+
+def find_recipe(name_or_path: str) -> Path:
+    """The file of a recipe given by shipped name or by path.
+
+    Raises:
+        UserError: There is no such recipe.
+    """
+    shipped = recipes_dir() / f"{name_or_path}.yaml"
+    if shipped.is_file():
+        return shipped
+    path = Path(name_or_path)
+    if path.is_file():
+        return path
+    close = difflib.get_close_matches(name_or_path, shipped_recipes(), n=1)
+    hint = f"Did you mean {close[0]}?" if close else f"Shipped: {', '.join(shipped_recipes())}"
+    raise UserError("no such recipe", where=name_or_path, way_out=hint)
+
+
+def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe, apply `section.key=value` overrides and resolve its paths.
+
+    A file that says `extends: NAME|PATH` is that recipe with what it says itself on top. Paths in
+    a file are looked for beside it, then in the working directory; paths in overrides in the
+    working directory.
+
+    Raises:
+        UserError: Not found, not YAML, an unknown key, or a value out of range.
+    """
+    path = find_recipe(name_or_path)
+    said = reduce(_merged, (raw for _, raw in _layers(path)))
+    return overridden(said, overrides, where=str(path))
+
+
+def overridden(raw: Mapping[str, Any], overrides: Sequence[str], *, where: str) -> Recipe:
+    """A recipe as a mapping with `section.key=value` overrides on top.
+
+    Raises:
+        UserError: As `load_recipe`.
+    """
+    given: dict[str, Any] = {}
+    for override in overrides:
+        _apply(given, override)
+    _resolve_paths(given, Path.cwd())
+    return recipe_from(_merged(raw, given), where=f"{where} with --set" if given else where)
+
+
+def layers_of(name_or_path: str) -> list[tuple[Path, dict[str, Any]]]:
+    """What each file of a recipe says, with its paths resolved: first what is extended.
+
+    Raises:
+        UserError: As `load_recipe`, but keys and values are not looked at.
+    """
+    return _layers(find_recipe(name_or_path))
+
+
+def _layers(path: Path, *above: Path) -> list[tuple[Path, dict[str, Any]]]:
+    raw = read_yaml(path)
+    if not isinstance(raw, dict):
+        raise UserError("a recipe is a mapping of sections", where=str(path))
+    _resolve_paths(raw, path.parent, Path.cwd())
+    extended = raw.pop("extends", None)
+    if extended is None:
+        return [(path, raw)]
+    if not isinstance(extended, str):
+        raise UserError("`extends` names one recipe", where=str(path))
+    beside = path.parent / extended
+    found = beside if beside.is_file() else find_recipe(extended)
+    if any(found.samefile(each) for each in (path, *above)):
+        raise UserError("extends itself", where=str(path))
+    return [*_layers(found, path, *above), (path, raw)]
+
+
+def recipe_from(raw: Mapping[str, Any], *, where: str) -> Recipe:
+    """Validate a mapping as a recipe.
+
+    Raises:
+        UserError: Names the first offending key, and for an unknown one the nearest known.
+    """
+    try:
+        recipe = Recipe.model_validate(raw)
+    except ValidationError as error:
+        # A misspelt key is unknown under its name and missing under the right one.
+        found = sorted(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
+        first = found[0]
+        location = [str(part) for part in first["loc"]]
+        key = ".".join(location)
+        if first["type"] == "extra_forbidden":
+            raise UserError(
+                f"unknown key `{key}`", where=where, way_out=_suggestion(location)
+            ) from error
+        whole_section = first["type"] in ("missing", "value_error")
+        shown = "" if whole_section else f" (is {shorten(repr(first['input']))})"
+        message = WORDS.get(first["type"], first["msg"].removeprefix("Value error, "))
+        at = f"`{key}`{shown}: " if key else ""  # two sections that do not go together
+        raise UserError(f"{at}{message}", where=where) from error
+    for key, text in _texts(recipe.model_dump()):
+        if "\0" in text or text != text.encode("utf-8", "replace").decode("utf-8"):
+            raise UserError(
+                f"`{key}` (is {text!r}): holds a character that no file can", where=where
+            )
+    return recipe
+
+
+def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """All texts at and below a setting, with their dotted keys."""
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, Mapping):
+        for name, below in value.items():
+            yield from _texts(below, f"{key}.{name}".lstrip("."))
+    elif isinstance(value, tuple):
+        for one in value:
+            yield from _texts(one, key)
+
+
+def _suggestion(location: list[str]) -> str:
+    *above, name = location
+    section: type[BaseModel] = Recipe
+    for part in above:
+        section = sections_of(section)[part]
+    close = difflib.get_close_matches(name, section.model_fields, n=1, cutoff=0.6)
+    if close:
+        return f"Did you mean `{'.'.join([*above, *close])}`?"
+    elsewhere = [key for key in _keys(Recipe) if key.split(".")[-1] == name]
+    if elsewhere:
+        return f"Did you mean {' or '.join(f'`{key}`' for key in elsewhere)}?"
+    return f"Known here: {', '.join(section.model_fields)}"
+
+
+def _keys(section: type[BaseModel], prefix: str = "") -> list[str]:
+    """All keys at and below a section, dotted."""
+    below = sections_of(section)
+    return [f"{prefix}{name}" for name in section.model_fields] + [
+        key for name, part in below.items() for key in _keys(part, f"{prefix}{name}.")
+    ]
+
+
+def _apply(target: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key.strip():
+        raise UserError("expected KEY=VALUE", where=f"--set {override}")
+    *above, last = key.strip().split(".")
+    for section in above:
+        target = target.setdefault(section, {})
+        if not isinstance(target, dict):
+            raise UserError("a key cannot be both a value and a section", where=f"--set {override}")
+    try:
+        target[last] = parse_yaml(value)
+    except yaml.YAMLError as error:
+        where = f"--set {shorten(override)}"
+        raise UserError("the value is not valid YAML", where=where) from error
+
+
+def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    result = dict(base)
+    for key, value in over.items():
+        below = result.get(key)
+        both = isinstance(value, Mapping) and isinstance(below, Mapping)
+        result[key] = _merged(below, value) if both and below is not None else value
+    return result
+
+
+def _resolve_paths(raw: dict[str, Any], *directories: Path) -> None:
+    for part, key, mark in paths_in(raw):
+        value = part[key]
+        if value in mark.words or _shipped(value, mark):
+            continue
+        path = Path(os.path.expanduser(value))  # Path's own fails where there is no such user
+        # Links are not followed: in a Hub cache only the link's name tells a `.gguf`.
+        places = [os.path.abspath(directory / path) for directory in directories]
+        part[key] = next((place for place in places if os.path.exists(place)), value)
+
+
+def _shipped(value: str, mark: IsPath) -> Path | None:
+    """The shipped file that such a setting names, if it names one."""
+    place = mark.shipped.place(value) if mark.shipped else None
+    return place if place and place.is_file() else None
+
+
+def _content_digest(value: str, mark: IsPath) -> str:
+    path = _shipped(value, mark) or Path(value)
+    if value in mark.words or not path.exists():
+        return value
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    digest = hashlib.sha256()
+    for file in files:
+        if not file.is_file() or file.name.startswith("."):
+            continue
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return f"sha256:{digest.hexdigest()}"

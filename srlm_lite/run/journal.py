@@ -1,0 +1,103 @@
+"""A file that grows by whole chunks, and goes on after any stop with the same bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from srlm_lite.records import Record
+from srlm_lite.run.files import R, jsonl_line, write_atomically
+
+
+class Journal:
+    """A JSONL file that grows by chunks, each on disk before the next one starts.
+
+    A chunk is known by the keys of its rows, in order. `fill` computes the chunks that the file
+    does not hold whole yet, after cutting off whatever a killed run left behind them.
+    """
+
+    def __init__(self, path: Path, kind: type[R], key: Callable[[Any], str]) -> None:
+        self.path, self._kind, self._key = path, kind, key
+
+    def fill(
+        self,
+        chunks: Sequence[Sequence[str]],
+        compute: Callable[[int], Sequence[Record]],
+        *,
+        on_chunk: Callable[[int, bool], None] = lambda index, computed: None,
+    ) -> list[Any]:
+        """`stream`, with `compute` making the rows of chunk i."""
+        return self.stream(chunks, lambda missing: map(compute, missing), on_chunk=on_chunk)
+
+    def stream(
+        self,
+        chunks: Sequence[Sequence[str]],
+        compute: Callable[[Sequence[int]], Iterable[Sequence[Record]]],
+        *,
+        on_chunk: Callable[[int, bool], None] = lambda index, computed: None,
+    ) -> list[Any]:
+        """Make the file hold all chunks; return all its rows as records.
+
+        Args:
+            chunks: The keys of each chunk's rows, in the order of the file.
+            compute: Makes the rows of these chunks, in order. The next chunk is asked for when the
+                last one is on disk.
+            on_chunk: Told of each chunk as it becomes complete, and whether it was computed now.
+
+        Raises:
+            RuntimeError: `compute` returned rows with other keys than announced.
+        """
+        rows, sizes = self._whole_rows()
+        records: list[Any] = []
+        whole = 0
+        for keys in chunks:
+            found = rows[len(records) : len(records) + len(keys)]
+            if [self._key(record) for record in found] != list(keys):
+                break
+            records.extend(found)
+            whole += 1
+        self._cut(sum(sizes[: len(records)]))
+        for index in range(whole):
+            on_chunk(index, False)
+        missing = range(whole, len(chunks))
+        for index, computed in zip(missing, compute(missing), strict=True):
+            made: list[Any] = list(computed)
+            if [self._key(record) for record in made] != list(chunks[index]):
+                raise RuntimeError(f"{self.path}: chunk {index} came back with other rows")
+            self._append(made)
+            records.extend(made)
+            on_chunk(index, True)
+        return records
+
+    def _whole_rows(self) -> tuple[list[Any], list[int]]:
+        if not self.path.exists():
+            return [], []
+        rows, sizes = [], []
+        check = TypeAdapter(self._kind)
+        for line in self.path.read_bytes().splitlines(keepends=True):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                found = self._kind.from_row(json.loads(line))
+                rows.append(check.validate_python(found.to_row()))
+            except (ValueError, KeyError, TypeError):  # a ValidationError is a ValueError
+                break
+            sizes.append(len(line))
+        return rows, sizes
+
+    def _cut(self, size: int) -> None:
+        if not self.path.exists():
+            write_atomically(self.path, "")
+        elif self.path.stat().st_size != size:
+            os.truncate(self.path, size)
+
+    def _append(self, records: Sequence[Record]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write("".join(jsonl_line(record) for record in records))
+            file.flush()
+            os.fsync(file.fileno())

@@ -1,0 +1,356 @@
+"""Names and places of what is in a run, by folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from srlm_lite.errors import UserError
+from srlm_lite.run.files import read_json, sha256_file, write_json
+
+
+@dataclass(frozen=True, slots=True)
+class StageDir:
+    """A folder of the run that ends with `done.json`: the anchor's, or an iteration's."""
+
+    path: Path
+
+    @property
+    def done(self) -> Path:
+        """Written last: counts, seconds, and the SHA-256 of every artefact."""
+        return self.path / "done.json"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.path / "eval.json"
+
+    @property
+    def evaluation_dir(self) -> Path:
+        """Journals of an evaluation."""
+        return self.path / "eval"
+
+    def evaluation_on(self, name: str) -> StageDir:
+        """Where the same model's evaluation on other data, or with other settings, goes."""
+        return StageDir(self.path / "eval_on" / name)
+
+    @property
+    def is_done(self) -> bool:
+        return self.done.is_file()
+
+    def finish(self, **facts: Any) -> None:
+        """Write `done.json` with the facts and the hash of every file below this folder."""
+        artefacts = {
+            str(file.relative_to(self.path)): sha256_file(file)
+            for file in sorted(self.path.rglob("*"))
+            if file.is_file() and file != self.done and not file.name.startswith(".")
+        }
+        write_json(self.done, {**facts, "sha256": artefacts})
+
+    def verify(self, *files: Path) -> dict[str, str]:
+        """Hold files of a finished folder against `done.json`; their hashes, by relative name.
+
+        Raises:
+            UserError: The folder is not finished, or a file is missing or has changed since.
+        """
+        if not self.is_done:
+            raise UserError(
+                "is not finished (no done.json)",
+                where=str(self.path),
+                way_out="Finish it: srlm-lite iterate goes on where it stopped",
+            )
+        noted, found = read_json(self.done, sha256=dict)["sha256"], {}
+        for file in files:
+            name = str(file.relative_to(self.path))
+            if not file.is_file():
+                raise UserError("is missing", where=str(file))
+            found[name] = sha256_file(file)
+            if found[name] != noted.get(name):
+                raise UserError(
+                    "is not the file that the run has written: its hash differs from done.json",
+                    where=str(file),
+                    way_out="Restore it, or make the run again",
+                )
+        return found
+
+    def changed(self) -> list[str]:
+        """Files of a finished folder that are not what the run has written, and what they are now.
+
+        None of a folder that is not finished: its files may still grow.
+        """
+        if not self.is_done:
+            return []
+        told = []
+        for name, digest in read_json(self.done, sha256=dict)["sha256"].items():
+            file = self.path / name
+            if not file.is_file():
+                told.append(f"{file} (missing)")
+            elif sha256_file(file) != digest:
+                told.append(f"{file} (changed)")
+        return told
+
+
+@dataclass(frozen=True, slots=True)
+class AnchorDir(StageDir):
+    """`anchor/`: the adapter lies directly in it."""
+
+    @property
+    def adapter(self) -> Path:
+        return self.path
+
+    @property
+    def adapter_files(self) -> tuple[Path, ...]:
+        """What the adapter is, on disk."""
+        return adapter_files(self.adapter)
+
+    @property
+    def reading(self) -> Path:
+        """How well the bare base reads the run's data."""
+        return self.path / "reading.json"
+
+    @property
+    def ift_only(self) -> Path:
+        """The IFT-only adapter that writes the EFT targets."""
+        return self.path / "ift_only"
+
+    @property
+    def eft_judgements(self) -> Path:
+        return self.path / "eft_judgements.jsonl"
+
+    @property
+    def eft_targets(self) -> Path:
+        """The EFT rows that were kept, with their targets."""
+        return self.path / "eft_targets.jsonl"
+
+    @property
+    def training(self) -> Path:
+        """Facts of the training, written after the adapter."""
+        return self.path / "training.json"
+
+
+@dataclass(frozen=True, slots=True)
+class RewardDir(StageDir):
+    """`reward/`: the reward model's adapter, which stands on the anchor, with its head."""
+
+    @property
+    def adapter(self) -> Path:
+        return self.path
+
+    @property
+    def head(self) -> Path:
+        """The layer from the last hidden state to the reward."""
+        return self.path / "head.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class DeltaPlace:
+    """Where a delta goes, and the facts of its training, written after it."""
+
+    name: str
+    adapter: Path
+    training: Path
+
+    @property
+    def steps(self) -> Path:
+        """Loss and rewards of every step, written before the facts."""
+        return self.training.with_name("training_steps.jsonl")
+
+
+@dataclass(frozen=True, slots=True)
+class IterationDir(StageDir):
+    """`iter_001/` and so on."""
+
+    number: int
+
+    @property
+    def prompts(self) -> Path:
+        return self.path / "prompts.jsonl"
+
+    @property
+    def candidates(self) -> Path:
+        return self.path / "candidates.jsonl"
+
+    @property
+    def judgements(self) -> Path:
+        return self.path / "judgements.jsonl"
+
+    @property
+    def pairs(self) -> Path:
+        return self.path / "pairs.jsonl"
+
+    @property
+    def drops(self) -> Path:
+        return self.path / "drops.json"
+
+    @property
+    def likelihoods(self) -> Path:
+        """Folder of log-likelihoods, a file for each model that read the candidates."""
+        return self.path / "likelihoods"
+
+    @property
+    def teacher_candidates(self) -> Path:
+        """Of a stronger model, from its server."""
+        return self.path / "teacher_candidates.jsonl"
+
+    @property
+    def replies(self) -> Path:
+        """What a model said to a method's own questions."""
+        return self.path / "replies.jsonl"
+
+    def asked(self, what: str) -> Path:
+        """What a model said where a method asks in several turns."""
+        return self.path / "replies" / f"{what}.jsonl"
+
+    @property
+    def revisions(self) -> Path:
+        """Answers revised in the light of principles, a row for each round."""
+        return self.path / "revisions.jsonl"
+
+    @property
+    def labels(self) -> Path:
+        """What principles made of pairs of candidates."""
+        return self.path / "labels.jsonl"
+
+    @property
+    def past_candidates(self) -> Path:
+        """Of the first model, where a method wants them beside the policy's."""
+        return self.path / "past_candidates.jsonl"
+
+    @property
+    def judged_candidates(self) -> list[Path]:
+        """The files that exist of candidates in `judgements`: the policy's, and others beside."""
+        return _existing(self.candidates, self.past_candidates, self.teacher_candidates)
+
+    @property
+    def future_candidates(self) -> Path:
+        """Of a provisional next model."""
+        return self.path / "future_candidates.jsonl"
+
+    @property
+    def future_judgements(self) -> Path:
+        return self.path / "future_judgements.jsonl"
+
+    @property
+    def all_candidates(self) -> list[Path]:
+        """Those of a provisional next model too, where there are any."""
+        return [*self.judged_candidates, *_existing(self.future_candidates)]
+
+    @property
+    def all_judgements(self) -> list[Path]:
+        """On `all_candidates`, by the model that made the pairs."""
+        return [*_existing(self.judgements), *_existing(self.future_judgements)]
+
+    @property
+    def earlier_judgements(self) -> Path:
+        """Of the model before the policy, on the policy's candidates."""
+        return self.path / "earlier_judgements.jsonl"
+
+    @property
+    def delta(self) -> Path:
+        return self.path / "delta"
+
+    @property
+    def adapter_files(self) -> tuple[Path, ...]:
+        """What the delta is, on disk."""
+        return adapter_files(self.delta)
+
+    @property
+    def delta_place(self) -> DeltaPlace:
+        """Of the delta that the iteration learns."""
+        return DeltaPlace("delta", self.delta, self.path / "training.json")
+
+    @property
+    def judge_place(self) -> DeltaPlace:
+        """Of the judge's delta, where it has one of its own."""
+        folder = self.path / "judge_delta"
+        return DeltaPlace("judge delta", folder, folder / "training.json")
+
+    @property
+    def provisional_place(self) -> DeltaPlace:
+        """Of a delta that only helps to make pairs."""
+        folder = self.path / "provisional"
+        return DeltaPlace("provisional", folder, folder / "training.json")
+
+    @property
+    def delta_places(self) -> tuple[DeltaPlace, ...]:
+        """All three, whether or not there is anything."""
+        return self.delta_place, self.judge_place, self.provisional_place
+
+
+@dataclass(frozen=True, slots=True)
+class ComparisonsDir:
+    """`compare/`: replies and judgements that comparisons share, and a folder for each of them.
+
+    Names end in a digest of all that decides what the file holds.
+    """
+
+    path: Path
+
+    def replies(self, name: str) -> Path:
+        """A model's replies to the prompts of a comparison."""
+        return self.path / "replies" / f"{name}.jsonl"
+
+    def judgements(self, name: str) -> Path:
+        """A pointwise judge's votes on such replies."""
+        return self.path / "judgements" / f"{name}.jsonl"
+
+    def finished(self) -> list[ComparisonDir]:
+        """Those that have a result, by name."""
+        found = map(ComparisonDir, sorted(self.path.iterdir()) if self.path.is_dir() else [])
+        return [one for one in found if one.result.is_file()]
+
+    def comparison(self, name: str) -> ComparisonDir:
+        """One head to head."""
+        return ComparisonDir(self.path / name)
+
+
+@dataclass(frozen=True, slots=True)
+class ComparisonDir:
+    """One head to head."""
+
+    path: Path
+
+    @property
+    def verdicts(self) -> Path:
+        """A pairwise judge's replies, two a prompt."""
+        return self.path / "verdicts.jsonl"
+
+    @property
+    def annotations(self) -> Path:
+        """A row a prompt, in AlpacaEval's format."""
+        return self.path / "annotations.jsonl"
+
+    @property
+    def result(self) -> Path:
+        """Written last."""
+        return self.path / "result.json"
+
+
+@dataclass(frozen=True, slots=True)
+class MtBenchDir:
+    """One model's MT-Bench by one judge."""
+
+    path: Path
+
+    def answers(self, turn: int) -> Path:
+        """The model's answers in turn 1 or 2."""
+        return self.path / f"answers_{turn}.jsonl"
+
+    @property
+    def grades(self) -> Path:
+        """The judge's replies, two a question."""
+        return self.path / "grades.jsonl"
+
+    @property
+    def result(self) -> Path:
+        """Written last."""
+        return self.path / "result.json"
+
+
+def _existing(*paths: Path) -> list[Path]:
+    return [path for path in paths if path.is_file()]
+
+
+def adapter_files(folder: Path) -> tuple[Path, ...]:
+    """What an adapter is, on disk."""
+    return folder / "adapter_model.safetensors", folder / "adapter_config.json"

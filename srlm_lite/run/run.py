@@ -1,0 +1,383 @@
+"""One run on disk: what it is, who may go on with it, what is done."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import re
+import shlex
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from srlm_lite.errors import UserError
+from srlm_lite.recipe import Recipe, as_noted_now, recipe_of_run
+from srlm_lite.run.files import draft_of, in_short, read_json, write_atomically, write_json
+from srlm_lite.run.layout import (
+    AnchorDir,
+    ComparisonsDir,
+    IterationDir,
+    MtBenchDir,
+    RewardDir,
+    StageDir,
+)
+
+_RESTORE = "Restore it, or delete the iterations after it"
+_LOCK = ".lock"
+_OWN = re.compile(
+    r"run\.json|base\.json|metrics\.jsonl|anchor|base|reward|iter_\d{3,}|\.scratch|vllm\.log"
+    r"|compare|mt_bench|report\.html|tracking\.json|tensorboard|wandb"
+)
+
+_BEFORE = {"run.json", "base.json", "vllm.log"}
+"""What a run leaves that has computed nothing yet."""
+
+
+class RunDir:
+    """One run on disk."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def run_json(self) -> Path:
+        return self.path / "run.json"
+
+    @property
+    def base_json(self) -> Path:
+        """Which weights the run is on, by hash or revision."""
+        return self.path / "base.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def report(self) -> Path:
+        """Where a report goes that is not told another place."""
+        return self.path / "report.html"
+
+    @property
+    def tracking(self) -> Path:
+        """What trackers have been told."""
+        return self.path / "tracking.json"
+
+    @property
+    def tensorboard(self) -> Path:
+        """What TensorBoard reads. W&B makes a directory of its own name beside it."""
+        return self.path / "tensorboard"
+
+    @property
+    def vllm_log(self) -> Path:
+        """What the engine vllm says, of all starts."""
+        return self.path / "vllm.log"
+
+    @property
+    def scratch(self) -> Path:
+        """For what training libraries insist on writing; removed when a stage ends."""
+        return self.path / ".scratch"
+
+    @property
+    def anchor(self) -> AnchorDir:
+        return AnchorDir(self.path / "anchor")
+
+    @property
+    def reward(self) -> RewardDir:
+        return RewardDir(self.path / "reward")
+
+    @property
+    def base_evaluation(self) -> StageDir:
+        """Where an evaluation of the bare base goes."""
+        return StageDir(self.path / "base")
+
+    @property
+    def comparisons(self) -> ComparisonsDir:
+        return ComparisonsDir(self.path / "compare")
+
+    def mt_bench(self, name: str) -> MtBenchDir:
+        """Where a model's MT-Bench goes; the name ends in a digest, as of a comparison."""
+        return MtBenchDir(self.path / "mt_bench" / name)
+
+    def iteration(self, number: int) -> IterationDir:
+        return IterationDir(self.path / f"iter_{number:03d}", number)
+
+    def iterations(self) -> Iterator[IterationDir]:
+        """The iterations that have begun, in order."""
+        number = 1
+        while self.iteration(number).path.is_dir():
+            yield self.iteration(number)
+            number += 1
+
+    def last_done(self) -> int:
+        """Number of the last iteration that is done; 0 when only the anchor is, or nothing.
+
+        Raises:
+            UserError: One in between is gone.
+        """
+        begun = sum(1 for _ in self.iterations())
+        last = self._last_begun()
+        if last > begun:
+            raise UserError(
+                f"is gone, and iteration {last} is there",
+                where=str(self.iteration(begun + 1).path),
+                way_out=_RESTORE,
+            )
+        return max((it.number for it in self.iterations() if it.is_done), default=0)
+
+    def _last_begun(self) -> int:
+        found = (re.fullmatch(r"iter_(\d{3,})", entry.name) for entry in self._entries())
+        return max((int(name[1]) for name in found if name), default=0)
+
+    def _hold_to_models(self) -> None:
+        """Refuse to make anew a model that what is there was made from: it might become another.
+
+        Raises:
+            UserError: The training of one is gone.
+        """
+        last = self._last_begun()
+        before = [self.iteration(t).delta_place.training for t in range(1, last)]
+        for training in [self.anchor.training, *before] if last else []:
+            if not training.is_file():
+                raise UserError(
+                    f"is gone, and iteration {last} was made from that model",
+                    where=str(training),
+                    way_out=_RESTORE,
+                )
+
+    def hold_to_files(self) -> None:
+        """Hold every file of the finished stages against the hash that was noted of it.
+
+        Raises:
+            UserError: Some have been edited, truncated or deleted since; names them.
+        """
+        stages: list[StageDir] = [self.anchor, self.reward, *self.iterations()]
+        changed = [line for stage in stages for line in stage.changed()]
+        if changed:
+            raise UserError(
+                f"holds files that the run has not written so: {_some(changed)}",
+                where=str(self.path),
+                way_out="Restore them, or delete the iterations from the first of them on and go "
+                "on (iterate makes them again)",
+            )
+
+    @property
+    def exists(self) -> bool:
+        return self.run_json.is_file()
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether anything has been computed: until then the run may still be another one."""
+        return self.exists and any(entry.name not in _BEFORE for entry in self._entries())
+
+    def facts(self) -> dict[str, Any]:
+        """What `run.json` says.
+
+        Raises:
+            UserError: There is no run here.
+        """
+        if not self.exists:
+            place = shlex.quote(str(self.path))
+            raise UserError(
+                "holds no run (no run.json)",
+                where=str(self.path),
+                way_out=f"Start one with: srlm-lite iterate --adapters {place}",
+            )
+        facts = read_json(self.run_json)
+        recipe, identity = facts.get("recipe"), facts.get("identity")
+        base = identity.get("base") if isinstance(identity, dict) else None
+        if not isinstance(recipe, dict) or not isinstance(base, dict) or "name" not in base:
+            raise UserError("not the run.json of a run of srlm-lite", where=str(self.run_json))
+        return facts
+
+    def recipe(self) -> Recipe:
+        """The recipe that the run was begun or last gone on with.
+
+        Raises:
+            UserError: There is no run here, or its recipe cannot be read.
+        """
+        return recipe_of_run(self.facts()["recipe"], where=str(self.run_json))
+
+    def open(self, recipe: Recipe, facts: dict[str, Any], *, fresh: bool = False) -> None:
+        """Begin a run here, or go on with the one that is here.
+
+        Raises:
+            UserError: The directory holds a run of another configuration (the differing keys are
+                named), or files that are not a run's.
+        """
+        self._refuse_other_places()
+        if fresh and self.exists:
+            self._clear()
+        if not self.exists:
+            self._write_run(recipe, facts)
+            return
+        before = self.facts()
+        differing = _differences(as_noted_now(before["identity"]), recipe.identity())
+        if differing and not self.is_begun:
+            self.base_json.unlink(missing_ok=True)
+        elif differing:
+            raise UserError(
+                f"holds a run of another configuration; differing: {_some(differing)}",
+                where=str(self.path),
+                way_out="Use another directory, undo the difference, or start over with --fresh",
+            )
+        self._hold_to_models()
+        self.hold_to_files()
+        if before["recipe"] != recipe.model_dump(mode="json"):
+            self._write_run(recipe, facts)  # more iterations, other gates, the same files elsewhere
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from working in this directory meanwhile.
+
+        The lock goes with the process, however that ends.
+
+        Raises:
+            UserError: Another process has it, or this is no place for a run.
+        """
+        self._refuse_other_places()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except NotADirectoryError as error:
+            raise UserError("lies below a file", where=str(self.path)) from error
+        except FileNotFoundError as error:  # not of a parent: those are made as well
+            raise UserError(
+                "no directory can be made here", where=str(self.path), way_out="Choose another"
+            ) from error
+        with (self.path / _LOCK).open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(
+                    "another srlm-lite is working here",
+                    where=str(self.path),
+                    way_out="Wait until it has finished, or use another directory",
+                ) from error
+            yield
+
+    def _refuse_other_places(self) -> None:
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError("is a file, not a directory", where=str(self.path))
+        if not self.exists and self._entries():
+            raise UserError(
+                "holds files, but no run (no run.json)",
+                where=str(self.path),
+                way_out="Choose an empty or new directory for --adapters",
+            )
+
+    def _entries(self) -> list[Path]:
+        if not self.path.is_dir():
+            return []
+        # A draft of run.json is left by a run that was killed, or found the disk full, there.
+        not_yet = (_LOCK, draft_of(self.run_json).name)
+        return [entry for entry in self.path.iterdir() if entry.name not in not_yet]
+
+    def _clear(self) -> None:
+        # What a run writes, and nothing that somebody has put beside it. Its run.json last: when
+        # this is killed, it is still a run that can be started over.
+        for entry in sorted(self._entries(), key=lambda entry: entry == self.run_json):
+            if not _OWN.fullmatch(entry.name):
+                continue
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
+
+    @property
+    def base_revision(self) -> str | None:
+        """The commit of a base from the Hub; None where it is from elsewhere, or not noted yet."""
+        if not self.base_json.is_file():
+            return None
+        revision: str | None = read_json(self.base_json).get("revision")
+        return revision
+
+    @property
+    def base_conversion(self) -> int | None:
+        """How the run's GGUF file was converted, by number; None where it is on none, or not yet.
+
+        Runs from before there was a second way noted no number.
+        """
+        if not self.base_json.is_file():
+            return None
+        noted = read_json(self.base_json)
+        return noted.get("conversion", 1) if noted.get("kind") == "gguf" else None
+
+    def hold_to_base(self, source: dict[str, Any]) -> None:
+        """Note which base the run is on, by hash or revision; refuse any other from then on.
+
+        Raises:
+            UserError: The run was begun on other weights.
+        """
+        if not self.base_json.is_file():
+            write_json(self.base_json, source)
+            return
+        begun = read_json(self.base_json, name=str)
+        for key in ("sha256", "revision"):
+            if begun.get(key) != source.get(key):
+                raise UserError(
+                    f"the run was begun on other weights of {begun['name']} "
+                    f"({key} {in_short(begun.get(key))}, now {in_short(source.get(key))})",
+                    where=str(self.path),
+                    way_out="Restore the base, or use another directory",
+                )
+
+    def _write_run(self, recipe: Recipe, facts: dict[str, Any]) -> None:
+        resolved = {
+            "recipe": recipe.model_dump(mode="json"),
+            "digest": recipe.digest(),
+            "identity": recipe.identity(),
+            "seed": recipe.seed,
+            **facts,
+        }
+        write_json(self.run_json, resolved)
+
+    def add_metrics(self, row: dict[str, Any]) -> None:
+        """Append one row to `metrics.jsonl`; it is on disk when this returns.
+
+        What a killed run left of a last line is replaced, not continued.
+        """
+        line = json.dumps(row, ensure_ascii=False) + "\n"
+        write_atomically(self.metrics, self._whole_metrics() + line)
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """All rows of `metrics.jsonl`; a torn last line is passed over."""
+        try:
+            rows = [json.loads(line) for line in self._whole_metrics().split("\n") if line]
+            wanted = {"iteration", "stage"}
+            if not all(isinstance(row, dict) and wanted <= row.keys() for row in rows):
+                raise ValueError("a row is not a stage's")
+            return rows
+        except ValueError as error:
+            raise UserError(
+                f"damaged ({error})",
+                where=str(self.metrics),
+                way_out="Restore it, or delete it: only figures of stages are lost",
+            ) from error
+
+    def _whole_metrics(self) -> str:
+        if not self.metrics.exists():
+            return ""
+        content = self.metrics.read_bytes()
+        return content[: content.rfind(b"\n") + 1].decode("utf-8")
+
+
+_SHOWN = 6
+"""Differing settings that a refusal names."""
+
+
+def _some(lines: Sequence[str]) -> str:
+    """The first few in one line, and how many more there are."""
+    more = len(lines) - _SHOWN
+    return "; ".join([*lines[:_SHOWN], *([f"and {more} more"] if more > 0 else [])])
+
+
+def _differences(before: Any, now: Any, prefix: str = "") -> list[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = sorted(before.keys() | now.keys())
+        return [
+            line
+            for key in keys
+            for line in _differences(before.get(key), now.get(key), f"{prefix}.{key}".lstrip("."))
+        ]
+    return [] if before == now else [f"{prefix} ({in_short(before)} there, {in_short(now)} now)"]

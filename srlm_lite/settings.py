@@ -1,0 +1,762 @@
+"""The settings of a recipe, by section. Each is defined and documented here, once.
+
+Marks on a setting say what `recipe.py` and others need to know of it beside its type and its
+meaning: that it may be a path, that it came later, that it decides nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from urllib.parse import urlsplit
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
+
+from srlm_lite.errors import shorten
+from srlm_lite.shipped import CHAT_TEMPLATES, PRINCIPLES, RUBRICS, TEMPLATES, Shelf
+
+Positive = Annotated[int, Field(gt=0)]
+Probability = Annotated[float, Field(gt=0, le=1)]
+
+
+def known_temperature(value: float) -> float:
+    """A temperature at which something can be drawn: logits are divided by it in float32.
+
+    Raises:
+        ValueError: Nothing can.
+    """
+    if value == 0 or 0.001 <= value <= 100:
+        return value
+    raise ValueError(f"{value:g} is no temperature: 0 (greedy), or from 0.001 to 100")
+
+
+Temperature = Annotated[
+    float,
+    AfterValidator(known_temperature),
+    WithJsonSchema({"anyOf": [{"const": 0}, {"type": "number", "minimum": 0.001, "maximum": 100}]}),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Before:
+    """Marks a setting that came later: what a run does that was begun without it.
+
+    Such a run keeps this value, whatever the default is, until somebody names another; and a
+    recipe with this value is the same configuration as one that cannot say it.
+    """
+
+    value: Any
+
+
+@dataclass(frozen=True, slots=True)
+class IsPath:
+    """Marks a setting that may be a path.
+
+    A relative one starts at the recipe's own directory, or else at the working directory; what is
+    in neither stays as it is.
+    """
+
+    words: tuple[str, ...] = ()
+    """Words that are no paths, even where there is a file or directory of that name."""
+    shipped: Shelf | None = None
+    """The shipped files that it may name without their place and ending."""
+    by_content: bool = True
+    """Whether it counts by what the file holds, wherever that lies; else as it is written."""
+
+
+@dataclass(frozen=True, slots=True)
+class DecidesNothing:
+    """Marks a setting, or a whole section, that decides nothing of what is computed.
+
+    A run goes on with another value. Such a setting names the run, says how long it goes on, looks
+    at figures, passes them on or stops; says how a server is reached; is read by commands after
+    the run alone; or says what is in memory at once, which moves last bits alone, and which a run
+    that was out of memory has to change.
+    """
+
+
+DECIDES_NOTHING = DecidesNothing()
+
+
+class Section(BaseModel):
+    """A part of a recipe. Frozen, and closed: an unknown key is an error."""
+
+    read_by: ClassVar[str | None] = None
+    """The method that alone reads this section; `None`: whichever the recipe names."""
+
+    model_config = ConfigDict(
+        # No setting means anything as NaN or infinity, and bounds let both pass here and there.
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+    )
+
+    def __hash__(self) -> int:
+        """As pydantic's, which knows no mappings among the settings."""
+        return hash(self.model_dump_json())
+
+
+M = TypeVar("M")
+
+
+def sections_of(section: type[BaseModel]) -> dict[str, type[Section]]:
+    """The sections right below a section, by name."""
+    return {
+        name: field.annotation
+        for name, field in section.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+    }
+
+
+def marked(section: type[BaseModel], kind: type[M], prefix: str = "") -> Iterator[tuple[str, M]]:
+    """The marks of one kind on the settings at and below a section, each after its dotted name."""
+    below = sections_of(section)
+    for name, field in section.model_fields.items():
+        if name in below:
+            yield from marked(below[name], kind, f"{prefix}{name}.")
+        for mark in field.metadata:
+            if isinstance(mark, kind):
+                yield f"{prefix}{name}", mark
+
+
+class Base(Section):
+    """The frozen weights."""
+
+    name: Annotated[str, IsPath(by_content=False)]
+    """Hub id, local directory, `.gguf` file, or `smollm2-135m-instruct`."""
+    revision: str | None = None
+    """Commit or tag on the Hub."""
+    quantization: Literal["none", "nf4"] = "none"
+    """`nf4`: 4-bit weights through bitsandbytes, with double quantization."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Compute dtype. `auto`: bfloat16 where the device is fast at it, else float32."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """What computes. `auto`: a GPU where there is one."""
+    backend: Literal["transformers", "unsloth"] = "transformers"
+    """What holds the weights and computes on them. `unsloth`: its loader and kernels, an extra; a
+    tool for GPUs, which on a CPU only shows that it works."""
+    attention: Annotated[Literal["own", "sdpa"], Before("sdpa")] = "own"
+    """`own`: whatever the base's layers compute. `sdpa`: always by transformers' `sdpa`, which is
+    faster and leaves out, without a word, the cap that Gemma 2 puts on its scores."""
+    chat_template: Annotated[str | None, IsPath(shipped=CHAT_TEMPLATES)] = None
+    """Name of a shipped template or a path; used in place of the tokenizer's own.
+    Needed by bases that have none, such as Llama-2."""
+    chat_template_kwargs: Annotated[dict[str, bool | int | float | str], Before({})] = {}
+    """Variables that the template reads, such as `enable_thinking: false` or `reasoning_effort`."""
+    window: Positive = 2048
+    """Longest sequence in tokens that training and judging may see."""
+
+
+class Lora(Section):
+    """Shape of one adapter."""
+
+    rank: Positive = 16
+    """Rank of the update; the size of the adapter grows with it."""
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    """The update is scaled by alpha / rank."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the adapter's inputs left out at each step of a training."""
+    targets: Annotated[tuple[str, ...], Field(min_length=1)] = (
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    )
+    """Names of the linear layers that carry the adapter, or the ends of their dotted names."""
+
+
+LORA_TARGETS = "lora.targets"
+"""Where a target that the base does not have is told of."""
+
+
+def is_targeted(module: str, targets: Iterable[str]) -> bool:
+    """Whether `lora.targets` name a module, by its dotted name; as PEFT reads them."""
+    return any(module == target or module.endswith(f".{target}") for target in targets)
+
+
+class Data(Section):
+    """Where the seed data is: a directory as `srlm-lite data prepare` writes it."""
+
+    dir: Annotated[str, IsPath()]
+    """Holds `ift.jsonl`, `eft_train.jsonl`, `eft_eval.jsonl`, `prompts.jsonl`,
+    and optionally `eval_prompts.jsonl`. For a base that thinks, a response to learn from may begin
+    with a thought in the marks of the template, such as `<think>`; one without teaches to answer
+    at once, behind the empty thought that the template writes there, if it writes one."""
+    extra: Annotated[str | None, IsPath()] = None
+    """More rows of the form of `ift.jsonl` for the anchor, such as a method's own questions with
+    the replies that it hopes for."""
+    ranked: Annotated[str | None, IsPath()] = None
+    """Replies that humans ranked, a file of the form of `eft_train.jsonl`, for the methods that
+    learn from them (`dpo`, `rlhf`: default `eft_train.jsonl`; `spin`: default `ift.jsonl`)."""
+
+
+class Optim(Section):
+    """An optimiser run."""
+
+    section: ClassVar[str]
+    """Where it stands in a recipe."""
+
+    epochs: Annotated[float, Field(gt=0)] = 1.0
+    """Passes over the examples; a part of one is a share of the steps."""
+    learning_rate: Annotated[float, Field(gt=0)]
+    """The highest of the schedule."""
+    final_learning_rate_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """The schedule ends at this share of the learning rate."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls after the warm-up."""
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the steps in which the learning rate rises from zero."""
+    batch_size: Positive = 16
+    """Sequences (or pairs) in one optimiser step."""
+    micro_batch_size: Annotated[Positive, DECIDES_NOTHING] = 4
+    """Sequences (or pairs) in memory at once; divides `batch_size`."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """A longer gradient is cut to this length before a step."""
+    gradient_checkpointing: Annotated[bool, DECIDES_NOTHING] = False
+    """Trades a third more compute for much less activation memory."""
+
+    @model_validator(mode="after")
+    def _micro_batch_divides(self) -> Optim:
+        if self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"micro_batch_size ({self.micro_batch_size}) must divide batch_size "
+                f"({self.batch_size})"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _constant_stays(self) -> Optim:
+        if self.schedule == "constant" and self.final_learning_rate_ratio not in (0, 1):
+            raise ValueError("a constant schedule has no final_learning_rate_ratio")
+        return self
+
+
+class Anchor(Optim):
+    """The SFT adapter on instruction data (IFT) and judge data (EFT): the paper's M1."""
+
+    section = "anchor"
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    init: Annotated[str, IsPath(words=("base",))] = "base"
+    """`base`: a fresh adapter on the base. A path: an adapter trained before, taken as it is."""
+    use_ift: bool = True
+    """False leaves out `ift.jsonl`: a judge-only anchor for a base that already answers well."""
+    use_eft: bool = True
+    """False leaves out `eft_train.jsonl`: an anchor that is taught to answer alone."""
+    ift_limit: Positive | None = None
+    """At most this many rows of `ift.jsonl`, the first ones."""
+    eft_prompts: Positive | None = None
+    """At most this many EFT prompts (with all their replies)."""
+    eft_targets: Literal["self", "given", "human"] = "self"
+    """`self`: the IFT-only model writes rationale and score; a prompt's judgements are kept when
+    their order agrees with the human order. `given`: the data has them. `human`: the human
+    quality, or rank, on the rubric's scale and no rationale, for bases too small to write one."""
+    max_score_share: Annotated[float, Field(gt=0, le=1)] = 0.35
+    """The most common score is thinned to this share of the targets, unless they are given."""
+    lora: Lora = Lora()
+
+
+class Prompts(Section):
+    """The prompts of each iteration."""
+
+    source: Literal["file", "self-instruct"] = "file"
+    """`self-instruct`: the anchor writes new prompts, 8-shot (6 from IFT, 2 generated)."""
+    file: Annotated[str | None, IsPath()] = None
+    """Prompt list; default: `prompts.jsonl` of the data directory."""
+    per_iteration: Positive = 64
+    """Prompts that each iteration answers."""
+    reuse: bool = False
+    """Let an iteration use prompts that an earlier one has used, when the file runs out."""
+
+
+class Sampling(Section):
+    """How text is drawn."""
+
+    temperature: Temperature = 0.7
+    """0 is greedy."""
+    top_p: Probability = 0.9
+    """Tokens are drawn from the likeliest that have this probability together; 1 is all."""
+    max_new_tokens: Positive = 512
+    """Longest reply, in tokens."""
+
+
+EngineName = Literal["transformers", "vllm", "openai"]
+
+
+class Rollout(Sampling):
+    """Candidates."""
+
+    engine: EngineName = "transformers"
+    """`transformers`: in this process, on the base in memory. `vllm`: in a process of its own.
+    `openai`: a server that speaks the OpenAI protocol; it never sees what the run learns."""
+    n: Annotated[int, Field(ge=2)] = 4
+    """Candidates a prompt."""
+    max_thought_tokens: Annotated[Positive, Before(1024)] = 1024
+    """Longest thought before an answer, of a base that thinks; `max_new_tokens` are the answer's
+    alone. It holds for every reply of the base, a judge's and an evaluation's too. A thought that
+    has not closed by then is a reply that ran into the token limit."""
+    batch_rows: Annotated[Positive | Literal["auto"], DECIDES_NOTHING] = "auto"
+    """Sequences in one forward pass; `auto` goes by the device's memory. Halved by itself when
+    memory runs out."""
+    fold: bool = False
+    """Sample with the stack written into a second copy of the weights, in the compute dtype: faster
+    for small models, and for any on a GPU; the copy takes memory (of a quantized base as much as
+    the unquantized one), and the update is rounded."""
+    cuda_graphs: bool = True
+    """Launch each step of sampling as one CUDA graph, where the base is whole on a GPU: faster, as
+    Python launches kernels more slowly than a GPU computes them. Nothing changes on a CPU."""
+    chunk_prompts: Positive = 16
+    """Prompts whose results reach the disk together; a killed run loses at most one chunk."""
+
+
+class Judge(Sampling):
+    """LLM-as-a-judge."""
+
+    engine: EngineName | None = None
+    """Default: `rollout.engine`. `openai` makes the judge an external one."""
+    rubric: Annotated[str, IsPath(shipped=RUBRICS)] = "additive-5"
+    """Name of a shipped rubric or a path."""
+    score: Literal["sampled", "expected"] = "sampled"
+    """`sampled`: the number that the judge writes, as in the paper. `expected`: the mean of the
+    numbers it could have written there, by their probability; finer, with fewer ties. Needs a
+    rubric whose scores are one token each; a fraction such as 3.5 counts as sampled."""
+    votes: Positive = 3
+    """Judgements sampled for each candidate; their mean is its score."""
+    min_votes: Positive = 2
+    """Candidates with fewer readable votes are dropped."""
+    max_new_tokens: Positive = 256
+    retry_max_new_tokens: Positive = 512
+    """An unreadable vote is sampled once more with this limit."""
+
+    @model_validator(mode="after")
+    def _votes_suffice(self) -> Judge:
+        if self.min_votes > self.votes:
+            raise ValueError("min_votes exceeds votes")
+        return self
+
+
+class Vllm(Section):
+    """Settings of the engine `vllm`."""
+
+    memory: Annotated[float, Field(gt=0, le=1), DECIDES_NOTHING] = 0.45
+    """Share of the GPU's memory, or on a CPU, for the key-value cache, of the free memory; the base
+    in this process keeps its own."""
+
+
+class OpenAI(Section):
+    """The server of the engine `openai`."""
+
+    url: str | None = None
+    """Up to and including `/v1`."""
+    model: str | None = None
+    """What the server calls the model that it is to ask."""
+    key_variable: Annotated[str, DECIDES_NOTHING] = "OPENAI_API_KEY"
+    """Environment variable that holds the key; the key itself is in no file and no log."""
+    parallel: Annotated[Positive, DECIDES_NOTHING] = 8
+    """Requests under way at once."""
+    timeout_s: Annotated[float, Field(gt=0), DECIDES_NOTHING] = 120.0
+    """Of one request."""
+    retries: Annotated[int, Field(ge=0), DECIDES_NOTHING] = 6
+    """Of one request, with exponential back-off, before the run stops."""
+
+    @field_validator("url")
+    @classmethod
+    def _is_url(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        try:
+            parts = urlsplit(value)
+            whole = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:
+            whole = False
+        if not whole:
+            raise ValueError(f"{shorten(repr(value))} is no URL such as http://127.0.0.1:8000/v1")
+        return value
+
+
+class Pairing(Section):
+    """How scores become preference pairs."""
+
+    source: Literal["judge", "random", "gold"] = "judge"
+    """`random` is the control: two candidates of a prompt, drawn blindly. `gold` is the upper
+    bound: the scorer that `evaluate.gold` names takes the judge's place."""
+    min_gap: Annotated[float, Field(ge=0)] = 0.0
+    """The scores of a pair must differ by more than this."""
+    rho: (
+        Annotated[float, Field(ge=0, le=0.5)] | tuple[Annotated[float, Field(ge=0, le=0.5)], ...]
+    ) = 0.0
+    """Length control of Meta-Rewarding: chosen is the shortest candidate within this share of the
+    prompt's score range from its top, rejected the longest within it from the bottom; 0 is off.
+    A list gives each iteration its own, the last one those after it."""
+    alpha: float | Literal["auto"] = 0.0
+    """Length control of DICE: candidates are ranked by score - alpha * characters. `auto` finds
+    the alpha at which chosen and rejected are equally long on average. A negative one is a judge
+    that likes length: for experiments."""
+    replay: tuple[Annotated[float, Field(ge=0)], ...] = ()
+    """Pairs of the last iteration, of the one before it, and so on that are learned once more: at
+    most so many for each new pair."""
+    drop_truncated: bool = True
+    """Leave out candidates that ran into the token limit; else they are learned without an end."""
+    min_pairs: Annotated[Positive, DECIDES_NOTHING] = 8
+    """Stop when an iteration finds fewer."""
+
+
+class Dpo(Optim):
+    """Training the delta."""
+
+    section = "dpo"
+    learning_rate: Annotated[float, Field(gt=0)] = 5e-6
+    init: Literal["anchor", "previous"] = "anchor"
+    """`anchor` rebases: the delta starts from zero. `previous` starts from the last delta."""
+    reference: Literal["init", "anchor"] = "init"
+    """The stack that DPO's log-ratios are taken against."""
+    beta: Annotated[float, Field(gt=0)] = 0.1
+    """DPO's inverse temperature: the larger, the closer the delta stays to the reference."""
+    nll_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the negative log-likelihood of the chosen reply beside the DPO loss."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """How likely a pair's order is wrong (conservative DPO): the loss is (1 - s) times DPO's, plus
+    s times that of the pair turned round. Comes on top of what a method says of a single pair."""
+    ld_alpha: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Length-desensitised DPO (LD-DPO): weight of the tokens by which one reply is longer than the
+    other. Default: 1, plain DPO."""
+    lora: Lora = Lora()
+
+    @model_validator(mode="after")
+    def _no_dropout(self) -> Dpo:
+        if self.lora.dropout:
+            raise ValueError("dropout would make policy and reference differ; leave it at 0")
+        return self
+
+
+class Gate(Section):
+    """What a model may lose before the run warns of it, or stops. It only looks at figures, so a
+    stopped run goes on with other gates."""
+
+    action: Literal["warn", "stop"] = "warn"
+    """`stop`: no iteration starts from a model that does not pass."""
+    judge_accuracy: Annotated[float, Field(ge=0, le=1)] = 0.03
+    """Largest fall of the judge's pairwise accuracy below the best model before; of this and of
+    the next three never less than chance can do with so few prompts."""
+    gold: Annotated[float, Field(ge=0)] = 0.0
+    """Largest fall of the gold score below the best model before, in points."""
+    criterion: Annotated[float, Field(ge=0)] = 0.0
+    """Largest fall of one of the gold scorer's criteria below the anchor while the whole score
+    rises, in points; never less than chance can do with so few prompts and so many criteria."""
+    anchor_score: Annotated[float, Field(ge=0)] = 0.0
+    """Largest fall of the score that the anchor, as judge, gives to the answers below the best
+    model before, in points."""
+    capability: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """Largest fall of a task of the capability panel below the anchor."""
+    one_score: Probability = 0.8
+    """Share of the judge's votes with one and the same score at which its grades have collapsed."""
+    readable: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Least share of readable votes."""
+    length: Annotated[float, Field(ge=0)] = 0.3
+    """Answers may have grown since the anchor by so much more, as a share of their length, than
+    their score has, as a share of the rubric's scale. The score is the anchor's."""
+    truncated: Annotated[float, Field(ge=0, le=1)] = 0.2
+    """Largest rise of the share of answers that run into the token limit."""
+    divergence: Annotated[float, Field(gt=0)] = 1.0
+    """How far the policy may go from the anchor, in nats a token of its own answers. It needs no
+    judge, so none can be pleased by what it warns of."""
+
+
+class Evaluate(Section):
+    """What is measured after the anchor and after each iteration."""
+
+    eft_prompts: Positive | None = None
+    """At most this many EFT eval prompts (with all their replies)."""
+    votes: Positive | None = None
+    """Judgements a reply; default: `judge.votes`."""
+    policy_prompts: Annotated[int, Field(ge=0)] = 64
+    """Held-out prompts the policy answers, for length and gold score."""
+    samples: Positive = 1
+    """Sampled answers a prompt, beside one greedy answer."""
+    temperature: Annotated[Temperature, Field(gt=0)] | None = None
+    """Of the sampled answers; default: `rollout.temperature`."""
+    gold: str | None = None
+    """`module:function`: an external score of an answer that the model never sees."""
+    judged_answers: Annotated[int, Field(ge=0)] = 64
+    """So many of the sampled answers are graded by the model itself and by the anchor, a judge
+    that stays what it is; 0 for none. The divergence, which needs no judge, is of as many, or of
+    64."""
+    ifeval: Annotated[str | None, IsPath()] = None
+    """IFEval's prompts, a file of the form of its `input_data.jsonl`: how many of the instructions
+    that code can check are followed, in greedy answers. Needs the extra `eval`."""
+    ifeval_prompts: Positive | None = None
+    """At most this many of them."""
+    ifeval_max_new_tokens: Positive | None = None
+    """Longest answer to them. Default: 1280 as in lm-evaluation-harness, or what the window leaves
+    the longest of the prompts."""
+    tasks: tuple[str, ...] = ()
+    """Capability panel: tasks of lm-evaluation-harness by name, on the model in memory. Needs the
+    extra `eval`."""
+    tasks_dir: Annotated[str | None, IsPath()] = None
+    """Directory with tasks of your own, YAML files in the harness's format; their data may be local
+    files."""
+    tasks_limit: Positive | None = None
+    """At most so many items a task."""
+    gate: Annotated[Gate, DECIDES_NOTHING] = Gate()
+
+
+TrackerName = Literal["tensorboard", "wandb", "trackio"]
+
+
+class Tracking(Section):
+    """Who else is told a run's figures while it runs; decides nothing in a run. Needs the extra
+    `tracking`."""
+
+    report_to: tuple[TrackerName, ...] = ()
+    """What TRL logs at each step of each training, and the figures of each stage, go there: one
+    name or a list. One run here is one run there."""
+    project: str = "srlm-lite"
+    """Of W&B and trackio."""
+    name: str | None = None
+    """Of the run in W&B and trackio; default: the recipe's, the directory's, and a few letters
+    that tell runs apart."""
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return () if value == "none" else (value,)
+        return value
+
+
+class Compare(Section):
+    """Head to head of two models, `srlm-lite compare`; decides nothing in a run."""
+
+    judging: Literal["pointwise", "pairwise"] = "pointwise"
+    """How a judge of the run's own decides. `pointwise`: the higher of the scores that it gives
+    each reply alone, as judge data teaches it to. `pairwise`: it is shown both, in both orders.
+    A judge behind a server is asked pairwise, unless the command says otherwise."""
+    template: Annotated[str, IsPath(shipped=TEMPLATES)] = "pairwise"
+    """Of the pairwise question: name of a shipped template or a path."""
+    temperature: Temperature = 0.0
+    """Of the pairwise judge; 0 is greedy."""
+    max_new_tokens: Positive = 512
+    """Of its reply."""
+
+
+class MtBench(Section):
+    """`srlm-lite mt-bench`; decides nothing in a run."""
+
+    max_new_tokens: Positive | None = 1024
+    """Of an answer, as in MT-Bench's own program; half of `base.window` where that is less. None:
+    as `rollout.max_new_tokens`."""
+    top_p: Annotated[Probability | None, Before(None)] = 1.0
+    """Of an answer, as in MT-Bench's own program. None: as `rollout.top_p`."""
+    template: Annotated[str, IsPath(shipped=TEMPLATES)] = "mt-bench"
+    """Of the judge's question: name of a shipped template or a path."""
+    judge_max_new_tokens: Positive = 1024
+    """Of the judge's reply."""
+
+
+MethodName = Literal[
+    "self-rewarding",
+    "dpo",
+    "spin",
+    "cream",
+    "temporal",
+    "dno",
+    "scir",
+    "meta-rewarding",
+    "rlaif",
+    "rlhf",
+]
+
+
+class Shared(Section):
+    """What a recipe says whatever its method: all but the sections that one method alone reads."""
+
+    name: Annotated[str, DECIDES_NOTHING]
+    """What reports and trackers call a run of it."""
+    description: Annotated[str, DECIDES_NOTHING] = ""
+    """What it is for, in a line; `srlm-lite recipes list` prints it."""
+    method: MethodName = "self-rewarding"
+    """What turns answers into something to learn from."""
+    seed: int = 0
+    """All that is drawn at random follows from it."""
+    iterations: Annotated[int, Field(ge=0), DECIDES_NOTHING] = 3
+    """Rounds of the loop after the anchor. A longer run continues a shorter one."""
+    base: Base
+    data: Data
+    anchor: Anchor = Anchor()
+    prompts: Prompts = Prompts()
+    rollout: Rollout = Rollout()
+    judge: Judge = Judge()
+    pairing: Pairing = Pairing()
+    dpo: Dpo = Dpo()
+    evaluate: Evaluate = Evaluate()
+    tracking: Annotated[Tracking, DECIDES_NOTHING] = Tracking()
+    compare: Annotated[Compare, DECIDES_NOTHING] = Compare()
+    mt_bench: Annotated[MtBench, DECIDES_NOTHING] = MtBench()
+    vllm: Vllm = Vllm()
+    openai: OpenAI = OpenAI()
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Names of the layers that carry an adapter: the anchor's, a delta's or both."""
+        return tuple(dict.fromkeys((*self.anchor.lora.targets, *self.dpo.lora.targets)))
+
+
+class Offline(Section):
+    """Method `dpo`: pairs of replies that humans ranked, from `data.ranked`."""
+
+    read_by = "dpo"
+
+    pairs: Literal["best-worst", "all"] = "best-worst"
+    """`all`: every two replies of a prompt that humans told apart."""
+
+
+class Spin(Section):
+    """Method `spin`: a human's answer against the last model's."""
+
+    read_by = "spin"
+
+    answers: Positive = 1
+    """Answers of the last model to each prompt, each a pair with the human's."""
+    lambdas: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] = (
+        0.1,
+        0.1,
+        0.1,
+        5.0,
+    )
+    """The loss's lambda in each iteration, in place of `dpo.beta`; the last one stays."""
+
+
+class Cream(Section):
+    """Method `cream`: pairs count by how consistently they are ranked."""
+
+    read_by = "cream"
+
+    scores: Literal["likelihood", "judge"] = "likelihood"
+    """What ranks the candidates. `likelihood` is the paper: their log-likelihood ratio to the
+    bare base. `judge`: this iteration's judge against the last iteration's."""
+    consistency: Literal["run", "sample"] = "run"
+    """`run`: one C, the mean over all prompts. `sample`: each prompt its own."""
+
+
+class Dno(Section):
+    """Method `dno`: every pair with a good winner and a wide margin."""
+
+    read_by = "dno"
+
+    teacher: Annotated[str | None, IsPath(words=("server",))] = None
+    """A stronger model's answers: a JSONL file with `prompt_id` and `response`, or `server` for
+    the model of the section `openai`. Without, the policy is alone."""
+    grading: Literal["rubric", "side-by-side"] = "rubric"
+    """`side-by-side`: the judge sees all answers to a prompt at once, in an order drawn for each
+    vote, as in the paper. `rubric`: each answer by itself."""
+    template: Annotated[str, IsPath(shipped=TEMPLATES)] = "side-by-side"
+    """Of the side-by-side judge's prompt: name of a shipped template or a path."""
+    least_positive: float = 5.0
+    """Lowest score of a chosen answer."""
+    margin: Annotated[float, Field(gt=0)] = 2.0
+    """Least gap of a pair whose chosen answer is the teacher's."""
+    own_margin: Annotated[float, Field(gt=0)] = 1.0
+    """Least gap of a pair whose chosen answer is the policy's own."""
+    repeated_words: Annotated[int, Field(ge=2)] = 6
+    """An answer that says a run of so many words three times is rejected whatever its score."""
+
+
+class Scir(Section):
+    """Method `scir`: judge and implicit reward are pulled together; pairs they dispute wait."""
+
+    read_by = "scir"
+
+    sharpness: Annotated[float, Field(gt=0)] = 1.0
+    """Turns a difference of log-ratios per token into the implicit reward's preference."""
+    consistency_weight: Annotated[float, Field(ge=0)] = 0.1
+    """Of the symmetric KL divergence between the two preferences."""
+    confidence_weight: Annotated[float, Field(ge=0)] = 0.01
+    """Of the entropy of both."""
+    threshold: Annotated[float, Field(ge=0.5, lt=1)] = 0.5
+    """DPO takes a pair when the judge prefers its chosen reply by more than this."""
+
+
+class MetaRewarding(Section):
+    """Method `meta-rewarding`: the model also judges its judgements, and learns from that."""
+
+    read_by = "meta-rewarding"
+
+    schedule: tuple[Literal["both", "policy", "judge"], ...] = ("both", "both", "policy")
+    """What each iteration trains, the last entry those after it: `both` policy and judge, or one
+    of them alone. The paper stops training the judge after two iterations. Where the judge trains
+    alone, a delta for both roles learns from its pairs, and the policy changes along; of deltas
+    for one role each the policy's stays as it is."""
+    roles: Literal["shared", "separate"] = "shared"
+    """One delta for policy and judge, or one each."""
+    template: Annotated[str, IsPath(shipped=TEMPLATES)] = "meta-judge"
+    """Of the meta-judge's question: name of a shipped template or a path."""
+    verdicts: tuple[str, str] = ("Winner: Judgement A", "Winner: Judgement B")
+    """Last line of the meta-judge's reply where the first, or the second judgement wins."""
+    max_new_tokens: Positive = 512
+    """Of the meta-judge's reply."""
+    hide_scores: bool = False
+    """Show it the judgements without their scores: it tends to choose the higher one."""
+    judgement_caps: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1100, 1000)
+    """Longest judgement, in characters, that may be chosen in each iteration."""
+    answer_caps: tuple[Annotated[int, Field(ge=0)], ...] = (2500, 0)
+    """Longest answer that may be chosen in each iteration; 0 is any."""
+
+
+class RevisionSft(Optim):
+    """SFT on revisions."""
+
+    section = "rlaif.sft"
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+
+
+class Rlaif(Section):
+    """Method `rlaif`: critique and revision, then preferences, both by principles."""
+
+    read_by = "rlaif"
+
+    principles: Annotated[str, IsPath(shipped=PRINCIPLES)] = "assistant"
+    """Name of shipped principles or a path: the principles and the questions about them."""
+    drafts: Positive = 1
+    """Answers to each prompt of the first iteration that are revised."""
+    rounds: Positive = 4
+    """Times a draft is criticised and revised, each time in the light of a fresh principle."""
+    helpful: Annotated[float, Field(ge=0)] = 0.0
+    """Rows of `ift.jsonl` that are learned beside the revisions, so many for each of them."""
+    max_new_tokens: Positive = 256
+    """Of a critique, or of the rationale before a label."""
+    rationale: bool = False
+    """The labeller gives its reasons before it names the better answer."""
+    clamp: Annotated[float, Field(gt=0.5, le=1)] = 0.6
+    """Labels after a rationale stay between 1 - clamp and clamp: such labels are overconfident."""
+    sft: RevisionSft = RevisionSft()
+
+
+class RewardSection(Optim):
+    """Training the reward model."""
+
+    section = "rlhf.reward"
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    pairs: Literal["best-worst", "all"] = "all"
+    """`all`: every two replies of a prompt that humans told apart."""
+
+
+class Rlhf(Section):
+    """Method `rlhf`: a reward model from human pairs, and the policy trained against it."""
+
+    read_by = "rlhf"
+
+    kl_weight: Annotated[float, Field(gt=0)] = 0.05
+    """What a nat of divergence from the reference costs, in units of the reward."""
+    reward: RewardSection = RewardSection()

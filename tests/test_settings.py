@@ -1,0 +1,115 @@
+"""Marks on settings: each is found, and the settings that they are on are named here once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, get_args, get_type_hints
+
+from srlm_lite.recipe import Recipe, paths_in, sections_of_methods
+from srlm_lite.settings import (
+    Before,
+    DecidesNothing,
+    IsPath,
+    Section,
+    Shared,
+    marked,
+    sections_of,
+)
+from srlm_lite.shipped import CHAT_TEMPLATES, PRINCIPLES, RUBRICS, TEMPLATES
+
+
+def test_settings_that_may_be_paths() -> None:
+    assert dict(marked(Recipe, IsPath)) == {
+        "base.name": IsPath(by_content=False),
+        "base.chat_template": IsPath(shipped=CHAT_TEMPLATES),
+        "data.dir": IsPath(),
+        "data.extra": IsPath(),
+        "data.ranked": IsPath(),
+        "anchor.init": IsPath(words=("base",)),
+        "prompts.file": IsPath(),
+        "judge.rubric": IsPath(shipped=RUBRICS),
+        "evaluate.ifeval": IsPath(),
+        "evaluate.tasks_dir": IsPath(),
+        "compare.template": IsPath(shipped=TEMPLATES),
+        "mt_bench.template": IsPath(shipped=TEMPLATES),
+        "dno.teacher": IsPath(words=("server",)),
+        "dno.template": IsPath(shipped=TEMPLATES),
+        "meta_rewarding.template": IsPath(shipped=TEMPLATES),
+        "rlaif.principles": IsPath(shipped=PRINCIPLES),
+    }
+
+
+def test_settings_that_decide_nothing() -> None:
+    trainings = ("anchor", "dpo", "rlaif.sft", "rlhf.reward")
+    assert {name for name, _ in marked(Recipe, DecidesNothing)} == {
+        "name",
+        "description",
+        "iterations",
+        "tracking",
+        "compare",
+        "mt_bench",
+        "evaluate.gate",
+        "pairing.min_pairs",
+        "openai.key_variable",
+        "openai.parallel",
+        "openai.timeout_s",
+        "openai.retries",
+        "rollout.batch_rows",
+        "vllm.memory",
+        *(f"{section}.micro_batch_size" for section in trainings),
+        *(f"{section}.gradient_checkpointing" for section in trainings),
+    }
+
+
+def test_settings_that_came_later() -> None:
+    assert {name: mark.value for name, mark in marked(Recipe, Before)} == {
+        "base.attention": "sdpa",
+        "base.chat_template_kwargs": {},
+        "rollout.max_thought_tokens": 1024,
+        "mt_bench.top_p": None,
+    }
+
+
+def test_sections_that_one_method_alone_reads() -> None:
+    assert {name: one.read_by for name, one in sections_of(Recipe).items() if one.read_by} == {
+        "offline": "dpo",
+        "spin": "spin",
+        "cream": "cream",
+        "dno": "dno",
+        "scir": "scir",
+        "meta_rewarding": "meta-rewarding",
+        "rlaif": "rlaif",
+        "rlhf": "rlhf",
+    }
+    shared = set(Recipe.model_fields) - sections_of_methods()
+    assert shared == set(Shared.model_fields)
+    assert sections_of_methods() - sections_of_methods(but="dpo") == {"offline"}
+
+
+def marks_in(hint: Any) -> list[Any]:
+    """The marks anywhere in a type hint."""
+    own = [mark for mark in getattr(hint, "__metadata__", ()) if is_mark(mark)]
+    return own + [mark for part in get_args(hint) for mark in marks_in(part)]
+
+
+def is_mark(thing: Any) -> bool:
+    return isinstance(thing, Before | DecidesNothing | IsPath)
+
+
+def all_sections(section: type[Section]) -> Iterator[type[Section]]:
+    yield section
+    for below in sections_of(section).values():
+        yield from all_sections(below)
+
+
+def test_no_mark_is_where_nobody_looks() -> None:
+    """One on a part of a setting, as on `str` in `str | None`, would count for nothing."""
+    for section in all_sections(Recipe):
+        hints = get_type_hints(section, include_extras=True)
+        for name, field in section.model_fields.items():
+            assert marks_in(hints[name]) == [mark for mark in field.metadata if is_mark(mark)]
+
+
+def test_paths_are_found_in_what_is_half_a_recipe() -> None:
+    raw = {"data": {"dir": "here"}, "judge": 3, "prompts": None, "base": {"name": 7}, "rlaif": {}}
+    assert list(paths_in(raw)) == [({"dir": "here"}, "dir", IsPath())]
