@@ -12,12 +12,14 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 from pydantic import (
     BaseModel,
+    Field,
     ValidationError,
     create_model,
     field_validator,
@@ -26,7 +28,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from srlm_lite.errors import UserError, shorten
-from srlm_lite.methods import METHODS, method_of, sections_of_others
+from srlm_lite.methods import DEFAULT, METHODS, method_of, sections_of_others
 from srlm_lite.settings import Before, DecidesNothing, IsPath, Section, Shared, marked, sections_of
 from srlm_lite.shipped import place_of_base, recipes_dir
 from srlm_lite.yaml_text import parse_yaml, read_yaml
@@ -37,6 +39,10 @@ else:
     _OfMethods = create_model(
         "_OfMethods",
         __base__=Shared,
+        method=(
+            Literal[tuple(METHODS)],
+            Field(DEFAULT, description=Shared.model_fields["method"].description),
+        ),
         **{
             kind.section: (kind.Settings, kind.Settings())
             for kind in METHODS.values()
@@ -48,10 +54,10 @@ else:
 class Recipe(_OfMethods):
     """All a run needs to know: what methods share, and a section for each that has its own."""
 
-    @field_validator("method")
+    @field_validator("method", mode="before")
     @classmethod
-    def _is_known(cls, value: str) -> str:
-        if value in METHODS:
+    def _is_known(cls, value: Any) -> Any:
+        if not isinstance(value, str) or value in METHODS:
             return value
         close = difflib.get_close_matches(value, METHODS, n=1)
         hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(METHODS)}"
@@ -241,7 +247,8 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
         UserError: Not found, not YAML, an unknown key, or a value out of range.
     """
     path = find_recipe(name_or_path)
-    return overridden(_read_recipe(path), overrides, where=str(path))
+    said = reduce(_merged, (raw for _, raw in _layers(path)))
+    return overridden(said, overrides, where=str(path))
 
 
 def overridden(raw: Mapping[str, Any], overrides: Sequence[str], *, where: str) -> Recipe:
@@ -257,21 +264,30 @@ def overridden(raw: Mapping[str, Any], overrides: Sequence[str], *, where: str) 
     return recipe_from(_merged(raw, given), where=f"{where} with --set" if given else where)
 
 
-def _read_recipe(path: Path, *below: Path) -> dict[str, Any]:
+def layers_of(name_or_path: str) -> list[tuple[Path, dict[str, Any]]]:
+    """What each file of a recipe says, with its paths resolved: first what is extended.
+
+    Raises:
+        UserError: As `load_recipe`, but keys and values are not looked at.
+    """
+    return _layers(find_recipe(name_or_path))
+
+
+def _layers(path: Path, *above: Path) -> list[tuple[Path, dict[str, Any]]]:
     raw = read_yaml(path)
     if not isinstance(raw, dict):
         raise UserError("a recipe is a mapping of sections", where=str(path))
     _resolve_paths(raw, path.parent, Path.cwd())
     extended = raw.pop("extends", None)
     if extended is None:
-        return raw
+        return [(path, raw)]
     if not isinstance(extended, str):
         raise UserError("`extends` names one recipe", where=str(path))
     beside = path.parent / extended
     found = beside if beside.is_file() else find_recipe(extended)
-    if any(found.samefile(each) for each in (path, *below)):
+    if any(found.samefile(each) for each in (path, *above)):
         raise UserError("extends itself", where=str(path))
-    return _merged(_read_recipe(found, path, *below), raw)
+    return [*_layers(found, path, *above), (path, raw)]
 
 
 def recipe_from(raw: Mapping[str, Any], *, where: str) -> Recipe:

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from srlm_lite.export.source import Source
+from srlm_lite.export.source import FinishedModel
 from srlm_lite.methods import METHODS, sections_of_others
 from srlm_lite.recipe import Recipe
 from srlm_lite.report.facts import gather, public_settings
@@ -22,7 +22,7 @@ _PLACE = 'place = "..."  # this repository, or a directory with its files\n'
 
 def write_card(
     folder: Path,
-    source: Source,
+    source: FinishedModel,
     *,
     base: dict[str, Any],
     form: str,
@@ -47,7 +47,7 @@ def public_recipe(recipe: Recipe) -> dict[str, Any]:
 
 
 def card(
-    source: Source, *, base: dict[str, Any], form: str, onto: str, dtype: str, rank: int
+    source: FinishedModel, *, base: dict[str, Any], form: str, onto: str, dtype: str, rank: int
 ) -> str:
     """The card as Markdown, with the Hub's metadata on top."""
     head: dict[str, Any] = {
@@ -72,14 +72,14 @@ def card(
     return "\n\n".join(parts) + "\n"
 
 
-def _tags(source: Source, form: str) -> list[str]:
+def _tags(source: FinishedModel, form: str) -> list[str]:
     method = METHODS[source.recipe.method]
     tags = ["self-rewarding"] if method.is_self_rewarding else []
     tags += [method.trainer] if source.iteration else ["sft"]
     return [*tags, *(["lora"] if form == "adapter" else [])]
 
 
-def _about(source: Source, base: dict[str, Any]) -> str:
+def _about(source: FinishedModel, base: dict[str, Any]) -> str:
     method = METHODS[source.recipe.method]
     cited = method.cited()
     n, anchor = source.iteration, f"the anchor, {_anchor_from(source.recipe)}"
@@ -105,7 +105,9 @@ def _base_name(base: dict[str, Any]) -> str:
     return str(base["location"]) if base["kind"] == "hub" else short_base(base["name"])
 
 
-def _lineage(source: Source, base: dict[str, Any], *, form: str, onto: str, dtype: str) -> str:
+def _lineage(
+    source: FinishedModel, base: dict[str, Any], *, form: str, onto: str, dtype: str
+) -> str:
     recipe, facts = source.recipe, source.run.facts()
     quantization = "" if recipe.base.quantization == "none" else f", trained in {_nf4(recipe)}"
     commit = (
@@ -126,7 +128,7 @@ def _lineage(source: Source, base: dict[str, Any], *, form: str, onto: str, dtyp
     return "\n".join(f"- **{name}:** {text}" for name, text in rows)
 
 
-def _stack(source: Source) -> str:
+def _stack(source: FinishedModel) -> str:
     if not source.iteration:
         return "the anchor alone"
     dpo = source.recipe.dpo
@@ -149,7 +151,7 @@ def _pairs_by(recipe: Recipe) -> str:
     }[recipe.pairing.source]
 
 
-def _measured_on(source: Source, form: str, onto: str) -> str:
+def _measured_on(source: FinishedModel, form: str, onto: str) -> str:
     if source.recipe.base.quantization == "none" or form == "adapter" or onto != "original":
         return ""
     return (

@@ -46,6 +46,7 @@ from srlm_lite.model.nf4 import nf4_settings
 from srlm_lite.model.quiet import first_line as _first_line
 from srlm_lite.model.quiet import quiet as _quiet
 from srlm_lite.model.sharding import load_shards
+from srlm_lite.model.tokenizer import open_tokenizer
 from srlm_lite.settings import Base
 
 log = logging.getLogger(__name__)
@@ -218,7 +219,7 @@ def skeleton(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """
     section = Base(name=str(folder))
     with _quiet(), _explained(section, "directory", str(folder)):
-        tokenizer = _tokenizer(str(folder))
+        tokenizer = open_tokenizer(str(folder))
         model = empty_model(folder)
         if (folder / "generation_config.json").is_file():
             model.generation_config = hf.GenerationConfig.from_pretrained(str(folder))
@@ -254,12 +255,7 @@ def load_base(section: Base, *, sharded: bool = False, conversion: int | None = 
     kind, location = _locate(section.name)
     device = compute_device(section.device)
     dtype = _dtype(section.dtype, device)
-    if section.quantization == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(
-            "nf4 needs bitsandbytes, which is not installed",
-            where="base.quantization",
-            way_out="pip install bitsandbytes, or set base.quantization=none",
-        )
+    refuse_quantization(section)
     source: dict[str, Any] = {"name": section.name, "kind": kind, "location": location}
     folder = location
     if kind != "hub":
@@ -280,6 +276,20 @@ def load_base(section: Base, *, sharded: bool = False, conversion: int | None = 
     return LoadedBase(
         model=model, tokenizer=tokenizer, device=device, dtype=dtype, folder=folder, source=source
     )
+
+
+def refuse_quantization(section: Base) -> None:
+    """Make sure that what rounds the weights is installed.
+
+    Raises:
+        UserError: It is not.
+    """
+    if section.quantization == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(
+            "nf4 needs bitsandbytes, which is not installed",
+            where="base.quantization",
+            way_out="pip install bitsandbytes, or set base.quantization=none",
+        )
 
 
 def _caps_its_scores(model: PreTrainedModel) -> bool:
@@ -336,7 +346,7 @@ def compute_device(wanted: str) -> torch.device:
     """The device that `base.device` names.
 
     Raises:
-        UserError: CUDA is wanted, and there is none.
+        UserError: CUDA is wanted, and no device has it.
     """
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
@@ -379,7 +389,7 @@ def _load(
         folder, revision=section.revision or "main", trust_remote_code=False
     )
     _refuse_quantized(section.name, settings.to_dict())
-    tokenizer = _tokenizer(folder, section.revision)
+    tokenizer = open_tokenizer(folder, section.revision)
     if section.backend == "unsloth":
         model = unsloth_backend.load(folder, section, device=device, dtype=dtype)
         _check_complete(model, section, folder, kind)
@@ -392,18 +402,6 @@ def _load(
     model, report = load(Path(folder), settings, device, dtype, nf4=nf4)
     _check_missing(section, sorted(report["missing_keys"]))
     return model, tokenizer
-
-
-def _tokenizer(folder: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a directory or a Hub model.
-
-    Never mistral-common's, which transformers takes wherever that is installed and a `tekken.json`
-    lies there: it knows no chat template, and hides what its ids stand for.
-    """
-    tokenizer: PreTrainedTokenizerBase = hf.AutoTokenizer.from_pretrained(
-        folder, revision=revision or "main", mistral_format=False, trust_remote_code=False
-    )
-    return tokenizer
 
 
 def _check_complete(model: PreTrainedModel, section: Base, folder: str, kind: Kind) -> None:

@@ -14,6 +14,8 @@ from functools import reduce
 from operator import attrgetter
 from typing import Any
 
+from srlm_lite.data.self_instruct import MAX_NEW_TOKENS
+from srlm_lite.engines import ENGINES, EngineKind, kind_of
 from srlm_lite.errors import UserError
 from srlm_lite.methods import method_of
 from srlm_lite.methods.base import Draws, Sizes, Trains
@@ -23,22 +25,24 @@ from srlm_lite.planning.memory import (
     Device,
     Held,
     Shape,
-    drawing_bytes,
     exporting,
     holes,
     loading,
-    rows_within,
     sampling,
     training,
 )
 from srlm_lite.recipe import Recipe, recipe_from
+from srlm_lite.rollout.sizes import drawing_bytes, rows_within
 from srlm_lite.settings import Anchor, Dpo, Optim
+from srlm_lite.window import longest_prompt
 
 PARTS = ("base", "adapters", "optimizer", "activations", "kv_cache", "logits", "libraries")
 USABLE: Mapping[Device, float] = {"cuda": 0.95, "cpu": 1.0}
 """Share of a device's memory that a plan may fill; a GPU's allocator loses some to fragments."""
 _LIKE: Mapping[str, str] = {"sft": "anchor SFT", "dpo": "DPO"}
 """Of each kind of training, a phase whose rate stands for it."""
+HERE = ENGINES["transformers"]
+"""The engine that is advised where another one takes too much."""
 _LEAST_WINDOW = 512
 """Shorter ones are not advised: a judge's question takes most of that."""
 _TEXTS = 6
@@ -57,7 +61,7 @@ class Hardware:
     memory: int
     count: int = 1
     shards: int = 1
-    """Of them, those that the base is spread over; 1: each holds it whole."""
+    """How many of them the base is spread over; 1: each holds it whole."""
 
     def __str__(self) -> str:
         return f"{self.count} x {self.memory / 1e9:.0f} GB" + (
@@ -110,7 +114,7 @@ class Plan:
 
     @property
     def peak(self) -> int:
-        """Of all phases on the device."""
+        """The largest peak of the phases on the device."""
         return max(phase.total for phase in self.phases if not phase.on_host)
 
     @property
@@ -234,8 +238,6 @@ class _Phases:
         )
 
     def _drawn(self, one: Draws) -> Phase:
-        rollout, judge = self.recipe.rollout.engine, self.recipe.judge.engine
-        engine = (judge or rollout) if one.role == "judge" else rollout
         return self._sampling(
             one.name,
             prompts=one.prompts,
@@ -243,7 +245,7 @@ class _Phases:
             prompt_tokens=one.prompt_tokens,
             new=one.new_tokens,
             tokens=one.texts * one.new_tokens,
-            engine="transformers" if one.in_training else engine,
+            engine=HERE if one.in_training else kind_of(self.recipe, one.role),
             like="judge" if one.role == "judge" else "candidates",
             whole=one.in_training,
         )
@@ -274,7 +276,7 @@ class _Phases:
         prompt_tokens: int,
         new: int,
         tokens: int | None,
-        engine: str = "transformers",
+        engine: EngineKind = HERE,
         like: str = "candidates",
         whole: bool = False,
     ) -> Phase:
@@ -285,7 +287,7 @@ class _Phases:
         """
 
         def parts(at_once: int) -> dict[str, int]:
-            if engine == "transformers":
+            if engine.samples_here:
                 found = sampling(
                     self.held,
                     prompts=at_once,
@@ -296,8 +298,8 @@ class _Phases:
                 )
             else:
                 found = self._beside()
-                if engine == "vllm":
-                    found["kv_cache"] = int(self.recipe.vllm.memory * self.hardware.memory)
+                if share := engine.share(self.recipe):
+                    found["kv_cache"] = int(share * self.hardware.memory)
             return self._libraries(found, "sampling")
 
         rows = self._rows(prompt_tokens + new)
@@ -331,13 +333,15 @@ class _Phases:
     @property
     def _room(self) -> int:
         """The longest prompt of a candidate."""
-        window, new = self.recipe.base.window, self._answer
-        return max(1, min(self.lengths.prompt, window - new))
+        return longest_prompt(
+            self.recipe.base.window, answer=self._answer, bound=self.lengths.prompt
+        )
 
     @property
     def _judge_room(self) -> int:
-        window, new = self.recipe.base.window, self._judgement
-        return max(1, min(self.lengths.judge_prompt, window - new))
+        return longest_prompt(
+            self.recipe.base.window, answer=self._judgement, bound=self.lengths.judge_prompt
+        )
 
     @property
     def _answer(self) -> int:
@@ -350,7 +354,7 @@ class _Phases:
         return _judgement(self.recipe, self.lengths)
 
     def _prompts(self) -> Phase:
-        recipe, new = self.recipe, 256 + self.lengths.thought
+        recipe, new = self.recipe, MAX_NEW_TOKENS + self.lengths.thought
         return self._sampling(
             "prompts",
             prompts=recipe.rollout.chunk_prompts,
@@ -358,7 +362,7 @@ class _Phases:
             prompt_tokens=recipe.base.window,
             new=new,
             tokens=recipe.iterations * recipe.prompts.per_iteration * new,
-            engine=recipe.rollout.engine,
+            engine=kind_of(recipe, "policy"),
         )
 
     def _anchor(self) -> Phase:
@@ -405,7 +409,7 @@ class _Phases:
         if self.lengths.graded is not None and not (section.ifeval or section.tasks):
             # A model's own answers are graded by itself and by the anchor, the anchor's by itself.
             own = min(section.judged_answers, section.policy_prompts * section.samples)
-            external = (recipe.judge.engine or recipe.rollout.engine) == "openai"
+            external = kind_of(recipe, "judge").remote
             judges = models if external else 2 * models - 1
             voted = (models * self.lengths.graded + judges * own) * votes
             total = drawn * self._answer + voted * self._judgement
@@ -416,7 +420,7 @@ class _Phases:
             prompt_tokens=self._judge_room,
             new=self._judgement,
             tokens=total,
-            engine=recipe.judge.engine or recipe.rollout.engine,
+            engine=kind_of(recipe, "judge"),
             like="",
         )
         as_policy = self._sampling(
@@ -426,7 +430,7 @@ class _Phases:
             prompt_tokens=self._room,
             new=self._answer,
             tokens=total,
-            engine=recipe.rollout.engine,
+            engine=kind_of(recipe, "policy"),
         )
         return max((as_judge, as_policy), key=lambda phase: phase.total)
 
@@ -439,7 +443,7 @@ class _Phases:
 
 def _judgement(recipe: Recipe, lengths: Lengths) -> int:
     """Tokens of a judgement at most; of a server's judge no thought is known."""
-    external = (recipe.judge.engine or recipe.rollout.engine) == "openai"
+    external = kind_of(recipe, "judge").remote
     return recipe.judge.max_new_tokens + (0 if external else lengths.thought)
 
 
@@ -522,8 +526,8 @@ def _remedies(recipe: Recipe, phase: Phase) -> Iterator[Mapping[str, Any]]:
             yield {f"{section}.micro_batch_size": max(halves)}
     elif phase.name != "load":
         for key, engine in (("rollout", recipe.rollout.engine), ("judge", recipe.judge.engine)):
-            if engine == "vllm":
-                yield {f"{key}.engine": "transformers"}
+            if engine is not None and ENGINES[engine].holds_base:
+                yield {f"{key}.engine": HERE.name}
         rows = phase.shape["batch_rows"]
         if rows > phase.shape["samples"]:
             yield {"rollout.batch_rows": max(1, rows // 2)}

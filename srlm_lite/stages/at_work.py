@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from srlm_lite.engines import Role
 from srlm_lite.judging import Rubric
 from srlm_lite.methods.base import Facts, Iteration, Model
 from srlm_lite.pairing import Drops
@@ -22,7 +23,7 @@ from srlm_lite.records import (
 )
 from srlm_lite.run.files import read_records, write_records
 from srlm_lite.run.layout import DeltaPlace, IterationDir
-from srlm_lite.session import Role, Session
+from srlm_lite.session import Session
 from srlm_lite.settings import Consistency, Dpo, Optim
 from srlm_lite.stages import learning, pairs, prompts, reward
 from srlm_lite.stages.likelihood import candidate_likelihoods

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from srlm_lite.engines import Role
 from srlm_lite.errors import UserError
 from srlm_lite.evaluate.candidates import on_policy_accuracy
 from srlm_lite.progress import Training
@@ -22,7 +23,7 @@ from srlm_lite.rollout.protocol import Sample
 from srlm_lite.run.files import read_json, write_json, write_records
 from srlm_lite.run.layout import DeltaPlace, IterationDir
 from srlm_lite.seeds import derive_seed
-from srlm_lite.session import Role, Session
+from srlm_lite.session import Session
 from srlm_lite.settings import Consistency, Dpo, Optim
 from srlm_lite.stages.anchor import Sft, fitting_examples, ift_examples, scratch
 from srlm_lite.stages.pairs import pair_example
