@@ -90,7 +90,7 @@ class Battle:
 def most_disputed(
     judgements: Mapping[str, Sequence[Judgement]], rng: Random
 ) -> list[Judgement] | None:
-    """Of a prompt's answers, the readable judgements of the one whose scores vary most.
+    """The readable judgements of the answer to a prompt whose scores vary most.
 
     Ties are drawn. None where no answer has two different scores.
     """

@@ -526,7 +526,7 @@ class Rlaif(SelfRewarding[RlaifSettings]):
         held_to: Principles,
         rationales: Mapping[str, str | None],
     ) -> dict[str, Likelihood]:
-        """Likelihoods of both options as the end of the reply; what they have in common cancels out later."""
+        """How likely either option ends the reply; what they have in common cancels out later."""
         question = "reasoning" if self.own.rationale else "comparison"
         questions, replies = [], []
         for one in comparisons:

@@ -40,7 +40,7 @@ PARTS = ("base", "adapters", "optimizer", "activations", "kv_cache", "logits", "
 USABLE: Mapping[Device, float] = {"cuda": 0.95, "cpu": 1.0}
 """Share of a device's memory that a plan may fill; a GPU's allocator loses some to fragments."""
 _LIKE: Mapping[str, str] = {"sft": "anchor SFT", "dpo": "DPO"}
-"""Of each kind of training, a phase whose rate stands for it."""
+"""For each kind of training, a phase whose rate stands for it."""
 HERE = ENGINES["transformers"]
 """The engine that is advised where another one takes too much."""
 _LEAST_WINDOW = 512
