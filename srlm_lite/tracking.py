@@ -23,6 +23,7 @@ import shlex
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
@@ -95,6 +96,40 @@ class _Place(Protocol):
     def close(self, failed: bool) -> None: ...
 
 
+@dataclass(frozen=True, slots=True)
+class _Opening:
+    """What a tracker is opened with.
+
+    Args:
+        name: What the run is called there.
+        key: Hexadecimal digits that are this run's alone.
+        resume: It has been told of this run before.
+    """
+
+    run: RunDir
+    project: str
+    name: str
+    key: str
+    resume: bool
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings that the run's method reads."""
+        return used_settings(gather(self.run, texts=False))
+
+
+@dataclass(frozen=True, slots=True)
+class TrackerKind:
+    """A tracker: the package of its own name, and how it is begun.
+
+    Args:
+        way_out: What to do where it does not start.
+    """
+
+    open: Callable[[_Opening], _Place]
+    way_out: str = "Leave it out"
+
+
 class Tracking:
     """The `Tracker` of a run: tells each of the trackers what it has not been told yet.
 
@@ -132,20 +167,15 @@ class Tracking:
         for tracker in section.report_to:
             told = self._notes["told"].setdefault(tracker, {"stages": 0, "steps": {}})
             try:
-                self._places[tracker] = _open(
-                    tracker,
-                    self._run,
-                    project=section.project,
-                    name=name,
-                    key=key,
-                    resume=bool(told["stages"] or told["steps"]),
-                )
+                going_on = bool(told["stages"] or told["steps"])
+                opening = _Opening(self._run, section.project, name, key, going_on)
+                self._places[tracker] = TRACKERS[tracker].open(opening)
             except Exception as error:  # each library has errors of its own
                 self.close(failed=True)
                 raise UserError(
                     f"{tracker} does not start: {_first_line(error)}",
                     where="tracking.report_to",
-                    way_out=WAYS_OUT.get(tracker, "Leave it out"),
+                    way_out=TRACKERS[tracker].way_out,
                 ) from error
         self._note()
         self._tell_curves()
@@ -308,23 +338,6 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-WAYS_OUT = {
-    "wandb": "Log in with `wandb login`, or keep it on this machine with WANDB_MODE=offline",
-    "trackio": "See its settings in the environment, TRACKIO_SPACE_ID above all, or leave it out",
-}
-
-
-def _open(
-    tracker: TrackerName, run: RunDir, *, project: str, name: str, key: str, resume: bool
-) -> _Place:
-    if tracker == "tensorboard":
-        return _TensorBoard(run)
-    settings = used_settings(gather(run, texts=False))
-    if tracker == "wandb":
-        return _Wandb(run, project=project, name=name, key=key, config=settings)
-    return _Trackio(project=project, name=name, config=settings, resume=resume)
-
-
 class _TensorBoard:
     """A directory for the figures of stages, and one for each training."""
 
@@ -406,6 +419,20 @@ class _Trackio:
 
         with _silence():
             trackio.finish()
+
+
+TRACKERS: Mapping[TrackerName, TrackerKind] = {
+    "tensorboard": TrackerKind(lambda at: _TensorBoard(at.run)),
+    "wandb": TrackerKind(
+        lambda at: _Wandb(at.run, project=at.project, name=at.name, key=at.key, config=at.settings),
+        "Log in with `wandb login`, or keep it on this machine with WANDB_MODE=offline",
+    ),
+    "trackio": TrackerKind(
+        lambda at: _Trackio(project=at.project, name=at.name, config=at.settings, resume=at.resume),
+        "See its settings in the environment, TRACKIO_SPACE_ID above all, or leave it out",
+    ),
+}
+"""All of them, by the names that a recipe knows them by."""
 
 
 def _silence() -> contextlib.redirect_stdout[io.StringIO]:

@@ -18,7 +18,7 @@ from srlm_lite.evaluate.mt_bench import (
     mt_bench,
     read_rating,
 )
-from srlm_lite.judging import fill, load_template
+from srlm_lite.judging import fill, load_question
 from srlm_lite.records import Candidate
 from srlm_lite.rollout.protocol import Limits, Request
 from srlm_lite.run.files import read_json, read_jsonl, write_json
@@ -30,7 +30,6 @@ from srlm_lite.stages.replies import candidate_of
 from srlm_lite.stages.sampling import ask, chunked, with_thought
 from srlm_lite.window import room_for_prompt
 
-PLACES = ("turn", "conversation")
 TAGS = ("user", "assistant", "reference")
 """What may stand around the texts of a conversation in the judge's question."""
 
@@ -132,7 +131,7 @@ def _place(model: RunModel, questions: Sequence[Question], judge: Session) -> Mt
         questions,
         recipe.openai.url,
         recipe.openai.model,
-        load_template(recipe.mt_bench.template, *PLACES),
+        load_question("mt-bench", recipe.mt_bench.template),
         recipe.mt_bench.judge_max_new_tokens,
     ]
     name = file_name(model.name, "by", str(recipe.openai.model), digest_of(*decides))
@@ -222,7 +221,7 @@ def _grades(
     place: MtBenchDir,
 ) -> list[Grade]:
     section = judge.recipe.mt_bench
-    template = load_template(section.template, *PLACES)
+    template = load_question("mt-bench", section.template)
     asked = [
         (f"{question.question_id}#{turn}", judge_question(template, question, answers[:turn]))
         for question in questions

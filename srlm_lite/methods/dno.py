@@ -23,7 +23,7 @@ from random import Random
 from typing import Any
 
 from srlm_lite.errors import UserError
-from srlm_lite.judging import SCORES, fill, load_template, numbered, plain_lines
+from srlm_lite.judging import SCORES, fill, load_question, numbered, plain_lines
 from srlm_lite.methods.self_rewarding import MadePairs, SelfRewarding, judged
 from srlm_lite.pairing import Drops, Scored, has_tag, length_penalty, pair
 from srlm_lite.records import Candidate, Judgement, PreferencePair, Prompt
@@ -206,7 +206,7 @@ def _side_by_side(
     candidates: Sequence[Candidate],
 ) -> list[Judgement]:
     recipe = session.recipe
-    template = load_template(recipe.dno.template, "prompt", "responses")
+    template = load_question("side-by-side", recipe.dno.template)
     texts = {prompt.prompt_id: prompt.text for prompt in prompts}
     groups: dict[str, list[Candidate]] = {}
     for row in candidates:

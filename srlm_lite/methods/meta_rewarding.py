@@ -26,7 +26,7 @@ from random import Random
 from statistics import fmean, pvariance
 from typing import Any
 
-from srlm_lite.judging import Rubric, fill, load_template, options, plain_lines
+from srlm_lite.judging import Rubric, fill, load_question, options, plain_lines
 from srlm_lite.methods.self_rewarding import MadePairs, SelfRewarding
 from srlm_lite.pairing import JUDGE, Drops, at_iteration
 from srlm_lite.records import Candidate, Judgement, PreferencePair, Prompt, Reply
@@ -306,7 +306,7 @@ def _battles(
     texts: Mapping[str, str],
 ) -> dict[str, list[Battle]]:
     recipe, meta = session.recipe, session.recipe.meta_rewarding
-    template = load_template(meta.template, "first", "second")
+    template = load_question("meta-judge", meta.template)
     show = without_score if meta.hide_scores else str
     questions = []
     for prompt_id, rows in disputed.items():

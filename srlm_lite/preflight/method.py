@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from srlm_lite.judging import load_template
+from srlm_lite.judging import load_question
 from srlm_lite.principles import load_principles
 from srlm_lite.recipe import Recipe
 from srlm_lite.run.files import read_jsonl
@@ -25,9 +25,9 @@ def check_method(recipe: Recipe) -> None:
         UserError: Names the first that cannot be read.
     """
     if recipe.method == "meta-rewarding":
-        load_template(recipe.meta_rewarding.template, "first", "second")
+        load_question("meta-judge", recipe.meta_rewarding.template)
     if recipe.method == "dno" and recipe.dno.grading == "side-by-side":
-        load_template(recipe.dno.template, "prompt", "responses")
+        load_question("side-by-side", recipe.dno.template)
     if recipe.method == "dno" and recipe.dno.teacher not in (None, "server"):
         read_jsonl(Path(str(recipe.dno.teacher)))
     if recipe.method == "rlaif":
