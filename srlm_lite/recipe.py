@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -312,7 +313,8 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
         UserError: Not found, not YAML, an unknown key, or a value out of range.
     """
     path = find_recipe(name_or_path)
-    return overridden(_read_recipe(path), overrides, where=str(path))
+    said = reduce(_merged, (raw for _, raw in _layers(path)))
+    return overridden(said, overrides, where=str(path))
 
 
 def overridden(raw: Mapping[str, Any], overrides: Sequence[str], *, where: str) -> Recipe:
@@ -328,21 +330,30 @@ def overridden(raw: Mapping[str, Any], overrides: Sequence[str], *, where: str) 
     return recipe_from(_merged(raw, given), where=f"{where} with --set" if given else where)
 
 
-def _read_recipe(path: Path, *below: Path) -> dict[str, Any]:
+def layers_of(name_or_path: str) -> list[tuple[Path, dict[str, Any]]]:
+    """What each file of a recipe says, with its paths resolved: first what is extended.
+
+    Raises:
+        UserError: As `load_recipe`, but keys and values are not looked at.
+    """
+    return _layers(find_recipe(name_or_path))
+
+
+def _layers(path: Path, *above: Path) -> list[tuple[Path, dict[str, Any]]]:
     raw = read_yaml(path)
     if not isinstance(raw, dict):
         raise UserError("a recipe is a mapping of sections", where=str(path))
     _resolve_paths(raw, path.parent, Path.cwd())
     extended = raw.pop("extends", None)
     if extended is None:
-        return raw
+        return [(path, raw)]
     if not isinstance(extended, str):
         raise UserError("`extends` names one recipe", where=str(path))
     beside = path.parent / extended
     found = beside if beside.is_file() else find_recipe(extended)
-    if any(found.samefile(each) for each in (path, *below)):
+    if any(found.samefile(each) for each in (path, *above)):
         raise UserError("extends itself", where=str(path))
-    return _merged(_read_recipe(found, path, *below), raw)
+    return [*_layers(found, path, *above), (path, raw)]
 
 
 def recipe_from(raw: Mapping[str, Any], *, where: str) -> Recipe:

@@ -16,6 +16,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    WithJsonSchema,
     field_validator,
     model_validator,
 )
@@ -38,7 +39,11 @@ def known_temperature(value: float) -> float:
     raise ValueError(f"{value:g} is no temperature: 0 (greedy), or from 0.001 to 100")
 
 
-Temperature = Annotated[float, AfterValidator(known_temperature)]
+Temperature = Annotated[
+    float,
+    AfterValidator(known_temperature),
+    WithJsonSchema({"anyOf": [{"const": 0}, {"type": "number", "minimum": 0.001, "maximum": 100}]}),
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +141,7 @@ class Base(Section):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Compute dtype. `auto`: bfloat16 where the device is fast at it, else float32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """What computes. `auto`: a GPU where there is one."""
     backend: Literal["transformers", "unsloth"] = "transformers"
     """What holds the weights and computes on them. `unsloth`: its loader and kernels, an extra; a
     tool for GPUs, which on a CPU only shows that it works."""
@@ -155,9 +161,11 @@ class Lora(Section):
     """Shape of one adapter."""
 
     rank: Positive = 16
+    """Rank of the update; the size of the adapter grows with it."""
     alpha: Annotated[float, Field(gt=0)] = 32.0
     """The update is scaled by alpha / rank."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the adapter's inputs left out at each step of a training."""
     targets: Annotated[tuple[str, ...], Field(min_length=1)] = (
         "q_proj",
         "k_proj",
@@ -202,16 +210,21 @@ class Optim(Section):
     """Where it stands in a recipe."""
 
     epochs: Annotated[float, Field(gt=0)] = 1.0
+    """Passes over the examples; a part of one is a share of the steps."""
     learning_rate: Annotated[float, Field(gt=0)]
+    """The highest of the schedule."""
     final_learning_rate_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
     """The schedule ends at this share of the learning rate."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls after the warm-up."""
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the steps in which the learning rate rises from zero."""
     batch_size: Positive = 16
     """Sequences (or pairs) in one optimiser step."""
     micro_batch_size: Annotated[Positive, DECIDES_NOTHING] = 4
     """Sequences (or pairs) in memory at once; divides `batch_size`."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """A longer gradient is cut to this length before a step."""
     gradient_checkpointing: Annotated[bool, DECIDES_NOTHING] = False
     """Trades a third more compute for much less activation memory."""
 
@@ -241,7 +254,9 @@ class Anchor(Optim):
     use_ift: bool = True
     """False leaves out `ift.jsonl`: a judge-only anchor for a base that already answers well."""
     use_eft: bool = True
+    """False leaves out `eft_train.jsonl`: an anchor that is taught to answer alone."""
     ift_limit: Positive | None = None
+    """At most this many rows of `ift.jsonl`, the first ones."""
     eft_prompts: Positive | None = None
     """At most this many EFT prompts (with all their replies)."""
     eft_targets: Literal["self", "given", "human"] = "self"
@@ -261,6 +276,7 @@ class Prompts(Section):
     file: Annotated[str | None, IsPath()] = None
     """Prompt list; default: `prompts.jsonl` of the data directory."""
     per_iteration: Positive = 64
+    """Prompts that each iteration answers."""
     reuse: bool = False
     """Let an iteration use prompts that an earlier one has used, when the file runs out."""
 
@@ -271,7 +287,9 @@ class Sampling(Section):
     temperature: Temperature = 0.7
     """0 is greedy."""
     top_p: Probability = 0.9
+    """Tokens are drawn from the likeliest that have this probability together; 1 is all."""
     max_new_tokens: Positive = 512
+    """Longest reply, in tokens."""
 
 
 EngineName = Literal["transformers", "vllm", "openai"]
@@ -343,14 +361,15 @@ class OpenAI(Section):
     url: str | None = None
     """Up to and including `/v1`."""
     model: str | None = None
+    """What the server calls the model that it is to ask."""
     key_variable: Annotated[str, DECIDES_NOTHING] = "OPENAI_API_KEY"
     """Environment variable that holds the key; the key itself is in no file and no log."""
     parallel: Annotated[Positive, DECIDES_NOTHING] = 8
     """Requests under way at once."""
     timeout_s: Annotated[float, Field(gt=0), DECIDES_NOTHING] = 120.0
-    """Of one request."""
+    """Seconds that one request may take."""
     retries: Annotated[int, Field(ge=0), DECIDES_NOTHING] = 6
-    """Of one request, with exponential back-off, before the run stops."""
+    """How often a request is repeated, with exponential back-off, before the run stops."""
 
     @field_validator("url")
     @classmethod
@@ -404,6 +423,7 @@ class Dpo(Optim):
     reference: Literal["init", "anchor"] = "init"
     """The stack that DPO's log-ratios are taken against."""
     beta: Annotated[float, Field(gt=0)] = 0.1
+    """DPO's inverse temperature: the larger, the closer the delta stays to the reference."""
     nll_weight: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the negative log-likelihood of the chosen reply beside the DPO loss."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
@@ -466,7 +486,7 @@ class Evaluate(Section):
     samples: Positive = 1
     """Sampled answers a prompt, beside one greedy answer."""
     temperature: Annotated[Temperature, Field(gt=0)] | None = None
-    """Of the sampled answers; default: `rollout.temperature`."""
+    """Temperature of the sampled answers; default: `rollout.temperature`."""
     gold: str | None = None
     """`module:function`: an external score of an answer that the model never sees."""
     judged_answers: Annotated[int, Field(ge=0)] = 64
@@ -503,9 +523,9 @@ class Tracking(Section):
     """What TRL logs at each step of each training, and the figures of each stage, go there: one
     name or a list. One run here is one run there."""
     project: str = "srlm-lite"
-    """Of W&B and trackio."""
+    """Project in W&B and trackio."""
     name: str | None = None
-    """Of the run in W&B and trackio; default: the recipe's, the directory's, and a few letters
+    """The run's name in W&B and trackio; default: the recipe's, the directory's, and a few letters
     that tell runs apart."""
 
     @field_validator("report_to", mode="before")
@@ -524,25 +544,25 @@ class Compare(Section):
     each reply alone, as judge data teaches it to. `pairwise`: it is shown both, in both orders.
     A judge behind a server is asked pairwise, unless the command says otherwise."""
     template: Annotated[str, IsPath(shipped=TEMPLATES)] = "pairwise"
-    """Of the pairwise question: name of a shipped template or a path."""
+    """The pairwise question: name of a shipped template or a path."""
     temperature: Temperature = 0.0
-    """Of the pairwise judge; 0 is greedy."""
+    """Temperature of the pairwise judge; 0 is greedy."""
     max_new_tokens: Positive = 512
-    """Of its reply."""
+    """Longest reply of the pairwise judge."""
 
 
 class MtBench(Section):
     """`srlm-lite mt-bench`; decides nothing in a run."""
 
     max_new_tokens: Positive | None = 1024
-    """Of an answer, as in MT-Bench's own program; half of `base.window` where that is less. None:
+    """Longest answer, as in MT-Bench's own program; half of `base.window` where that is less. None:
     as `rollout.max_new_tokens`."""
     top_p: Annotated[Probability | None, Before(None)] = 1.0
-    """Of an answer, as in MT-Bench's own program. None: as `rollout.top_p`."""
+    """Nucleus of an answer, as in MT-Bench's own program. None: as `rollout.top_p`."""
     template: Annotated[str, IsPath(shipped=TEMPLATES)] = "mt-bench"
-    """Of the judge's question: name of a shipped template or a path."""
+    """The judge's question: name of a shipped template or a path."""
     judge_max_new_tokens: Positive = 1024
-    """Of the judge's reply."""
+    """Longest reply of the judge."""
 
 
 MethodName = Literal[
@@ -563,11 +583,15 @@ class Shared(Section):
     """What a recipe says whatever its method: all but the sections that one method alone reads."""
 
     name: Annotated[str, DECIDES_NOTHING]
+    """What reports and trackers call a run of it."""
     description: Annotated[str, DECIDES_NOTHING] = ""
+    """What it is for, in a line; `srlm-lite recipes list` prints it."""
     method: MethodName = "self-rewarding"
+    """What turns answers into something to learn from."""
     seed: int = 0
+    """All that is drawn at random follows from it."""
     iterations: Annotated[int, Field(ge=0), DECIDES_NOTHING] = 3
-    """A longer run continues a shorter one."""
+    """Rounds of the loop after the anchor. A longer run continues a shorter one."""
     base: Base
     data: Data
     anchor: Anchor = Anchor()

@@ -5,9 +5,8 @@ published checkpoints have, and the toy base's tokenizer of whole words. They wr
 milliseconds: for tests of what is loaded, trained, sampled and exported, not of quality.
 
 What a run of each ends in stands here as well. `test_families.py` holds every run to it, and
-`docs/bases.md` is written from it:
+`docs/bases.md` is written from it.
 
-    python tests/families.py docs                writes that page
     python tests/families.py FOLDER [NAME...]    builds bases there
 """
 
@@ -663,7 +662,7 @@ DOCS = Path(__file__).parent.parent / "docs" / "bases.md"
 
 _HEAD = """# Bases
 
-<!-- Written by `python tests/families.py docs`; do not edit. -->
+<!-- Written by `make docs`; do not edit. -->
 
 What srlm-lite does with the model families of today. Each row is a test that runs on every commit,
 on a CPU, in NF4: a tiny base of random weights with the family's shape goes through an iteration
@@ -679,6 +678,28 @@ learns; the real models that are named have that architecture in transformers {v
 - **Exports**: the forms that `srlm-lite export --as` gives, each equal to PEFT on the base.
 - **Experts** of a mixture lie fused in one parameter a layer: they stay in 16 bits, which
   `srlm-lite plan` counts, and carry no adapter; attention and dense layers do.
+
+## How to name one, and what a run does with it
+
+[`base.name`](settings.md#basename) is a Hub id, a directory or a `.gguf` file.
+
+- Replies are sampled behind the very ids that they are learned behind, whatever the chat template
+  writes around them; a template that does not allow that is refused. Where the text of a reply does
+  not give its ids back, they are kept and learned as sampled.
+- Bases that think (Qwen3, GLM, gpt-oss, DeepSeek-R1's and so on): the policy learns thought and
+  answer, and the judge, the gold scorer and every figure see the answer. A thought may be
+  `rollout.max_thought_tokens` long; one that never closes is a truncated answer. Without thoughts:
+  `--set base.chat_template_kwargs="{{enable_thinking: false}}"`. That section reaches every
+  rendering and goes with an export.
+- The adapters of a mixture of experts go on its attention and dense layers, those of a
+  vision-language checkpoint on its text model. What could not be exported is refused before the
+  anchor; merged files have the tensors' names of the base's own.
+- A GGUF file is converted once, tokenizer and all, from what it says itself; what it says and this
+  version cannot do is refused.
+- Before the anchor a run tells how many bits a byte the base needs for its answers and prompts, and
+  warns where it does no better on them than on shuffled letters.
+
+## Families
 
 | family | for example | targets | sampling | exports | experts |
 |---|---|---|---|---|---|
@@ -729,9 +750,5 @@ def page() -> str:
 
 if __name__ == "__main__":
     os.environ["HF_HUB_OFFLINE"] = "1"
-    if sys.argv[1] == "docs":
-        DOCS.parent.mkdir(exist_ok=True)
-        DOCS.write_text(page())
-        sys.exit()
     for each in sys.argv[2:] or FAMILIES:
         print(build_family(each, Path(sys.argv[1])))

@@ -76,4 +76,4 @@ def test_a_checkpoint_in_few_bits_is_refused_before_the_anchor(
 
 
 def test_the_page_of_bases_says_what_these_tests_hold() -> None:
-    assert DOCS.read_text() == page(), "write it anew: python tests/families.py docs"
+    assert DOCS.read_text() == page(), "write it anew: make docs"

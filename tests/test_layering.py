@@ -32,6 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "shipped": {"errors"},
     "settings": {"errors", "shipped"},
     "recipe": {"errors", "settings", "shipped", "yaml_text"},
+    "explain": {"errors", "recipe", "settings"},
     "engines": {"model", "progress", "recipe", "rollout", "run.run", "settings"},
     "planning": {
         "data",
@@ -203,6 +204,7 @@ ALLOWED: dict[str, set[str]] = {
         "doctor",
         "engines",
         "errors",
+        "explain",
         "export",
         "hardware",
         "loop",

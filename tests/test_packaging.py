@@ -119,16 +119,17 @@ def test_the_source_distribution_carries_what_it_speaks_of(wheel: Path) -> None:
     [file] = wheel.parent.glob("*.tar.gz")
     with tarfile.open(file) as archive:
         carried = {name.partition("/")[2] for name in archive.getnames()}
+    texts = [*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md")]
     linked = {
-        link
-        for text in REPOSITORY.glob("*.md")
-        for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", text.read_text(encoding="utf-8"))
+        (text.parent / link).resolve().relative_to(REPOSITORY).as_posix()
+        for text in texts
+        for link in re.findall(r"\]\((?!https?:)([^)#]+)", text.read_text(encoding="utf-8"))
     }
     run = set(re.findall(r"\.ci/\w+\.py", (REPOSITORY / "Makefile").read_text(encoding="utf-8")))
-    assert {"BENCHMARKS.md", ".ci/gpu_report.py"} <= linked | run
+    assert {"BENCHMARKS.md", "docs/data.md", ".ci/gpu_report.py"} <= linked | run
     missing = [
         name
-        for name in (*linked, *run, ".ci/run", "pyproject.toml", "LICENSE")
+        for name in (*linked, *run, ".ci/run", "pyproject.toml", "LICENSE", "mkdocs.yml")
         if not any(path == name.rstrip("/") for path in carried)
     ]
     assert missing == []
@@ -147,7 +148,7 @@ def test_the_wheel_describes_itself(wheel: Path) -> None:
         entry_points = archive.read(f"{info}/entry_points.txt").decode()
         assert f"{info}/licenses/LICENSE" in archive.namelist()
     assert metadata["License-Expression"] == "Apache-2.0"
-    extras = {"unsloth", "vllm", "eval", "tracking", "dev"}
+    extras = {"unsloth", "vllm", "eval", "tracking", "docs", "dev"}
     assert set(metadata.get_all("Provides-Extra", [])) == extras
     assert "srlm-lite = srlm_lite.cli.main:run" in entry_points
 
@@ -188,7 +189,7 @@ def pins() -> dict[str, str]:
 
 
 def requirements(*groups: str) -> list[Requirement]:
-    """Of the package itself and of the extras named."""
+    """What the package itself requires, and the extras named."""
     text = (REPOSITORY / "pyproject.toml").read_text(encoding="utf-8")
     project = tomllib.loads(text)["project"]
     extras = project["optional-dependencies"]
@@ -197,7 +198,7 @@ def requirements(*groups: str) -> list[Requirement]:
 
 
 @pytest.mark.parametrize(
-    "requirement", requirements("dev", "eval", "unsloth", "vllm", "tracking"), ids=str
+    "requirement", requirements("dev", "eval", "unsloth", "vllm", "tracking", "docs"), ids=str
 )
 def test_every_dependency_is_pinned_within_its_range(requirement: Requirement) -> None:
     pinned = pins().get(canonicalize_name(requirement.name))

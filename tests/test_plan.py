@@ -261,7 +261,7 @@ def test_rounding_a_tensor_on_a_cpu_takes_16_bytes_a_weight() -> None:
 
 @pytest.mark.parametrize(("device", "bytes_each"), [("cpu", 16), ("cuda", 2)])
 def test_loading_in_nf4_counts_the_largest_tensor_on_its_way(device: Any, bytes_each: int) -> None:
-    """Of Llama-2 7B an MLP projection, 4096 x 11008: 0.72 GB on a CPU, more than a first token."""
+    """In Llama-2 7B an MLP projection, 4096 x 11008: 0.72 GB on a CPU, more than a first token."""
     recipe = load_recipe("llama2-7b", ["base.dtype=bfloat16"])
     load = plan_for(recipe, Hardware(device, "", 80 * GB)).phases[0]
     rounding = bytes_each * 4096 * 11008

@@ -123,7 +123,7 @@ def sampled(run: RunDir) -> dict[str, bytes]:
 
 
 def distance(one: Adapter, other: Adapter) -> float:
-    """Of two adapters, as a share of what one of them is."""
+    """How far two adapters lie apart, as a share of what one of them is."""
     both = [
         (a, b)
         for module, factors in one.factors.items()

@@ -11,7 +11,7 @@ import typer
 
 from srlm_lite.cli.facts import hardware, versions
 from srlm_lite.cli.preflight import preflight_json, preflight_text
-from srlm_lite.cli.progress import Console
+from srlm_lite.cli.progress import ConsoleReporter
 from srlm_lite.cli.tables import closing_table
 from srlm_lite.errors import GateError, program
 from srlm_lite.hardware import pick_recipe
@@ -23,11 +23,7 @@ from srlm_lite.recipe import Recipe, as_begun, load_recipe, overridden
 from srlm_lite.report.answer import anchor_is_best, best
 from srlm_lite.report.facts import gather
 from srlm_lite.run.run import RunDir
-from srlm_lite.session import (
-    Session,
-    follow,
-    refuse_several,
-)
+from srlm_lite.session import Session, follow, refuse_several
 from srlm_lite.tracking import tracked
 
 
@@ -42,18 +38,18 @@ def run_iterate(
 ) -> None:
     """Open or resume the run, go through the loop, and close with its table."""
     processes = Processes(place())
-    console = Console(quiet=not processes.place.leads)
+    console = ConsoleReporter(quiet=not processes.place.leads)
     run = RunDir(directory)
     if iterations is not None:
         overrides = [*overrides, f"iterations={iterations}"]
     recipe = _recipe(recipe_name, overrides, None if fresh else run, console)
     refuse_several(recipe, processes.world)  # each of them knows, so none has to be told
-    launch = Launch(recipe, run, fresh, planned, processes.world, processes.shards)
     stopped: GateError | None = None
     with processes.joined(cpu=recipe.base.device == "cpu"):
         if not processes.place.leads:
             follow(processes)
             return
+        launch = Launch(recipe, run, fresh, planned, processes.world, processes.shards)
         warnings = refuse(launch)
         facts = {
             "versions": versions(),
@@ -93,7 +89,7 @@ def dry_run(
     as_json: bool,
 ) -> None:
     """Ask all that can fail, show the answers, and write nothing; exit code 2 where one is bad."""
-    at, console = place(), Console()
+    at, console = place(), ConsoleReporter()
     if not at.leads:  # one of several processes answers for all
         return
     run = RunDir(directory)
@@ -120,7 +116,9 @@ def _what_for(found: Sequence[Answer]) -> str:
     return "starts it" if can_start(found) else "once what is marked is put right"
 
 
-def _recipe(name: str | None, overrides: Sequence[str], run: RunDir | None, say: Console) -> Recipe:
+def _recipe(
+    name: str | None, overrides: Sequence[str], run: RunDir | None, say: ConsoleReporter
+) -> Recipe:
     """The recipe that is named, or that of the run that is there, or one for this machine."""
     begun = run if run is not None and run.path.is_dir() and run.exists else None
     if name is not None:

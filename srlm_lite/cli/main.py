@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from srlm_lite.cli import bench, data, recipes, show
+from srlm_lite.cli.completion import overrides, recipe_names
 from srlm_lite.errors import SrlmError, UserError, same_command
 from srlm_lite.processes import place, say
 
@@ -38,7 +39,6 @@ app = typer.Typer(
     cls=Commands,
     help="Self-Rewarding Language Models on one machine.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.add_typer(bench.app, name="bench")
@@ -56,7 +56,8 @@ def iterate(
     recipe: Annotated[
         str | None,
         typer.Option(
-            help="Shipped name or path; default: of the run in DIR, else by the hardware."
+            help="Shipped name or path; default: of the run in DIR, else by the hardware.",
+            autocompletion=recipe_names,
         ),
     ] = None,
     iterations: Annotated[
@@ -64,7 +65,12 @@ def iterate(
     ] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", help="Override a setting: dpo.beta=0.2", metavar="KEY=VALUE"),
+        typer.Option(
+            "--set",
+            help="Override a setting: dpo.beta=0.2",
+            metavar="KEY=VALUE",
+            autocompletion=overrides,
+        ),
     ] = None,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Delete the run in DIR and start over.")
@@ -114,11 +120,19 @@ def iterate(
 def plan(
     recipe: Annotated[
         str | None,
-        typer.Option(help="Shipped name or path; without it, chosen by the hardware."),
+        typer.Option(
+            help="Shipped name or path; without it, chosen by the hardware.",
+            autocompletion=recipe_names,
+        ),
     ] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", help="Override a setting: dpo.beta=0.2", metavar="KEY=VALUE"),
+        typer.Option(
+            "--set",
+            help="Override a setting: dpo.beta=0.2",
+            metavar="KEY=VALUE",
+            autocompletion=overrides,
+        ),
     ] = None,
     gpus: Annotated[
         str | None,
@@ -148,7 +162,10 @@ def evaluate(
     set_: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", help="Measure otherwise: evaluate.eft_prompts=200", metavar="KEY=VALUE"
+            "--set",
+            help="Measure otherwise: evaluate.eft_prompts=200",
+            metavar="KEY=VALUE",
+            autocompletion=overrides,
         ),
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print eval.json.")] = False,
@@ -212,7 +229,10 @@ def compare(
     set_: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", help="Other than in the recipe: compare.temperature=0.3", metavar="KEY=VALUE"
+            "--set",
+            help="Other than in the recipe: compare.temperature=0.3",
+            metavar="KEY=VALUE",
+            autocompletion=overrides,
         ),
     ] = None,
     annotations: Annotated[
@@ -236,7 +256,7 @@ def compare(
 
     What was answered and judged is kept in DIR; a stopped comparison goes on.
     """
-    from srlm_lite.cli.compare import Wish, run_annotations, run_compare
+    from srlm_lite.cli.compare import ComparisonWish, run_annotations, run_compare
 
     if annotations is not None:
         if model is not None:
@@ -252,7 +272,7 @@ def compare(
         )
     if difficulty is not None:
         raise UserError("goes with --annotations", where="--difficulty")
-    wish = Wish(
+    wish = ComparisonWish(
         directory=adapters,
         model=model,
         baseline=baseline,
@@ -289,7 +309,10 @@ def mt_bench(
     set_: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", help="Other than in the recipe: openai.parallel=2", metavar="KEY=VALUE"
+            "--set",
+            help="Other than in the recipe: openai.parallel=2",
+            metavar="KEY=VALUE",
+            autocompletion=overrides,
         ),
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
@@ -298,9 +321,9 @@ def mt_bench(
 
     What was answered and graded is kept in DIR; a stopped one goes on.
     """
-    from srlm_lite.cli.mt_bench import Wish, run_command
+    from srlm_lite.cli.mt_bench import MtBenchWish, run_command
 
-    wish = Wish(
+    wish = MtBenchWish(
         directory=adapters,
         model=iteration,
         questions=questions,
@@ -346,12 +369,12 @@ def export(
     It gets its name only when it answers as the stack does. A stopped export goes on.
     """
     from srlm_lite.cli.export import run_export
-    from srlm_lite.export.export import Wish
+    from srlm_lite.export.export import ExportWish
 
     run_export(
         directory=adapters,
         which=iteration,
-        wish=Wish(
+        wish=ExportWish(
             out=out.absolute(),
             form=as_,
             onto=onto,

@@ -22,6 +22,7 @@ from srlm_lite.planning.machine import (
 )
 from srlm_lite.planning.plan import PARTS, Hardware, Plan, needs_sharding, parse_gpus
 from srlm_lite.planning.rates import known_rates, rates_folder, rates_key
+from srlm_lite.planning.room import Room, room_for, unjudged
 from srlm_lite.recipe import Recipe, load_recipe
 
 _HEADS = {"kv_cache": "KV cache"}
@@ -50,12 +51,13 @@ def run_plan(
         recipe_name, why = pick_recipe() if hardware is None else recipe_for(hardware)
         typer.echo(f"recipe {recipe_name}: {why}", err=True)
     plan = plan_for(load_recipe(recipe_name, overrides), hardware)
-    times, advice = times_of(plan), settings_that_fit(plan)
+    times, advice, room = times_of(plan), settings_that_fit(plan), room_for(plan.recipe)
     if as_json:
-        typer.echo(json.dumps(_row(plan, times, advice), indent=2, ensure_ascii=False))
+        row = {**_row(plan, times, advice), "room": _room_row(room)}
+        typer.echo(json.dumps(row, indent=2, ensure_ascii=False))
         return
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    typer.echo(plan_text(plan, times, advice, width=width))
+    typer.echo(plan_text(plan, times, advice, room, width=width))
 
 
 def recipe_for(hardware: Hardware) -> tuple[str, str]:
@@ -122,10 +124,26 @@ def _row(plan: Plan, times: Times, advice: Advice) -> dict[str, Any]:
     }
 
 
-def plan_text(plan: Plan, times: Times, advice: Advice, *, width: int | None = None) -> str:
+def _room_row(room: Room | None) -> dict[str, Any] | None:
+    """Tokens of prompt and reply together, sampled and judged; None of a judge behind a server."""
+    if room is None:
+        return None
+    return {
+        "sampled": room.sampled,
+        "judged": room.judged,
+        "rubric": room.rubric,
+        "counted": room.exact,
+        "fits": not room.missing,
+    }
+
+
+def plan_text(
+    plan: Plan, times: Times, advice: Advice, room: Room | None = None, *, width: int | None = None
+) -> str:
     """All of it for a person.
 
     Args:
+        room: What the window leaves for prompt and reply, where that is known.
         width: Columns of the terminal; None: no line is broken.
     """
     (changes, suffice), measured = advice, times.measured
@@ -143,6 +161,7 @@ def plan_text(plan: Plan, times: Times, advice: Advice, *, width: int | None = N
         "the whole run, votes asked again apart",
         *_of_another_method(plan.recipe),
         *_out_of_reach(plan),
+        *_too_long_to_judge(room),
         *(["export runs on the machine, not on the device"] if on_host else []),
         f"time: {'at rates measured on ' + measured if measured else _NO_RATES}",
         f"disk, GB: {disk}",
@@ -189,6 +208,11 @@ def _out_of_reach(plan: Plan) -> list[str]:
         f"of the base, {sum(parts.values()) / 1e9:.2f} GB are out of NF4's reach and keep "
         f"{8 * plan.itemsize} bits: {named}"
     ]
+
+
+def _too_long_to_judge(room: Room | None) -> list[str]:
+    found = None if room is None else unjudged(room)
+    return [] if found is None else [". ".join(found)]
 
 
 def _broken(text: str, width: int | None) -> str:

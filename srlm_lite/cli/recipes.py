@@ -1,12 +1,22 @@
-"""`srlm-lite recipes`: list, show, check."""
+"""`srlm-lite recipes`: list, show, check, explain, schema."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-app = typer.Typer(help="The shipped recipes, and checks of one's own.", no_args_is_help=True)
+from srlm_lite.cli.completion import recipe_names, setting_keys
+
+if TYPE_CHECKING:
+    from srlm_lite.explain import Setting
+
+app = typer.Typer(
+    help="The shipped recipes, checks of one's own, and what settings mean.", no_args_is_help=True
+)
+
+Name = Annotated[str, typer.Argument(help="Shipped name or path.", autocompletion=recipe_names)]
 
 
 @app.command("list")
@@ -29,7 +39,7 @@ def list_() -> None:
 
 
 @app.command()
-def show(name: Annotated[str, typer.Argument(help="Shipped name or path.")]) -> None:
+def show(name: Name) -> None:
     """The recipe's file, comments and all."""
     from srlm_lite.recipe import find_recipe
 
@@ -37,7 +47,7 @@ def show(name: Annotated[str, typer.Argument(help="Shipped name or path.")]) -> 
 
 
 @app.command()
-def check(name: Annotated[str, typer.Argument(help="Shipped name or path.")]) -> None:
+def check(name: Name) -> None:
     """Whether a recipe is valid, and what it says with all defaults filled in."""
     import yaml
 
@@ -45,3 +55,135 @@ def check(name: Annotated[str, typer.Argument(help="Shipped name or path.")]) ->
 
     recipe = load_recipe(name)
     typer.echo(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False).rstrip())
+
+
+@app.command()
+def explain(
+    key: Annotated[
+        str | None,
+        typer.Argument(
+            help="A setting such as dpo.beta, or a section such as dpo; without it, all sections.",
+            autocompletion=setting_keys,
+        ),
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help="Say what this recipe has there, and which file says so.",
+            autocompletion=recipe_names,
+        ),
+    ] = None,
+) -> None:
+    """What a setting means, what it takes, who reads it, and whether a run may change it."""
+    from srlm_lite.explain import find_setting, settings_in
+
+    if key is None:
+        _list(settings_in(), recipe)
+        return
+    found = find_setting(key)
+    if found.section is not None:
+        _say(found.meaning)
+        _list(settings_in(found.section, above=found), recipe)
+        return
+    typer.echo(found.key)
+    for line in filter(None, (found.meaning, *_facts(found))):
+        _say(line, indent="  ")
+    if recipe is not None:
+        _say(_said_by(found, recipe), indent="  ")
+
+
+@app.command()
+def schema(
+    out: Annotated[
+        Path | None, typer.Option(help="File to write; default: stdout.", metavar="FILE")
+    ] = None,
+) -> None:
+    """The JSON schema of recipes: editors complete and check by it.
+
+    In an editor with a YAML language server, put this on top of a recipe:
+    # yaml-language-server: $schema=FILE
+    """
+    import json
+
+    from srlm_lite.errors import UserError
+    from srlm_lite.explain import schema
+
+    text = json.dumps(schema(), indent=2, ensure_ascii=False)
+    if out is None:
+        typer.echo(text)
+        return
+    try:
+        out.write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot be written ({error.strerror})", where=str(out)) from error
+
+
+def _facts(setting: Setting) -> list[str]:
+    """What is to be said of a setting beside its meaning, a line each."""
+    default = setting.default
+    lines = [
+        f"takes: {setting.takes}",
+        "default: has to be given" if default is None else f"default: {default}",
+    ]
+    if (readers := _readers(setting)) is not None:
+        lines.append(f"read by: {readers}")
+    lines += [
+        f"method {method} refuses: {', '.join(values)}"
+        for method, values in setting.refused.items()
+        if values
+    ]
+    lines.append(
+        "in a run that is begun: fixed; another value is another run"
+        if setting.decides
+        else "in a run that is begun: may change"
+    )
+    if setting.before is not None:
+        lines.append(f"a run begun before it existed keeps: {setting.before}")
+    return lines
+
+
+def _readers(setting: Setting) -> str | None:
+    """Which methods read it; None where no method is told apart."""
+    if setting.read_by is not None:
+        return f"the method {setting.read_by} alone"
+    without = [method for method, values in setting.refused.items() if not values]
+    return f"every method but {', '.join(without)}" if without else None
+
+
+def _said_by(setting: Setting, recipe: str) -> str:
+    from srlm_lite.explain import value_in, written
+
+    value, file = value_in(setting.key, recipe)
+    return f"in {recipe}: {written(value)} ({'the default' if file is None else f'by {file}'})"
+
+
+def _list(settings: list[Setting], recipe: str | None) -> None:
+    width = max(len(one.key) for one in settings)
+    for one in settings:
+        shown = ""
+        if one.section is None:
+            if recipe is not None:
+                shown = _said_by(one, recipe).partition(": ")[2] + ". "
+            elif one.default is not None:
+                shown = f"{one.default}. "
+        first = one.meaning.split(". ")[0].rstrip(".")
+        _say(f"{one.key:<{width}}  {shown}{first}", indent="", hanging=" " * (width + 2))
+
+
+def _say(text: str, *, indent: str = "", hanging: str | None = None) -> None:
+    """A line, wrapped for a terminal; a program gets it whole."""
+    import shutil
+    import sys
+    import textwrap
+
+    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 10**6
+    hanging = indent if hanging is None else hanging
+    typer.echo(
+        textwrap.fill(
+            text,
+            max(columns, len(hanging) + 20),
+            initial_indent=indent,
+            subsequent_indent=hanging,
+            break_on_hyphens=False,
+        )
+    )

@@ -34,7 +34,7 @@ def processor_finding() -> Finding:
 
 
 def memory_finding() -> Finding:
-    """Of the whole machine, or what a container may have of it; and what is free."""
+    """Memory of the whole machine, or what a container may have of it; and what is free."""
     total, free = machine_memory(), _available()
     free = None if free is None else min(free, total)
     facts: dict[str, object] = {"total_bytes": total, "free_bytes": free}

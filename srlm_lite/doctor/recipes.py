@@ -12,6 +12,7 @@ from srlm_lite.planning.machine import plan_for, shortfall
 from srlm_lite.planning.memory import Shape
 from srlm_lite.planning.plan import Plan
 from srlm_lite.planning.probe import shape_of_base
+from srlm_lite.planning.room import room_for, unjudged
 from srlm_lite.recipe import Recipe, load_recipe, shipped_recipes
 from srlm_lite.settings import Base
 from srlm_lite.tracking import missing
@@ -42,6 +43,10 @@ def recipe_finding(recipe: Recipe) -> Finding:
         lacks.append(
             ("bad", f"not installed: {', '.join(trackers)}", "pip install 'srlm-lite[tracking]'")
         )
+    room = room_for(recipe)
+    long = None if room is None else unjudged(room)
+    if long is not None:
+        lacks.append(("warning", *long))
     if not Path(recipe.data.dir).is_dir():
         way_out = "srlm-lite data prepare makes it"
         lacks.append(("warning", f"its data directory, {recipe.data.dir}, is not here", way_out))

@@ -346,7 +346,7 @@ def compute_device(wanted: str) -> torch.device:
     """The device that `base.device` names.
 
     Raises:
-        UserError: CUDA is wanted, and there is none.
+        UserError: CUDA is wanted, and no device has it.
     """
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")

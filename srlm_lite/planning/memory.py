@@ -46,10 +46,10 @@ ROUNDING: Mapping[Device, int] = {"cpu": 16, "cuda": 2}
 kernel. A CPU has it once more and scaled, both in float32, its codes in 32 bits and in 8, and two
 halves of the packed result."""
 HOLES = 0.5
-"""Of the activations of a training on a CPU: what the C library's heap loses between them. A pass
-frees tensors of many sizes between those that it keeps, and the next ones fit only in part. By
-Knuth's fifty-percent rule (The Art of Computer Programming 1, 2.5) such a heap has half as many
-free blocks as used ones; here they count as equally large."""
+"""What the C library's heap loses between the activations of a training on a CPU, as a share of
+them. A pass frees tensors of many sizes between those that it keeps, and the next ones fit only in
+part. By Knuth's fifty-percent rule (The Art of Computer Programming 1, 2.5) such a heap has half as
+many free blocks as used ones; here they count as equally large."""
 MAPPED = 32 << 20
 """Bytes from which glibc keeps a block outside of its heap, by itself: there are no holes. Logits
 are nearly always that large."""
@@ -106,7 +106,7 @@ class Shape:
         return [linear for linear in layers if is_targeted(linear.name, targets)]
 
     def adapter_parameters(self, targets: Collection[str], rank: int) -> int:
-        """Of one LoRA: R (inputs + outputs) for each layer."""
+        """Parameters of one LoRA: R (inputs + outputs) for each layer."""
         return rank * sum(linear.inputs + linear.outputs for linear in self.adapted(targets))
 
 

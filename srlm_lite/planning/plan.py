@@ -65,7 +65,7 @@ class Hardware:
     memory: int
     count: int = 1
     shards: int = 1
-    """Of them, those that the base is spread over; 1: each holds it whole."""
+    """How many of them the base is spread over; 1: each holds it whole."""
 
     def __str__(self) -> str:
         return f"{self.count} x {self.memory / 1e9:.0f} GB" + (
@@ -114,7 +114,7 @@ class Plan:
 
     @property
     def peak(self) -> int:
-        """Of all phases on the device."""
+        """The largest peak of the phases on the device."""
         return max(phase.total for phase in self.phases if not phase.on_host)
 
     @property

@@ -150,7 +150,7 @@ class Tree(Cache):
         return self._trunk_length
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Of a mask that nobody makes: a `Window` is asked at the true positions."""
+        """The sizes of a mask that nobody makes: a `Window` is asked at the true positions."""
         return query_length, 0
 
     def get_query_offset(self, layer_idx: int = 0) -> int:

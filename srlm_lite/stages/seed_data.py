@@ -156,7 +156,7 @@ def policy_prompts(recipe: Recipe) -> list[Prompt]:
     return list(prompts[: recipe.evaluate.policy_prompts])
 
 
-def ifeval_tasks(recipe: Recipe) -> list[ifeval.Task]:
+def ifeval_tasks(recipe: Recipe) -> list[ifeval.IfevalPrompt]:
     """IFEval's prompts, cut to `evaluate.ifeval_prompts`.
 
     Raises:
