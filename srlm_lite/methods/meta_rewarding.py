@@ -28,7 +28,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from srlm_lite.judging import Rubric, fill, load_template, options, plain_lines
+from srlm_lite.judging import Rubric, fill, load_question, options, plain_lines
 from srlm_lite.methods.base import (
     TAUGHT_MORE,
     Case,
@@ -260,7 +260,7 @@ class MetaRewarding(SelfRewarding[MetaRewardingSettings]):
 
     def preflight(self, data: SeedData) -> None:
         """The meta-judge's template."""
-        load_template(self.own.template, "first", "second")
+        load_question("meta-judge", self.own.template)
 
     def origin_of_pairs(self, it: Iteration) -> str:
         """The judge's, where it trains alone."""
@@ -362,7 +362,7 @@ class MetaRewarding(SelfRewarding[MetaRewardingSettings]):
         texts: Mapping[str, str],
     ) -> dict[str, list[Battle]]:
         own = self.own
-        template = load_template(own.template, "first", "second")
+        template = load_question("meta-judge", own.template)
         show = without_score if own.hide_scores else str
         questions = []
         for prompt_id, rows in disputed.items():

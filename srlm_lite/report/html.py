@@ -18,6 +18,7 @@ import yaml
 
 from srlm_lite.errors import UserError
 from srlm_lite.evaluate.gold import Gold, load_gold
+from srlm_lite.evaluate.judge_figures import JUDGE_FIGURES, JudgeFigure
 from srlm_lite.evaluate.reading import KINDS, first_loss
 from srlm_lite.methods import METHODS, own_settings
 from srlm_lite.report.answer import answer, duration, hardware
@@ -143,26 +144,21 @@ def _state(facts: Facts) -> str:
 
 
 Cell = Callable[[Model], str]
+_HYPHEN = "\N{NON-BREAKING HYPHEN}"
 
 
 def _columns(facts: Facts) -> list[tuple[str, Cell]]:
     """Columns of the table of models: a name, and the cell of a model."""
 
-    def judged(key: str) -> Cell:
-        return lambda model: number(model.judge.get(key))
+    def judged(one: JudgeFigure) -> Cell:
+        return lambda model: number(one.of(model.judge))
 
     columns: list[tuple[str, Cell]] = []
     if facts.gold_name:
         columns += [("gold", lambda m: _with_bounds(m.gold))]
         columns += [("gold, greedy", lambda m: _with_bounds(m.greedy_gold))]
     columns += [
-        ("pairwise accuracy", judged("pairwise_accuracy")),
-        ("5\N{NON-BREAKING HYPHEN}best", judged("five_best")),
-        ("exact match", judged("exact_match")),
-        ("Spearman", judged("spearman")),
-        ("Kendall", judged("kendall")),
-        ("ties", judged("tie_rate")),
-        ("readable", judged("parse_rate")),
+        *((one.label.replace("-", _HYPHEN), judged(one)) for one in JUDGE_FIGURES),
         ("characters", lambda m: number(m.policy.get("mean_length_chars"), 0)),
         ("cut off", lambda m: number(m.policy.get("truncated_rate"))),
         *([] if facts.words.why_no_pairs else [("pairs", _pairs)]),
