@@ -367,9 +367,9 @@ class OpenAI(Section):
     parallel: Annotated[Positive, DECIDES_NOTHING] = 8
     """Requests under way at once."""
     timeout_s: Annotated[float, Field(gt=0), DECIDES_NOTHING] = 120.0
-    """Of one request."""
+    """Seconds that one request may take."""
     retries: Annotated[int, Field(ge=0), DECIDES_NOTHING] = 6
-    """Of one request, with exponential back-off, before the run stops."""
+    """How often a request is repeated, with exponential back-off, before the run stops."""
 
     @field_validator("url")
     @classmethod
@@ -486,7 +486,7 @@ class Evaluate(Section):
     samples: Positive = 1
     """Sampled answers a prompt, beside one greedy answer."""
     temperature: Annotated[Temperature, Field(gt=0)] | None = None
-    """Of the sampled answers; default: `rollout.temperature`."""
+    """Temperature of the sampled answers; default: `rollout.temperature`."""
     gold: str | None = None
     """`module:function`: an external score of an answer that the model never sees."""
     judged_answers: Annotated[int, Field(ge=0)] = 64
@@ -523,9 +523,9 @@ class Tracking(Section):
     """What TRL logs at each step of each training, and the figures of each stage, go there: one
     name or a list. One run here is one run there."""
     project: str = "srlm-lite"
-    """Of W&B and trackio."""
+    """Project in W&B and trackio."""
     name: str | None = None
-    """Of the run in W&B and trackio; default: the recipe's, the directory's, and a few letters
+    """The run's name in W&B and trackio; default: the recipe's, the directory's, and a few letters
     that tell runs apart."""
 
     @field_validator("report_to", mode="before")
@@ -544,25 +544,25 @@ class Compare(Section):
     each reply alone, as judge data teaches it to. `pairwise`: it is shown both, in both orders.
     A judge behind a server is asked pairwise, unless the command says otherwise."""
     template: Annotated[str, IsPath(shipped=TEMPLATES)] = "pairwise"
-    """Of the pairwise question: name of a shipped template or a path."""
+    """The pairwise question: name of a shipped template or a path."""
     temperature: Temperature = 0.0
-    """Of the pairwise judge; 0 is greedy."""
+    """Temperature of the pairwise judge; 0 is greedy."""
     max_new_tokens: Positive = 512
-    """Of its reply."""
+    """Longest reply of the pairwise judge."""
 
 
 class MtBench(Section):
     """`srlm-lite mt-bench`; decides nothing in a run."""
 
     max_new_tokens: Positive | None = 1024
-    """Of an answer, as in MT-Bench's own program; half of `base.window` where that is less. None:
+    """Longest answer, as in MT-Bench's own program; half of `base.window` where that is less. None:
     as `rollout.max_new_tokens`."""
     top_p: Annotated[Probability | None, Before(None)] = 1.0
-    """Of an answer, as in MT-Bench's own program. None: as `rollout.top_p`."""
+    """Nucleus of an answer, as in MT-Bench's own program. None: as `rollout.top_p`."""
     template: Annotated[str, IsPath(shipped=TEMPLATES)] = "mt-bench"
-    """Of the judge's question: name of a shipped template or a path."""
+    """The judge's question: name of a shipped template or a path."""
     judge_max_new_tokens: Positive = 1024
-    """Of the judge's reply."""
+    """Longest reply of the judge."""
 
 
 MethodName = Literal[

@@ -9,7 +9,8 @@ transformers' own callbacks, behind the trainers' `report_to`, would begin a run
 and call every loss `train/loss`. So the trainers report to the stage alone, and the stage to here.
 
 `tracking.json` notes what each has been told. A run that goes on tells nothing twice, and what they
-missed is told at its start: so even a finished run can be shown to them.
+missed is told at its start: so even a finished run can be shown to them. trackio writes down what
+it is told only half a second later: a run that was killed before looks up what it has.
 """
 
 from __future__ import annotations
@@ -49,6 +50,12 @@ LEFT_OUT = {
 """What of an evaluation is no curve over iterations, or the same in all of them."""
 
 Values = dict[str, float]
+
+Written = Sequence[tuple[int, Collection[str]]]
+"""Rows that a tracker has written down: step, and the names of the figures."""
+
+LATE: frozenset[TrackerName] = frozenset({"trackio"})
+"""Trackers that write down later what they are told."""
 
 
 def missing(report_to: Sequence[TrackerName]) -> list[TrackerName]:
@@ -92,6 +99,9 @@ class _Place(Protocol):
             before: Steps of trainings of the same name in earlier iterations.
         """
 
+    def written(self) -> Written | None:
+        """What it has of this run; None: all that it was told, or that cannot be seen here."""
+
     def close(self, failed: bool) -> None: ...
 
 
@@ -118,7 +128,10 @@ class Tracking:
         if not names or not gather(self._run, texts=False).is_finished:
             return bool(names)
         rows, told = len(self._run.read_metrics()), self._notes["told"]
-        return any(name not in told or told[name]["stages"] < rows for name in names)
+        return any(
+            name not in told or told[name]["stages"] < rows or "open" in told[name]
+            for name in names
+        )
 
     def open(self, recipe: Recipe) -> list[str]:
         """Begin, or go on, with the trackers that the recipe names; where to look at each.
@@ -131,15 +144,19 @@ class Tracking:
         name = self._notes["name"] = self._notes["name"] or section.name or made_up
         for tracker in section.report_to:
             told = self._notes["told"].setdefault(tracker, {"stages": 0, "steps": {}})
+            if tracker in LATE:
+                told["open"] = True  # until it is closed, by which it has written everything down
+            resume = bool(told["stages"] or told["steps"])
             try:
-                self._places[tracker] = _open(
+                self._places[tracker] = place = _open(
                     tracker,
                     self._run,
                     project=section.project,
                     name=name,
                     key=key,
-                    resume=bool(told["stages"] or told["steps"]),
+                    resume=resume,
                 )
+                written = place.written() if resume else None
             except Exception as error:  # each library has errors of its own
                 self.close(failed=True)
                 raise UserError(
@@ -147,6 +164,8 @@ class Tracking:
                     where="tracking.report_to",
                     way_out=WAYS_OUT.get(tracker, "Leave it out"),
                 ) from error
+            if written is not None:
+                told |= cut_back(told, written, self._run.read_metrics())
         self._note()
         self._tell_curves()
         self.stage()
@@ -174,8 +193,11 @@ class Tracking:
         for tracker, place in self._places.items():
             try:
                 place.close(failed)
+                self._notes["told"][tracker].pop("open", None)
             except Exception as error:
                 self._warn(f"{tracker}: {_first_line(error)}")
+        if self._places:
+            self._note()
         for place in self._failed:  # at the end: letting go of one may take its time
             with contextlib.suppress(Exception):
                 place.close(True)
@@ -261,6 +283,43 @@ def tracked(recipe: Recipe, run: RunDir, console: Console) -> Iterator[Tracking 
     tracking.close()
 
 
+def cut_back(
+    told: Mapping[str, Any], written: Written, rows: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """What a tracker has been told, of which it has lost the end: as far as it has written it down.
+
+    Args:
+        told: Of `tracking.json`: `stages`, and the last step of each training.
+        rows: Those of `metrics.jsonl`.
+    """
+    stages = int(told["stages"])
+    while stages and not _is_written(rows[:stages], written):
+        stages -= 1
+    steps: dict[str, dict[str, int]] = {}
+    for name, last in told["steps"].items():
+        steps[name] = dict(last)
+        if not last:
+            continue
+        newest = max(last, key=int)
+        before = sum(count for number, count in last.items() if number != newest)
+        group = f"train/{_word(name)}/"
+        found = [step for step, names in written if any(one.startswith(group) for one in names)]
+        steps[name][newest] = min(last[newest], max(0, max(found, default=0) - before))
+    return {"stages": stages, "steps": steps}
+
+
+def _is_written(rows: Sequence[Mapping[str, Any]], written: Written) -> bool:
+    """Whether the last of some rows is; a stage may have had several in its iteration."""
+    step, name = int(rows[-1][ITERATION]), _seconds(rows[-1])
+    wanted = sum((int(row[ITERATION]), _seconds(row)) == (step, name) for row in rows)
+    return wanted <= sum(at == step and name in names for at, names in written)
+
+
+def _seconds(row: Mapping[str, Any]) -> str:
+    """The figure that each row of `metrics.jsonl` has."""
+    return f"seconds/{row['stage']}"
+
+
 def stage_figures(row: Mapping[str, Any]) -> Values:
     """The figures of a row of `metrics.jsonl`, named in the way of trackers: `group/name`.
 
@@ -269,7 +328,7 @@ def stage_figures(row: Mapping[str, Any]) -> Values:
     stage = str(row["stage"])
     facts = {key: value for key, value in row.items() if key not in (ITERATION, "stage", "seconds")}
     values = _numbers(facts, "", LEFT_OUT) if stage == "evaluation" else _numbers(facts, stage)
-    return {**values, f"seconds/{stage}": float(row["seconds"])}
+    return {**values, _seconds(row): float(row["seconds"])}
 
 
 def _numbers(facts: Mapping[str, Any], group: str, without: Collection[str] = ()) -> Values:
@@ -345,6 +404,9 @@ class _TensorBoard:
             self._writers[folder].add_scalar(name, value, step)
         self._writers[folder].flush()
 
+    def written(self) -> None:
+        """All: each figure is flushed."""
+
     def close(self, failed: bool) -> None:
         for writer in self._writers.values():
             writer.close()
@@ -382,6 +444,9 @@ class _Wandb:
         self._axes |= groups
         self._run.log({**values, axis: step + before})
 
+    def written(self) -> None:
+        """All: a process of its own writes it down, which outlives this one."""
+
     def close(self, failed: bool) -> None:
         self._run.finish(exit_code=1 if failed else 0)
 
@@ -392,6 +457,7 @@ class _Trackio:
     def __init__(self, *, project: str, name: str, config: dict[str, Any], resume: bool) -> None:
         import trackio
 
+        self._project, self._name = project, name
         with _silence():
             self._run = trackio.init(
                 project, name=name, config=config, resume="allow" if resume else "never"
@@ -400,6 +466,17 @@ class _Trackio:
 
     def tell(self, values: Values, *, step: int, of: Training | None, before: int) -> None:
         self._run.log(values, step=step + before)
+
+    def written(self) -> Written | None:
+        """Of a run on this machine, whose figures are in SQLite at once; None of one on a server,
+        or kept in files that are imported later."""
+        from trackio.sqlite_storage import SQLiteStorage
+
+        here = getattr(self._run, "_is_local", False)
+        if not here or getattr(self._run, "_storage_mode", "sqlite") != "sqlite":
+            return None
+        rows = SQLiteStorage.get_logs(self._project, self._name)
+        return [(int(row["step"]), row.keys()) for row in rows]
 
     def close(self, failed: bool) -> None:
         import trackio

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from srlm_lite.errors import ProofError, UserError
 from srlm_lite.export import card
-from srlm_lite.export.export import Export, Wish
+from srlm_lite.export.export import Export, ExportWish
 from srlm_lite.export.source import find_source
 from srlm_lite.methods import METHODS
 from srlm_lite.model import merge, parity
@@ -45,7 +45,7 @@ IDS = torch.tensor([[5, 17, 99, 3, 42, 250, 7, 7, 61, 12]])
 
 
 def export(run: RunDir, out: Path, which: str = "last", **wish: Any) -> dict[str, Any]:
-    return Export(find_source(run.path, which), Wish(out=out, **wish), Silent()).make()
+    return Export(find_source(run.path, which), ExportWish(out=out, **wish), Silent()).make()
 
 
 def saved_base(tiny_base_dir: Path, folder: Path, *, tied: bool, shard: str) -> Path:
@@ -434,7 +434,8 @@ def test_an_unfinished_iteration_is_refused(run: RunDir, tmp_path: Path) -> None
     with pytest.raises(UserError, match=r"iter_002: is not finished"):
         export(run, tmp_path / "out", "2")
     assert (
-        Export(find_source(run.path, "last"), Wish(tmp_path / "o"), Silent()).source.iteration == 1
+        Export(find_source(run.path, "last"), ExportWish(tmp_path / "o"), Silent()).source.iteration
+        == 1
     )
 
 
@@ -657,7 +658,7 @@ def test_the_card_names_what_the_method_does(
 def test_the_card_says_where_an_anchor_is_from_that_the_run_did_not_train(
     tiny_base_dir: Path, tmp_path: Path
 ) -> None:
-    """Of the path its name: where things lie on this machine is nobody's business."""
+    """The last part of its path alone: where things lie on this machine is nobody's business."""
     adapters = [random_adapter(tiny_base_dir, seed=seed) for seed in (0, 1)]
     run = make_run(tmp_path / "run", tiny_base_dir, adapters=adapters)
     facts = {"base": read_json(run.base_json), "onto": "original", "dtype": "bfloat16", "rank": 8}

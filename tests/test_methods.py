@@ -1015,7 +1015,7 @@ def test_rankings_that_have_nothing_in_common_stop_a_run() -> None:
 
 
 def test_a_method_needs_its_file(tmp_path: Path) -> None:
-    from srlm_lite.stages.seed_data import check_inputs
+    from srlm_lite.preflight.inputs import check_inputs
 
     missing = tmp_path / "none.jsonl"
     for method in ("dpo", "spin"):

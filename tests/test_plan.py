@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from srlm_lite.errors import UserError
 from srlm_lite.planning.lengths import lengths_of, longest
 from srlm_lite.planning.machine import plan_for, settings_that_fit, shortfall, spread
-from srlm_lite.planning.memory import ROUNDING, Held, holes, leaf_room, sampling, training
+from srlm_lite.planning.memory import ROUNDING, Held, holes, sampling, training
 from srlm_lite.planning.plan import (
     TRAININGS,
     Hardware,
@@ -29,6 +29,7 @@ from srlm_lite.planning.probe import probe, shape_of_base
 from srlm_lite.planning.rates import known_rates, remember
 from srlm_lite.planning.shapes import config_of
 from srlm_lite.recipe import Recipe, load_recipe
+from srlm_lite.rollout.sizes import leaf_room
 from srlm_lite.settings import Anchor, Base, Dpo, Lora, RewardSection
 
 RANK = 8
@@ -260,7 +261,7 @@ def test_rounding_a_tensor_on_a_cpu_takes_16_bytes_a_weight() -> None:
 
 @pytest.mark.parametrize(("device", "bytes_each"), [("cpu", 16), ("cuda", 2)])
 def test_loading_in_nf4_counts_the_largest_tensor_on_its_way(device: Any, bytes_each: int) -> None:
-    """Of Llama-2 7B an MLP projection, 4096 x 11008: 0.72 GB on a CPU, more than a first token."""
+    """In Llama-2 7B an MLP projection, 4096 x 11008: 0.72 GB on a CPU, more than a first token."""
     recipe = load_recipe("llama2-7b", ["base.dtype=bfloat16"])
     load = plan_for(recipe, Hardware(device, "", 80 * GB)).phases[0]
     rounding = bytes_each * 4096 * 11008

@@ -49,7 +49,7 @@ GRADES = {"small": 1, "grey": 2, "clean": 3, "short": 4}
 """What an answer may say of its topic, and what the judge gives for it."""
 
 STEPS = 260
-"""Of the base's training: after it, what is not known is which of the four answers comes."""
+"""Steps of the base's training: after it, what is not known is which of the four answers comes."""
 
 RUBRIC = "min: 0\nmax: 5\ntemplate: |-\n  Grade {{prompt}}\n  {{response}}\n"
 
@@ -472,7 +472,7 @@ def test_a_policy_behind_a_server_is_learned_with_its_thought(chat: ChatFormat) 
 
 
 def test_replies_of_files_are_taken_apart_too(chat: ChatFormat) -> None:
-    """Of teachers, of humans (SPIN, offline DPO), and those that a judge is shown."""
+    """Those of teachers and humans (SPIN, offline DPO), and those that a judge is shown."""
     text = with_marks("Well.", "Yes.")
     learned = read_as_reply(chat, Candidate("p", "p#human", text, 0, "stop"))
     assert (learned.text, learned.ids) == ("Yes.", tuple(chat.target_ids(text)))

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import signal
 import struct
 import time
 from collections.abc import Callable, Mapping
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import Program
 from reporting import add_anchor, add_iteration, evaluation, new_run, some_pairs
 from test_processes import anchor as anchor  # the fixture
 from test_processes import started_as_two
@@ -30,7 +33,7 @@ from srlm_lite.recipe import load_recipe
 from srlm_lite.run.files import read_json, read_jsonl
 from srlm_lite.run.run import RunDir
 from srlm_lite.session import Follower, Session
-from srlm_lite.tracking import Tracking, stage_figures, tracked
+from srlm_lite.tracking import Tracking, cut_back, stage_figures, tracked
 
 Curves = Mapping[str, list[tuple[int, float]]]
 """Figures by name: step and value, in the order in which they came."""
@@ -81,7 +84,7 @@ def test_a_row_of_metrics_becomes_figures_in_groups() -> None:
 
 
 def test_steps_are_counted_on_through_the_iterations(tmp_path: Path) -> None:
-    """Of trainings of one name: 4 and 3 steps make 7, and what was told is told no more."""
+    """Trainings of one name: 4 and 3 steps make 7, and what was told is told no more."""
     told: list[tuple[str, int, int]] = []
 
     class Place:
@@ -314,6 +317,109 @@ def test_a_tracker_that_fails_is_left_out_and_caught_up_with(tmp_path: Path) -> 
     with tracked(recipe, run, console):
         pass
     assert tensorboard_curves(run)["seconds/anchor"] == [(0, 60)]
+
+
+# --- killed before it is written down ----------------------------------------------------------
+
+KILLED = """
+import os, signal, sys, time
+from pathlib import Path
+from srlm_lite import tracking
+from srlm_lite.progress import Training
+from srlm_lite.run.run import RunDir
+
+class Console:
+    def say(self, text): ...
+    warn = say
+
+tracking.FLUSH_S = 0.0
+run = RunDir(Path(sys.argv[1]))
+with tracking.tracked(run.recipe(), run, Console()) as told:
+    written = told._places["trackio"].written
+    if sys.argv[2] == "steps":
+        told.step(Training(2, "delta"), 1, {"loss": 0.1})
+        while not any("train/delta/loss" in names and step == 5 for step, names in written()):
+            time.sleep(0.1)
+        for step in (2, 3):
+            told.step(Training(2, "delta"), step, {"loss": 0.1 * step})
+        run.add_metrics({"iteration": 2, "stage": "candidates", "seconds": 5.0})
+        told.stage()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def killed_while_tracked(run: RunDir, how: str, folder: Path) -> Any:
+    """What the run noted as told when it was killed, right after it had told that."""
+    program = Program("-c", KILLED, run.path, how, env={**os.environ, "TRACKIO_DIR": str(folder)})
+    program.communicate()
+    assert program.returncode == -signal.SIGKILL
+    return read_json(run.tracking)["told"]["trackio"]
+
+
+@pytest.mark.parametrize("tracker", ["trackio"], indirect=True)
+def test_what_a_kill_took_from_trackio_is_told_again(tracker: str, tmp_path: Path) -> None:
+    """It writes down what it is told half a second later."""
+    settings = [f"tracking.report_to={tracker}", "iterations=2"]
+    run, recipe = new_run(tmp_path / "out", *settings), load_recipe("toy", settings)
+    add_anchor(run, evaluation(gold=2.0))
+    add_iteration(run, 1, some_pairs(4), measured=evaluation(gold=3.0), steps=4)
+    told = killed_while_tracked(run, "steps", tmp_path / "trackio")
+    assert told["steps"] == {"delta": {"1": 4, "2": 3}}
+    assert told["stages"] == len(run.read_metrics())
+    lost = trackio_curves(run)
+    assert [step for step, _ in lost["train/delta/loss"]] == [1, 2, 3, 4, 5]
+    assert "seconds/candidates" not in lost or len(lost["seconds/candidates"]) == 1
+    with tracked(recipe, run, Console()) as again:
+        assert again is not None
+        for step in (1, 2, 3, 4):
+            again.step(Training(2, "delta"), step, {"loss": 0.1 * step})
+        run.add_metrics({"iteration": 2, "stage": "delta", "seconds": 7.0})
+        again.stage()
+    curves = trackio_curves(run)
+    assert [step for step, _ in curves["train/delta/loss"]] == list(range(1, 9))
+    assert [step for step, _ in curves["seconds/candidates"]] == [1, 2]
+    assert [step for step, _ in curves["seconds/delta"]] == [1, 2]
+
+
+@pytest.mark.parametrize("tracker", ["trackio"], indirect=True)
+def test_a_run_that_is_over_tells_trackio_what_a_kill_took(tracker: str, tmp_path: Path) -> None:
+    settings = [f"tracking.report_to={tracker}", "iterations=1"]
+    run, recipe = new_run(tmp_path / "out", *settings), load_recipe("toy", settings)
+    add_anchor(run)
+    add_iteration(run, 1, some_pairs(2))
+    told = killed_while_tracked(run, "all", tmp_path / "trackio")
+    assert told["stages"] == len(run.read_metrics())
+    for _ in range(2):
+        with tracked(recipe, run, Console()):
+            pass
+    stages = [(row["iteration"], f"seconds/{row['stage']}") for row in run.read_metrics()]
+    curves = trackio_curves(run)
+    assert sorted((at, name) for name in curves for at, _ in curves[name] if "seconds" in name) == (
+        sorted(stages)
+    )
+
+
+def test_notes_are_cut_back_to_what_was_written_down() -> None:
+    """Of two rows of one stage in an iteration one is there; of 4 + 3 steps the sixth is the last,
+    which is the second of its training."""
+    rows = [
+        {"iteration": at, "stage": stage, "seconds": 1.0}
+        for at, stage in ((0, "anchor"), (1, "delta"), (1, "delta"), (1, "evaluation"))
+    ]
+    told = {"stages": 4, "steps": {"delta": {"1": 4, "2": 3}, "sft": {"0": 2}, "judge": {}}}
+    written = [
+        (0, {"seconds/anchor"}),
+        (1, {"seconds/delta"}),
+        *((step, {"train/delta/loss"}) for step in range(1, 7)),
+    ]
+    assert cut_back(told, written, rows) == {
+        "stages": 2,
+        "steps": {"delta": {"1": 4, "2": 2}, "sft": {"0": 0}, "judge": {}},
+    }
+    whole = [(int(row["iteration"]), {f"seconds/{row['stage']}"}) for row in rows]
+    steps = [(step, {"train/delta/loss"}) for step in range(1, 8)]
+    steps += [(step, {"train/sft/loss"}) for step in (1, 2)]
+    assert cut_back(told, [*whole, *steps], rows) == told
 
 
 # --- with the loop ------------------------------------------------------------------------------

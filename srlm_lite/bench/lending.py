@@ -17,7 +17,7 @@ from srlm_lite.recipe import Recipe, sections_of_methods
 from srlm_lite.run.run import RunDir
 
 FIRST_STAGES = ("prompts", "candidates", "judgements")
-"""Of the first iteration, what can be the same in several runs."""
+"""Stages of the first iteration whose results can be the same in several runs."""
 
 
 def same_evaluation(one: Recipe, other: Recipe) -> bool:

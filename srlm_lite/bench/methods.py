@@ -111,7 +111,7 @@ SMALLER = (
     "evaluate.policy_prompts=100",
     "evaluate.eft_prompts=30",
 )
-"""Of the recipes' work, what the bench does."""
+"""The part of the recipes' work that the bench does."""
 
 COLD = 0.5
 """Temperature at which the anchor answers once more: a sharper model alone raises a mean."""
@@ -124,7 +124,7 @@ BARE, COLDER = "base", "cold anchor"
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class MethodsBench:
     """What to run, and where."""
 
     out: Path
@@ -155,7 +155,7 @@ def cases_of(names: str | None) -> tuple[str, ...]:
     return found
 
 
-def bench_methods(settings: Settings, reporter: Reporter | None = None) -> dict[str, Any]:
+def bench_methods(settings: MethodsBench, reporter: Reporter | None = None) -> dict[str, Any]:
     """Run every case for every seed, as far as that has not been done; all that was measured."""
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in settings.cases}
     bare, cold = [], []
@@ -202,7 +202,7 @@ Begin = Callable[..., Callable[[], Any]]
 
 
 @contextmanager
-def _workers(settings: Settings, reporter: Reporter | None) -> Iterator[Begin]:
+def _workers(settings: MethodsBench, reporter: Reporter | None) -> Iterator[Begin]:
     """What does jobs: here and at once, or in processes of their own, in the order given."""
     if settings.jobs == 1:
         yield lambda job, *given: partial(_given, job(reporter, *given))
@@ -235,7 +235,9 @@ def _anchor_of(name: str) -> str:
     return (CASES[name].anchor if name in CASES else None) or SHARED
 
 
-def _train_anchor(reporter: Reporter | None, settings: Settings, seed: int, name: str) -> RunDir:
+def _train_anchor(
+    reporter: Reporter | None, settings: MethodsBench, seed: int, name: str
+) -> RunDir:
     """An anchor, with its evaluation, and what several cases draw and grade first."""
     place = _run(reporter, settings, ANCHORS[name], name, seed, None, 0)
     recipe = _recipe(settings, ANCHORS[name], seed, None, 0)
@@ -261,7 +263,7 @@ def _draw_and_grade(session: Session) -> None:
 
 
 def _measure(
-    reporter: Reporter | None, settings: Settings, seed: int, anchor: RunDir | None, name: str
+    reporter: Reporter | None, settings: MethodsBench, seed: int, anchor: RunDir | None, name: str
 ) -> dict[str, Any]:
     """A case, run and read."""
     if name == BARE:
@@ -275,7 +277,7 @@ def _measure(
     return measured(_run(reporter, settings, case, name, seed, anchor, iterations), iterations)
 
 
-def _bare_base(settings: Settings, seed: int, reporter: Reporter | None) -> dict[str, Any]:
+def _bare_base(settings: MethodsBench, seed: int, reporter: Reporter | None) -> dict[str, Any]:
     """M0, measured as all models are."""
     place = _place(settings, SHARED, seed)
     if not place.base_evaluation.evaluation.is_file():
@@ -286,21 +288,21 @@ def _bare_base(settings: Settings, seed: int, reporter: Reporter | None) -> dict
     return _figures(read_json(place.base_evaluation.evaluation))
 
 
-def _recipe(settings: Settings, case: Case, seed: int, anchor: Path | None, t: int) -> Recipe:
+def _recipe(settings: MethodsBench, case: Case, seed: int, anchor: Path | None, t: int) -> Recipe:
     own = [f"seed={seed}", f"iterations={t}"]
     if anchor is not None:
         own.append(f"anchor.init={anchor}")
     return load_recipe(case.recipe, [*SMALLER, *case.overrides, *settings.overrides, *own])
 
 
-def _place(settings: Settings, name: str, seed: int) -> RunDir:
+def _place(settings: MethodsBench, name: str, seed: int) -> RunDir:
     folder = "".join(char if char.isalnum() else "-" for char in name)
     return RunDir(settings.out / f"{folder}-{seed}")
 
 
 def _run(
     reporter: Reporter | None,
-    settings: Settings,
+    settings: MethodsBench,
     case: Case,
     name: str,
     seed: int,
@@ -428,7 +430,7 @@ FIGURES = (
     "anchor_score",
     "divergence",
 )
-"""Of each model, what the summary has the mean of."""
+"""Figures of a model that the summary has the mean of."""
 
 
 def summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -39,7 +39,7 @@ STEPS = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class PhaseJob:
     """One phase, to be run in another process."""
 
     recipe: Recipe
@@ -79,7 +79,7 @@ def bench_plan(
     rows, rates = {}, {}
     for phase in chosen:
         task.note(phase.name)
-        job = Job(recipe, phase.name, dict(phase.shape), plan.anchor_rank, random)
+        job = PhaseJob(recipe, phase.name, dict(phase.shape), plan.anchor_rank, random)
         measured = apart(_run, job)
         rows[phase.name] = _row(plan, phase, measured)
         if measured["tokens"]:
@@ -123,7 +123,7 @@ def _row(plan: Plan, phase: Phase, measured: Mapping[str, Any]) -> dict[str, Any
     }
 
 
-def _run(job: Job) -> dict[str, Any]:
+def _run(job: PhaseJob) -> dict[str, Any]:
     work = {**dict.fromkeys(TRAININGS, _train), "export": _export}.get(job.phase, _sample)
     return work(job)
 
@@ -148,7 +148,7 @@ def _measured(libraries: int | None, begin: float, tokens: int, device: str) -> 
     }
 
 
-def _stack(job: Job) -> tuple[Any, Any, list[Any]]:
+def _stack(job: PhaseJob) -> tuple[Any, Any, list[Any]]:
     """Base, slot, and a stack of fresh adapters, as a session has them."""
     from srlm_lite.model.base import load_base
     from srlm_lite.model.stack import Slot
@@ -183,7 +183,7 @@ def _ids(generator: torch.Generator, vocabulary: int, count: int) -> tuple[int, 
     return tuple(torch.randint(vocabulary // 2, (count,), generator=generator).tolist())
 
 
-def _sample(job: Job) -> dict[str, Any]:
+def _sample(job: PhaseJob) -> dict[str, Any]:
     from srlm_lite.model.chat import ChatFormat
     from srlm_lite.rollout.protocol import Limits, Request
     from srlm_lite.rollout.transformers_engine import TransformersEngine
@@ -220,7 +220,7 @@ def _sample(job: Job) -> dict[str, Any]:
     return _measured(libraries, begin, tokens, base.device.type)
 
 
-def _train(job: Job) -> dict[str, Any]:
+def _train(job: PhaseJob) -> dict[str, Any]:
     from srlm_lite.training.dpo import PairExample, train_dpo
     from srlm_lite.training.reward import train_reward
     from srlm_lite.training.sft import Example, train_sft
@@ -298,7 +298,7 @@ def _train(job: Job) -> dict[str, Any]:
     return _measured(libraries, begin, trained, base.device.type)
 
 
-def _export(job: Job) -> dict[str, Any]:
+def _export(job: PhaseJob) -> dict[str, Any]:
     from srlm_lite.model import parity
     from srlm_lite.model.base import base_files, empty_model
     from srlm_lite.model.checkpoint import Checkpoint

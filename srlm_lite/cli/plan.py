@@ -7,26 +7,23 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import typer
 
 from srlm_lite.cli.tables import plain_table
-from srlm_lite.errors import UserError
 from srlm_lite.hardware import Gpu, choose_recipe, device_name, pick_recipe
 from srlm_lite.planning.machine import (
     SHARDING,
-    hardware_found,
     plan_for,
     settings_that_fit,
-    shortfall,
     spread,
 )
 from srlm_lite.planning.plan import PARTS, Hardware, Plan, needs_sharding, parse_gpus
 from srlm_lite.planning.rates import known_rates, rates_folder, rates_key
+from srlm_lite.planning.room import Room, room_for, unjudged
 from srlm_lite.recipe import Recipe, load_recipe
-from srlm_lite.settings import LORA_TARGETS
 
 _HEADS = {"kv_cache": "KV cache"}
 _ALIKE = {"prompts": "candidates", "revision SFT": "anchor SFT"}
@@ -54,46 +51,19 @@ def run_plan(
         recipe_name, why = pick_recipe() if hardware is None else recipe_for(hardware)
         typer.echo(f"recipe {recipe_name}: {why}", err=True)
     plan = plan_for(load_recipe(recipe_name, overrides), hardware)
-    times, advice = times_of(plan), settings_that_fit(plan)
+    times, advice, room = times_of(plan), settings_that_fit(plan), room_for(plan.recipe)
     if as_json:
-        typer.echo(json.dumps(_row(plan, times, advice), indent=2, ensure_ascii=False))
+        row = {**_row(plan, times, advice), "room": _room_row(room)}
+        typer.echo(json.dumps(row, indent=2, ensure_ascii=False))
         return
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    typer.echo(plan_text(plan, times, advice, width=width))
+    typer.echo(plan_text(plan, times, advice, room, width=width))
 
 
 def recipe_for(hardware: Hardware) -> tuple[str, str]:
     """The recipe for GPUs that are asked about, and why."""
     asked = Gpu(hardware.name, hardware.memory / 1e9)
     return choose_recipe([asked] * hardware.count, where="")
-
-
-def refuse_what_cannot_fit(recipe: Recipe, *, shards: int = 1) -> None:
-    """Stop a run that would run out of memory, before it begins.
-
-    Or train adapters on layers that the base does not have. Says nothing where the base's shape is
-    unknown: its loading says what is wrong with it.
-
-    Args:
-        shards: Processes that the base is spread over.
-
-    Raises:
-        UserError: A phase that no batch of its own choosing makes fit; says what would. Or a LoRA
-            target names no layer that can carry an adapter.
-    """
-    try:
-        plan = plan_for(recipe, replace(hardware_found(recipe), shards=shards))
-    except UserError as error:
-        if error.where == LORA_TARGETS:
-            raise
-        return
-    missing = shortfall(plan)
-    if missing is not None:
-        raise UserError(
-            missing.what,
-            where=f"recipe {recipe.name}",
-            way_out=f"{missing.way_out}; --no-plan runs it all the same",
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,10 +124,26 @@ def _row(plan: Plan, times: Times, advice: Advice) -> dict[str, Any]:
     }
 
 
-def plan_text(plan: Plan, times: Times, advice: Advice, *, width: int | None = None) -> str:
+def _room_row(room: Room | None) -> dict[str, Any] | None:
+    """Tokens of prompt and reply together, sampled and judged; None of a judge behind a server."""
+    if room is None:
+        return None
+    return {
+        "sampled": room.sampled,
+        "judged": room.judged,
+        "rubric": room.rubric,
+        "counted": room.exact,
+        "fits": not room.missing,
+    }
+
+
+def plan_text(
+    plan: Plan, times: Times, advice: Advice, room: Room | None = None, *, width: int | None = None
+) -> str:
     """All of it for a person.
 
     Args:
+        room: What the window leaves for prompt and reply, where that is known.
         width: Columns of the terminal; None: no line is broken.
     """
     (changes, suffice), measured = advice, times.measured
@@ -175,6 +161,7 @@ def plan_text(plan: Plan, times: Times, advice: Advice, *, width: int | None = N
         "the whole run, votes asked again apart",
         *_of_another_method(plan.recipe),
         *_out_of_reach(plan),
+        *_too_long_to_judge(room),
         *(["export runs on the machine, not on the device"] if on_host else []),
         f"time: {'at rates measured on ' + measured if measured else _NO_RATES}",
         f"disk, GB: {disk}",
@@ -221,6 +208,11 @@ def _out_of_reach(plan: Plan) -> list[str]:
         f"of the base, {sum(parts.values()) / 1e9:.2f} GB are out of NF4's reach and keep "
         f"{8 * plan.itemsize} bits: {named}"
     ]
+
+
+def _too_long_to_judge(room: Room | None) -> list[str]:
+    found = None if room is None else unjudged(room)
+    return [] if found is None else [". ".join(found)]
 
 
 def _broken(text: str, width: int | None) -> str:

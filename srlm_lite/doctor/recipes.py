@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 from functools import cache
 from pathlib import Path
 
 from srlm_lite.doctor.finding import Finding, State
+from srlm_lite.engines import engines_of
 from srlm_lite.errors import UserError
 from srlm_lite.planning.machine import plan_for, shortfall
 from srlm_lite.planning.memory import Shape
 from srlm_lite.planning.plan import Plan
 from srlm_lite.planning.probe import shape_of_base
+from srlm_lite.planning.room import room_for, unjudged
 from srlm_lite.recipe import Recipe, load_recipe, shipped_recipes
 from srlm_lite.settings import Base
 from srlm_lite.tracking import missing
@@ -33,13 +34,19 @@ def recipe_finding(recipe: Recipe) -> Finding:
         lacks.append(("bad", why, way_out))
     elif not here:
         lacks.append(("warning", "its base will be downloaded", None))
-    engines = {recipe.rollout.engine, recipe.judge.engine}
-    if "vllm" in engines and importlib.util.find_spec("vllm") is None:
-        lacks.append(("bad", "vLLM is not installed", "pip install 'srlm-lite[vllm]'"))
+    for engine in engines_of(recipe):
+        try:
+            engine.check(recipe)
+        except UserError as error:
+            lacks.append(("bad", error.what, error.way_out))
     if trackers := missing(recipe.tracking.report_to):
         lacks.append(
             ("bad", f"not installed: {', '.join(trackers)}", "pip install 'srlm-lite[tracking]'")
         )
+    room = room_for(recipe)
+    long = None if room is None else unjudged(room)
+    if long is not None:
+        lacks.append(("warning", *long))
     if not Path(recipe.data.dir).is_dir():
         way_out = "srlm-lite data prepare makes it"
         lacks.append(("warning", f"its data directory, {recipe.data.dir}, is not here", way_out))

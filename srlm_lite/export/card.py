@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from srlm_lite.export.source import Source
+from srlm_lite.export.source import FinishedModel
 from srlm_lite.recipe import Recipe, sections_of_methods
 from srlm_lite.report.facts import gather, public_settings
 from srlm_lite.report.markdown import measured, warned_of
@@ -21,7 +21,7 @@ _PLACE = 'place = "..."  # this repository, or a directory with its files\n'
 
 def write_card(
     folder: Path,
-    source: Source,
+    source: FinishedModel,
     *,
     base: dict[str, Any],
     form: str,
@@ -46,7 +46,7 @@ def public_recipe(recipe: Recipe) -> dict[str, Any]:
 
 
 def card(
-    source: Source, *, base: dict[str, Any], form: str, onto: str, dtype: str, rank: int
+    source: FinishedModel, *, base: dict[str, Any], form: str, onto: str, dtype: str, rank: int
 ) -> str:
     """The card as Markdown, with the Hub's metadata on top."""
     head: dict[str, Any] = {
@@ -99,14 +99,14 @@ MADE_BY = {
 _NOT_SELF_REWARDING = ("dpo", "spin", "rlhf")
 
 
-def _tags(source: Source, form: str) -> list[str]:
+def _tags(source: FinishedModel, form: str) -> list[str]:
     method = source.recipe.method
     tags = [] if method in _NOT_SELF_REWARDING else ["self-rewarding"]
     tags += ["rloo" if method == "rlhf" else "dpo"] if source.iteration else ["sft"]
     return [*tags, *(["lora"] if form == "adapter" else [])]
 
 
-def _about(source: Source, base: dict[str, Any]) -> str:
+def _about(source: FinishedModel, base: dict[str, Any]) -> str:
     n, anchor = source.iteration, f"the anchor, {_anchor_from(source.recipe)}"
     of = f"of a run of the method `{source.recipe.method}` on {_base_name(base)}"
     if not n:
@@ -130,7 +130,9 @@ def _base_name(base: dict[str, Any]) -> str:
     return str(base["location"]) if base["kind"] == "hub" else short_base(base["name"])
 
 
-def _lineage(source: Source, base: dict[str, Any], *, form: str, onto: str, dtype: str) -> str:
+def _lineage(
+    source: FinishedModel, base: dict[str, Any], *, form: str, onto: str, dtype: str
+) -> str:
     recipe, facts = source.recipe, source.run.facts()
     quantization = "" if recipe.base.quantization == "none" else f", trained in {_nf4(recipe)}"
     commit = (
@@ -151,7 +153,7 @@ def _lineage(source: Source, base: dict[str, Any], *, form: str, onto: str, dtyp
     return "\n".join(f"- **{name}:** {text}" for name, text in rows)
 
 
-def _stack(source: Source) -> str:
+def _stack(source: FinishedModel) -> str:
     if not source.iteration:
         return "the anchor alone"
     dpo = source.recipe.dpo
@@ -174,7 +176,7 @@ def _pairs_by(recipe: Recipe) -> str:
     }[recipe.pairing.source]
 
 
-def _measured_on(source: Source, form: str, onto: str) -> str:
+def _measured_on(source: FinishedModel, form: str, onto: str) -> str:
     if source.recipe.base.quantization == "none" or form == "adapter" or onto != "original":
         return ""
     return (

@@ -20,6 +20,8 @@ TEMPLATE = 64
 """Tokens that a chat template may put around a turn."""
 _END = 4
 """Tokens that end a turn."""
+_NAMES = ("text", "prompt", "instruction")
+"""Columns that may hold a prompt."""
 _LARGEST = 256 << 20
 """Bytes of a file up to which it is looked into."""
 
@@ -69,10 +71,7 @@ def lengths_of(recipe: Shared) -> Lengths:
     ift, eft = ift[: recipe.anchor.ift_limit], _of_prompts(eft, recipe.anchor.eft_prompts)
     graded = _of_prompts(graded, recipe.evaluate.eft_prompts)
     new, thought = recipe.rollout.max_new_tokens, bound.thought
-    if prompts is None:
-        prompt = window
-    else:
-        prompt = TEMPLATE + _most([*prompts, *held_out], "text", "prompt", "instruction")
+    prompt = window if prompts is None else TEMPLATE + _most([*prompts, *held_out], *_NAMES)
     judged = rubric + TEMPLATE
     own = judged + prompt + 4 * new  # an answer, written out in the judge's question
     given = judged + _most([*eft, *graded], "prompt", "response")
@@ -95,6 +94,25 @@ def lengths_of(recipe: Shared) -> Lengths:
         graded=len(graded),
         thought=thought,
     )
+
+
+def prompt_texts(recipe: Shared) -> tuple[list[str] | None, list[str] | None]:
+    """Prompts of a file that candidates answer, and held-out ones; None of those that are not here
+    or cannot be read."""
+    own = recipe.prompts.source == "file"
+    return (
+        _texts(_prompt_file(recipe)) if own else None,
+        _texts(_held_out_file(recipe), limit=recipe.evaluate.policy_prompts),
+    )
+
+
+def _texts(path: Path, *, limit: int | None = None) -> list[str] | None:
+    try:
+        rows = _rows(path)
+    except (OSError, ValueError):
+        return None
+    texts = [str(next((row[key] for key in _NAMES if row.get(key)), "")) for row in rows]
+    return list(dict.fromkeys(texts))[:limit]
 
 
 def _prompt_file(recipe: Shared) -> Path:

@@ -14,6 +14,8 @@ from functools import reduce
 from operator import attrgetter
 from typing import Any
 
+from srlm_lite.data.self_instruct import MAX_NEW_TOKENS
+from srlm_lite.engines import ENGINES, EngineKind, kind_of
 from srlm_lite.errors import UserError
 from srlm_lite.planning.lengths import Lengths
 from srlm_lite.planning.memory import (
@@ -22,16 +24,16 @@ from srlm_lite.planning.memory import (
     Held,
     Shape,
     Training,
-    drawing_bytes,
     exporting,
     holes,
     loading,
-    rows_within,
     sampling,
     training,
 )
 from srlm_lite.recipe import Recipe, recipe_from
+from srlm_lite.rollout.sizes import drawing_bytes, rows_within
 from srlm_lite.settings import Anchor, Dpo, Optim
+from srlm_lite.window import longest_prompt
 
 PARTS = ("base", "adapters", "optimizer", "activations", "kv_cache", "logits", "libraries")
 TRAININGS: Mapping[str, str] = {
@@ -43,6 +45,8 @@ TRAININGS: Mapping[str, str] = {
 """The phases that train, and where the recipe sets each."""
 USABLE: Mapping[Device, float] = {"cuda": 0.95, "cpu": 1.0}
 """Share of a device's memory that a plan may fill; a GPU's allocator loses some to fragments."""
+HERE = ENGINES["transformers"]
+"""The engine that is advised where another one takes too much."""
 _LEAST_WINDOW = 512
 """Shorter ones are not advised: a judge's question takes most of that."""
 _TEXTS = 6
@@ -61,7 +65,7 @@ class Hardware:
     memory: int
     count: int = 1
     shards: int = 1
-    """Of them, those that the base is spread over; 1: each holds it whole."""
+    """How many of them the base is spread over; 1: each holds it whole."""
 
     def __str__(self) -> str:
         return f"{self.count} x {self.memory / 1e9:.0f} GB" + (
@@ -110,7 +114,7 @@ class Plan:
 
     @property
     def peak(self) -> int:
-        """Of all phases on the device."""
+        """The largest peak of the phases on the device."""
         return max(phase.total for phase in self.phases if not phase.on_host)
 
     @property
@@ -239,12 +243,12 @@ class _Phases:
         prompt_tokens: int,
         new: int,
         tokens: int | None,
-        engine: str = "transformers",
+        engine: EngineKind = HERE,
     ) -> Phase:
         """`prompts` requests of `samples` texts each, given to the engine at once."""
 
         def parts(at_once: int) -> dict[str, int]:
-            if engine == "transformers":
+            if engine.samples_here:
                 found = sampling(
                     self.held,
                     prompts=at_once,
@@ -255,8 +259,8 @@ class _Phases:
                 )
             else:
                 found = self._beside()
-                if engine == "vllm":
-                    found["kv_cache"] = int(self.recipe.vllm.memory * self.hardware.memory)
+                if share := engine.share(self.recipe):
+                    found["kv_cache"] = int(share * self.hardware.memory)
             return self._libraries(found, "sampling")
 
         rows = self._rows(prompt_tokens + new)
@@ -290,13 +294,15 @@ class _Phases:
     @property
     def _room(self) -> int:
         """The longest prompt of a candidate."""
-        window, new = self.recipe.base.window, self._answer
-        return max(1, min(self.lengths.prompt, window - new))
+        return longest_prompt(
+            self.recipe.base.window, answer=self._answer, bound=self.lengths.prompt
+        )
 
     @property
     def _judge_room(self) -> int:
-        window, new = self.recipe.base.window, self._judgement
-        return max(1, min(self.lengths.judge_prompt, window - new))
+        return longest_prompt(
+            self.recipe.base.window, answer=self._judgement, bound=self.lengths.judge_prompt
+        )
 
     @property
     def _answer(self) -> int:
@@ -309,7 +315,7 @@ class _Phases:
         return _judgement(self.recipe, self.lengths)
 
     def _prompts(self) -> Phase:
-        recipe, new = self.recipe, 256 + self.lengths.thought
+        recipe, new = self.recipe, MAX_NEW_TOKENS + self.lengths.thought
         return self._sampling(
             "prompts",
             prompts=recipe.rollout.chunk_prompts,
@@ -317,7 +323,7 @@ class _Phases:
             prompt_tokens=recipe.base.window,
             new=new,
             tokens=recipe.iterations * recipe.prompts.per_iteration * new,
-            engine=recipe.rollout.engine,
+            engine=kind_of(recipe, "policy"),
         )
 
     def _candidates(self) -> Phase:
@@ -330,7 +336,7 @@ class _Phases:
             prompt_tokens=self._room,
             new=self._answer,
             tokens=answers * self._answer,
-            engine=recipe.rollout.engine,
+            engine=kind_of(recipe, "policy"),
         )
 
     def _judge(self) -> Phase:
@@ -344,7 +350,7 @@ class _Phases:
             prompt_tokens=self._judge_room,
             new=self._judgement,
             tokens=answers * judge.votes * self._judgement,
-            engine=judge.engine or recipe.rollout.engine,
+            engine=kind_of(recipe, "judge"),
         )
 
     def _anchor(self) -> Phase:
@@ -422,7 +428,7 @@ class _Phases:
         if self.lengths.graded is not None and not (section.ifeval or section.tasks):
             # A model's own answers are graded by itself and by the anchor, the anchor's by itself.
             own = min(section.judged_answers, section.policy_prompts * section.samples)
-            external = (recipe.judge.engine or recipe.rollout.engine) == "openai"
+            external = kind_of(recipe, "judge").remote
             judges = models if external else 2 * models - 1
             voted = (models * self.lengths.graded + judges * own) * votes
             total = drawn * self._answer + voted * self._judgement
@@ -433,7 +439,7 @@ class _Phases:
             prompt_tokens=self._judge_room,
             new=self._judgement,
             tokens=total,
-            engine=recipe.judge.engine or recipe.rollout.engine,
+            engine=kind_of(recipe, "judge"),
         )
         as_policy = self._sampling(
             "evaluation",
@@ -442,7 +448,7 @@ class _Phases:
             prompt_tokens=self._room,
             new=self._answer,
             tokens=total,
-            engine=recipe.rollout.engine,
+            engine=kind_of(recipe, "policy"),
         )
         return max((as_judge, as_policy), key=lambda phase: phase.total)
 
@@ -455,7 +461,7 @@ class _Phases:
 
 def _judgement(recipe: Recipe, lengths: Lengths) -> int:
     """Tokens of a judgement at most; of a server's judge no thought is known."""
-    external = (recipe.judge.engine or recipe.rollout.engine) == "openai"
+    external = kind_of(recipe, "judge").remote
     return recipe.judge.max_new_tokens + (0 if external else lengths.thought)
 
 
@@ -541,8 +547,8 @@ def _remedies(recipe: Recipe, phase: Phase) -> Iterator[Mapping[str, Any]]:
             yield {f"{section}.micro_batch_size": max(halves)}
     elif phase.name != "load":
         for key, engine in (("rollout", recipe.rollout.engine), ("judge", recipe.judge.engine)):
-            if engine == "vllm":
-                yield {f"{key}.engine": "transformers"}
+            if engine is not None and ENGINES[engine].holds_base:
+                yield {f"{key}.engine": HERE.name}
         rows = phase.shape["batch_rows"]
         if rows > phase.shape["samples"]:
             yield {"rollout.batch_rows": max(1, rows // 2)}

@@ -6,12 +6,16 @@ import json
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from srlm_lite.errors import UserError
-from srlm_lite.planning.memory import Linear, Shape, attention_of, widest
+from srlm_lite.planning.memory import Linear, Shape
 from srlm_lite.planning.shapes import SHAPES, config_of, shape_of
+from srlm_lite.rollout.sizes import attention_of, widest
 from srlm_lite.settings import Base
+
+if TYPE_CHECKING:
+    from srlm_lite.model.chat import ChatFormat
 
 
 def shape_of_base(section: Base, targets: Iterable[str] = ()) -> Shape:
@@ -26,11 +30,21 @@ def shape_of_base(section: Base, targets: Iterable[str] = ()) -> Shape:
 
 def thinks(section: Base) -> bool:
     """Whether a base thinks before it answers; False where its tokenizer is not here to tell."""
-    return _thinks(section.model_dump_json(include=set(_OF_TEMPLATES)))
+    chat = _chat_here(section.model_dump_json(include=set(_OF_TEMPLATES)))
+    return chat is not None and chat.thinks
+
+
+def prompt_tokens(section: Base, texts: Iterable[str]) -> list[int] | None:
+    """Tokens of user turns in the base's template, each up to where the reply starts.
+
+    None where its tokenizer is not here, as a GGUF file's is only once the file is converted.
+    """
+    chat = _chat_here(section.model_dump_json(include=set(_OF_TEMPLATES)))
+    return None if chat is None else [len(chat.prompt_ids(text)) for text in texts]
 
 
 @lru_cache
-def _thinks(of_templates: str) -> bool:
+def _chat_here(of_templates: str) -> ChatFormat | None:
     from transformers import AutoTokenizer
 
     from srlm_lite.model.chat import ChatFormat
@@ -44,10 +58,9 @@ def _thinks(of_templates: str) -> bool:
             trust_remote_code=False,
         )
         settings = found["chat_template_kwargs"]
-        chat = ChatFormat(tokenizer, template=found["chat_template"], settings=settings)
+        return ChatFormat(tokenizer, template=found["chat_template"], settings=settings)
     except Exception:  # whatever is wrong with it: a run says so
-        return False
-    return chat.thinks
+        return None
 
 
 _OF_TEMPLATES = ("name", "revision", "chat_template", "chat_template_kwargs")

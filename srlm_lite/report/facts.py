@@ -78,7 +78,7 @@ class Curve:
     """A DPO training: its steps, where the run kept them, and the facts at its end."""
 
     name: str
-    """Of the delta that it trains."""
+    """The name of the delta that it trains."""
     steps: tuple[TrainingStep, ...]
     facts: Mapping[str, Any]
 
@@ -145,7 +145,7 @@ class Model:
     """One model of the run: the bare base, the anchor, or what an iteration ended with."""
 
     number: int | None
-    """Of the iteration; 0 is the anchor, None the bare base."""
+    """The iteration's number; 0 is the anchor, None the bare base."""
     evaluation: Mapping[str, Any]
     """`eval.json`; empty before there is one."""
     stages: Mapping[str, Mapping[str, Any]]
@@ -153,7 +153,7 @@ class Model:
     is_done: bool
     iteration: Iteration | None = None
     counts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    """Of `done.json`, by stage."""
+    """The counts in `done.json`, by stage."""
 
     @property
     def name(self) -> str:
@@ -225,7 +225,7 @@ class Duel:
 
     @property
     def iteration(self) -> int | None:
-        """Of the model, where it is one of this run's iterations."""
+        """The model's iteration, where it is one of this run's."""
         match = re.fullmatch(r"iteration (\d+)", self.model)
         return int(match[1]) if match else None
 
@@ -267,7 +267,7 @@ class Facts:
 
     @property
     def name(self) -> str:
-        """Of the recipe."""
+        """The recipe's name."""
         return str(self.settings.get("name", "run"))
 
     @property
@@ -292,7 +292,7 @@ class Facts:
 
     @property
     def pairs(self) -> list[Pair]:
-        """Of all iterations."""
+        """The pairs of all iterations."""
         return [pair for iteration in self.iterations for pair in iteration.pairs]
 
     @property
@@ -318,7 +318,7 @@ class Facts:
 
     @property
     def seconds(self) -> float:
-        """Of all stages that are finished."""
+        """Seconds of all stages that are finished."""
         return sum(model.seconds for model in self.models)
 
 
@@ -368,7 +368,7 @@ def _model(
 def _iteration(
     place: IterationDir, votes: dict[int, dict[str, tuple[Judgement, ...]]]
 ) -> Iteration:
-    """Of candidates and votes only what has led to pairs: before, their files still grow.
+    """An iteration, with candidates and votes that have led to pairs: before, files still grow.
 
     Args:
         votes: By iteration and candidate; this iteration's are added.

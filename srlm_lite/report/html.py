@@ -142,7 +142,7 @@ def _asset(name: str) -> str:
 
 
 def _state(facts: Facts) -> str:
-    """Of an unfinished run: how far it is."""
+    """How far an unfinished run is."""
     if facts.is_finished:
         return ""
     going = [model for model in facts.models if not model.is_done and model.number is not None]

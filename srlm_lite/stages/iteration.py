@@ -10,6 +10,7 @@ from random import Random
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from srlm_lite.engines import Role
 from srlm_lite.errors import UserError
 from srlm_lite.evaluate.gold import load_gold
 from srlm_lite.evaluate.judge_metrics import judge_metrics
@@ -29,7 +30,7 @@ from srlm_lite.rollout.protocol import Sample
 from srlm_lite.run.files import read_json, read_records, write_json, write_records
 from srlm_lite.run.layout import DeltaPlace, IterationDir
 from srlm_lite.seeds import derive_seed
-from srlm_lite.session import Role, Session
+from srlm_lite.session import Session
 from srlm_lite.settings import Dpo, Optim, Scir
 from srlm_lite.stages.anchor import Sft, fitting_examples, ift_examples, scratch
 from srlm_lite.stages.replies import candidate_of, learned_ids

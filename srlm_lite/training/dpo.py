@@ -42,7 +42,7 @@ PROOF_TOLERANCE = 1e-3
 """Nats by which the loss before the first step may miss ln 2."""
 
 _COLUMNS = ("weight", "smoothing")
-"""Of a pair, beside its ids."""
+"""Columns of a pair, beside its ids."""
 
 _REFERENCE = "ref"  # TRL's name for the copy it takes of the adapter
 
@@ -92,7 +92,7 @@ def consistency_loss(
     p = (1 - smoothing).clamp(0.05, 0.95)
     log_q, log_not_q = F.logsigmoid(implicit), F.logsigmoid(-implicit)
     q = implicit.sigmoid()
-    # Before anything is learned the implicit reward has no opinion: rounding is none either.
+    # Before anything is learned the implicit reward has no opinion: rounding is not one either.
     mask = ((implicit.detach() > -1e-4) & (1 - smoothing > scir.threshold)).to(margin.dtype)
     log_p, log_not_p = p.log(), (1 - p).log()
     divergence = (p - q) * (log_p - log_q) + (q - p) * (log_not_p - log_not_q)
@@ -272,7 +272,7 @@ def train_dpo(
                 share_adapters(trainer)
             slot.to_float32()  # before the trainer wraps it
             scores = TargetTokens(slot.model, [*pairs[0].prompt_ids, *pairs[0].chosen_ids])
-            proof = _Proof(trainer, slot, scores, base.dtype, reference=reference, stack=stack)
+            proof = _DpoProof(trainer, slot, scores, base.dtype, reference=reference, stack=stack)
             trainer.add_callback(proof)
             with scores.answering():
                 run_training(trainer, dpo)
@@ -297,7 +297,7 @@ def train_dpo(
     }
 
 
-class _Proof(TrainerCallback):
+class _DpoProof(TrainerCallback):
     """Before the first step, shows that the reference is the intended stack, and the loss DPO's.
 
     With the reference stack in the slot too, loss and margin through the code that trains must be

@@ -1,0 +1,174 @@
+"""Whether all that may be sampled can be judged: a judge's question holds the rubric as well.
+
+A reply whose question does not fit the window gets no votes, and so is in no pair. That costs the
+longest replies first, without a word before the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from srlm_lite.planning.lengths import TEMPLATE, longest, prompt_texts
+from srlm_lite.planning.probe import prompt_tokens
+from srlm_lite.settings import Shared
+
+BYTES_A_TOKEN = 4
+"""Roughly, of English text: for what no tokenizer is here to count."""
+SELF_WRITTEN = 256
+"""Tokens of a reply in which the anchor writes new prompts, and of a prompt of its own at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """Tokens, and whether a tokenizer counted them or they are estimated from bytes."""
+
+    tokens: int
+    exact: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """Tokens that a prompt and its reply may have together.
+
+    All are of the whole turn, with what the template writes around it; a thought is not part of a
+    reply, for no judge sees it.
+    """
+
+    sampled: int
+    """At most, when the reply is sampled."""
+    judged: int
+    """At most, for a judge's question to fit the window."""
+    rubric: int
+    judgement: int
+    """Of a judge's reply, for which its question leaves room."""
+    answer: int
+    """`rollout.max_new_tokens`."""
+    window: int
+    prompts: Literal["prompts", "held-out prompts"] = "prompts"
+    """Which of them are the longest."""
+    known: bool = True
+    """Whether the data bounds the longest prompt, or the window alone."""
+    exact: bool = True
+
+    @property
+    def safe_prompt(self) -> int:
+        """Tokens of a prompt up to which every reply can be judged; below 1: of no prompt."""
+        return self.judged - self.answer
+
+    @property
+    def missing(self) -> int:
+        """By so many tokens the longest that may be sampled is too long; 0: it can be judged."""
+        return max(0, self.sampled - self.judged)
+
+
+def room_of(
+    recipe: Shared,
+    *,
+    rubric: Counted,
+    prompts: Counted | None,
+    held_out: Counted | None,
+    thought: int = 0,
+) -> Room | None:
+    """What the recipe's window leaves for prompt and reply; None of a judge behind a server.
+
+    Args:
+        rubric: What a judge's question holds beside prompt and reply.
+        prompts: The longest that candidates answer; None: as long as the window admits.
+        held_out: The same of the evaluation, whose answers are judged as well.
+        thought: Before every answer and judgement.
+    """
+    if (recipe.judge.engine or recipe.rollout.engine) == "openai":
+        return None
+    window, answer = recipe.base.window, recipe.rollout.max_new_tokens
+    judgement = recipe.judge.max_new_tokens + thought
+    admitted = Counted(max(0, window - thought - answer), exact=True)
+
+    def within(counted: Counted | None) -> tuple[int, bool, bool]:
+        found = counted or admitted
+        return min(found.tokens, admitted.tokens), counted is not None, found.exact
+
+    asked = [("prompts", within(prompts))] if recipe.iterations else []
+    if recipe.evaluate.judged_answers and recipe.evaluate.policy_prompts:
+        asked.append(("held-out prompts", within(held_out)))
+    if not asked:
+        return None
+    which, (tokens, known, exact) = max(asked, key=lambda one: one[1][0])
+    return Room(
+        sampled=tokens + answer,
+        judged=window - judgement - rubric.tokens,
+        rubric=rubric.tokens,
+        judgement=judgement,
+        answer=answer,
+        window=window,
+        prompts="prompts" if which == "prompts" else "held-out prompts",
+        known=known,
+        exact=rubric.exact and exact,
+    )
+
+
+def room_for(recipe: Shared) -> Room | None:
+    """The same, counted by the base's tokenizer where that is here, else estimated from bytes.
+
+    Raises:
+        UserError: The rubric cannot be read.
+    """
+    from srlm_lite.judging import load_rubric
+
+    training, evaluated = prompt_texts(recipe)
+    question = load_rubric(recipe.judge.rubric).render(prompt="", response="")
+    counted = prompt_tokens(recipe.base, ["", question])
+    if counted is None:
+        rubric = Counted(len(question.encode()) // BYTES_A_TOKEN, exact=False)
+    else:
+        rubric = Counted(counted[1] - counted[0], exact=True)
+    prompts = _longest(recipe, training)
+    if recipe.prompts.source == "self-instruct":
+        prompts = Counted(SELF_WRITTEN + TEMPLATE, exact=True)
+    return room_of(
+        recipe,
+        rubric=rubric,
+        prompts=prompts,
+        held_out=_longest(recipe, evaluated),
+        thought=longest(recipe).thought,
+    )
+
+
+_LOOKED_AT = 64
+"""Prompts, the longest in bytes, of which a tokenizer says which is the longest in tokens."""
+
+
+def _longest(recipe: Shared, texts: Sequence[str] | None) -> Counted | None:
+    """The longest of some prompts as a turn; None where they are not here."""
+    if not texts:
+        return None
+    largest = sorted(texts, key=lambda text: len(text.encode()), reverse=True)[:_LOOKED_AT]
+    counted = prompt_tokens(recipe.base, largest)
+    if counted is None:
+        return Counted(TEMPLATE + len(largest[0].encode()) // BYTES_A_TOKEN, exact=False)
+    return Counted(max(counted), exact=True)
+
+
+def unjudged(room: Room) -> tuple[str, str] | None:
+    """What may be sampled and not be judged, and the settings that mend it; None: all can be.
+
+    Where the prompts are not here to be measured, a larger window is for what this one samples.
+    """
+    if not room.missing:
+        return None
+    about = "" if room.exact else "about "
+    short = max(0, room.safe_prompt)
+    of_which = f"{room.prompts} of more than {about}{short:,} tokens" if short else "all prompts"
+    what = (
+        f"{of_which} may get replies too long to be judged, which then have no grade: prompt and "
+        f"reply together may have {room.sampled:,} tokens when sampled, {about}{room.judged:,} to "
+        f"be judged (the rubric takes {about}{room.rubric:,}, a judgement {room.judgement:,})"
+    )
+    changes = [f"base.window={room.window + room.missing}"]
+    answer, judgement = room.answer - room.missing, room.judgement - room.missing
+    if room.known and 2 * answer >= room.answer:
+        changes.append(f"rollout.max_new_tokens={answer}")
+    if 2 * judgement >= room.judgement:
+        changes.append(f"judge.max_new_tokens={judgement}")
+    return what, "Set " + " or ".join(changes)
