@@ -10,13 +10,8 @@ from pathlib import Path
 import typer
 
 from srlm_lite.cli.facts import hardware, versions
-<<<<<<< HEAD
-from srlm_lite.cli.plan import refuse_what_cannot_fit
-from srlm_lite.cli.progress import ConsoleReporter
-=======
 from srlm_lite.cli.preflight import preflight_json, preflight_text
-from srlm_lite.cli.progress import Console
->>>>>>> tables
+from srlm_lite.cli.progress import ConsoleReporter
 from srlm_lite.cli.tables import closing_table
 from srlm_lite.errors import GateError, program
 from srlm_lite.hardware import pick_recipe
@@ -87,11 +82,6 @@ def run_iterate(
         console.say(line)
 
 
-<<<<<<< HEAD
-def _recipe(
-    name: str | None, overrides: Sequence[str], run: RunDir | None, say: ConsoleReporter
-) -> Recipe:
-=======
 def dry_run(
     *,
     recipe_name: str | None,
@@ -103,7 +93,7 @@ def dry_run(
     as_json: bool,
 ) -> None:
     """Ask all that can fail, show the answers, and write nothing; exit code 2 where one is bad."""
-    at, console = place(), Console()
+    at, console = place(), ConsoleReporter()
     if not at.leads:  # one of several processes answers for all
         return
     run = RunDir(directory)
@@ -130,8 +120,9 @@ def _what_for(found: Sequence[Answer]) -> str:
     return "starts it" if can_start(found) else "once what is marked is put right"
 
 
-def _recipe(name: str | None, overrides: Sequence[str], run: RunDir | None, say: Console) -> Recipe:
->>>>>>> tables
+def _recipe(
+    name: str | None, overrides: Sequence[str], run: RunDir | None, say: ConsoleReporter
+) -> Recipe:
     """The recipe that is named, or that of the run that is there, or one for this machine."""
     begun = run if run is not None and run.path.is_dir() and run.exists else None
     if name is not None:
@@ -170,17 +161,3 @@ def next_steps(run: RunDir) -> list[str]:
         f"{'     ' if i else 'next:'} {program()} {command}  # {what}"
         for i, (command, what) in enumerate(steps.items())
     ]
-<<<<<<< HEAD
-
-
-def _warn_of_idle(session: Session) -> None:
-    """Name the processes that sampling cannot employ, since it deals out whole chunks."""
-    recipe, world = session.recipe, session.processes.world
-    chunks = -(-recipe.prompts.per_iteration // recipe.rollout.chunk_prompts)
-    if world > 1 and chunks < world:
-        session.reporter.warn(
-            f"{world} processes, but an iteration's prompts are {chunks} chunks of "
-            f"rollout.chunk_prompts = {recipe.rollout.chunk_prompts}: lower it to employ all"
-        )
-=======
->>>>>>> tables

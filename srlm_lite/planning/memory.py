@@ -53,28 +53,6 @@ many free blocks as used ones; here they count as equally large."""
 MAPPED = 32 << 20
 """Bytes from which glibc keeps a block outside of its heap, by itself: there are no holes. Logits
 are nearly always that large."""
-<<<<<<< HEAD
-MOST_ROWS = 256
-"""The most rows of a batch that is sized by memory. More at once gain nothing: the weights' share
-of the time is small by then."""
-SHARE = 0.5
-"""The share of what the weights leave that such a batch takes: the rest is for activations and
-everybody else."""
-PREFILL_TOKENS = 4096
-"""Prompt tokens computed in one forward pass; it bounds the memory of activations."""
-LEAST_ROOM = 32
-"""Tokens that a sample's keys and values have room for at first; doubled when that is used up."""
-DRAWN = 2**19
-"""Logits that a CPU draws from at once: 2 MB of them stay in its cache."""
-DRAWING = 44
-"""Bytes of each while it is sorted whole, as a flat distribution wants."""
-GATHERED = 3
-"""Decoder layers that FSDP2 has whole at a time, counted from its code: the one that computes, in
-one piece and in its tensors, and the next one, on its way."""
-LOSS_CHUNK = 256
-"""Target tokens whose logits a loss computes at once: `PIECE` in `training/tokens.py`."""
-=======
->>>>>>> tables
 
 
 @dataclass(frozen=True, slots=True)
