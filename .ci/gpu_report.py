@@ -128,7 +128,7 @@ def _plan_parts(recipe: str) -> dict[str, list[str]]:
 
 
 def marks() -> str:
-    """Of the tests; an extra, which has an environment of its own, counts where it is installed."""
+    """Marks of its tests; an extra, which has an environment of its own, counts where installed."""
     return " and not ".join(["gpu", *(extra for extra in EXTRAS if not is_installed(extra))])
 
 

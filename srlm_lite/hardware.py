@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
+
+LIMIT = Path("/sys/fs/cgroup/memory.max")
+"""Where Linux says how much a container may have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +55,17 @@ def pick_recipe() -> tuple[str, str]:
 
 def device_name(device: str) -> str:
     """The first GPU's name; or the processor's, with the number of its cores."""
-    import os
-
     return gpus()[0].name if device == "cuda" else f"{processor()}, {os.cpu_count()} cores"
+
+
+def machine_memory() -> int:
+    """Bytes that this machine, or the group it limits us to, has."""
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        limit = LIMIT.read_text(encoding="ascii").strip()
+    except OSError:
+        return whole
+    return min(whole, int(limit)) if limit.isdigit() else whole
 
 
 def processor() -> str:

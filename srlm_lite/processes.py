@@ -114,7 +114,7 @@ class Processes:
                 a kind of sharding that there is not.
             SrlmError: Another process is lost.
         """
-        self.shards = _takes_sharding() and self.world > 1
+        self.shards = takes_sharding() and self.world > 1
         if self.world == 1:
             yield
             return
@@ -219,7 +219,7 @@ class Processes:
         return found or []
 
 
-def _takes_sharding() -> bool:
+def takes_sharding() -> bool:
     """Whether a launcher asks for FSDP; it is then taken from the libraries that would read it.
 
     The base is sharded when it is loaded, and to accelerate the adapters are what DDP trains.

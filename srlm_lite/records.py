@@ -33,12 +33,31 @@ class Record:
         Raises:
             KeyError: A field without a default is missing.
         """
-        known = {field.name: row[field.name] for field in fields(cls) if field.name in row}
-        needed = (field.name for field in fields(cls) if field.default is MISSING)
-        missing = [name for name in needed if name not in known]
-        if missing:
+        return cls(**cls.known(row))
+
+    @classmethod
+    def known(cls, row: dict[str, Any]) -> dict[str, Any]:
+        """What of a JSON object is a field here; its values may be of any type.
+
+        Raises:
+            KeyError: A field without a default is missing.
+        """
+        names, needed = _names(cls)
+        if missing := [name for name in needed if name not in row]:
             raise KeyError(", ".join(missing))
-        return cls(**known)
+        return {name: row[name] for name in names if name in row}
+
+
+_NAMES: dict[type[Record], tuple[tuple[str, ...], tuple[str, ...]]] = {}
+
+
+def _names(kind: type[Record]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The fields of a kind of record, and those of them without a default."""
+    if kind not in _NAMES:  # looking them up would take most of the time of reading a file
+        every = fields(kind)
+        needed = tuple(field.name for field in every if field.default is MISSING)
+        _NAMES[kind] = tuple(field.name for field in every), needed
+    return _NAMES[kind]
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,16 +9,19 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from srlm_lite.engines import ENGINES, EngineKind, Role, kind_of
 from srlm_lite.errors import ProofError, UserError
 from srlm_lite.judging import Rubric, load_rubric
+from srlm_lite.methods import METHODS
 from srlm_lite.processes import Processes
 from srlm_lite.progress import Reporter, Silent, Tracker, Untracked
 from srlm_lite.recipe import Recipe
 from srlm_lite.run.layout import StageDir, adapter_files
 from srlm_lite.run.run import RunDir
 from srlm_lite.settings import EngineName
+from srlm_lite.window import leaves_room
 
 if TYPE_CHECKING:  # torch is imported when the base is first needed, and not before
     from srlm_lite.model.base import LoadedBase
@@ -26,10 +29,6 @@ if TYPE_CHECKING:  # torch is imported when the base is first needed, and not be
     from srlm_lite.model.sharding import Pace
     from srlm_lite.model.stack import Adapter, Slot
     from srlm_lite.rollout.protocol import Engine
-
-Role = Literal["policy", "judge", "teacher"]
-"""What a stack is asked to do; each role may have an engine of its own. A teacher is another
-model, behind the server of the section `openai`."""
 
 I = TypeVar("I", contravariant=True)  # noqa: E741
 R = TypeVar("R")
@@ -77,15 +76,19 @@ class Session:
         """Whether the window has room for an answer after this prompt."""
         if prompt not in self._prompt_lengths:
             self._prompt_lengths[prompt] = len(self.chat.prompt_ids(prompt))
-        room = self.recipe.base.window - self.recipe.rollout.max_new_tokens
-        return self._prompt_lengths[prompt] <= room - self.thought_tokens()
+        return leaves_room(
+            self._prompt_lengths[prompt],
+            self.recipe.base.window,
+            answer=self.recipe.rollout.max_new_tokens,
+            thought=self.thought_tokens(),
+        )
 
     def thought_tokens(self, role: Role = "policy") -> int:
         """Tokens that a thought before the answer may take: 0 where the base does not think.
 
         0 for a judge or teacher behind a server, too: it has limits of its own.
         """
-        if role != "policy" and self.engine_name(role) == "openai":
+        if role != "policy" and self.engine_kind(role).remote:
             return 0
         return self.recipe.rollout.max_thought_tokens if self.chat.thinks else 0
 
@@ -175,50 +178,16 @@ class Session:
 
     def engine(self, stack: Sequence[Adapter], role: Role = "policy") -> Engine:
         """The sampling engine of a role, with a stack loaded."""
-        name = self.engine_name(role)
-        if name not in self._engines:
-            self._engines[name] = self._make_engine(name)
-        engine = self._engines[name]
+        kind = self.engine_kind(role)
+        if kind.name not in self._engines:
+            self._engines[kind.name] = kind.make(self)
+        engine = self._engines[kind.name]
         engine.load(stack)
         return engine
 
-    def engine_name(self, role: Role) -> EngineName:
-        """Which engine samples for a role."""
-        rollout, judge = self.recipe.rollout, self.recipe.judge
-        if role == "teacher":
-            return "openai"
-        return rollout.engine if role == "policy" else judge.engine or rollout.engine
-
-    def _make_engine(self, name: EngineName) -> Engine:
-        recipe = self.recipe
-        if name == "openai":
-            from srlm_lite.rollout.openai_engine import OpenAIEngine
-
-            if recipe.rollout.engine == name and recipe.iterations > 1:
-                self.reporter.warn(
-                    "rollout.engine=openai: the candidates of every iteration come from the "
-                    "server's model, which learns nothing from this run"
-                )
-            return OpenAIEngine(recipe.openai)
-        rows = None if recipe.rollout.batch_rows == "auto" else recipe.rollout.batch_rows
-        if name == "vllm":
-            from srlm_lite.rollout.vllm_engine import VllmEngine
-
-            return VllmEngine(
-                self.base,
-                self.chat,
-                recipe.base,
-                memory=recipe.vllm.memory,
-                batch_rows=rows,
-                rank=self.slot.rank,
-                scratch=self.run.scratch,
-                log=self.run.vllm_log,
-            )
-        from srlm_lite.rollout.transformers_engine import TransformersEngine
-
-        return TransformersEngine(
-            self.slot, self.chat, batch_rows=rows, cuda_graphs=recipe.rollout.cuda_graphs
-        )
+    def engine_kind(self, role: Role) -> EngineKind:
+        """What the engine is that samples for a role."""
+        return kind_of(self.recipe, role)
 
     def close_engines(self) -> None:
         """Give back the memory of sampling, before a training needs it."""
@@ -260,7 +229,7 @@ class Session:
             role: Whose engine does the work; None where it is none's, but the base's in memory.
         """
         world = self.processes.world
-        if world == 1 or (role and self.engine_name(role) == "openai"):
+        if world == 1 or (role and self.engine_kind(role).remote):
             for item in items:
                 yield work(self, item, advance)
             return
@@ -399,22 +368,23 @@ class _PassBy:
             follower.session.pace.pass_by()
 
 
-def refuse_absent_base(recipe: Recipe, run: RunDir) -> None:
-    """Ask for the base before anything is written.
+def refuse_absent_base(recipe: Recipe, run: RunDir | None) -> bool:
+    """Ask for the base before anything is written; whether its files are here.
+
+    Args:
+        run: Which may have noted the commit of its base; None: there is none yet.
 
     Raises:
         UserError: It is neither here nor to be had from the Hub.
     """
     from srlm_lite.model.base import base_is_here
 
-    noted = run.base_revision if run.path.is_dir() else None
-    revision = noted or recipe.base.revision
-    base_is_here(
-        recipe.base.model_copy(update={"revision": revision}), conversion=run.base_conversion
-    )
+    noted = None if run is None else run.base_revision
+    section = recipe.base.model_copy(update={"revision": noted or recipe.base.revision})
+    return base_is_here(section, conversion=None if run is None else run.base_conversion)
 
 
-def refuse_unexportable(recipe: Recipe, run: RunDir) -> None:
+def refuse_unexportable(recipe: Recipe, run: RunDir | None) -> None:
     """Make sure that what a run is about to train can be exported, as far as its files are here.
 
     A run that has its anchor goes on: it may have been begun before this was asked. Files of the
@@ -426,9 +396,9 @@ def refuse_unexportable(recipe: Recipe, run: RunDir) -> None:
     from srlm_lite.model.base import directory_here
     from srlm_lite.model.exportable import refuse_unexportable as refuse
 
-    if run.path.is_dir() and run.anchor.is_done:
+    if run is not None and run.anchor.is_done:
         return
-    revision = run.base_revision if run.path.is_dir() else None
+    revision = None if run is None else run.base_revision
     folder = directory_here(recipe.base, revision=revision)
     if folder is not None:
         refuse(folder, recipe.targets)
@@ -452,10 +422,9 @@ def refuse_several(recipe: Recipe, processes: int) -> None:
     Raises:
         UserError: Says which method.
     """
-    if recipe.method == "rlhf" and processes > 1:
-        # What the policy draws while it learns is not dealt out between them.
+    if METHODS[recipe.method].one_process and processes > 1:
         raise UserError(
-            f"rlhf trains in one process, and there are {processes}",
+            f"{recipe.method} trains in one process, and there are {processes}",
             where="method",
             way_out="Start it without a launcher",
         )
@@ -474,11 +443,12 @@ def refuse_sharding(recipe: Recipe) -> None:
     if recipe.base.backend == "unsloth":
         raise line("Unsloth holds the base whole", "base.backend", "Set it to transformers")
     for name, engine in (("rollout", recipe.rollout.engine), ("judge", recipe.judge.engine)):
-        if engine == "vllm":
-            raise line("vLLM holds the base whole", f"{name}.engine", "Set it to transformers")
-    if recipe.method == "rlhf":
+        if engine is not None and ENGINES[engine].holds_base:
+            held = f"{ENGINES[engine].label} holds the base whole"
+            raise line(held, f"{name}.engine", "Set it to transformers")
+    if METHODS[recipe.method].one_process:
         raise line(
-            "rlhf trains in one process, which holds the base whole",
+            f"{recipe.method} trains in one process, which holds the base whole",
             "method",
             "Launch it as one process, or with a configuration that is not FSDP's",
         )

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,6 +48,14 @@ def pytest_collection_finish() -> None:
     """Spare the garbage collector the libraries: each of its rounds would walk through them all."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what needs an extra that is not installed here, before its fixtures are made."""
+    for extra in ("vllm", "unsloth"):
+        if item.get_closest_marker(extra) and find_spec(extra) is None:
+            pytest.skip(f"{extra} is not installed (extra {extra})")
 
 
 @pytest.fixture

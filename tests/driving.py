@@ -88,7 +88,7 @@ def watch_sampling(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 
 
 def logits(model: Any) -> Any:
-    """Of ids drawn at random, longer than the window of any family in the tests."""
+    """Logits of ids drawn at random, longer than the window of any family in the tests."""
     import torch
 
     generator = torch.Generator().manual_seed(0)

@@ -266,7 +266,7 @@ class LlamaCpp:
         return ids
 
     def log_probabilities(self, ids: Sequence[int], vocabulary: int) -> np.ndarray[Any, Any]:
-        """Of every token after these."""
+        """The log-probability of every token after these."""
         said = self._post(
             "/completion",
             prompt=list(ids),

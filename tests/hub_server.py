@@ -32,7 +32,7 @@ class Repo:
 
     private: bool
     files: dict[str, bytes] = field(default_factory=dict)
-    """Of the last commit, by path; large ones that came by Xet are empty here."""
+    """The last commit's files, by path; large ones that came by Xet are empty here."""
     large: dict[str, str] = field(default_factory=dict)
     """SHA-256 of the large ones."""
     commits: int = 0

@@ -25,10 +25,10 @@ from srlm_lite.model.sharding import load_shards
 from srlm_lite.model.stack import Adapter, Slot
 from srlm_lite.model.targets import check_targets, experts_left_out, targeted
 from srlm_lite.planning.machine import plan_for
-from srlm_lite.planning.memory import attention_of
 from srlm_lite.planning.plan import Hardware
 from srlm_lite.recipe import load_recipe
 from srlm_lite.rollout.memory import rows_that_fit
+from srlm_lite.rollout.sizes import attention_of
 from srlm_lite.settings import Base, Lora
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -30,12 +30,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return bench.random_base(tmp_path_factory.mktemp("bench") / "base", SHAPE)
 
 
-def job(base: Path, folder: Path, *, four_bit: bool) -> bench.Job:
+def job(base: Path, folder: Path, *, four_bit: bool) -> bench.ExportJob:
     paths = (folder / "anchor", folder / "delta")
     for seed, path in enumerate(paths):
         adapter = bench.random_adapter(base, seed=seed, share=0.01 / math.sqrt(2))
         adapter.save(path, base_name=str(base))
-    return bench.Job(base, paths, folder / "out", four_bit)
+    return bench.ExportJob(base, paths, folder / "out", four_bit)
 
 
 def test_an_update_has_the_norm_it_is_given(base: Path) -> None:

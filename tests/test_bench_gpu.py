@@ -11,8 +11,8 @@ import torch
 from commands import Cli
 from transformers import LlamaConfig
 
-from srlm_lite.bench.floor import Shape, decode, dpo_step, prefill
-from srlm_lite.bench.gpu import SMALL, TINY, Job, bench_gpu, job_of, shape_config, ways_of
+from srlm_lite.bench.floor import Dimensions, decode, dpo_step, prefill
+from srlm_lite.bench.gpu import SMALL, TINY, Extent, bench_gpu, job_of, shape_config, ways_of
 from srlm_lite.bench.roofline import shape_of
 from srlm_lite.errors import UserError
 from srlm_lite.model.base import load_base
@@ -43,7 +43,7 @@ def test_a_base_larger_than_the_machine_is_refused_before_it_is_built(
     # What `auto` gives depends on the CPU; float32 would double the embeddings and the head.
     monkeypatch.setattr(gpu, "compute_dtype", lambda section: torch.bfloat16)
     with pytest.raises(UserError, match=r"--shape llama2-70b: .* 40\.8 GB .* has 40\.0 GB"):
-        bench_gpu("llama2-70b", Job(), Silent(), device="cpu")
+        bench_gpu("llama2-70b", Extent(), Silent(), device="cpu")
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
@@ -107,8 +107,8 @@ def test_the_shape_of_an_nf4_base_counts_its_scales() -> None:
 
 def test_quantized_weights_are_read_at_their_own_size() -> None:
     """Linear layers of 100 weights at half a byte, 50 of the head at 2: 150 bytes a pass."""
-    shape = Shape(100, 50, 2, 4, 2, number_bytes=2, linear_bytes=0.5)
-    plain = Shape(100, 50, 2, 4, 2, number_bytes=2)
+    shape = Dimensions(100, 50, 2, 4, 2, number_bytes=2, linear_bytes=0.5)
+    plain = Dimensions(100, 50, 2, 4, 2, number_bytes=2)
     assert prefill(plain, [3]).bytes - prefill(shape, [3]).bytes == 150
     one = decode(plain, [3], samples=1, new_tokens=3).bytes
     assert one - decode(shape, [3], samples=1, new_tokens=3).bytes == 2 * 150
@@ -120,7 +120,7 @@ def test_a_step_of_dpo() -> None:
     Layers: 3 x 2 x 100 for each of 5 tokens; attention to 6 + 3 = 9 tokens, 4 x 2 x 4 each, 4
     times; scores: 3 x 2 x 50 for each of 3.
     """
-    shape = Shape(100, 50, 2, 4, 2, number_bytes=2)
+    shape = Dimensions(100, 50, 2, 4, 2, number_bytes=2)
     work = dpo_step(shape, [(3, 2), (2, 1)], batches=1, checkpointing=False)
     assert work.flops == 3 * 200 * 5 + 4 * 32 * 9 + 3 * 100 * 3
     assert work.bytes == 3 * 2 * 150
@@ -149,7 +149,7 @@ def test_what_does_not_exist_is_refused() -> None:
     with pytest.raises(UserError, match="does not divide the batch"):
         job_of("llama2-7b", micro_batch=3)
     assert job_of(TINY, prompts=None) == SMALL
-    assert job_of("llama3.1-8b", prompts=3) == Job(prompts=3)
+    assert job_of("llama3.1-8b", prompts=3) == Extent(prompts=3)
     assert set(SHAPES) >= {"llama2-70b", "llama3.1-8b", "llama2-7b"}
 
 

@@ -22,7 +22,7 @@ from srlm_lite.bench.methods import (
     SHARED,
     SMALLER,
     Case,
-    Settings,
+    MethodsBench,
     bench_methods,
     cases_of,
     summary,
@@ -185,12 +185,16 @@ def test_the_bench_runs_and_goes_on(tmp_path: Path, cli: Cli) -> None:
     assert done.returncode == 0, done.stderr
     first = json.loads(done.stdout)
     # Goes on, in this process: the runs are done, and only read.
-    second = bench_methods(Settings(tmp_path / "out", cases=names, iterations=1, overrides=SMALL))
+    second = bench_methods(
+        MethodsBench(tmp_path / "out", cases=names, iterations=1, overrides=SMALL)
+    )
     again = json.loads(json.dumps(second))
     assert (first["cases"], first["base"]) == (again["cases"], again["base"])
     assert set(first["cases"]) == set(names)
     # Of fewer iterations than there are, no more is told.
-    fewer = bench_methods(Settings(tmp_path / "out", cases=names, iterations=0, overrides=SMALL))
+    fewer = bench_methods(
+        MethodsBench(tmp_path / "out", cases=names, iterations=0, overrides=SMALL)
+    )
     for name, case in fewer["cases"].items():
         [only] = case["runs"][0]["models"]
         assert only["gold"] == first["cases"][name]["runs"][0]["models"][0]["gold"]

@@ -12,10 +12,10 @@ import torch
 from commands import Cli
 from transformers import AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
 
-from srlm_lite.bench.floor import Shape, Work, decode, phases, prefill, shared_prefix
+from srlm_lite.bench.floor import Dimensions, PhaseWork, decode, phases, prefill, shared_prefix
 from srlm_lite.bench.machine import peak_memory, resident
 from srlm_lite.bench.plain import PlainGenerate
-from srlm_lite.bench.rollout import Settings, bench_rollout, ways_of
+from srlm_lite.bench.rollout import RolloutBench, bench_rollout, ways_of
 from srlm_lite.bench.roofline import copy_bandwidth, matmul_rates, shape_of
 from srlm_lite.bench.workload import PROMPTS, StandIn, Workload
 from srlm_lite.errors import UserError
@@ -24,7 +24,7 @@ from srlm_lite.planning.shapes import SHAPES
 from srlm_lite.progress import Silent
 from srlm_lite.settings import Base
 
-SMALL = Shape(linear=100, head=50, layers=2, query_width=4, cache_width=2, number_bytes=2)
+SMALL = Dimensions(linear=100, head=50, layers=2, query_width=4, cache_width=2, number_bytes=2)
 CPU = torch.device("cpu")
 
 
@@ -86,11 +86,11 @@ def test_a_shared_prefix_is_kept_as_far_as_some_window_reaches() -> None:
 
 
 def test_one_token_a_sample_needs_no_step() -> None:
-    assert decode(SMALL, [3], samples=5, new_tokens=1) == Work(flops=0, bytes=0)
+    assert decode(SMALL, [3], samples=5, new_tokens=1) == PhaseWork(flops=0, bytes=0)
 
 
 def test_a_phase_takes_what_it_has_too_little_of() -> None:
-    work = Work(flops=600, bytes=100)
+    work = PhaseWork(flops=600, bytes=100)
     assert work.seconds(flops_rate=100, bandwidth=100) == 6
     assert work.seconds(flops_rate=1000, bandwidth=100) == 1
 
@@ -124,7 +124,7 @@ def test_the_shape_of_a_model(base: LoadedBase) -> None:
     """2 layers of width 64, 4 query heads and 2 key-value heads of 16, 128 inside, float32."""
     layer = 64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 128
     vocabulary = base.model.config.vocab_size
-    assert shape_of(base.model) == Shape(2 * layer, vocabulary * 64, 2, 64, 32, 4)
+    assert shape_of(base.model) == Dimensions(2 * layer, vocabulary * 64, 2, 64, 32, 4)
 
 
 def test_the_machine_does_something() -> None:
@@ -248,7 +248,7 @@ def test_the_command(tiny_base_dir: Path, cli: Cli) -> None:
 
 def test_ways_that_are_not_asked_for_are_null(tiny_base_dir: Path) -> None:
     small = Workload(prompts=1, n=2, answer_tokens=8, votes=2, vote_tokens=8)
-    settings = Settings(base=str(tiny_base_dir), ways=("batched",), workload=small)
+    settings = RolloutBench(base=str(tiny_base_dir), ways=("batched",), workload=small)
     found = bench_rollout(settings, Silent())
     assert found["batched_generate_s"] > 0
     absent = ("one_by_one_s", "ours_s", "vllm_s", "ratio_vs_batched_generate", "ratio_vs_vllm")
@@ -267,7 +267,7 @@ def test_one_by_one_is_extrapolated(tiny_base_dir: Path, monkeypatch: pytest.Mon
         sample(self, prompts, **kwargs)
 
     monkeypatch.setattr(PlainGenerate, "sample", spy)
-    settings = Settings(base=str(tiny_base_dir), ways=("one-by-one",), workload=small)
+    settings = RolloutBench(base=str(tiny_base_dir), ways=("one-by-one",), workload=small)
     found = bench_rollout(settings, Silent())
     assert drawn[-2:] == [(1, 2, 8), (2, 2, 8)]
     assert found["one_by_one_measured_prompts"] == 1
@@ -276,7 +276,7 @@ def test_one_by_one_is_extrapolated(tiny_base_dir: Path, monkeypatch: pytest.Mon
 
 
 def test_a_base_of_random_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a shape with a window, that is shorter than the prompts."""
+    """Its shape has a window that is shorter than the prompts."""
     shape = {**SHAPES["gemma3-270m"], "vocab_size": 2048, "hidden_size": 32, "head_dim": 16}
     monkeypatch.setitem(
         SHAPES,
@@ -284,7 +284,7 @@ def test_a_base_of_random_weights(monkeypatch: pytest.MonkeyPatch) -> None:
         {**shape, "intermediate_size": 64, "num_hidden_layers": 6, "sliding_window": 9},
     )
     small = Workload(prompts=2, n=2, answer_tokens=8, votes=2, vote_tokens=8, question_tokens=60)
-    settings = Settings(base="random:tiny", ways=("ours", "batched"), workload=small)
+    settings = RolloutBench(base="random:tiny", ways=("ours", "batched"), workload=small)
     found = bench_rollout(settings, Silent())
     assert found["ratio_vs_batched_generate"] > 0
     assert found["base"] == {"name": "random:tiny", "kind": "random", "seed": 0}
@@ -294,7 +294,7 @@ def test_a_base_of_random_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_shape_that_the_table_lacks() -> None:
     with pytest.raises(UserError, match=r"--base: no such shape: llama9\. Known: gemma3-270m"):
-        bench_rollout(Settings(base="random:llama9"), Silent())
+        bench_rollout(RolloutBench(base="random:llama9"), Silent())
 
 
 def test_a_base_whose_layers_have_other_names(tiny_base_dir: Path, tmp_path: Path) -> None:
@@ -309,5 +309,7 @@ def test_a_base_whose_layers_have_other_names(tiny_base_dir: Path, tmp_path: Pat
     GPTNeoXForCausalLM(config).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(tiny_base_dir).save_pretrained(tmp_path)
     small = Workload(prompts=1, n=2, answer_tokens=4, votes=1, vote_tokens=4)
-    found = bench_rollout(Settings(base=str(tmp_path), ways=("ours",), workload=small), Silent())
+    found = bench_rollout(
+        RolloutBench(base=str(tmp_path), ways=("ours",), workload=small), Silent()
+    )
     assert found["ours_s"] > 0

@@ -168,7 +168,7 @@ def test_decoding_stops_at_the_first_end(tiny_tokenizer: Any) -> None:
 
 
 def specials(chat: ChatFormat, ids: list[int]) -> list[int]:
-    """Ids with a role; that a word is unknown to a small vocabulary is none."""
+    """Ids with a role; the one for words unknown to a small vocabulary does not count."""
     marked = {
         token_id
         for token_id, token in chat._tokenizer.added_tokens_decoder.items()

@@ -115,7 +115,7 @@ def test_the_model_grades_its_last_answer(
 
 
 def wide_session(run: RunDir) -> Session:
-    """Of the run, with a window that has room for the judge's question."""
+    """The run's session, with a window that has room for the judge's question."""
     facts = run.facts()
     facts["recipe"]["base"]["window"] = 2048
     return Session(recipe_from(facts["recipe"], where="test"), run)

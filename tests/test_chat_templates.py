@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from srlm_lite.errors import UserError
 from srlm_lite.model.base import LoadedBase
-from srlm_lite.model.chat import ChatFormat, Reply
+from srlm_lite.model.chat import ChatFormat, ReplyParts
 from srlm_lite.model.template import fixed_date
 from srlm_lite.recipe import load_recipe
 from srlm_lite.shipped import recipes_dir
@@ -83,7 +83,7 @@ FAMILIES: dict[str, tuple[str, str | None, tuple[str, ...], tuple[str, ...]]] = 
     "idefics3": ("<end_of_utterance>", "<|begin_of_text|>", (), ()),
     "llava": ("</s>", "<s>", (), ()),
 }
-"""Of each family the ends of text and of a turn, the start of text, other special tokens, and added
+"""Each family's ends of text and of a turn, the start of text, other special tokens, and added
 tokens that are not marked as special, as their makers' tokenizers have them."""
 
 WANTS_PARTS = ("idefics3", "llava_next")
@@ -277,7 +277,7 @@ def test_with_thinking_off_the_empty_block_is_the_prompts(name: str, block: str)
     assert spelled(chat, chat.target_ids("Yes.")[:-1]).strip() == "Yes."
     # All of a reply is its answer then, whatever it says.
     reply = "<think>\nWell.\n</think>\n\nYes."
-    assert chat.split(reply) == Reply(None, reply)
+    assert chat.split(reply) == ReplyParts(None, reply)
     assert chat.decode(chat.target_ids(reply)) == reply
 
 
@@ -318,7 +318,7 @@ def test_a_sampled_thought_is_learned_as_it_was_sampled(
     ids = [*chat._encode(sampled), chat.end_id]
     reply = chat.decode(ids)
     assert chat.target_ids(reply) == ids
-    assert chat.split(reply) == Reply(thought, answer)
+    assert chat.split(reply) == ReplyParts(thought, answer)
 
 
 def test_a_thought_that_was_sampled_elsewhere_closes_once() -> None:
@@ -333,7 +333,7 @@ def test_gemma_4_thinks_where_it_is_asked_to() -> None:
     assert not trl_chat("gemma4").thinks and chat.thinks
     assert "<|think|>" in spelled(chat, chat.prompt_ids(QUESTION))
     ids = [*chat._encode("<|channel>thought\nWell.\n<channel|>Yes."), chat.end_id]
-    assert chat.split(chat.decode(ids)) == Reply("Well.", "Yes.")
+    assert chat.split(chat.decode(ids)) == ReplyParts("Well.", "Yes.")
     assert chat.target_ids(chat.decode(ids)) == ids
 
 
@@ -349,7 +349,7 @@ def test_marks_of_a_thought_do_not_vanish_where_it_is_malformed() -> None:
 def test_any_reply_is_read_back(name: str, text: str) -> None:
     chat, reply = trl_chat(name), text.strip()
     assert chat.decode(chat.target_ids(reply)) == reply
-    assert chat.split(reply) == Reply(None, reply)
+    assert chat.split(reply) == ReplyParts(None, reply)
 
 
 # Settings of a template
@@ -431,7 +431,7 @@ def test_kinds_of_thinking(template: str, target: str) -> None:
     assert spelled(chat, chat.target_ids("Yes.")) == f"{target}<|im_end|>"
     for reply in (*REPLIES, thought_of(chat)):
         assert chat.decode(chat.target_ids(reply)) == reply
-    assert chat.split(thought_of(chat)) == Reply("Well.\n\nSo be it", "Yes.")
+    assert chat.split(thought_of(chat)) == ReplyParts("Well.\n\nSo be it", "Yes.")
 
 
 @pytest.mark.parametrize(

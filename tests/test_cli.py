@@ -20,16 +20,16 @@ from typer.main import get_command
 
 from srlm_lite import __version__
 from srlm_lite.cli import iterate, main
-from srlm_lite.cli.progress import Console, _duration, summary
+from srlm_lite.cli.progress import ConsoleReporter, _duration, summary
 from srlm_lite.cli.tables import closing_table
 from srlm_lite.errors import UserError
+from srlm_lite.preflight.inputs import check_inputs
 from srlm_lite.recipe import load_recipe, recipe_from, shipped_recipes
 from srlm_lite.records import Candidate, Judgement, Label, PreferencePair, Prompt, Revision
 from srlm_lite.run.files import write_json, write_records
 from srlm_lite.run.layout import IterationDir, StageDir
 from srlm_lite.run.run import RunDir
 from srlm_lite.shipped import recipes_dir
-from srlm_lite.stages.seed_data import check_inputs
 
 GOLD = "srlm_lite.tasks.toy:gold"
 
@@ -174,7 +174,7 @@ def test_what_the_disk_refuses_is_the_users_to_put_right(
 def test_an_interruption_says_how_to_go_on(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], told: str
 ) -> None:
-    """Of `--fresh`, the same command would delete what is done."""
+    """It leaves out `--fresh`, with which the same command would delete what is done."""
 
     def interrupted(**given: Any) -> None:
         raise KeyboardInterrupt
@@ -538,7 +538,7 @@ def test_show_of_rlaif_has_revisions_then_labels(cli: Cli, tmp_path: Path) -> No
 
 
 def test_show_pairs_says_where_a_pair_is_from(cli: Cli, tmp_path: Path) -> None:
-    """Of judgements, of an earlier iteration, of a model to come: each with its own votes."""
+    """From judgements, an earlier iteration, a model to come: each with its own votes."""
     run, old = method_run(tmp_path, "meta-rewarding")
     write_records(old.judgements, [Judgement("p#0", 0, "Old words.", 4.0)])
     write_records(old.pairs, [])
@@ -680,7 +680,7 @@ def test_a_log_file_is_told_now_and_then_how_far_a_long_stage_is(
 ) -> None:
     times = iter((0.0, 0.1, 30.0, 59.0, 60.0, 100.0, 130.0, 3000.0, 3100.0, 3200.0))
     monkeypatch.setattr("srlm_lite.cli.progress.time.monotonic", lambda: next(times))
-    with Console() as console:
+    with ConsoleReporter() as console:
         task = console.start("judgements", 1000, "judgements")
         task.advance(400)  # on disk already
         for _ in range(5):

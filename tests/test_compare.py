@@ -16,6 +16,8 @@ from commands import Cli
 from toy_run import make_toy_run
 
 from srlm_lite.cli.compare import head_to_head_text
+from srlm_lite.compare.comparison import PLACES
+from srlm_lite.compare.models import file_name, read_replies
 from srlm_lite.errors import UserError
 from srlm_lite.evaluate.gold import load_gold
 from srlm_lite.evaluate.head_to_head import (
@@ -31,8 +33,6 @@ from srlm_lite.records import Annotation, FinishReason, Judgement, Prompt
 from srlm_lite.rollout import openai_engine
 from srlm_lite.run.files import read_jsonl, read_records
 from srlm_lite.run.run import RunDir
-from srlm_lite.stages.comparison import PLACES
-from srlm_lite.stages.models import file_name, read_replies
 from srlm_lite.stages.seed_data import read_prompts
 
 KEY = "sk-very-secret-0123456789"

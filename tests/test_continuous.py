@@ -11,7 +11,7 @@ import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from srlm_lite.bench.continuous import ContinuousBatching
-from srlm_lite.bench.rollout import Settings, bench_rollout
+from srlm_lite.bench.rollout import RolloutBench, bench_rollout
 from srlm_lite.bench.workload import Workload
 from srlm_lite.errors import SrlmError
 from srlm_lite.model.base import LoadedBase, load_base
@@ -132,7 +132,7 @@ def test_a_sample_that_failed_is_no_sample(
 
 def test_it_is_one_of_the_ways_of_the_benchmark(tiny_base_dir: Path) -> None:
     small = Workload(prompts=2, n=2, answer_tokens=8, votes=2, vote_tokens=8)
-    settings = Settings(base=str(tiny_base_dir), ways=("ours", "continuous"), workload=small)
+    settings = RolloutBench(base=str(tiny_base_dir), ways=("ours", "continuous"), workload=small)
     found = bench_rollout(settings, Silent())
     assert list(found["phases"]) == ["ours", "continuous"]
     assert found["continuous_batching_s"] > 0

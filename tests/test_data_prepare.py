@@ -23,8 +23,8 @@ from srlm_lite.data.ledger import REASONS, Ledger
 from srlm_lite.data.oasst import read_trees
 from srlm_lite.data.prepare import Options, Prepared, prepare, read
 from srlm_lite.data.ranked import score_target
-from srlm_lite.data.sources import Source, read_source
-from srlm_lite.data.split import RankedPrompt, Reply, split
+from srlm_lite.data.sources import DataSource, read_source
+from srlm_lite.data.split import PlacedReply, RankedPrompt, split
 from srlm_lite.data.text import is_repetitive, normalised, prompt_problem
 from srlm_lite.errors import UserError
 from srlm_lite.records import Instruction, Prompt, RankedReply
@@ -223,7 +223,7 @@ def test_messages_that_come_twice_or_hang_in_the_air() -> None:
     rows = flattened([tree("a", 0, 1)])
     lonely = {**rows[0], "message_id": "lonely", "parent_id": "gone"}
     replies, prompts = Ledger(), Ledger()
-    source = Source("x", "x", [*rows, *rows, lonely])
+    source = DataSource("x", "x", [*rows, *rows, lonely])
     ranked, _ = read_trees(source, lang="en", replies=replies, prompts=prompts)
     assert len(ranked[0].replies) == 2
     # The tree has two replies and two second turns, each of which comes twice.
@@ -548,10 +548,10 @@ tables = st.dictionaries(st.sampled_from([f"Prompt number {n}" for n in range(12
 shares = st.floats(0, 1)
 
 
-def table_source(table: dict[str, list[Row]], order: random.Random) -> Source:
+def table_source(table: dict[str, list[Row]], order: random.Random) -> DataSource:
     rows = [{"prompt": prompt, **reply} for prompt, group in table.items() for reply in group]
     order.shuffle(rows)
-    return Source("table", "table", rows)
+    return DataSource("table", "table", rows)
 
 
 @given(tables, shares, shares, st.randoms(use_true_random=False))
@@ -574,7 +574,7 @@ def test_every_row_is_accounted_for_in_whatever_order(
 
 @given(st.integers(0, 30), shares, shares)
 def test_shares_are_exact(count: int, ift_share: float, eval_share: float) -> None:
-    pair = (Reply("a", "yes", 0.0), Reply("b", "no", 1.0))
+    pair = (PlacedReply("a", "yes", 0.0), PlacedReply("b", "no", 1.0))
     prompts = [RankedPrompt(f"p{n}", f"Prompt number {n}", pair) for n in range(count)]
     seed = split(prompts, ift_share=ift_share, eval_share=eval_share, replies=Ledger())
     n_eft = (len(seed.eft_train) + len(seed.eft_eval)) // 2

@@ -15,6 +15,7 @@ from commands import Cli
 from packaging.requirements import Requirement
 from rich.console import Console
 
+from srlm_lite import hardware
 from srlm_lite.cli import doctor
 from srlm_lite.doctor import machine, packages, proof
 from srlm_lite.doctor.finding import Finding
@@ -96,7 +97,7 @@ def test_a_container_s_limit_counts_as_the_machine_s_memory(
 ) -> None:
     """In the plan, in the batch that an engine forms by itself, and here."""
     limit = tmp_path / "memory.max"
-    monkeypatch.setattr(planning, "LIMIT", limit)
+    monkeypatch.setattr(hardware, "LIMIT", limit)
     for said, counts in (("1000000000\n", 10**9), ("max\n", None)):
         limit.write_text(said)
         memory = planning.machine_memory()

@@ -148,7 +148,7 @@ def test_training_is_the_same_twice(
 def test_sft_on_a_frozen_anchor_leaves_it_as_it_was(
     base: LoadedBase, slot: Slot, anchor: Adapter, tmp_path: Path
 ) -> None:
-    """Of an NF4 base TRL rounds all adapters to bf16, those that are not to change as well."""
+    """On an NF4 base TRL rounds all adapters to bf16, those that are not to change as well."""
     chat = ChatFormat.of(base)
     examples = [
         Example(tuple(chat.prompt_ids(f"question {i}")), tuple(chat.target_ids("It is grey.")))
@@ -235,7 +235,7 @@ def test_a_loss_that_is_no_number_is_no_proof(
 def test_a_training_that_diverges_is_said_to(
     base: LoadedBase, slot: Slot, anchor: Adapter, tmp_path: Path
 ) -> None:
-    """Clipped by a norm that is no number, every gradient is none, the anchor's zeros as well."""
+    """Clipped by a norm that is no number, no gradient is one, the anchor's zeros included."""
     with pytest.raises(UserError, match=r"learning_rate: training has diverged.* Lower it"):
         trained_on(pairs(base, 4), base, slot, anchor, tmp_path, learning_rate=1e30)
 
@@ -372,7 +372,7 @@ def test_the_loss_and_its_gradients_are_trl_s_where_both_apply(
     settings: dict[str, float],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Of micro-batches that are none smaller than others, and of replies of equal lengths."""
+    """Where all micro-batches are of one size, and all replies of one length."""
     if base.dtype != torch.float32:
         pytest.skip("in bfloat16 the two orders of summation differ by more than they tell")
     compute = dpo_module._PairTrainer._compute_loss

@@ -17,7 +17,7 @@ from exporting import make_run, random_adapter
 from forked import Program
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from srlm_lite.export.export import Export, Wish
+from srlm_lite.export.export import Export, ExportWish
 from srlm_lite.export.source import find_source
 from srlm_lite.progress import Silent
 from srlm_lite.run.files import sha256_file
@@ -116,12 +116,12 @@ def test_a_killed_export_never_looks_finished(larger_run: RunDir, tmp_path: Path
     whole = {file.name: file.stat().st_mtime_ns for file in draft.glob("*.safetensors")}
     assert len(whole) >= 2
 
-    again = Export(find_source(larger_run.path, "last"), Wish(out), Silent())
+    again = Export(find_source(larger_run.path, "last"), ExportWish(out), Silent())
     again.make()
     assert not draft.exists()
     assert {name: (out / name).stat().st_mtime_ns for name in whole} == whole
     fresh = tmp_path / "fresh"
-    Export(find_source(larger_run.path, "last"), Wish(fresh), Silent()).make()
+    Export(find_source(larger_run.path, "last"), ExportWish(fresh), Silent()).make()
     files = {file.name: sha256_file(file) for file in out.iterdir()}
     assert files == {file.name: sha256_file(file) for file in fresh.iterdir()}
     assert len([name for name in files if name.endswith(".safetensors")]) > 10
@@ -135,11 +135,11 @@ def test_memory_stays_small_whatever_the_size(
     code = (
         "import json, sys\n"
         "from pathlib import Path\n"
-        "from srlm_lite.export.export import Export, Wish\n"
+        "from srlm_lite.export.export import Export, ExportWish\n"
         "from srlm_lite.export.source import find_source\n"
         "from srlm_lite.progress import Silent\n"
         "def peak_after(run, out):\n"
-        "    export = Export(find_source(Path(run), 'last'), Wish(Path(out)), Silent())\n"
+        "    export = Export(find_source(Path(run), 'last'), ExportWish(Path(out)), Silent())\n"
         "    export.make()\n"
         "    rows = Path('/proc/self/status').read_text().splitlines()\n"
         "    peak = next(int(row.split()[1]) for row in rows if row.startswith('VmHWM'))\n"

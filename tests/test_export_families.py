@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from srlm_lite.errors import ProofError, UserError
 from srlm_lite.evaluate.gate import findings
-from srlm_lite.export.export import Export, Wish
+from srlm_lite.export.export import Export, ExportWish
 from srlm_lite.export.source import find_source
 from srlm_lite.model import companions, parity
 from srlm_lite.model.base import empty_model, load_base, skeleton
@@ -66,7 +66,7 @@ WIDE = {
     "deepseek_v3": ("q_b_proj", "gate_proj", "up_proj", "down_proj"),
     "qwen2_moe": ("q_proj", "gate_proj", "up_proj", "down_proj"),
 }
-"""Of mixtures of experts, dense layers and shared experts: PEFT takes their names for others."""
+"""Dense layers and shared experts of mixtures of experts: PEFT takes their names for others."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def make(base: Path, folder: Path, targets: Iterable[str]) -> Made:
     stack = random_stack(base, tuple(targets))
     run = make_run(folder / "run", base, adapters=stack, dtype="float32")
     for form in ("merged", "adapter"):
-        wish = Wish(out=folder / form, form=form, dtype="float32")  # type: ignore[arg-type]
+        wish = ExportWish(out=folder / form, form=form, dtype="float32")  # type: ignore[arg-type]
         Export(find_source(run.path, "last"), wish, Silent()).make()
     return Made(base, run, stack, folder / "merged", folder / "adapter", summed(base, stack))
 
@@ -221,7 +221,7 @@ def test_what_nf4_makes_of_transposed_weights_is_what_the_run_had(
     base = build_family("gpt2", bases)
     stack = random_stack(base, ("c_attn", "c_fc"))
     run = make_run(tmp_path / "run", base, adapters=stack, quantization="nf4", dtype="float32")
-    wish = Wish(out=tmp_path / "out", onto="dequantized", dtype="float32")
+    wish = ExportWish(out=tmp_path / "out", onto="dequantized", dtype="float32")
     Export(find_source(run.path, "last"), wish, Silent()).make()
     slot = Slot(
         load_base(find_source(run.path, "last").recipe.base).model,
@@ -288,7 +288,7 @@ def test_mixed_dtypes_stay_mixed(bases: Path, tmp_path: Path) -> None:
     (base / "model.safetensors").unlink()
     stack = random_stack(base, ("q_proj",))
     run = make_run(tmp_path / "run", base, adapters=stack, dtype="float32")
-    Export(find_source(run.path, "last"), Wish(out=tmp_path / "out"), Silent()).make()
+    Export(find_source(run.path, "last"), ExportWish(out=tmp_path / "out"), Silent()).make()
     before, after = Checkpoint(base), Checkpoint(tmp_path / "out")
     assert {before.info(name).dtype for name in before.names} == {torch.float32, torch.bfloat16}
     assert [before.info(name) for name in before.names] == [after.info(n) for n in after.names]

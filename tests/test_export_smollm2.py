@@ -11,8 +11,8 @@ from exporting import make_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from srlm_lite.errors import UserError
-from srlm_lite.export.export import Export, Wish
-from srlm_lite.export.source import Source, find_source
+from srlm_lite.export.export import Export, ExportWish
+from srlm_lite.export.source import FinishedModel, find_source
 from srlm_lite.model.base import SMOLLM2, SMOLLM2_WHEEL, load_base, smollm2_file
 from srlm_lite.model.chat import ChatFormat
 from srlm_lite.model.stack import Adapter, Slot
@@ -24,7 +24,7 @@ PROMPT = "Give me facts about the moon."
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
+def source(tmp_path_factory: pytest.TempPathFactory) -> FinishedModel:
     if smollm2_file() is None:
         pytest.skip(f"no SmolLM2 here ({SMOLLM2_WHEEL})")
     path = tmp_path_factory.mktemp("smollm2") / "run"
@@ -32,8 +32,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
     return find_source(run.path, "anchor")
 
 
-def test_plain_transformers_gives_the_stack_s_answer(source: Source, tmp_path: Path) -> None:
-    row = Export(source, Wish(tmp_path / "out"), Silent()).make()
+def test_plain_transformers_gives_the_stack_s_answer(source: FinishedModel, tmp_path: Path) -> None:
+    row = Export(source, ExportWish(tmp_path / "out"), Silent()).make()
     assert row["onto"] == "dequantized"  # a GGUF file has no other weights
     # The anchor moves the logits a thousand times further than the export is off.
     assert row["last_adapter_mean_abs_logit_diff"] > 1.0
@@ -65,6 +65,6 @@ def adapter_targets() -> list[str]:
     return list(config["target_modules"])
 
 
-def test_there_is_no_original_of_a_gguf_file(source: Source, tmp_path: Path) -> None:
+def test_there_is_no_original_of_a_gguf_file(source: FinishedModel, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no 16-bit original to merge onto"):
-        Export(source, Wish(tmp_path / "out", onto="original"), Silent())
+        Export(source, ExportWish(tmp_path / "out", onto="original"), Silent())

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from exporting import make_run, random_adapter
 
-from srlm_lite.export.export import Export, Wish
+from srlm_lite.export.export import Export, ExportWish
 from srlm_lite.export.source import find_source
 from srlm_lite.progress import Silent
 from srlm_lite.shipped import recipes_dir
@@ -49,7 +49,7 @@ def test_vllm_answers_as_the_stack(tmp_path: Path, form: str) -> None:
     run = make_run(tmp_path / "run", toy, adapters=adapters, dtype="float32")
     source = find_source(run.path, "last")
     out = tmp_path / "out"
-    Export(source, Wish(out, form=form), Silent()).make()  # type: ignore[arg-type]
+    Export(source, ExportWish(out, form=form), Silent()).make()  # type: ignore[arg-type]
 
     import torch
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from srlm_lite.bench.gpu import Job, bench_gpu
+from srlm_lite.bench.gpu import Extent, bench_gpu
 from srlm_lite.doctor.machine import gpu_findings
 from srlm_lite.model.base import load_base
 from srlm_lite.model.chat import ChatFormat
@@ -166,7 +166,7 @@ def test_a_7b_shape_in_nf4_is_built_without_its_16_bits() -> None:
     """6.5 billion weights at 4.13 bits, and an embedding and a head of 131 million each in 16."""
     if torch.cuda.mem_get_info()[0] < 16e9:
         pytest.skip("less than 16 GB free on the GPU")
-    job = Job(
+    job = Extent(
         prompts=2, n=2, answer_tokens=8, votes=1, vote_tokens=4, reply_tokens=64, batch=1, steps=2
     )
     found = bench_gpu("llama2-7b", job, Silent(), ways=("ours",), device="cuda")

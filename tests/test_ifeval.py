@@ -12,11 +12,11 @@ import pytest
 
 from srlm_lite.errors import UserError
 from srlm_lite.evaluate import ifeval
-from srlm_lite.evaluate.ifeval import Checked, Task, check, ifeval_metrics, tasks_of
+from srlm_lite.evaluate.ifeval import Checked, IfevalPrompt, check, ifeval_metrics, tasks_of
 
 
-def task(key: int, *instructions: tuple[str, dict[str, Any]]) -> Task:
-    return Task(
+def task(key: int, *instructions: tuple[str, dict[str, Any]]) -> IfevalPrompt:
+    return IfevalPrompt(
         key, "Say something.", [name for name, _ in instructions], [a for _, a in instructions]
     )
 

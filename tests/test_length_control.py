@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from srlm_lite.compare.annotations import compare_annotations, read_difficulties
 from srlm_lite.errors import UserError
 from srlm_lite.evaluate import length_control as module
 from srlm_lite.evaluate.length_control import (
@@ -19,7 +20,6 @@ from srlm_lite.evaluate.length_control import (
     why_lengths_do_not_tell,
     win_rate,
 )
-from srlm_lite.stages.annotations import compare_annotations, read_difficulties
 
 
 def sigmoid(x: float) -> float:

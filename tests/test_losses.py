@@ -136,7 +136,7 @@ def slot_of(base: LoadedBase) -> tuple[Slot, Lora]:
 
 
 def nats(model: Any, prompt: Ids, target: Ids) -> float:
-    """Of a target after its prompt, from the logits of one plain pass."""
+    """Nats of a target after its prompt, from the logits of one plain pass."""
     with torch.no_grad():
         whole = torch.tensor([[*prompt, *target]])
         chances = model(input_ids=whole).logits[0].float().log_softmax(dim=-1)

@@ -183,7 +183,7 @@ def test_sft_and_what_it_drops_out(
 def test_the_reward_model(
     base: LoadedBase, slot: Slot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of its head: the adapter's gradient is 0 while the head is."""
+    """Its head alone is held: the adapter's gradient is 0 while the head is."""
     lora = Lora(rank=2, alpha=4, targets=("q_proj", "up_proj"))
     adapter = slot.fresh(lora, seed=1)
 

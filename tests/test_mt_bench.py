@@ -12,6 +12,13 @@ from chat_server import Reply, completion, scripted
 from commands import Cli
 from exporting import make_run, random_adapter
 
+from srlm_lite.compare.mt_bench import (
+    PLACES,
+    Question,
+    answer_limits,
+    judge_question,
+    read_questions,
+)
 from srlm_lite.errors import UserError
 from srlm_lite.evaluate.mt_bench import TEMPERATURES, Grade, mt_bench, read_rating
 from srlm_lite.judging import load_template
@@ -22,13 +29,6 @@ from srlm_lite.run.files import read_jsonl, read_records
 from srlm_lite.run.run import RunDir
 from srlm_lite.session import Session
 from srlm_lite.settings import MtBench
-from srlm_lite.stages.mt_bench import (
-    PLACES,
-    Question,
-    answer_limits,
-    judge_question,
-    read_questions,
-)
 
 
 @pytest.mark.parametrize(

@@ -189,7 +189,7 @@ def pins() -> dict[str, str]:
 
 
 def requirements(*groups: str) -> list[Requirement]:
-    """Of the package itself and of the extras named."""
+    """What the package itself requires, and the extras named."""
     text = (REPOSITORY / "pyproject.toml").read_text(encoding="utf-8")
     project = tomllib.loads(text)["project"]
     extras = project["optional-dependencies"]

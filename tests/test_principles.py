@@ -9,10 +9,10 @@ import pytest
 import yaml
 
 from srlm_lite.errors import UserError
+from srlm_lite.preflight.inputs import check_inputs
 from srlm_lite.principles import load_principles
 from srlm_lite.recipe import load_recipe
 from srlm_lite.shipped import recipes_dir
-from srlm_lite.stages.seed_data import check_inputs
 from srlm_lite.tasks import toy
 
 SHIPPED = sorted(path.stem for path in (recipes_dir() / "principles").glob("*.yaml"))

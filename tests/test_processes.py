@@ -123,7 +123,7 @@ def sampled(run: RunDir) -> dict[str, bytes]:
 
 
 def distance(one: Adapter, other: Adapter) -> float:
-    """Of two adapters, as a share of what one of them is."""
+    """How far two adapters lie apart, as a share of what one of them is."""
     both = [
         (a, b)
         for module, factors in one.factors.items()
@@ -313,7 +313,7 @@ def test_two_processes_revise_and_label_as_one_does(anchor: Path, tmp_path: Path
 BUG = """
 import sys, time
 from pathlib import Path
-from srlm_lite.config import load_recipe
+from srlm_lite.recipe import load_recipe
 from srlm_lite.processes import Processes, place
 from srlm_lite.run.run import RunDir
 from srlm_lite.session import Session, follow

@@ -15,6 +15,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from srlm_lite.compare import comparison
+from srlm_lite.compare import mt_bench as asking
+from srlm_lite.compare.mt_bench import Question, judge_question
 from srlm_lite.evaluate import head_to_head, mt_bench
 from srlm_lite.judging import (
     Rubric,
@@ -31,9 +34,6 @@ from srlm_lite.methods.rlaif import rationale_of
 from srlm_lite.principles import load_principles
 from srlm_lite.records import Candidate, Reply
 from srlm_lite.shipped import recipes_dir
-from srlm_lite.stages import comparison
-from srlm_lite.stages import mt_bench as asking
-from srlm_lite.stages.mt_bench import Question, judge_question
 
 WIDE = Rubric("wide", "Grade it.\n<reply>\n{{response}}\n</reply>\n{{prompt}}", -1e9, 1e9)
 META = ("Winner: Judgement A", "Winner: Judgement B")

@@ -46,7 +46,7 @@ RECIPES = {
     "mistral-7b": ("mistral", "llava"),
     "smollm3-3b": ("smollm3", "qwen"),
 }
-"""Of each recipe the family in `families.py`, and whose marks its tokenizer has."""
+"""Each recipe's family in `families.py`, and whose marks its tokenizer has."""
 
 
 def tokenizer_for(recipe: str) -> Any:

@@ -69,7 +69,7 @@ def run(tmp_path: Path) -> RunDir:
 
 @pytest.fixture(scope="module")
 def facts(tmp_path_factory: pytest.TempPathFactory) -> Facts:
-    """Of such a run that nobody changes."""
+    """The facts of such a run that nobody changes."""
     return gather(make_run(tmp_path_factory.mktemp("facts")))
 
 
@@ -273,7 +273,7 @@ def test_a_run_with_its_anchor_only(tmp_path: Path) -> None:
 
 
 def test_a_run_still_going(run: RunDir) -> None:
-    """Of an iteration under way, what grows is left alone: its last line may be half a line."""
+    """In an iteration under way, what grows is left alone: its last line may be half a line."""
     place = run.iteration(2)
     for file in (place.pairs, place.drops, place.evaluation, place.done):
         file.unlink()
@@ -308,7 +308,7 @@ def test_a_run_without_a_judge_or_with_one_that_nobody_can_read(tmp_path: Path) 
 
 
 def slugs(facts: Facts) -> set[str]:
-    """Of the charts."""
+    """The slugs of the charts."""
     return {chart.slug for group in groups(facts) for chart in group.charts}
 
 

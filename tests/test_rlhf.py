@@ -20,7 +20,7 @@ from srlm_lite.training.arguments import total_steps
 from srlm_lite.training.dpo import PairExample
 from srlm_lite.training.likelihood import log_likelihoods
 from srlm_lite.training.reward import RewardModel, Scorer, reward_replies, train_reward
-from srlm_lite.training.rloo import Drawn, train_rloo
+from srlm_lite.training.rloo import DrawnReply, train_rloo
 from srlm_lite.training.sft import Example
 
 LORA = Lora(rank=4, alpha=8)
@@ -90,7 +90,7 @@ def run(
     *,
     delta: Adapter,
     drop_truncated: bool = False,
-) -> tuple[Adapter, list[Drawn], dict[str, float]]:
+) -> tuple[Adapter, list[DrawnReply], dict[str, float]]:
     return train_rloo(
         slot,
         base,

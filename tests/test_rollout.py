@@ -17,11 +17,11 @@ from srlm_lite.model.base import LoadedBase, load_base
 from srlm_lite.model.chat import ChatFormat
 from srlm_lite.model.random_base import random_base
 from srlm_lite.model.stack import Adapter, Slot
-from srlm_lite.planning.memory import MOST_ROWS
 from srlm_lite.rollout import memory, nucleus, steps, transformers_engine, tree
 from srlm_lite.rollout.attention import attention, merged, plain_attention
 from srlm_lite.rollout.nucleus import draw, largest, most_probable, uniforms
 from srlm_lite.rollout.protocol import Limits, Request, Sample
+from srlm_lite.rollout.sizes import MOST_ROWS
 from srlm_lite.rollout.steps import Steps
 from srlm_lite.rollout.transformers_engine import TransformersEngine
 from srlm_lite.rollout.tree import shared_prefix

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from srlm_lite.errors import UserError
+from srlm_lite.preflight.inputs import check_inputs
 from srlm_lite.recipe import load_recipe
 from srlm_lite.stages.seed_data import (
-    check_inputs,
     nearly_held_out,
     read_human_answers,
     read_prompts,

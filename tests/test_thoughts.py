@@ -34,7 +34,8 @@ from srlm_lite.run.run import RunDir
 from srlm_lite.session import Session
 from srlm_lite.shipped import recipes_dir
 from srlm_lite.stages.conversation import Conversation
-from srlm_lite.stages.iteration import check_prompts, pair_example
+from srlm_lite.stages.pairs import pair_example
+from srlm_lite.stages.prompts import check_prompts
 from srlm_lite.stages.replies import (
     candidate_of,
     read_as_reply,
@@ -49,7 +50,7 @@ GRADES = {"small": 1, "grey": 2, "clean": 3, "short": 4}
 """What an answer may say of its topic, and what the judge gives for it."""
 
 STEPS = 260
-"""Of the base's training: after it, what is not known is which of the four answers comes."""
+"""Steps of the base's training: after it, what is not known is which of the four answers comes."""
 
 RUBRIC = "min: 0\nmax: 5\ntemplate: |-\n  Grade {{prompt}}\n  {{response}}\n"
 
@@ -472,7 +473,7 @@ def test_a_policy_behind_a_server_is_learned_with_its_thought(chat: ChatFormat) 
 
 
 def test_replies_of_files_are_taken_apart_too(chat: ChatFormat) -> None:
-    """Of teachers, of humans (SPIN, offline DPO), and those that a judge is shown."""
+    """Those of teachers and humans (SPIN, offline DPO), and those that a judge is shown."""
     text = with_marks("Well.", "Yes.")
     learned = read_as_reply(chat, Candidate("p", "p#human", text, 0, "stop"))
     assert (learned.text, learned.ids) == ("Yes.", tuple(chat.target_ids(text)))

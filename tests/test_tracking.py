@@ -84,7 +84,7 @@ def test_a_row_of_metrics_becomes_figures_in_groups() -> None:
 
 
 def test_steps_are_counted_on_through_the_iterations(tmp_path: Path) -> None:
-    """Of trainings of one name: 4 and 3 steps make 7, and what was told is told no more."""
+    """Trainings of one name: 4 and 3 steps make 7, and what was told is told no more."""
     told: list[tuple[str, int, int]] = []
 
     class Place:

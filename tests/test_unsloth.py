@@ -28,8 +28,6 @@ Iterate = Callable[..., Path]
 @pytest.fixture(scope="module")
 def iterate(tmp_path_factory: pytest.TempPathFactory) -> Iterate:
     """Runs the tiny recipe through the command; each set of settings once."""
-    if importlib.util.find_spec("unsloth") is None:
-        pytest.skip("Unsloth is not installed")
     done: dict[tuple[str, ...], Path] = {}
 
     def run(*settings: str) -> Path:
@@ -81,8 +79,6 @@ def test_on_a_cpu_it_gives_the_plain_backends_bytes(iterate: Iterate) -> None:
 
 @needs_unsloth
 def test_it_is_measured_beside_the_plain_backend() -> None:
-    if importlib.util.find_spec("unsloth") is None:
-        pytest.skip("Unsloth is not installed")
     words = ["bench", "gpu", "--device", "cpu", "--backend", "unsloth", "--ways", "ours", "--json"]
     done = subprocess.run(
         [sys.executable, "-m", "srlm_lite", *words], capture_output=True, text=True

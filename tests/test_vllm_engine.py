@@ -23,13 +23,13 @@ from srlm_lite.errors import UserError
 from srlm_lite.model.base import SMOLLM2, LoadedBase, load_base
 from srlm_lite.model.chat import ChatFormat
 from srlm_lite.model.stack import Adapter, Slot
+from srlm_lite.preflight.inputs import check_inputs
 from srlm_lite.recipe import load_recipe
 from srlm_lite.rollout.protocol import Limits, Request, Sample
 from srlm_lite.rollout.transformers_engine import TransformersEngine
 from srlm_lite.rollout.vllm_engine import VllmEngine
 from srlm_lite.rollout.vllm_worker import CPU_STEP_TOKENS
 from srlm_lite.settings import Base, Lora
-from srlm_lite.stages.seed_data import check_inputs
 
 TARGETS = ("q_proj", "v_proj", "down_proj")
 TEXTS = ("moon", "How do I look after a bicycle?", "Read the reply and judge it, please. " * 9)

@@ -117,7 +117,7 @@ def given_anchor(slot: Slot) -> Adapter:
 
 
 def logits(base: LoadedBase) -> Tensor:
-    """Of the bare base, for one text."""
+    """Logits of the bare base, for one text."""
     with torch.no_grad():
         ids = torch.tensor([tokens(1)], device=base.device)
         found: Tensor = base.model(input_ids=ids).logits.cpu()

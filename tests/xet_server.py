@@ -23,7 +23,7 @@ class Term:
 
     xorb: str
     size: int
-    """Of the part, in bytes."""
+    """The size of the part, in bytes."""
     first: int
     end: int
     """Chunks from the first up to this one."""
@@ -46,7 +46,7 @@ class Cas:
     """What has been uploaded."""
 
     token: str
-    """Of this storage: not the Hub's."""
+    """A token of this storage: not the Hub's."""
     xorbs: dict[str, bytes] = field(default_factory=dict)
     uploads: list[str] = field(default_factory=list)
     """Xorbs in the order they came in, again and again if need be."""

@@ -162,7 +162,7 @@ def bench_attacks(
 def _judge(session: Session, *, shipped: bool) -> tuple[Sequence[Adapter], str]:
     """Who judges, and its name."""
     recipe = session.recipe
-    if session.engine_name("judge") == "openai":
+    if session.engine_kind("judge").remote:
         return [], str(recipe.openai.model)
     if not shipped:
         last = session.run.last_done()

@@ -46,7 +46,7 @@ from srlm_lite.settings import Base, Lora
 hf: Any = transformers  # only partly typed
 
 RANK = 16
-"""Of each of the two adapters."""
+"""The rank of each of the two adapters."""
 DTYPE = torch.bfloat16
 RANDOM = "random"
 """A base of random weights, made for the measurement."""
@@ -67,7 +67,7 @@ _SHARD = 500 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class ExportJob:
     """What a way is to do: all of it can be handed to another process."""
 
     base: Path
@@ -99,7 +99,7 @@ def bench_export(
         paths = (scratch / "anchor", scratch / "delta")
         for adapter, path in zip(adapters, paths, strict=True):
             adapter.save(path, base_name=str(folder))
-        ways: dict[str, tuple[Callable[[Job], dict[str, Any]], bool]] = {
+        ways: dict[str, tuple[Callable[[ExportJob], dict[str, Any]], bool]] = {
             "copy": (_copy, False),
             "ours": (_ours, False),
             "peft": (_peft, False),
@@ -110,7 +110,7 @@ def bench_export(
         measured = {}
         for name, (way, quantized) in ways.items():
             task.note(name)
-            job = Job(folder, paths, scratch / "out", quantized)
+            job = ExportJob(folder, paths, scratch / "out", quantized)
             measured[name] = apart(way, job)
             shutil.rmtree(job.out)
             task.advance()
@@ -173,7 +173,7 @@ def random_adapter(folder: Path, *, seed: int, share: float) -> Adapter:
     return Adapter(rank=RANK, alpha=float(RANK), factors=factors)
 
 
-def _copy(job: Job) -> dict[str, Any]:
+def _copy(job: ExportJob) -> dict[str, Any]:
     begin = time.monotonic()
     shutil.copytree(job.base, job.out)
     plain = time.monotonic() - begin
@@ -187,7 +187,7 @@ def _copy(job: Job) -> dict[str, Any]:
     }
 
 
-def _ours(job: Job) -> dict[str, Any]:
+def _ours(job: ExportJob) -> dict[str, Any]:
     job.out.mkdir()
     model = empty_model(job.base)  # before the clock, for what transformers imports with it
     begin = time.monotonic()
@@ -214,7 +214,7 @@ def _ours(job: Job) -> dict[str, Any]:
     }
 
 
-def _peft(job: Job) -> dict[str, Any]:
+def _peft(job: ExportJob) -> dict[str, Any]:
     options: dict[str, Any] = {}
     if job.four_bit:
         options = {"quantization_config": _nf4(), "device_map": {"": "cpu"}}
@@ -239,7 +239,7 @@ def _nf4() -> Any:
     )
 
 
-def _weights(job: Job, model: PreTrainedModel) -> Weights:
+def _weights(job: ExportJob, model: PreTrainedModel) -> Weights:
     """The base that the way merges onto."""
     names = nf4_modules(model) if job.four_bit else frozenset()
     return Weights(Layout(Checkpoint(job.base), model), nf4=names, dtype=DTYPE)
@@ -258,7 +258,7 @@ def _expanded(model: nn.Module) -> Callable[[str], Tensor]:
 
 
 def _left(
-    job: Job, exported: Callable[[str], Tensor], base: Callable[[str], Tensor]
+    job: ExportJob, exported: Callable[[str], Tensor], base: Callable[[str], Tensor]
 ) -> dict[str, Any]:
     """Cosine and norm ratio of W_exported - W_base to the true update."""
     dot = found_square = true_square = 0.0
@@ -275,7 +275,7 @@ def _left(
     }
 
 
-def _updates(job: Job) -> Iterator[tuple[str, Tensor]]:
+def _updates(job: ExportJob) -> Iterator[tuple[str, Tensor]]:
     fused = fuse([Adapter.load(path) for path in job.adapters])
     for module, (a, b) in fused.factors.items():
         yield f"{module}.weight", fused.scaling * (b @ a)

@@ -37,7 +37,7 @@ from srlm_lite.bench.workload import Workload
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class Dimensions:
     """What of a decoder-only model counts."""
 
     linear: int
@@ -71,7 +71,7 @@ class Shape:
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class PhaseWork:
     """FLOPs and bytes of one phase."""
 
     flops: float
@@ -82,7 +82,7 @@ class Work:
         return max(self.flops / flops_rate, self.bytes / bandwidth)
 
 
-def prefill(shape: Shape, lengths: Sequence[int], *, shared: int = 0) -> Work:
+def prefill(shape: Dimensions, lengths: Sequence[int], *, shared: int = 0) -> PhaseWork:
     """Compute every prompt once.
 
     Args:
@@ -96,7 +96,7 @@ def prefill(shape: Shape, lengths: Sequence[int], *, shared: int = 0) -> Work:
         return common + sum(_triangle(n, window) - common for n in lengths)
 
     cached = shape.over_layers(lambda window: _kept(lengths, shared, window, step=1))
-    return Work(
+    return PhaseWork(
         flops=2 * shape.linear * tokens
         + 4 * shape.query_width * shape.over_layers(attended)
         + 2 * shape.head * len(lengths),
@@ -105,8 +105,8 @@ def prefill(shape: Shape, lengths: Sequence[int], *, shared: int = 0) -> Work:
 
 
 def decode(
-    shape: Shape, lengths: Sequence[int], *, samples: int, new_tokens: int, shared: int = 0
-) -> Work:
+    shape: Dimensions, lengths: Sequence[int], *, samples: int, new_tokens: int, shared: int = 0
+) -> PhaseWork:
     """Continue every prompt `samples` times by `new_tokens` tokens."""
     rows = len(lengths) * samples
     steps = range(1, new_tokens)
@@ -121,7 +121,7 @@ def decode(
             for step in steps
         )
 
-    return Work(
+    return PhaseWork(
         flops=len(steps) * rows * 2 * (shape.linear + shape.head)
         + 4 * shape.query_width * shape.over_layers(attended),
         bytes=len(steps) * shape.weights
@@ -130,8 +130,8 @@ def decode(
 
 
 def dpo_step(
-    shape: Shape, sequences: Sequence[tuple[int, int]], *, batches: int, checkpointing: bool
-) -> Work:
+    shape: Dimensions, sequences: Sequence[tuple[int, int]], *, batches: int, checkpointing: bool
+) -> PhaseWork:
     """One optimiser step of DPO on frozen weights.
 
     A sequence runs forward in the policy and in the reference, and backward in the policy, which
@@ -151,7 +151,7 @@ def dpo_step(
         attended = 4 * shape.query_width * seen
         layers += (3 + again) * linear + (4 + again) * attended
         scores += 3 * 2 * shape.head * scored
-    return Work(flops=layers + scores, bytes=batches * (3 + again) * shape.weights)
+    return PhaseWork(flops=layers + scores, bytes=batches * (3 + again) * shape.weights)
 
 
 def _within(tokens: int, window: int | None) -> int:
@@ -180,11 +180,11 @@ def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
 
 
 def phases(
-    shape: Shape,
+    shape: Dimensions,
     workload: Workload,
     questions: Sequence[Sequence[int]],
     grading: Sequence[Sequence[int]],
-) -> dict[str, Work]:
+) -> dict[str, PhaseWork]:
     """The four phases of the workload, by name, for its prompts and judge prompts as ids."""
     work = {}
     for name, prompts, samples, new_tokens in (

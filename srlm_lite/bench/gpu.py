@@ -33,7 +33,7 @@ import torch
 from srlm_lite.bench import floor
 from srlm_lite.bench.backend import Backend
 from srlm_lite.bench.continuous import ContinuousBatching
-from srlm_lite.bench.floor import Work
+from srlm_lite.bench.floor import PhaseWork
 from srlm_lite.bench.machine import peak_memory, resident, synchronise
 from srlm_lite.bench.plain import PlainGenerate
 from srlm_lite.bench.roofline import matmul_rates, measure_rates, roofline, shape_of
@@ -70,13 +70,13 @@ _TINY_SHAPE: dict[str, Any] = {
 }
 
 LORA = Lora()
-"""Of the anchor, and of the delta."""
+"""The shape of the anchor, and of the delta."""
 
 _TEMPERATURE, _TOP_P = 0.7, 0.9
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class Extent:
     """How much is done of everything."""
 
     prompts: int = 16
@@ -94,14 +94,14 @@ class Job:
     batch: int = 4
     """Pairs in one optimiser step."""
     steps: int = 3
-    """Of DPO; the first one does not count."""
+    """Steps of DPO; the first one does not count."""
 
     @property
     def candidates(self) -> int:
         return self.prompts * self.n
 
 
-SMALL = Job(
+SMALL = Extent(
     prompts=2,
     n=2,
     prompt_tokens=8,
@@ -116,13 +116,13 @@ SMALL = Job(
 """For the shape `tiny`."""
 
 
-def job_of(shape: str, **wanted: int | None) -> Job:
+def job_of(shape: str, **wanted: int | None) -> Extent:
     """The job of a shape, with what the user asked for.
 
     Raises:
         UserError: Sizes that do not go together.
     """
-    job = SMALL if shape == TINY else Job()
+    job = SMALL if shape == TINY else Extent()
     job = replace(job, **{key: value for key, value in wanted.items() if value is not None})
     if job.batch % job.micro_batch:
         raise UserError("does not divide the batch", where=f"--micro-batch {job.micro_batch}")
@@ -173,7 +173,7 @@ def shape_config(name: str) -> Any:
 
 def bench_gpu(
     shape: str,
-    job: Job,
+    job: Extent,
     reporter: Reporter,
     *,
     ways: Sequence[Way] = WAYS,
@@ -205,7 +205,7 @@ def bench_gpu(
             task.note("handing the base to Unsloth")
             base = _through_files(base)
         task.advance()
-        bench = _Bench(base, job, backend)
+        bench = _GpuBench(base, job, backend)
         measured: dict[str, dict[str, Any]] = {}
         for way in ways:
             phases: dict[str, Any] = {}
@@ -269,8 +269,8 @@ def _clock(device: torch.device) -> Iterator[_Clock]:
     clock.after = torch.cuda.memory_allocated(device) if device.type == "cuda" else resident()
 
 
-class _Bench:
-    def __init__(self, base: LoadedBase, job: Job, backend: Backend) -> None:
+class _GpuBench:
+    def __init__(self, base: LoadedBase, job: Extent, backend: Backend) -> None:
         self.base, self.job, self.backend = base, job, backend
         self.chat = ChatFormat.of(base)
         self.shape = shape_of(base.model)
@@ -402,9 +402,9 @@ class _Bench:
             **({"step0_loss": facts["step0_loss"]} if facts else {}),
         }
 
-    def _work(self) -> dict[str, Work]:
+    def _work(self) -> dict[str, PhaseWork]:
         job, shape = self.job, self.shape
-        work: dict[str, Work] = {}
+        work: dict[str, PhaseWork] = {}
         for name, prompts, n, new_tokens in (
             ("candidates", self.questions, job.n, job.answer_tokens),
             ("judge", self.grading, job.votes, job.vote_tokens),

@@ -81,7 +81,7 @@ def bench_load(base: str, *, reporter: Reporter, shape: dict[str, Any] = LARGE) 
 
 
 def tensor_bytes(parameter: Any) -> int:
-    """Of a weight: for one in NF4, with the scales of its blocks and theirs."""
+    """Bytes of a weight: for one in NF4, with the scales of its blocks and theirs."""
     size = int(parameter.numel() * parameter.element_size())
     state = getattr(parameter, "quant_state", None)
     if state is None:

@@ -30,8 +30,9 @@ from srlm_lite.errors import UserError
 from srlm_lite.evaluate.gate import findings
 from srlm_lite.judging import mean_scores
 from srlm_lite.loop import iterate, make_anchor
+from srlm_lite.methods import METHODS, method_of
+from srlm_lite.methods.base import Case
 from srlm_lite.methods.cream import consistencies
-from srlm_lite.methods.self_rewarding import SelfRewarding
 from srlm_lite.progress import Reporter, Silent
 from srlm_lite.recipe import Recipe, load_recipe
 from srlm_lite.records import Candidate, Judgement
@@ -40,6 +41,7 @@ from srlm_lite.run.layout import StageDir
 from srlm_lite.run.run import RunDir
 from srlm_lite.session import Session
 from srlm_lite.settings import Gate
+from srlm_lite.stages.at_work import AtWork
 from srlm_lite.stages.evaluation import evaluation
 from srlm_lite.stages.log import StageLog
 
@@ -49,61 +51,37 @@ SHARED = "anchor"
 """The anchor of most cases."""
 
 
-@dataclass(frozen=True, slots=True)
-class Case:
-    """A run of the bench: a recipe, what is changed in it, and where it begins."""
+TEMPTATIONS: dict[str, Case] = {
+    "likes length": Case("toy", ("pairing.alpha=-0.03",)),
+    "likes length, rho 0.3": Case("toy", ("pairing.alpha=-0.03", "pairing.rho=0.3")),
+    "lr 1e-3": Case("toy", ("dpo.learning_rate=1e-3",)),
+}
+"""Settings that do harm. The judge that likes length gives 0.03 points a character, about as much
+again as its scores vary."""
 
-    recipe: str
-    overrides: tuple[str, ...] = ()
-    anchor: str | None = SHARED
-    """Which of `ANCHORS` it starts from; None trains its own."""
 
+def _groups() -> dict[str, dict[str, Case]]:
+    groups: dict[str, dict[str, Case]] = {}
+    for method in METHODS.values():
+        for name, case in method.bench().items():
+            groups.setdefault(case.group, {})[name] = case
+    return {**groups, "Temptations": TEMPTATIONS}
+
+
+GROUPS = _groups()
+"""The cases by name, as the plot shows them side by side: each method declares its own."""
+
+CASES: dict[str, Case] = {name: case for group in GROUPS.values() for name, case in group.items()}
 
 ANCHORS: dict[str, Case] = {
     SHARED: Case("toy", anchor=None),
-    "anchor of rlaif": Case("toy-rlaif", anchor=None),
+    **{
+        case.anchor: Case(case.recipe, anchor=None, is_long=case.is_long)
+        for case in reversed(CASES.values())  # of several the first one counts
+        if case.anchor is not None and case.anchor != SHARED
+    },
 }
 """Anchors that several cases share."""
-
-_RLAIF = "anchor of rlaif"
-
-GROUPS: dict[str, dict[str, Case]] = {
-    "Self-rewarding and controls": {
-        "self-rewarding": Case("toy"),
-        "init: anchor": Case("toy", ("dpo.init=anchor",)),
-        "paper's chain": Case("toy-paper"),
-        "random pairs": Case("toy", ("pairing.source=random",)),
-        "gold pairs": Case("toy", ("pairing.source=gold",)),
-        "no judge data": Case("toy", ("anchor.use_eft=false",), anchor=None),
-    },
-    "Learning from ranked replies": {
-        "dpo": Case("toy-dpo", ("prompts.per_iteration=80",)),  # its file has 240
-        "spin": Case("toy-spin"),
-        # One pass over the pairs in place of three: a third of the time.
-        "rlhf": Case("toy-rlhf", ("rlhf.reward.epochs=1",)),
-    },
-    "Other ways with the own grades": {
-        "cream": Case("toy-cream"),
-        "cream, judge": Case("toy-cream", ("cream.scores=judge",)),
-        "temporal": Case("toy-temporal"),
-        "dno": Case("toy-dno"),
-        "scir": Case("toy-scir"),
-    },
-    "With an anchor that learned more": {
-        "meta-rewarding": Case("toy-meta", ("judge.votes=5",), anchor=None),
-        "rlaif": Case("toy-rlaif", anchor=_RLAIF),
-        "rlaif, random": Case("toy-rlaif", ("pairing.source=random",), anchor=_RLAIF),
-    },
-    "Temptations": {
-        "likes length": Case("toy", ("pairing.alpha=-0.03",)),
-        "likes length, rho 0.3": Case("toy", ("pairing.alpha=-0.03", "pairing.rho=0.3")),
-        "lr 1e-3": Case("toy", ("dpo.learning_rate=1e-3",)),
-    },
-}
-"""The cases by name, as the plot shows them side by side. The judge that likes length gives 0.03
-points a character, about as much again as its scores vary."""
-
-CASES: dict[str, Case] = {name: case for group in GROUPS.values() for name, case in group.items()}
 
 SMALLER = (
     "prompts.per_iteration=100",
@@ -111,20 +89,17 @@ SMALLER = (
     "evaluate.policy_prompts=100",
     "evaluate.eft_prompts=30",
 )
-"""Of the recipes' work, what the bench does."""
+"""The part of the recipes' work that the bench does."""
 
 COLD = 0.5
 """Temperature at which the anchor answers once more: a sharper model alone raises a mean."""
-
-LONG = ("toy-rlhf", "toy-meta", "toy-rlaif")
-"""Recipes that take longer than the others."""
 
 BARE, COLDER = "base", "cold anchor"
 """What is measured beside the cases."""
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class MethodsBench:
     """What to run, and where."""
 
     out: Path
@@ -155,7 +130,7 @@ def cases_of(names: str | None) -> tuple[str, ...]:
     return found
 
 
-def bench_methods(settings: Settings, reporter: Reporter | None = None) -> dict[str, Any]:
+def bench_methods(settings: MethodsBench, reporter: Reporter | None = None) -> dict[str, Any]:
     """Run every case for every seed, as far as that has not been done; all that was measured."""
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in settings.cases}
     bare, cold = [], []
@@ -202,7 +177,7 @@ Begin = Callable[..., Callable[[], Any]]
 
 
 @contextmanager
-def _workers(settings: Settings, reporter: Reporter | None) -> Iterator[Begin]:
+def _workers(settings: MethodsBench, reporter: Reporter | None) -> Iterator[Begin]:
     """What does jobs: here and at once, or in processes of their own, in the order given."""
     if settings.jobs == 1:
         yield lambda job, *given: partial(_given, job(reporter, *given))
@@ -219,7 +194,7 @@ def _given(value: B) -> B:
 
 def _is_short(name: str) -> bool:
     """The long ones begin first, or the last worker would end alone."""
-    return name not in CASES or CASES[name].recipe not in LONG
+    return name not in CASES or not CASES[name].is_long
 
 
 def _begin_work() -> None:
@@ -235,7 +210,9 @@ def _anchor_of(name: str) -> str:
     return (CASES[name].anchor if name in CASES else None) or SHARED
 
 
-def _train_anchor(reporter: Reporter | None, settings: Settings, seed: int, name: str) -> RunDir:
+def _train_anchor(
+    reporter: Reporter | None, settings: MethodsBench, seed: int, name: str
+) -> RunDir:
     """An anchor, with its evaluation, and what several cases draw and grade first."""
     place = _run(reporter, settings, ANCHORS[name], name, seed, None, 0)
     recipe = _recipe(settings, ANCHORS[name], seed, None, 0)
@@ -252,16 +229,17 @@ def _train_anchor(reporter: Reporter | None, settings: Settings, seed: int, name
 
 def _draw_and_grade(session: Session) -> None:
     """The first iteration as far as its grades."""
-    method, directory = SelfRewarding(), session.run.iteration(1)
+    method, directory = method_of(session.recipe), session.run.iteration(1)
+    it = AtWork(session, directory)
     with session.run.locked():
         log = StageLog(session, directory, iteration=1)
-        prompts = log.run("prompts", lambda: method.prompts(session, directory))
-        answers = log.run("candidates", lambda: method.candidates(session, directory, prompts))
-        log.run("judgements", lambda: method.judgements(session, directory, prompts, answers))
+        prompts = log.run("prompts", lambda: method.prompts(it))
+        answers = log.run("candidates", lambda: method.candidates(it, prompts))
+        log.run("judgements", lambda: method.judgements(it, prompts, answers))
 
 
 def _measure(
-    reporter: Reporter | None, settings: Settings, seed: int, anchor: RunDir | None, name: str
+    reporter: Reporter | None, settings: MethodsBench, seed: int, anchor: RunDir | None, name: str
 ) -> dict[str, Any]:
     """A case, run and read."""
     if name == BARE:
@@ -275,7 +253,7 @@ def _measure(
     return measured(_run(reporter, settings, case, name, seed, anchor, iterations), iterations)
 
 
-def _bare_base(settings: Settings, seed: int, reporter: Reporter | None) -> dict[str, Any]:
+def _bare_base(settings: MethodsBench, seed: int, reporter: Reporter | None) -> dict[str, Any]:
     """M0, measured as all models are."""
     place = _place(settings, SHARED, seed)
     if not place.base_evaluation.evaluation.is_file():
@@ -286,21 +264,21 @@ def _bare_base(settings: Settings, seed: int, reporter: Reporter | None) -> dict
     return _figures(read_json(place.base_evaluation.evaluation))
 
 
-def _recipe(settings: Settings, case: Case, seed: int, anchor: Path | None, t: int) -> Recipe:
+def _recipe(settings: MethodsBench, case: Case, seed: int, anchor: Path | None, t: int) -> Recipe:
     own = [f"seed={seed}", f"iterations={t}"]
     if anchor is not None:
         own.append(f"anchor.init={anchor}")
     return load_recipe(case.recipe, [*SMALLER, *case.overrides, *settings.overrides, *own])
 
 
-def _place(settings: Settings, name: str, seed: int) -> RunDir:
+def _place(settings: MethodsBench, name: str, seed: int) -> RunDir:
     folder = "".join(char if char.isalnum() else "-" for char in name)
     return RunDir(settings.out / f"{folder}-{seed}")
 
 
 def _run(
     reporter: Reporter | None,
-    settings: Settings,
+    settings: MethodsBench,
     case: Case,
     name: str,
     seed: int,
@@ -428,7 +406,7 @@ FIGURES = (
     "anchor_score",
     "divergence",
 )
-"""Of each model, what the summary has the mean of."""
+"""Figures of a model that the summary has the mean of."""
 
 
 def summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -39,7 +39,7 @@ BESIDE = ("self-rewarding", "random pairs")
 """What every panel shows in grey, to compare with."""
 
 LABEL_HEIGHT = 0.053
-"""Of a label, as a share of a panel's height."""
+"""The height of a label, as a share of a panel's."""
 
 
 def plot(result: Mapping[str, Any]) -> str:

@@ -56,7 +56,7 @@ RANDOM = "random"
 Ids = tuple[int, ...]
 
 
-class Sampler(Protocol):
+class SamplingWay(Protocol):
     """A way to draw n samples of each prompt, all of full length."""
 
     def sample(
@@ -72,7 +72,7 @@ class Sampler(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class RolloutBench:
     """What a user may choose."""
 
     base: str = "smollm2-135m-instruct"
@@ -151,7 +151,7 @@ def ways_of(text: str) -> tuple[Way, ...]:
     return tuple(way for way in WAYS if way in named)
 
 
-def bench_rollout(settings: Settings, reporter: Reporter) -> dict[str, Any]:
+def bench_rollout(settings: RolloutBench, reporter: Reporter) -> dict[str, Any]:
     """Measure the ways side by side in this process.
 
     Returns:
@@ -160,10 +160,10 @@ def bench_rollout(settings: Settings, reporter: Reporter) -> dict[str, Any]:
         roofline's floor, tokens per second, memory, and what they were measured with.
     """
     with TemporaryDirectory() as folder:
-        return _Bench(settings, _session(settings, Path(folder), reporter), reporter).run()
+        return _RolloutRunner(settings, _session(settings, Path(folder), reporter), reporter).run()
 
 
-def _session(settings: Settings, folder: Path, reporter: Reporter) -> Session:
+def _session(settings: RolloutBench, folder: Path, reporter: Reporter) -> Session:
     """The engines as a run has them, on the bare base: an empty stack, folded, is the base."""
     section = Base(name=settings.base)
     kind, _, shape = settings.base.partition(":")
@@ -182,7 +182,7 @@ def _session(settings: Settings, folder: Path, reporter: Reporter) -> Session:
     return session
 
 
-def _recipe(settings: Settings, base: LoadedBase) -> Recipe:
+def _recipe(settings: RolloutBench, base: LoadedBase) -> Recipe:
     model: Any = base.model
     linear = {
         name.rpartition(".")[2]
@@ -207,8 +207,8 @@ def _recipe(settings: Settings, base: LoadedBase) -> Recipe:
     )
 
 
-class _Bench:
-    def __init__(self, settings: Settings, session: Session, reporter: Reporter) -> None:
+class _RolloutRunner:
+    def __init__(self, settings: RolloutBench, session: Session, reporter: Reporter) -> None:
         self._settings, self._session, self._reporter = settings, session, reporter
         self._work = settings.workload
         self._device = session.base.device
@@ -285,7 +285,7 @@ class _Bench:
         few = self._settings.one_by_one_prompts
         return min(few, all_of_them) if way == "one-by-one" else all_of_them
 
-    def _sampler(self, way: Way) -> Sampler:
+    def _sampler(self, way: Way) -> SamplingWay:
         if way == "ours":
             return self._ours
         if way == "vllm":
@@ -348,7 +348,7 @@ def vllm_is_here() -> bool:
 
 
 def _vllm_version() -> str:
-    """Of the package that carries vLLM here, which on a CPU has another name."""
+    """The version of the package that carries vLLM here, which on a CPU has another name."""
     package = packages_distributions()["vllm"][0]
     return f"{package} {version(package)}"
 

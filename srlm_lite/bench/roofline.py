@@ -13,7 +13,7 @@ import torch
 from torch.nn.functional import linear
 from transformers import DynamicCache
 
-from srlm_lite.bench.floor import Shape, Work
+from srlm_lite.bench.floor import Dimensions, PhaseWork
 from srlm_lite.bench.machine import synchronise
 
 LARGE = (2048, 2048, 2048)
@@ -22,7 +22,7 @@ COPIED = 1 << 28
 """Bytes; far more than any cache holds."""
 
 
-def shape_of(model: Any) -> Shape:
+def shape_of(model: Any) -> Dimensions:
     """The sizes of a decoder-only model that the floor depends on.
 
     A bfloat16 base keeps its weights and its cache in 2 bytes a number, an NF4 base its linear
@@ -43,7 +43,7 @@ def shape_of(model: Any) -> Shape:
     width = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
     kept = DynamicCache(config=config).layers
     windows = [window for layer in kept if (window := getattr(layer, "sliding_window", None))]
-    return Shape(
+    return Dimensions(
         linear=linear,
         head=head,
         layers=config.num_hidden_layers,
@@ -57,7 +57,7 @@ def shape_of(model: Any) -> Shape:
 
 
 def _numbers_and_bytes(weight: Any) -> tuple[int, int]:
-    """Of a weight matrix: how many numbers it stands for, and the bytes they take."""
+    """How many numbers a weight matrix stands for, and the bytes they take."""
     stored = weight.numel() * weight.element_size()
     state = getattr(weight, "quant_state", None)
     if state is None:
@@ -92,7 +92,7 @@ def measure_rates(model: Any, *, rows: int) -> Rates:
     )
 
 
-def roofline(rates: Rates, phases: Mapping[str, Work]) -> dict[str, Any]:
+def roofline(rates: Rates, phases: Mapping[str, PhaseWork]) -> dict[str, Any]:
     """The least seconds of each phase at the best of the rates.
 
     Returns:

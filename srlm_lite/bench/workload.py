@@ -56,7 +56,7 @@ class Workload:
     """Judgements of each candidate."""
     vote_tokens: int = 64
     question_tokens: int | None = None
-    """Of each prompt, its question lengthened with others; None leaves it as it is."""
+    """Tokens of each prompt, its question lengthened with others; None leaves it as it is."""
     rubric: str = "additive-5"
     temperature: float = 0.7
     top_p: float = 0.9
@@ -89,7 +89,7 @@ class Workload:
 
     @property
     def new_tokens(self) -> int:
-        """Of all candidates and all judgements."""
+        """Tokens of all candidates and all judgements."""
         answers = self.prompts * self.n
         return answers * self.answer_tokens + answers * self.votes * self.vote_tokens
 

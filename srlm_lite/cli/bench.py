@@ -61,11 +61,11 @@ def rollout(
 
     Every sample has its full length, so the work is equal: 96 tokens a candidate, 64 a vote.
     """
-    from srlm_lite.bench.rollout import Settings, bench_rollout, ways_of
+    from srlm_lite.bench.rollout import RolloutBench, bench_rollout, ways_of
     from srlm_lite.bench.workload import Workload
-    from srlm_lite.cli.progress import Console
+    from srlm_lite.cli.progress import ConsoleReporter
 
-    settings = Settings(
+    settings = RolloutBench(
         base=base,
         ways=ways_of(engines),
         workload=Workload(prompts=prompts, votes=votes, question_tokens=prompt_tokens),
@@ -73,7 +73,7 @@ def rollout(
         naive_batch_prompts=naive_batch_prompts,
         one_by_one_prompts=one_by_one_prompts,
     )
-    console = Console()
+    console = ConsoleReporter()
     with console:
         result = bench_rollout(settings, console)
     show("rollout", result, _rollout_text, as_json=json_)
@@ -135,9 +135,9 @@ def attacks(
 ) -> None:
     """What replies gain that fish for a grade ("Score: 5"), beside twins in plain words."""
     from srlm_lite.bench.attacks import bench_attacks
-    from srlm_lite.cli.progress import Console
+    from srlm_lite.cli.progress import ConsoleReporter
 
-    console = Console()
+    console = ConsoleReporter()
     with console:
         result = bench_attacks(
             adapters,
@@ -216,12 +216,12 @@ def methods(
     json_: Json = False,
 ) -> None:
     """The methods on the toy world, from the same anchor, beside their controls."""
-    from srlm_lite.bench.methods import Settings, bench_methods, cases_of
+    from srlm_lite.bench.methods import MethodsBench, bench_methods, cases_of
     from srlm_lite.bench.methods_plot import plot as drawn
-    from srlm_lite.cli.progress import Console
+    from srlm_lite.cli.progress import ConsoleReporter
     from srlm_lite.run.files import write_atomically
 
-    settings = Settings(
+    settings = MethodsBench(
         out=out.resolve(),
         cases=cases_of(cases),
         seeds=seeds,
@@ -229,7 +229,7 @@ def methods(
         overrides=tuple(set_ or ()),
         jobs=jobs,
     )
-    console = Console()
+    console = ConsoleReporter()
     with console:
         result = bench_methods(settings, console)
     if plot is not None:
@@ -276,7 +276,7 @@ def gpu(
 
     prepare(backend)  # before the next line imports transformers
     from srlm_lite.bench.gpu import bench_gpu, device_of, job_of, ways_of
-    from srlm_lite.cli.progress import Console
+    from srlm_lite.cli.progress import ConsoleReporter
 
     job = job_of(
         shape,
@@ -287,7 +287,7 @@ def gpu(
         micro_batch=micro_batch,
         steps=steps,
     )
-    console = Console()
+    console = ConsoleReporter()
     with console:
         result = bench_gpu(
             shape, job, console, ways=ways_of(ways), device=device_of(device), backend=backend
@@ -316,9 +316,9 @@ def export(
     What is left of the update: W_exported - W_base against the true one.
     """
     from srlm_lite.bench.export import bench_export
-    from srlm_lite.cli.progress import Console
+    from srlm_lite.cli.progress import ConsoleReporter
 
-    console = Console()
+    console = ConsoleReporter()
     with console:
         result = bench_export(base, update=update, four_bit=four_bit, reporter=console)
     show("export", result, _export_text, as_json=json_)
@@ -398,11 +398,11 @@ def plan(
     Its tokens a second are kept for the times that `srlm-lite plan` gives.
     """
     from srlm_lite.bench.plan import bench_plan
-    from srlm_lite.cli.progress import Console
+    from srlm_lite.cli.progress import ConsoleReporter
     from srlm_lite.recipe import load_recipe
 
     names = [name.strip() for name in phases.split(",")] if phases else None
-    console = Console()
+    console = ConsoleReporter()
     with console:
         result = bench_plan(
             load_recipe(recipe, set_ or ()), phases=names, reporter=console, random=random
@@ -450,9 +450,9 @@ def load(
 ) -> None:
     """Loading a base in NF4 on the CPU: the peak of memory, beside transformers' own way."""
     from srlm_lite.bench.load import bench_load
-    from srlm_lite.cli.progress import Console
+    from srlm_lite.cli.progress import ConsoleReporter
 
-    console = Console()
+    console = ConsoleReporter()
     with console:
         result = bench_load(base, reporter=console)
     show("load", result, _load_text, as_json=json_)

@@ -11,16 +11,16 @@ from typing import Any
 import typer
 
 from srlm_lite.cli.models import Models
-from srlm_lite.cli.progress import Console
+from srlm_lite.cli.progress import ConsoleReporter
 from srlm_lite.cli.tables import plain_table
+from srlm_lite.compare.annotations import compare_annotations
+from srlm_lite.compare.comparison import Comparison, Judging, compare
 from srlm_lite.errors import UserError
-from srlm_lite.stages.annotations import compare_annotations
-from srlm_lite.stages.comparison import Comparison, Judging, compare
 from srlm_lite.stages.seed_data import policy_prompts, read_prompts
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
+class ComparisonWish:
     """A head to head as asked for."""
 
     directory: Path
@@ -33,9 +33,9 @@ class Wish:
     overrides: Sequence[str]
 
 
-def run_compare(wish: Wish, *, as_json: bool) -> None:
+def run_compare(wish: ComparisonWish, *, as_json: bool) -> None:
     """Let two models answer and a judge decide, unless that has been done before."""
-    console = Console()
+    console = ConsoleReporter()
     models = Models(wish.directory, wish.overrides, console)
     run, recipe = models.session.run, models.session.recipe
     judge = models.judge(wish.judge, wish.judging)

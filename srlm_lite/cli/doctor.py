@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import typer
@@ -13,16 +13,13 @@ from rich.console import Console
 from rich.text import Text
 
 from srlm_lite import __version__
+from srlm_lite.cli.findings import GLUE, WORDS, finding_line, name_width
+from srlm_lite.cli.preflight import as_findings
 from srlm_lite.doctor import machine, packages, proof, recipes
 from srlm_lite.doctor.finding import Finding, State
-
-WORDS: dict[State, tuple[str, str]] = {
-    "ok": ("ok", "green"),
-    "warning": ("warning", "yellow"),
-    "bad": ("fails", "red"),
-    "absent": ("-", "dim"),
-}
-"""What each state is called, and its colour."""
+from srlm_lite.preflight.checks import Answer, answers, can_start
+from srlm_lite.preflight.launch import Launch
+from srlm_lite.recipe import load_recipe
 
 SECTIONS_THAT_COUNT = ("machine", "packages", "proof of the stack")
 """A finding `bad` in one of these, and srlm-lite is of no use here."""
@@ -30,16 +27,28 @@ SECTIONS_THAT_COUNT = ("machine", "packages", "proof of the stack")
 _PEAK = "peak_bytes"
 """The fact of a recipe that its plan gives."""
 
-_GLUE = "\N{NO-BREAK SPACE}"
-"""Between a name and its figure, which stay on one line."""
-
 Sections = dict[str, list[Finding]]
 
 
-def run_doctor(*, as_json: bool, folder: Path | None = None) -> None:
-    """Look at everything; exit code 1 where srlm-lite is of no use."""
+def run_doctor(
+    *,
+    as_json: bool,
+    folder: Path | None = None,
+    recipe_name: str | None = None,
+    overrides: Sequence[str] = (),
+) -> None:
+    """Look at everything; exit code 1 where srlm-lite is of no use.
+
+    Args:
+        recipe_name: Look at this recipe alone, as `iterate` does before it starts it; exit code 2
+            where it cannot be started.
+    """
     console = Console(highlight=False, soft_wrap=False)
     sections: Sections = {}
+    asked: list[Answer] = []
+    if recipe_name is not None:  # first: Unsloth comes before what is looked at below
+        _note(f"recipe {recipe_name}")
+        asked = list(answers(Launch(load_recipe(recipe_name, overrides))))
     # The libraries warn of what the findings say in words of ours.
     warnings.simplefilter("ignore")
     _note("versions")
@@ -51,15 +60,18 @@ def run_doctor(*, as_json: bool, folder: Path | None = None) -> None:
         sections["machine"] = machine.machine_findings(folder or Path.cwd())
         _note("proof of the stack")
         sections["proof of the stack"] = list(proof.proof_findings())
-        _note("recipes")
-        sections["recipes"] = recipes.recipe_findings()
+        if recipe_name is None:
+            _note("recipes")
+            sections["recipes"] = recipes.recipe_findings()
+    if recipe_name is not None:
+        sections[f"recipe {recipe_name}"] = as_findings(asked)
     _note("")
     usable = is_usable(sections)
     if as_json:
         typer.echo(json.dumps(_as_json(sections, usable), indent=2, ensure_ascii=False))
     else:
         show(console, sections, usable=usable)
-    raise typer.Exit(0 if usable else 1)
+    raise typer.Exit(1 if not usable else 0 if can_start(asked) else 2)
 
 
 def is_usable(sections: Sections) -> bool:
@@ -92,9 +104,9 @@ def show(console: Console, sections: Sections, *, usable: bool) -> None:
     for name, findings in sections.items():
         console.print(Text(f"\n{name}", style="bold").append(_subtitle(findings), style="not bold"))
         lines = _together(findings) if name == "recipes" else findings
-        width = min(24, max(len(finding.name) for finding in lines))
+        width = name_width(lines)
         for finding in lines:
-            _line(console, finding, width)
+            finding_line(console, finding, width)
     verdict = ("ready", "green") if usable else ("not usable like this", "red")
     worst = {finding.state for findings in sections.values() for finding in findings}
     text = Text("\n").append(verdict[0], style=f"bold {verdict[1]}")
@@ -117,7 +129,7 @@ def _together(findings: Sequence[Finding]) -> list[Finding]:
     for finding in findings:
         key = (finding.state, finding.text, finding.way_out)
         peak = (finding.facts or {}).get(_PEAK)
-        name = finding.name if peak is None else f"{finding.name}{_GLUE}{_gigabytes(peak)}"
+        name = finding.name if peak is None else f"{finding.name}{GLUE}{_gigabytes(peak)}"
         groups.setdefault(key, []).append(name)
     merged = []
     for (state, text, way_out), names in groups.items():
@@ -134,25 +146,6 @@ def _together(findings: Sequence[Finding]) -> list[Finding]:
 
 def _gigabytes(count: object) -> str:
     return f"{int(str(count)) / 1e9:.1f}"
-
-
-def _line(console: Console, finding: Finding, width: int) -> None:
-    word, style = WORDS[finding.state]
-    head = Text("  ").append(f"{word:<8}", style=style)
-    head.append(f"{finding.name.replace(_GLUE, ' '):<{width}}  ")
-    indent = len(head)
-    body = finding.text if finding.way_out is None else f"{finding.text}. {finding.way_out}"
-    room = max(30, (console.width if console.is_terminal else 100) - indent)
-    for number, part in enumerate(_wrapped(body, room)):
-        line = head if number == 0 else Text(" " * indent)
-        console.print(line + Text(part), no_wrap=True, overflow="ignore", crop=False)
-
-
-def _wrapped(text: str, room: int) -> Iterable[str]:
-    import textwrap
-
-    lines = textwrap.wrap(text, room, break_long_words=False, break_on_hyphens=False) or [""]
-    return [line.replace(_GLUE, " ") for line in lines]
 
 
 def _note(text: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from srlm_lite.cli.progress import Console, summary
+from srlm_lite.cli.progress import ConsoleReporter, summary
 from srlm_lite.errors import UserError
 from srlm_lite.processes import Processes, place
 from srlm_lite.recipe import Recipe, overridden
@@ -34,7 +34,7 @@ def run_evaluate(
     """Measure one model of a run, unless it has been measured in this way before."""
     processes = Processes(place())
     run = RunDir(directory)
-    console = Console(quiet=not processes.place.leads)
+    console = ConsoleReporter(quiet=not processes.place.leads)
     with processes.joined(cpu=False):
         if not processes.place.leads:
             follow(processes)

@@ -11,8 +11,8 @@ from typing import Any
 
 import typer
 
-from srlm_lite.cli.progress import Console
-from srlm_lite.export.export import Export, Wish
+from srlm_lite.cli.progress import ConsoleReporter
+from srlm_lite.export.export import Export, ExportWish
 from srlm_lite.export.hub import check_repo, files_of, push
 from srlm_lite.export.source import find_source
 
@@ -21,7 +21,7 @@ def run_export(
     *,
     directory: Path,
     which: str,
-    wish: Wish,
+    wish: ExportWish,
     push_to: str | None,
     public: bool,
     dry_run: bool,
@@ -30,7 +30,7 @@ def run_export(
     """Export one model of a run, and upload it if asked to."""
     if push_to is not None and not dry_run:
         check_repo(push_to)
-    console = Console()
+    console = ConsoleReporter()
     source = find_source(directory, which)
     with console:
         export = Export(source, wish, console)
@@ -55,7 +55,7 @@ def run_export(
         console.say(f"next: in Python, {model}, or vllm serve {shlex.quote(str(wish.out))}")
 
 
-def _upload(console: Console, name: str, folder: Path, repo: str, *, public: bool) -> None:
+def _upload(console: ConsoleReporter, name: str, folder: Path, repo: str, *, public: bool) -> None:
     files = [file for file, _ in files_of(folder) if file.endswith(".safetensors")]
     console.say(f"uploading to {repo}, {'public' if public else 'private'}")
 
@@ -74,7 +74,7 @@ def _upload(console: Console, name: str, folder: Path, repo: str, *, public: boo
     console.say(f"  {address}")
 
 
-def _say_onto(console: Console, export: Export) -> None:
+def _say_onto(console: ConsoleReporter, export: Export) -> None:
     recipe = export.source.recipe.base
     if export.wish.form == "adapter":
         return

@@ -5,19 +5,20 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
-from itertools import chain
 from pathlib import Path
 
 import typer
 
 from srlm_lite.cli.facts import hardware, versions
-from srlm_lite.cli.plan import refuse_what_cannot_fit
-from srlm_lite.cli.progress import Console
+from srlm_lite.cli.preflight import preflight_json, preflight_text
+from srlm_lite.cli.progress import ConsoleReporter
 from srlm_lite.cli.tables import closing_table
 from srlm_lite.errors import GateError, program
 from srlm_lite.hardware import pick_recipe
 from srlm_lite.loop import iterate
-from srlm_lite.processes import Processes, place
+from srlm_lite.preflight.checks import Answer, answers, can_start, refuse
+from srlm_lite.preflight.launch import Launch
+from srlm_lite.processes import Processes, place, takes_sharding
 from srlm_lite.recipe import Recipe, as_begun, load_recipe, overridden
 from srlm_lite.report.answer import anchor_is_best, best
 from srlm_lite.report.facts import gather
@@ -25,19 +26,9 @@ from srlm_lite.run.run import RunDir
 from srlm_lite.session import (
     Session,
     follow,
-    import_backend,
-    refuse_absent_base,
     refuse_several,
-    refuse_sharding,
-    refuse_unexportable,
 )
-from srlm_lite.stages.seed_data import (
-    check_inputs,
-    nearly_held_out,
-    refuse_held_out_among_training,
-    unmeasured,
-)
-from srlm_lite.tracking import check_installed, tracked
+from srlm_lite.tracking import tracked
 
 
 def run_iterate(
@@ -51,28 +42,19 @@ def run_iterate(
 ) -> None:
     """Open or resume the run, go through the loop, and close with its table."""
     processes = Processes(place())
-    console = Console(quiet=not processes.place.leads)
+    console = ConsoleReporter(quiet=not processes.place.leads)
     run = RunDir(directory)
     if iterations is not None:
         overrides = [*overrides, f"iterations={iterations}"]
     recipe = _recipe(recipe_name, overrides, None if fresh else run, console)
     refuse_several(recipe, processes.world)  # each of them knows, so none has to be told
+    launch = Launch(recipe, run, fresh, planned, processes.world, processes.shards)
     stopped: GateError | None = None
     with processes.joined(cpu=recipe.base.device == "cpu"):
         if not processes.place.leads:
             follow(processes)
             return
-        if processes.shards:
-            refuse_sharding(recipe)  # before anybody installs what would be refused
-        check_inputs(recipe)
-        if fresh or not run.is_begun:  # what was begun without this question goes on
-            refuse_held_out_among_training(recipe)
-        check_installed(recipe.tracking.report_to)
-        import_backend(recipe)  # a plan imports transformers
-        refuse_absent_base(recipe, run)
-        refuse_unexportable(recipe, run)
-        if planned:
-            refuse_what_cannot_fit(recipe, shards=processes.world if processes.shards else 1)
+        warnings = refuse(launch)
         facts = {
             "versions": versions(),
             "hardware": hardware(),
@@ -87,8 +69,7 @@ def run_iterate(
             with tracked(recipe, run, console) as tracker:
                 session = Session(recipe, run, console, processes, tracker)
                 with console, session.leading():
-                    _warn_of_idle(session)
-                    for line in chain(unmeasured(recipe), nearly_held_out(recipe)):
+                    for line in warnings:
                         console.warn(line)
                     try:
                         iterate(session)
@@ -101,7 +82,47 @@ def run_iterate(
         console.say(line)
 
 
-def _recipe(name: str | None, overrides: Sequence[str], run: RunDir | None, say: Console) -> Recipe:
+def dry_run(
+    *,
+    recipe_name: str | None,
+    directory: Path,
+    iterations: int | None,
+    overrides: Sequence[str],
+    fresh: bool,
+    planned: bool,
+    as_json: bool,
+) -> None:
+    """Ask all that can fail, show the answers, and write nothing; exit code 2 where one is bad."""
+    at, console = place(), ConsoleReporter()
+    if not at.leads:  # one of several processes answers for all
+        return
+    run = RunDir(directory)
+    if iterations is not None:
+        overrides = [*overrides, f"iterations={iterations}"]
+    recipe = _recipe(recipe_name, overrides, None if fresh else run, console)
+    sharded = takes_sharding() and at.world > 1
+    launch = Launch(recipe, run, fresh, planned, at.world, sharded)
+    found = list(answers(launch))
+    if as_json:
+        typer.echo(preflight_json(launch, found))
+    else:
+        typer.echo(preflight_text(found))
+        console.say(f"next: {_same_without_asking()}  # {_what_for(found)}")
+    raise typer.Exit(0 if can_start(found) else 2)
+
+
+def _same_without_asking() -> str:
+    """This command as it starts the run."""
+    return shlex.join([program(), *(word for word in sys.argv[1:] if word != "--dry-run")])
+
+
+def _what_for(found: Sequence[Answer]) -> str:
+    return "starts it" if can_start(found) else "once what is marked is put right"
+
+
+def _recipe(
+    name: str | None, overrides: Sequence[str], run: RunDir | None, say: ConsoleReporter
+) -> Recipe:
     """The recipe that is named, or that of the run that is there, or one for this machine."""
     begun = run if run is not None and run.path.is_dir() and run.exists else None
     if name is not None:
@@ -140,14 +161,3 @@ def next_steps(run: RunDir) -> list[str]:
         f"{'     ' if i else 'next:'} {program()} {command}  # {what}"
         for i, (command, what) in enumerate(steps.items())
     ]
-
-
-def _warn_of_idle(session: Session) -> None:
-    """Of processes that sampling cannot employ, since it deals out whole chunks."""
-    recipe, world = session.recipe, session.processes.world
-    chunks = -(-recipe.prompts.per_iteration // recipe.rollout.chunk_prompts)
-    if world > 1 and chunks < world:
-        session.reporter.warn(
-            f"{world} processes, but an iteration's prompts are {chunks} chunks of "
-            f"rollout.chunk_prompts = {recipe.rollout.chunk_prompts}: lower it to employ all"
-        )

@@ -78,11 +78,32 @@ def iterate(
     no_plan: Annotated[
         bool, typer.Option("--no-plan", help="Start even if the plan says it cannot fit.")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Ask all that can fail, and write nothing.")
+    ] = False,
+    json_: Annotated[
+        bool, typer.Option("--json", help="With --dry-run: print the answers as JSON.")
+    ] = False,
 ) -> None:
     """Run the loop: anchor, then iterations of answering, judging, pairing and DPO.
 
     Goes on where it was when DIR holds a run of the same recipe.
     """
+    if dry_run:
+        from srlm_lite.cli.iterate import dry_run as ask
+
+        ask(
+            recipe_name=recipe,
+            directory=adapters,
+            iterations=iterations,
+            overrides=set_ or [],
+            fresh=fresh,
+            planned=not no_plan,
+            as_json=json_,
+        )
+        return
+    if json_:
+        raise UserError("goes with --dry-run", where="--json")
     from srlm_lite.cli.iterate import run_iterate
 
     run_iterate(
@@ -235,7 +256,7 @@ def compare(
 
     What was answered and judged is kept in DIR; a stopped comparison goes on.
     """
-    from srlm_lite.cli.compare import Wish, run_annotations, run_compare
+    from srlm_lite.cli.compare import ComparisonWish, run_annotations, run_compare
 
     if annotations is not None:
         if model is not None:
@@ -251,7 +272,7 @@ def compare(
         )
     if difficulty is not None:
         raise UserError("goes with --annotations", where="--difficulty")
-    wish = Wish(
+    wish = ComparisonWish(
         directory=adapters,
         model=model,
         baseline=baseline,
@@ -300,9 +321,9 @@ def mt_bench(
 
     What was answered and graded is kept in DIR; a stopped one goes on.
     """
-    from srlm_lite.cli.mt_bench import Wish, run_command
+    from srlm_lite.cli.mt_bench import MtBenchWish, run_command
 
-    wish = Wish(
+    wish = MtBenchWish(
         directory=adapters,
         model=iteration,
         questions=questions,
@@ -348,12 +369,12 @@ def export(
     It gets its name only when it answers as the stack does. A stopped export goes on.
     """
     from srlm_lite.cli.export import run_export
-    from srlm_lite.export.export import Wish
+    from srlm_lite.export.export import ExportWish
 
     run_export(
         directory=adapters,
         which=iteration,
-        wish=Wish(
+        wish=ExportWish(
             out=out.absolute(),
             form=as_,
             onto=onto,
@@ -387,15 +408,25 @@ def chat(
 
 @app.command()
 def doctor(
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="Look at this recipe alone, as iterate does before it starts."),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="With --recipe, override a setting.", metavar="KEY=VALUE"),
+    ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print all findings as JSON.")] = False,
 ) -> None:
     """Whether this machine is ready, and for which recipes: versions, GPU, memory, disk, a proof.
 
-    Exit code 1 where srlm-lite is of no use like this.
+    Exit code 1 where srlm-lite is of no use like this, 2 where a recipe that is named cannot start.
     """
+    if set_ and recipe is None:
+        raise UserError("goes with --recipe", where="--set")
     from srlm_lite.cli.doctor import run_doctor
 
-    run_doctor(as_json=json_)
+    run_doctor(as_json=json_, recipe_name=recipe, overrides=set_ or [])
 
 
 @app.command()

@@ -6,6 +6,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from srlm_lite.compare.comparison import CompareJudge, Judging, Model
+from srlm_lite.compare.models import RunModel, digest_of, read_replies
+from srlm_lite.engines import SERVER, kind_of
 from srlm_lite.errors import UserError
 from srlm_lite.export.source import find_source
 from srlm_lite.progress import Reporter
@@ -14,13 +17,11 @@ from srlm_lite.run.files import read_json
 from srlm_lite.run.run import RunDir
 from srlm_lite.session import Session
 from srlm_lite.settings import OpenAI
-from srlm_lite.stages.comparison import CompareJudge, Judging, Model
-from srlm_lite.stages.models import RunModel, digest_of, read_replies
 
 SETTINGS = ("compare", "evaluate", "judge", "mt_bench", "openai", "rollout", "vllm")
 """Sections that say how to sample and judge; the others say what the model is."""
 
-SERVER = re.compile(r"openai:(?P<model>.+?)@(?P<url>https?://.+)")
+NAMED_SERVER = re.compile(r"openai:(?P<model>.+?)@(?P<url>https?://.+)")
 
 
 class Models:
@@ -80,7 +81,7 @@ class Models:
             return self._by_server(session, judging or "pairwise")
         model = self.run_model("last" if word == "self" else word)
         recipe = model.session.recipe
-        if (recipe.judge.engine or recipe.rollout.engine) == "openai":
+        if kind_of(recipe, "judge").remote:
             return self._by_server(model.session, judging or "pairwise")
         return CompareJudge(
             model.name, model.digest, model.session, model, judging or recipe.compare.judging
@@ -92,7 +93,7 @@ class Models:
         Raises:
             UserError: Not of the form `openai:MODEL@URL`.
         """
-        found = SERVER.fullmatch(word)
+        found = NAMED_SERVER.fullmatch(word)
         if found is None:
             raise UserError(
                 "is no server",
@@ -102,7 +103,7 @@ class Models:
             )
         recipe = self.session.recipe
         settings = recipe.openai.model_copy(update=found.groupdict())
-        judge = recipe.judge.model_copy(update={"engine": "openai"})
+        judge = recipe.judge.model_copy(update={"engine": SERVER})
         changed = recipe.model_copy(update={"openai": settings, "judge": judge})
         return Session(changed, self.session.run, self._reporter)
 

@@ -11,14 +11,14 @@ from typing import Any
 import typer
 
 from srlm_lite.cli.models import Models
-from srlm_lite.cli.progress import Console
+from srlm_lite.cli.progress import ConsoleReporter
 from srlm_lite.cli.tables import plain_table
+from srlm_lite.compare.mt_bench import read_questions, run_mt_bench
 from srlm_lite.errors import UserError
-from srlm_lite.stages.mt_bench import read_questions, run_mt_bench
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
+class MtBenchWish:
     """An MT-Bench as asked for."""
 
     directory: Path
@@ -30,13 +30,13 @@ class Wish:
     overrides: Sequence[str]
 
 
-def run_command(wish: Wish, *, as_json: bool) -> None:
+def run_command(wish: MtBenchWish, *, as_json: bool) -> None:
     """Let a model answer and a server grade, unless that has been done before."""
-    console = Console()
+    console = ConsoleReporter()
     models = Models(wish.directory, wish.overrides, console)
     questions = read_questions(wish.questions, wish.references)
     judge, model = models.server(wish.judge), models.run_model(wish.model)
-    if model.session.engine_name("policy") == "openai":
+    if model.session.engine_kind("policy").remote:
         raise UserError(
             "the run's answers come from a server, which is asked single turns",
             where=str(wish.directory),

@@ -7,31 +7,25 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import typer
 
 from srlm_lite.cli.tables import plain_table
-from srlm_lite.errors import UserError
 from srlm_lite.hardware import Gpu, choose_recipe, device_name, pick_recipe
 from srlm_lite.planning.machine import (
     SHARDING,
-    hardware_found,
     plan_for,
     settings_that_fit,
-    shortfall,
     spread,
 )
 from srlm_lite.planning.plan import PARTS, Hardware, Plan, needs_sharding, parse_gpus
 from srlm_lite.planning.rates import known_rates, rates_folder, rates_key
 from srlm_lite.planning.room import Room, room_for, unjudged
-from srlm_lite.recipe import Recipe, load_recipe
-from srlm_lite.settings import LORA_TARGETS
+from srlm_lite.recipe import load_recipe
 
 _HEADS = {"kv_cache": "KV cache"}
-_ALIKE = {"prompts": "candidates", "revision SFT": "anchor SFT"}
-"""Phases that do the same work as another one, whose rate stands for theirs."""
 _SHORT_HEADS = {
     "adapters": "adapt.",
     "optimizer": "optim.",
@@ -70,34 +64,6 @@ def recipe_for(hardware: Hardware) -> tuple[str, str]:
     return choose_recipe([asked] * hardware.count, where="")
 
 
-def refuse_what_cannot_fit(recipe: Recipe, *, shards: int = 1) -> None:
-    """Stop a run that would run out of memory, before it begins.
-
-    Or train adapters on layers that the base does not have. Says nothing where the base's shape is
-    unknown: its loading says what is wrong with it.
-
-    Args:
-        shards: Processes that the base is spread over.
-
-    Raises:
-        UserError: A phase that no batch of its own choosing makes fit; says what would. Or a LoRA
-            target names no layer that can carry an adapter.
-    """
-    try:
-        plan = plan_for(recipe, replace(hardware_found(recipe), shards=shards))
-    except UserError as error:
-        if error.where == LORA_TARGETS:
-            raise
-        return
-    missing = shortfall(plan)
-    if missing is not None:
-        raise UserError(
-            missing.what,
-            where=f"recipe {recipe.name}",
-            way_out=f"{missing.way_out}; --no-plan runs it all the same",
-        )
-
-
 @dataclass(frozen=True, slots=True)
 class Times:
     """Seconds of each phase, None where its rate was not measured on this device."""
@@ -117,7 +83,7 @@ def times_of(plan: Plan) -> Times:
     rates = known[0] if known else {}
     seconds: dict[str, float | None] = {}
     for phase in plan.phases:
-        rate = rates.get(phase.name, rates.get(_ALIKE.get(phase.name, "")))
+        rate = rates.get(phase.name, rates.get(phase.like))
         seconds[phase.name] = phase.tokens / rate if phase.tokens and rate else None
     return Times(seconds, known[1] if known else None)
 
@@ -191,7 +157,6 @@ def plan_text(
     lines = [
         "GB at the longest that window and data admit, predicted from shapes; tokens at most, of "
         "the whole run, votes asked again apart",
-        *_of_another_method(plan.recipe),
         *_out_of_reach(plan),
         *_too_long_to_judge(room),
         *(["export runs on the machine, not on the device"] if on_host else []),
@@ -218,16 +183,6 @@ def plan_text(
             *(_broken(line, width) for line in lines),
         ]
     )
-
-
-def _of_another_method(recipe: Recipe) -> list[str]:
-    """That a plan knows the stages of one method alone."""
-    if recipe.method == "self-rewarding":
-        return []
-    return [
-        "counted for the method self-rewarding: how much "
-        f"{recipe.method} samples and trains on differs from that"
-    ]
 
 
 def _out_of_reach(plan: Plan) -> list[str]:

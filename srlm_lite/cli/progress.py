@@ -65,7 +65,7 @@ class _Lines:
         self._note = text
 
 
-class Console:
+class ConsoleReporter:
     """The reporter of the command line; everything it shows goes to stderr.
 
     Args:

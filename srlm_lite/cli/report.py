@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from srlm_lite.cli.progress import Console
+from srlm_lite.cli.progress import ConsoleReporter
 from srlm_lite.errors import UserError
 from srlm_lite.report.answer import answer
 from srlm_lite.report.facts import gather
@@ -29,7 +29,7 @@ def run_report(*, directory: Path, out: Path | None, as_markdown: bool) -> None:
     _refuse_foreign(file)
     page = html(facts)
     write_atomically(file, page)
-    console = Console()
+    console = ConsoleReporter()
     console.say(answer(facts).headline)
     console.say(f"wrote {len(page.encode()) / 1e6:.1f} MB; open it in a browser:")
     typer.echo(str(file))

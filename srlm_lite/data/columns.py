@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
-from srlm_lite.data.sources import Row, Source
+from srlm_lite.data.sources import DataSource, Row
 from srlm_lite.errors import UserError
 
 
@@ -24,7 +24,7 @@ class Columns:
     rank: str | None = None
     """Lower is better; goes before the score."""
     id: str | None = None
-    """Of the reply."""
+    """The column with the reply's id."""
     prompt_id: str | None = None
     target: str | None = None
     """What the judge should have said of the reply, ending in a line `Score: <number>`."""
@@ -78,7 +78,7 @@ def no_such_column(name: str, columns: Iterable[str], *, where: str, option: str
     return UserError(f"no column {name!r}; there: {', '.join(there)}", where=where, way_out=hint)
 
 
-def column_needed(source: Source, what: str, option: str) -> UserError:
+def column_needed(source: DataSource, what: str, option: str) -> UserError:
     """The error for a column that could not be guessed."""
     there = ", ".join(source.columns())
     return UserError(
@@ -86,7 +86,7 @@ def column_needed(source: Source, what: str, option: str) -> UserError:
     )
 
 
-def reused_id(source: Source, number: int, prompt_id: str) -> UserError:
+def reused_id(source: DataSource, number: int, prompt_id: str) -> UserError:
     """The error for an id that row `number` gives to another prompt than an earlier row."""
     return UserError(
         f"prompt id {prompt_id!r} stands for another prompt than before",

@@ -9,8 +9,8 @@ from typing import Any
 
 from srlm_lite.data.columns import number_of
 from srlm_lite.data.ledger import Ledger
-from srlm_lite.data.sources import Row, Source
-from srlm_lite.data.split import RankedPrompt, Reply
+from srlm_lite.data.sources import DataSource, Row
+from srlm_lite.data.split import PlacedReply, RankedPrompt
 from srlm_lite.data.text import is_garbled
 from srlm_lite.errors import UserError
 from srlm_lite.records import Prompt
@@ -46,7 +46,7 @@ def is_flat(columns: Iterable[str]) -> bool:
 
 
 def read_trees(
-    source: Source, *, lang: str | None, replies: Ledger, prompts: Ledger
+    source: DataSource, *, lang: str | None, replies: Ledger, prompts: Ledger
 ) -> tuple[list[RankedPrompt], list[Prompt]]:
     """Prompts with ranked first-turn replies, and prompts that have none.
 
@@ -94,7 +94,7 @@ def read_trees(
     return ranked, spare
 
 
-def _messages(source: Source) -> Iterator[Message]:
+def _messages(source: DataSource) -> Iterator[Message]:
     for number, row in enumerate(source.rows, start=1):
         where = f"{source.where}, row {number}"
         if is_nested(row):
@@ -188,7 +188,7 @@ def _keep(reply: Message, lang: str | None, replies: Ledger) -> bool:
 
 def _ranked_prompt(root: Message, replies: Iterable[Message]) -> RankedPrompt:
     placed = tuple(
-        Reply(reply.message_id, reply.text.strip(), reply.rank)
+        PlacedReply(reply.message_id, reply.text.strip(), reply.rank)
         for reply in replies
         if reply.rank is not None
     )

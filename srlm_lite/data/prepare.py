@@ -30,7 +30,7 @@ from srlm_lite.data.ranked import (
     score_range,
     score_target,
 )
-from srlm_lite.data.sources import Source, read_source
+from srlm_lite.data.sources import DataSource, read_source
 from srlm_lite.data.split import RankedPrompt, SeedData, hash_order, split
 from srlm_lite.data.text import normalised
 from srlm_lite.errors import UserError
@@ -53,9 +53,9 @@ class Options:
     lang: str | None = "en"
     """None takes every language."""
     ift_share: float = 0.5
-    """Of the prompts whose replies are ordered; the others are EFT."""
+    """Share of the prompts whose replies are ordered; the others are EFT."""
     eval_share: float = 0.25
-    """Of the EFT prompts, held out."""
+    """Share of the EFT prompts that is held out."""
     columns: Columns = field(default_factory=Columns)
     given_scores: bool = False
     """Write each EFT target as its known score, without a rationale."""
@@ -70,7 +70,7 @@ class Options:
 class Prepared:
     """Rows for the files, and the account of them."""
 
-    source: Source
+    source: DataSource
     format: Format
     seed: SeedData = field(default_factory=SeedData)
     prompts: list[Prompt] = field(default_factory=list)
@@ -145,7 +145,7 @@ def read(source: str, options: Options) -> Prepared:
     return prepared
 
 
-def detect_format(source: Source, columns: Columns) -> Format:
+def detect_format(source: DataSource, columns: Columns) -> Format:
     """The format that the columns of the source speak for.
 
     Raises:

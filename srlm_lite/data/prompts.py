@@ -14,13 +14,13 @@ from srlm_lite.data.columns import (
     text_of,
 )
 from srlm_lite.data.ledger import Ledger
-from srlm_lite.data.sources import Source
+from srlm_lite.data.sources import DataSource
 from srlm_lite.data.text import normalised, prompt_problem
 from srlm_lite.records import Prompt
 
 
 def read_prompts(
-    source: Source, columns: Columns, *, lang: str | None, ledger: Ledger
+    source: DataSource, columns: Columns, *, lang: str | None, ledger: Ledger
 ) -> list[Prompt]:
     """The prompt of each row, an empty one where the row has none.
 

@@ -20,8 +20,8 @@ from srlm_lite.data.columns import (
     text_of,
 )
 from srlm_lite.data.ledger import Ledger
-from srlm_lite.data.sources import Row, Source
-from srlm_lite.data.split import RankedPrompt, Reply
+from srlm_lite.data.sources import DataSource, Row
+from srlm_lite.data.split import PlacedReply, RankedPrompt
 from srlm_lite.data.text import is_garbled
 from srlm_lite.errors import UserError
 from srlm_lite.records import Prompt
@@ -44,7 +44,7 @@ def is_ranked(columns: Columns) -> bool:
 
 
 def read_replies(
-    source: Source, columns: Columns, *, lang: str | None, replies: Ledger
+    source: DataSource, columns: Columns, *, lang: str | None, replies: Ledger
 ) -> tuple[list[RankedPrompt], list[Prompt]]:
     """Prompts with placed replies, and prompts none of whose replies could be placed.
 
@@ -67,7 +67,7 @@ def read_replies(
             source, "no column orders the replies", "--score-column or --rank-column"
         )
     texts: dict[str, str] = {}
-    placed: dict[str, list[Reply]] = {}
+    placed: dict[str, list[PlacedReply]] = {}
     for number, row in enumerate(source.rows, start=1):
         replies.seen += 1
         prompt = text_of(row, columns.prompt)
@@ -90,7 +90,7 @@ def read_replies(
 
 
 def read_pairs(
-    source: Source, columns: Columns, *, lang: str | None, replies: Ledger
+    source: DataSource, columns: Columns, *, lang: str | None, replies: Ledger
 ) -> list[RankedPrompt]:
     """One prompt of two replies from each row with `chosen` and `rejected`.
 
@@ -117,7 +117,7 @@ def read_pairs(
         prompt_id = digest(*texts)
         sides = (chosen[1], rejected[1])
         pair = tuple(
-            Reply(f"{prompt_id}-{name}", text, float(place))
+            PlacedReply(f"{prompt_id}-{name}", text, float(place))
             for place, (name, text) in enumerate(zip(("chosen", "rejected"), sides, strict=True))
         )
         pairs.append(RankedPrompt(prompt_id, chosen[0], pair))
@@ -130,7 +130,7 @@ def _text_problem(text: str) -> str | None:
     return "garbled" if is_garbled(text) else None
 
 
-def _reply(row: Row, columns: Columns, prompt_id: str) -> Reply | str:
+def _reply(row: Row, columns: Columns, prompt_id: str) -> PlacedReply | str:
     """The reply of a row, or why it is dropped."""
     text = text_of(row, columns.response)
     problem = _text_problem(text)
@@ -147,14 +147,14 @@ def _reply(row: Row, columns: Columns, prompt_id: str) -> Reply | str:
     if target is not None and not TARGET_END.search(target):
         return "bad_target"
     response_id = id_of(row, columns.id) or _id_by_text(prompt_id, text)
-    return Reply(response_id, text, place, quality, target)
+    return PlacedReply(response_id, text, place, quality, target)
 
 
 def _id_by_text(prompt_id: str, text: str) -> str:
     return f"{prompt_id}-{digest(text)}"
 
 
-def _told_apart(placed: Mapping[str, Sequence[Reply]]) -> dict[str, list[Reply]]:
+def _told_apart(placed: Mapping[str, Sequence[PlacedReply]]) -> dict[str, list[PlacedReply]]:
     """The replies by prompt, with ids of which each is one reply's alone.
 
     All ids are made in the same way: as they are, else by prompt, else by text, which a column that
@@ -173,7 +173,7 @@ def _told_apart(placed: Mapping[str, Sequence[Reply]]) -> dict[str, list[Reply]]
     }
 
 
-def _is_told_apart(placed: Mapping[str, Sequence[Reply]]) -> bool:
+def _is_told_apart(placed: Mapping[str, Sequence[PlacedReply]]) -> bool:
     """Whether no id stands for two replies; the same reply again is dropped later on."""
     known: dict[str, tuple[str, str]] = {}
     return all(

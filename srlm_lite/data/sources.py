@@ -21,7 +21,7 @@ Row = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class DataSource:
     """The rows of a file or dataset.
 
     Attributes:
@@ -40,7 +40,7 @@ class Source:
         return list(dict.fromkeys(key for row in self.rows for key in row))
 
 
-def read_source(source: str, *, split: str = "train") -> Source:
+def read_source(source: str, *, split: str = "train") -> DataSource:
     """Read a file, or else a dataset of the Hub.
 
     Args:
@@ -57,7 +57,7 @@ def read_source(source: str, *, split: str = "train") -> Source:
     elif path.is_dir():
         raise UserError("is a directory", where=source, way_out="Name a file in it")
     elif HUB_ID.fullmatch(source) and path.suffix.lower() not in FILE_SUFFIXES:
-        found = Source(source, source, _read_hub(source, split=split))
+        found = DataSource(source, source, _read_hub(source, split=split))
     else:
         raise UserError(
             "no such file", where=source, way_out="Give a file or a Hub id such as owner/name"
@@ -67,7 +67,7 @@ def read_source(source: str, *, split: str = "train") -> Source:
     return found
 
 
-def _read_file(path: Path) -> Source:
+def _read_file(path: Path) -> DataSource:
     names = [suffix.lower() for suffix in path.suffixes]
     kind = next((suffix for suffix in reversed(names) if suffix != ".gz"), "")
     if kind in UNREADABLE:
@@ -75,8 +75,10 @@ def _read_file(path: Path) -> Source:
     text = _read_text(path)
     label = path.name.removesuffix(".gz").removesuffix(kind)
     if kind == ".txt":
-        return Source(str(path), label, [{"text": line} for line in _lines(text)], is_lines=True)
-    return Source(str(path), label, _parse_jsonl(text, where=str(path)))
+        return DataSource(
+            str(path), label, [{"text": line} for line in _lines(text)], is_lines=True
+        )
+    return DataSource(str(path), label, _parse_jsonl(text, where=str(path)))
 
 
 def _read_text(path: Path) -> str:

@@ -12,7 +12,7 @@ from srlm_lite.records import Instruction, RankedReply
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
+class PlacedReply:
     """A reply with its place among the replies to its prompt.
 
     Attributes:
@@ -37,7 +37,7 @@ class RankedPrompt:
 
     prompt_id: str
     text: str
-    replies: tuple[Reply, ...]
+    replies: tuple[PlacedReply, ...]
     has_best: bool = True
 
     @property
@@ -117,7 +117,7 @@ def _drop_duplicates(prompts: Iterable[RankedPrompt], replies: Ledger) -> list[R
     unique = []
     for prompt in chosen.values():
         best_first = sorted(prompt.replies, key=lambda reply: (reply.place, reply.response_id))
-        by_text: dict[str, Reply] = {}
+        by_text: dict[str, PlacedReply] = {}
         for reply in best_first:
             by_text.setdefault(reply.text, reply)
         replies.drop("duplicate", len(best_first) - len(by_text))

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from srlm_lite.doctor.finding import Finding
-from srlm_lite.hardware import gpus
-from srlm_lite.planning.machine import machine_memory
+from srlm_lite.hardware import gpus, machine_memory
 
 LEAST_DISK = 2e9
 LITTLE_DISK = 20e9
@@ -35,7 +34,7 @@ def processor_finding() -> Finding:
 
 
 def memory_finding() -> Finding:
-    """Of the whole machine, or what a container may have of it; and what is free."""
+    """Memory of the whole machine, or what a container may have of it; and what is free."""
     total, free = machine_memory(), _available()
     free = None if free is None else min(free, total)
     facts: dict[str, object] = {"total_bytes": total, "free_bytes": free}

@@ -72,7 +72,7 @@ def declared() -> list[Requirement]:
 
 
 def installed_version(name: str) -> str | None:
-    """Of a package, or None where it is not installed."""
+    """The version of a package, or None where it is not installed."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 from functools import cache
 from pathlib import Path
 
 from srlm_lite.doctor.finding import Finding, State
+from srlm_lite.engines import engines_of
 from srlm_lite.errors import UserError
 from srlm_lite.planning.machine import plan_for, shortfall
 from srlm_lite.planning.memory import Shape
@@ -34,9 +34,11 @@ def recipe_finding(recipe: Recipe) -> Finding:
         lacks.append(("bad", why, way_out))
     elif not here:
         lacks.append(("warning", "its base will be downloaded", None))
-    engines = {recipe.rollout.engine, recipe.judge.engine}
-    if "vllm" in engines and importlib.util.find_spec("vllm") is None:
-        lacks.append(("bad", "vLLM is not installed", "pip install 'srlm-lite[vllm]'"))
+    for engine in engines_of(recipe):
+        try:
+            engine.check(recipe)
+        except UserError as error:
+            lacks.append(("bad", error.what, error.way_out))
     if trackers := missing(recipe.tracking.report_to):
         lacks.append(
             ("bad", f"not installed: {', '.join(trackers)}", "pip install 'srlm-lite[tracking]'")

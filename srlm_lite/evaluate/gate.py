@@ -25,14 +25,14 @@ Evaluation = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class FailedGate:
     """A gate that a model does not pass: what happened, and what to try."""
 
     gate: str
     text: str
 
 
-def findings(evaluations: Sequence[Evaluation], gate: Gate) -> list[Finding]:
+def findings(evaluations: Sequence[Evaluation], gate: Gate) -> list[FailedGate]:
     """The gates that the last of a run's models does not pass.
 
     Args:
@@ -41,7 +41,7 @@ def findings(evaluations: Sequence[Evaluation], gate: Gate) -> list[Finding]:
     """
     *before, now = evaluations
     return [
-        Finding(check.__name__.lstrip("_"), text)
+        FailedGate(check.__name__.lstrip("_"), text)
         for check in CHECKS
         for text in check(before, now, gate)
     ]
@@ -175,8 +175,9 @@ def _divergence(before: Sequence[Evaluation], now: Evaluation, gate: Gate) -> It
     if found is not None and found > gate.divergence:
         yield (
             f"the model has gone {found:.1f} nats a token from the anchor: so far from what it was "
-            "taught on, grades say little, however high; lower dpo.learning_rate, raise dpo.beta "
-            "(rlhf.kl_weight with the method rlhf), or stop at the best iteration"
+            "taught on, grades say little, however high; lower dpo.learning_rate, raise what holds "
+            "it there (dpo.beta, or what the method has in its place), or stop at the best "
+            "iteration"
         )
 
 

@@ -39,7 +39,7 @@ NEED_PUNKT = frozenset(
 
 
 @dataclass(frozen=True, slots=True)
-class Task(Record):
+class IfevalPrompt(Record):
     """A prompt of IFEval: its instructions by id, and the arguments of each."""
 
     key: int
@@ -76,7 +76,7 @@ def check_installed() -> None:
         )
 
 
-def tasks_of(rows: Sequence[Mapping[str, Any]], *, where: str) -> list[Task]:
+def tasks_of(rows: Sequence[Mapping[str, Any]], *, where: str) -> list[IfevalPrompt]:
     """IFEval's prompts from the rows of a file.
 
     Raises:
@@ -84,10 +84,10 @@ def tasks_of(rows: Sequence[Mapping[str, Any]], *, where: str) -> list[Task]:
     """
     check_installed()
     known = _library().instructions_registry.INSTRUCTION_DICT
-    found: dict[int, Task] = {}
+    found: dict[int, IfevalPrompt] = {}
     for number, row in enumerate(rows, start=1):
         try:
-            task = Task.from_row(dict(row))
+            task = IfevalPrompt.from_row(dict(row))
         except KeyError as error:
             raise UserError(f"row {number} lacks {error.args[0]}", where=where) from error
         strange = [name for name in task.instruction_id_list if name not in known]
@@ -110,7 +110,7 @@ def tasks_of(rows: Sequence[Mapping[str, Any]], *, where: str) -> list[Task]:
     return list(found.values())
 
 
-def check(task: Task, answer: str) -> Checked:
+def check(task: IfevalPrompt, answer: str) -> Checked:
     """Hold an answer against each instruction of its prompt."""
     library, left_out = _library(), unavailable_checks()
     strict: list[bool | None] = []

@@ -239,7 +239,7 @@ class Disagreement:
 def disagreements(
     groups: Sequence[Sequence[RankedReply]], judgements: Sequence[Judgement]
 ) -> list[Disagreement]:
-    """All of them, the widest gap first; ties and unreadable replies are none."""
+    """All of them, the widest gap first; ties and unreadable replies do not count."""
     scores = mean_scores(judgements, min_votes=1)
     found = []
     for group in groups:

@@ -37,7 +37,7 @@ FEWEST = 10
 
 FOLDS = 5
 GAMED_WEIGHT = 0.1
-"""Of a row of a gamed baseline, where a row of the model counts 1."""
+"""What a row of a gamed baseline counts, where a row of the model counts 1."""
 
 _WEAK_PENALTY = 100.0
 """For intervals: a penalty that has pressed a weight to zero would leave it no room to vary."""
@@ -153,7 +153,7 @@ def length_controlled(
         columns.insert(1, hard)
         level.insert(1, hard)
     features, same_length = np.column_stack(columns), np.column_stack(level)
-    extra = _Rows.of_gamed(gamed if hard is not None else (), width=features.shape[1])
+    extra = _FittedRows.of_gamed(gamed if hard is not None else (), width=features.shape[1])
     fitted = _cross_validated(extra.followed_by(features[known], target))
     if fitted is None:
         return None
@@ -178,7 +178,7 @@ def length_controlled(
 
 
 @dataclass(frozen=True, slots=True)
-class _Rows:
+class _FittedRows:
     """What is fitted: features (N, F), the preferences (N,), and what each row counts (N,)."""
 
     features: Floats
@@ -186,7 +186,7 @@ class _Rows:
     counts: Floats
 
     @classmethod
-    def of_gamed(cls, gamed: Sequence[GamedRow], *, width: int) -> _Rows:
+    def of_gamed(cls, gamed: Sequence[GamedRow], *, width: int) -> _FittedRows:
         # A gamed baseline has no quality of its own: it is the baseline.
         features = [[np.tanh(row.gap), row.difficulty, 0.0] for row in gamed]
         return cls(
@@ -195,8 +195,8 @@ class _Rows:
             np.full(len(gamed), GAMED_WEIGHT),
         )
 
-    def followed_by(self, features: Floats, target: Floats) -> _Rows:
-        return _Rows(
+    def followed_by(self, features: Floats, target: Floats) -> _FittedRows:
+        return _FittedRows(
             np.concatenate([self.features, features]),
             np.concatenate([self.target, target]),
             np.concatenate([self.counts, np.ones(len(target))]),
@@ -220,7 +220,7 @@ def _standardised(gaps: Sequence[int]) -> Floats:
     return values / spread if spread else values * 0
 
 
-def _cross_validated(rows: _Rows) -> Any | None:
+def _cross_validated(rows: _FittedRows) -> Any | None:
     """The regression at the penalty that predicts left-out prompts best."""
     from sklearn import config_context
     from sklearn.linear_model import LogisticRegressionCV
@@ -262,7 +262,7 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _fitted(rows: _Rows) -> Floats:
+def _fitted(rows: _FittedRows) -> Floats:
     from sklearn.linear_model import LogisticRegression
 
     model = LogisticRegression(
@@ -273,7 +273,7 @@ def _fitted(rows: _Rows) -> Floats:
 
 
 def _log_loss(won: Floats, predicted: Floats, *, target: Floats, counts: Floats) -> float:
-    """Of the preferences themselves; wins and losses are only how they were fitted."""
+    """Log loss of the preferences themselves; wins and losses are only how they were fitted."""
     sure = np.clip(predicted, 1e-15, 1 - 1e-15)
     likelihood = target * np.log(sure) + (1 - target) * np.log(1 - sure)
     return -float(np.mean(likelihood * counts))

@@ -22,7 +22,7 @@ TEMPERATURES = {
     "stem": 0.1,
     "humanities": 0.1,
 }
-"""Of the answers to a category; others are greedy."""
+"""Temperatures of the answers to a category; others are greedy."""
 
 WITH_REFERENCE = ("math", "coding", "reasoning")
 """Categories whose answers are graded beside a reference, where there is one."""
@@ -49,7 +49,7 @@ def read_rating(reply: str, *, finish_reason: FinishReason = "stop") -> float | 
     """The rating that a judge's reply ends in, or None when it cannot be read.
 
     It stands in the last line that says something, in double brackets, and only one does; a number
-    off the scale is none. Brackets before that line may be a quotation of the answer.
+    off the scale does not count as one. Brackets before that line may be a quotation of the answer.
     """
     lines = plain_lines(reply) if finish_reason == "stop" else []
     found = _RATING.findall(lines[-1]) if lines else []

@@ -87,5 +87,5 @@ def means_by_prompt(
 
 
 def standard_error(means: Sequence[float]) -> float | None:
-    """Of the mean of the prompts' means; None of a single one."""
+    """The standard error of the mean of the prompts' means; None where there is one prompt."""
     return round(stdev(means) / len(means) ** 0.5, 4) if len(means) > 1 else None

@@ -24,16 +24,17 @@ from srlm_lite.evaluate.intervals import interval, ratio
 
 MOST_TEXTS = 24
 MOST_CHARACTERS = 120
-"""Of a text, what is read: it costs seconds, on a large base too."""
+"""How much of a text is read: it costs seconds, on a large base too."""
 
 FEWEST_TEXTS = 6
 """With fewer, chance could say anything."""
 
 LEAST_GAIN = 0.1
-"""Of a shuffled text's price a token, how much less a text has to cost that is understood."""
+"""How much less a token a text has to cost that is understood, as a share of what it costs
+shuffled."""
 
 KINDS = ("answers", "prompts")
-"""Of text that a base reads."""
+"""The kinds of text that a base reads."""
 
 Figures = Mapping[str, Any]
 R = TypeVar("R")
@@ -131,8 +132,11 @@ def doubts(reading: Figures) -> list[str]:
 
 
 def _doubts(what: str, found: Figures, *, blind: bool) -> Iterator[str]:
-    """Of one kind of text. A base may have learned answers alone: then prompts may cost anything,
-    as long as those that are shuffled cost more."""
+    """Doubts about one kind of text.
+
+    A base may have learned answers alone: then prompts may cost anything, as long as those that
+    are shuffled cost more.
+    """
     price, chance = found["nats_per_token"], found["blind_nats_per_token"]
     bounds, other = found["gain_interval"], found["shuffled"]
     if blind and not price < chance:  # nor is NaN
@@ -177,7 +181,7 @@ def anchor_doubts(reading: Figures, training: Figures) -> list[str]:
 
 
 def first_loss(training: Figures) -> float:
-    """Of the first step, or, in runs that did not note it, of the first quarter of the steps."""
+    """Loss of the first step, or, in runs that did not note it, of the first quarter of steps."""
     return float(training.get("step0_nll", training["first_loss"]))
 
 

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from srlm_lite.errors import ProofError, UserError
 from srlm_lite.export.card import write_card
 from srlm_lite.export.hub import files_of
-from srlm_lite.export.source import Source
+from srlm_lite.export.source import FinishedModel
 from srlm_lite.progress import Reporter, Silent, Task
 from srlm_lite.run.files import read_json, write_json
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from srlm_lite.model.base import BaseFiles
     from srlm_lite.model.chat import ChatFormat
     from srlm_lite.model.layout import Layout, Read
-    from srlm_lite.model.merge import Onto, Plan, Weights
+    from srlm_lite.model.merge import MergePlan, Onto, Weights
     from srlm_lite.model.stack import Adapter
 
 Form = Literal["merged", "adapter"]
@@ -42,13 +42,13 @@ Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 PARITY = "parity.json"
 _STATE = ".export.json"
 _TOKENS = 48
-"""Of each text that stack and export are compared on."""
+"""Length of each text that stack and export are compared on."""
 _SLACK = 64 << 20
 """Disk space for what comes beside the weights."""
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
+class ExportWish:
     """What the user asked for. `onto` None: the original where there is one."""
 
     out: Path
@@ -65,7 +65,7 @@ class Export:
             for does not exist.
     """
 
-    def __init__(self, source: Source, wish: Wish, reporter: Reporter) -> None:
+    def __init__(self, source: FinishedModel, wish: ExportWish, reporter: Reporter) -> None:
         self.source, self.wish, self._reporter = source, wish, reporter
         self.files: BaseFiles = source.base_files()
         self.stack: list[Adapter] = source.stack()
@@ -136,7 +136,7 @@ class Export:
         return self._weights(nf4=self.onto == "dequantized" and self.wish.form == "merged")
 
     @cached_property
-    def plan(self) -> Plan:
+    def plan(self) -> MergePlan:
         """What the merged checkpoint will hold."""
         from srlm_lite.model.merge import plan
 

@@ -29,7 +29,7 @@ _TEXTS = 6
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class FinishedModel:
     """One finished model of a run: the base, the anchor, and the delta of an iteration."""
 
     run: RunDir
@@ -87,7 +87,7 @@ class Source:
         return [(prompt.text, answers.get(prompt.prompt_id)) for prompt in prompts]
 
 
-def find_source(directory: Path, which: str) -> Source:
+def find_source(directory: Path, which: str) -> FinishedModel:
     """The model of an iteration: a number, `anchor` or `last`.
 
     Raises:
@@ -101,7 +101,7 @@ def find_source(directory: Path, which: str) -> Source:
     if iteration:
         place = run.iteration(iteration)
         hashes += place.verify(*place.adapter_files).values()
-    return Source(run=run, recipe=recipe, iteration=iteration, hashes=tuple(hashes))
+    return FinishedModel(run=run, recipe=recipe, iteration=iteration, hashes=tuple(hashes))
 
 
 def _iteration(run: RunDir, which: str) -> int:

@@ -255,12 +255,7 @@ def load_base(section: Base, *, sharded: bool = False, conversion: int | None = 
     kind, location = _locate(section.name)
     device = compute_device(section.device)
     dtype = _dtype(section.dtype, device)
-    if section.quantization == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(
-            "nf4 needs bitsandbytes, which is not installed",
-            where="base.quantization",
-            way_out="pip install bitsandbytes, or set base.quantization=none",
-        )
+    refuse_quantization(section)
     source: dict[str, Any] = {"name": section.name, "kind": kind, "location": location}
     folder = location
     if kind != "hub":
@@ -281,6 +276,20 @@ def load_base(section: Base, *, sharded: bool = False, conversion: int | None = 
     return LoadedBase(
         model=model, tokenizer=tokenizer, device=device, dtype=dtype, folder=folder, source=source
     )
+
+
+def refuse_quantization(section: Base) -> None:
+    """Make sure that what rounds the weights is installed.
+
+    Raises:
+        UserError: It is not.
+    """
+    if section.quantization == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(
+            "nf4 needs bitsandbytes, which is not installed",
+            where="base.quantization",
+            way_out="pip install bitsandbytes, or set base.quantization=none",
+        )
 
 
 def _caps_its_scores(model: PreTrainedModel) -> bool:
@@ -337,7 +346,7 @@ def compute_device(wanted: str) -> torch.device:
     """The device that `base.device` names.
 
     Raises:
-        UserError: CUDA is wanted, and there is none.
+        UserError: CUDA is wanted, and no device has it.
     """
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")

@@ -16,7 +16,7 @@ from srlm_lite.shipped import CHAT_TEMPLATES, shipped_text
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
+class ReplyParts:
     """A reply taken apart."""
 
     thought: str | None
@@ -117,17 +117,17 @@ class ChatFormat:
         """What in a reply ends its thought; empty where the model does not think."""
         return "" if self._frame.thought is None else self._frame.thought.marks[1]
 
-    def split(self, reply: str) -> Reply:
+    def split(self, reply: str) -> ReplyParts:
         """A reply's thought and its answer, without the marks and space around them."""
         thought = self._frame.thought
         if thought is None:
-            return Reply(None, reply)
+            return ReplyParts(None, reply)
         opening, closing = thought.marks
         text = reply.strip()
         if not text.startswith(opening) and not (self._frame.opened and closing in text):
-            return Reply(None, reply)
+            return ReplyParts(None, reply)
         inner, closed, answer = text.removeprefix(opening).partition(closing)
-        return Reply(inner.strip(), answer.strip() if closed else None)
+        return ReplyParts(inner.strip(), answer.strip() if closed else None)
 
     def render(self, messages: Sequence[Message], *, generation: bool) -> list[int]:
         """Ids of a conversation; with `generation`, up to where the assistant's reply starts.

@@ -68,7 +68,7 @@ class TensorInfo:
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
+class _TensorPlace:
     info: TensorInfo
     file: str
     start: int
@@ -85,7 +85,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._places: dict[str, _Place] = {}
+        self._places: dict[str, _TensorPlace] = {}
         for file in weight_files(folder):
             for place in _header(folder / file):
                 self._places[place.info.name] = place
@@ -95,7 +95,7 @@ class Checkpoint:
 
     @property
     def names(self) -> list[str]:
-        """Of all tensors."""
+        """The names of all tensors."""
         return list(self._places)
 
     @property
@@ -296,7 +296,7 @@ def _indexed(folder: Path) -> list[str]:
     return sorted(names)
 
 
-def _header(path: Path) -> list[_Place]:
+def _header(path: Path) -> list[_TensorPlace]:
     try:
         with safe_open(path, framework="pt"):
             pass
@@ -320,5 +320,5 @@ def _header(path: Path) -> list[_Place]:
                 way_out="Name the checkpoint in 16 or 32 bits that it was made from",
             )
         info = TensorInfo(name, DTYPES[entry["dtype"]], tuple(entry["shape"]))
-        places.append(_Place(info, path.name, 8 + length + entry["data_offsets"][0]))
+        places.append(_TensorPlace(info, path.name, 8 + length + entry["data_offsets"][0]))
     return places

@@ -42,7 +42,7 @@ _TELLING = {"qwen35"}
 CONVERSION = 2
 """Number of the conversion, which a run keeps: raise it when a file is converted otherwise."""
 FIRST_CONVERSION = 1
-"""Of runs that note no number. Its tokenizer is the library's guess."""
+"""The conversion of runs that note no number. Its tokenizer is the library's guess."""
 
 
 def converted(file: Path, digest: str, conversion: int = CONVERSION) -> Path:

@@ -37,7 +37,7 @@ _STRING, _ARRAY = 8, 9
 _F32 = 0
 
 
-class TensorInfo(NamedTuple):
+class GgufTensor(NamedTuple):
     """A tensor of the file."""
 
     shape: tuple[int, ...]
@@ -53,7 +53,7 @@ class Header:
 
     file: Path
     fields: dict[str, Any]
-    tensors: dict[str, TensorInfo]
+    tensors: dict[str, GgufTensor]
     asked: set[str]
 
     @property
@@ -123,7 +123,7 @@ class _Reader:
         for _ in range(tensors):
             name = self._string()
             shape = self._numbers("Q", self._number("I"))
-            table[name] = TensorInfo(tuple(reversed(shape)), self._number("I"), self._number("Q"))
+            table[name] = GgufTensor(tuple(reversed(shape)), self._number("I"), self._number("Q"))
         alignment = int(fields.get("general.alignment", 32))
         start = math.ceil(self._at / alignment) * alignment
         placed = {name: one._replace(offset=start + one.offset) for name, one in table.items()}

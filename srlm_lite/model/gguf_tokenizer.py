@@ -60,7 +60,7 @@ _WITHOUT_EFFECT = {
     *(f"fim_{name}_token_id" for name in ("pre", "suf", "mid", "pad", "rep", "sep")),
     *(f"{name}_token_id" for name in ("prefix", "suffix", "middle", "fsep")),
 }
-"""Of a vocabulary of these two kinds: which token is for what, not how text is cut."""
+"""Keys of a vocabulary of these two kinds that say which token is for what, not how text is cut."""
 _PHI3_KEEPS_SPACE = {"<unk>", "<s>", "<|endoftext|>"}
 
 SAMPLES = (
@@ -91,7 +91,7 @@ class Vocabulary:
         return self.header.fields.get(f"tokenizer.ggml.{name}", default)
 
     def special_id(self, name: str) -> int | None:
-        """Of a role, by the word that GGUF has for it."""
+        """The id of a role's token, by the word that GGUF has for the role."""
         default = _DEFAULTS.get(name) if self.sentencepiece else None
         found: int | None = self.key(f"{name}_token_id", default)
         return found if found is not None and 0 <= found < len(self.pieces) else None

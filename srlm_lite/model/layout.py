@@ -37,7 +37,7 @@ Read = Callable[[str], Tensor]
 
 
 @dataclass(slots=True)
-class Group:
+class TensorGroup:
     """Tensors of the files that become parameters of the model together."""
 
     first: str
@@ -78,7 +78,7 @@ class Layout:
         self._renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
         self._converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
         of_pattern = {p: rule for rule in self._converters for p in rule.source_patterns}
-        groups: dict[str, Group] = {}
+        groups: dict[str, TensorGroup] = {}
         self.strays: list[str] = []
         """Tensors of the files that the model does not have, such as a vision tower's."""
         for name in sorted(checkpoint.names, key=dot_natural_key):
@@ -90,9 +90,9 @@ class Layout:
             if converter is None and inside in groups:  # transformers keeps the first
                 self.strays.append(name)
                 continue
-            group = groups.setdefault(inside, Group(inside, converter))
+            group = groups.setdefault(inside, TensorGroup(inside, converter))
             group.sources.setdefault(pattern or name, []).append(name)
-        self._groups: dict[str, Group] = {}
+        self._groups: dict[str, TensorGroup] = {}
         for group in groups.values():
             group.parameters = self._checked_names(group)
             self._groups.update(dict.fromkeys(group.parameters, group))
@@ -124,11 +124,11 @@ class Layout:
         """Whether a layer's weight is (in, out), as of GPT-2's Conv1D; a linear one's is not."""
         return isinstance(self._model.get_submodule(module), Conv1D)
 
-    def group(self, name: str) -> Group:
+    def group(self, name: str) -> TensorGroup:
         """What a parameter is made from; KeyError where the files do not have it."""
         return self._groups[name]
 
-    def group_of_file(self, name: str) -> Group | None:
+    def group_of_file(self, name: str) -> TensorGroup | None:
         """What a tensor of the files takes part in; None for a stray one."""
         return self._of_file.get(name)
 
@@ -139,7 +139,7 @@ class Layout:
             name
         ]
 
-    def written(self, group: Group, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def written(self, group: TensorGroup, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What parameters of a group are in the files: tensors in float32, by their names there.
 
         Elements whose parameter is not among `values` are zero.
@@ -174,7 +174,7 @@ class Layout:
             return rename_source_key(name, [], [], prefix, self._inside)
         return inside, pattern
 
-    def _converted(self, group: Group, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _converted(self, group: TensorGroup, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if group.converter is None:
             return {group.first: tensors[group.files[0]]}
         converter = copy.deepcopy(group.converter)
@@ -188,7 +188,7 @@ class Layout:
             name: value[0] if isinstance(value, list) else value for name, value in made.items()
         }
 
-    def _checked_names(self, group: Group) -> list[str]:
+    def _checked_names(self, group: TensorGroup) -> list[str]:
         """Names of the group's parameters, whose shapes are those of the model."""
         empty = {
             name: torch.empty(self.checkpoint.info(name).shape, device="meta")
@@ -205,7 +205,7 @@ class Layout:
                 raise self._misfit(group, f"{[*value.shape]} for {name}, the model has {wants}")
         return list(made)
 
-    def _misfit(self, group: Group, why: str) -> UserError:
+    def _misfit(self, group: TensorGroup, why: str) -> UserError:
         return UserError(
             f"{group.files[0]} cannot be read as {group.first} ({why})",
             where=str(self.checkpoint.folder),

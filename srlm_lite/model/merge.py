@@ -34,7 +34,7 @@ from srlm_lite.model.checkpoint import (
     TensorInfo,
     write_index,
 )
-from srlm_lite.model.layout import Group, Layout
+from srlm_lite.model.layout import Layout, TensorGroup
 from srlm_lite.model.nf4 import nf4_modules
 from srlm_lite.model.stack import Adapter, Factors, fuse
 from srlm_lite.model.targets import text_model
@@ -117,7 +117,7 @@ class Merge:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class MergePlan:
     """All that is to be written, file by file."""
 
     shards: Mapping[str, Sequence[Merge]]
@@ -149,7 +149,7 @@ def nf4_rounded(weight: Tensor, dtype: torch.dtype, device: str = "cpu") -> Tens
     return functional.dequantize_4bit(packed, state).to("cpu")
 
 
-def plan(layout: Layout, stack: Sequence[Adapter], *, dtype: torch.dtype | None) -> Plan:
+def plan(layout: Layout, stack: Sequence[Adapter], *, dtype: torch.dtype | None) -> MergePlan:
     """What the merged checkpoint holds: the base's tensors under their names, in its files.
 
     Args:
@@ -195,16 +195,18 @@ def plan(layout: Layout, stack: Sequence[Adapter], *, dtype: torch.dtype | None)
         for file, infos in checkpoint.shards.items()
     }
     shards[list(shards)[-1]] += added
-    return Plan(shards=shards, unties=parted)
+    return MergePlan(shards=shards, unties=parted)
 
 
-def _rearranged(layout: Layout, group: Group, updates: Mapping[str, Factors], file: str) -> Tensor:
+def _rearranged(
+    layout: Layout, group: TensorGroup, updates: Mapping[str, Factors], file: str
+) -> Tensor:
     products = {name: b @ a for name, (a, b) in updates.items()}
     return layout.written(group, products)[file]
 
 
 def write(
-    plan: Plan,
+    plan: MergePlan,
     weights: Weights,
     folder: Path,
     *,

@@ -22,7 +22,7 @@ from srlm_lite.model.layout import Layout, Read
 from srlm_lite.model.stack import Adapter
 
 RELATIVE_TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.0125, torch.bfloat16: 0.1}
-"""Of the largest logit: how far rounding the weights to a dtype may move any one of them.
+"""How far rounding the weights to a dtype may move any logit, as a share of the largest one.
 On SmolLM2-135M it moves one by 3e-6, 0.0015 and 0.012 at most."""
 
 

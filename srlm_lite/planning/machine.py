@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from srlm_lite.errors import UserError
-from srlm_lite.hardware import gpus
+from srlm_lite.hardware import gpus, machine_memory
 from srlm_lite.planning.lengths import Lengths, lengths_of
 from srlm_lite.planning.memory import LIBRARIES, Held, Shape, loading
 from srlm_lite.planning.plan import (
@@ -27,9 +26,6 @@ from srlm_lite.settings import Shared
 SHARDING = "fsdp2-qlora.yaml"
 """The configuration of accelerate that spreads a base."""
 
-LIMIT = Path("/sys/fs/cgroup/memory.max")
-"""Where Linux says how much a container may have."""
-
 
 def hardware_found(recipe: Shared) -> Hardware:
     """What the recipe would run on here: the GPUs, or the machine's memory."""
@@ -38,16 +34,6 @@ def hardware_found(recipe: Shared) -> Hardware:
         smallest = min(found, key=lambda gpu: gpu.gigabytes)
         return Hardware("cuda", smallest.name, int(smallest.gigabytes * 1e9), len(found))
     return Hardware("cpu", "CPU", machine_memory())
-
-
-def machine_memory() -> int:
-    """Bytes that this machine, or the group it limits us to, has."""
-    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        limit = LIMIT.read_text(encoding="ascii").strip()
-    except OSError:
-        return whole
-    return min(whole, int(limit)) if limit.isdigit() else whole
 
 
 def plan_for(

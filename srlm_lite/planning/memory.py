@@ -14,12 +14,23 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
+from srlm_lite.rollout.sizes import (
+    DRAWING,
+    DRAWN,
+    GATHERED,
+    PREFILL_TOKENS,
+    PRUNE,
+    drawing_bytes,
+    kv_bytes,
+    leaf_room,
+)
 from srlm_lite.settings import is_targeted
+from srlm_lite.training.sizes import PIECE
 
 Device = Literal["cpu", "cuda"]
-Training = Literal["sft", "dpo", "reward"]
+Training = Literal["sft", "dpo", "reward", "rloo"]
 
 LIBRARIES: Mapping[Device, Mapping[str, int]] = {
     "cpu": {"sampling": 660_000_000, "training": 800_000_000, "export": 480_000_000},
@@ -35,31 +46,13 @@ ROUNDING: Mapping[Device, int] = {"cpu": 16, "cuda": 2}
 kernel. A CPU has it once more and scaled, both in float32, its codes in 32 bits and in 8, and two
 halves of the packed result."""
 HOLES = 0.5
-"""Of the activations of a training on a CPU: what the C library's heap loses between them. A pass
-frees tensors of many sizes between those that it keeps, and the next ones fit only in part. By
-Knuth's fifty-percent rule (The Art of Computer Programming 1, 2.5) such a heap has half as many
-free blocks as used ones; here they count as equally large."""
+"""What the C library's heap loses between the activations of a training on a CPU, as a share of
+them. A pass frees tensors of many sizes between those that it keeps, and the next ones fit only in
+part. By Knuth's fifty-percent rule (The Art of Computer Programming 1, 2.5) such a heap has half as
+many free blocks as used ones; here they count as equally large."""
 MAPPED = 32 << 20
 """Bytes from which glibc keeps a block outside of its heap, by itself: there are no holes. Logits
 are nearly always that large."""
-MOST_ROWS = 256
-"""Of a batch that is sized by memory. More rows at once gain nothing: the weights' share of the
-time is small by then."""
-SHARE = 0.5
-"""Of what the weights leave, for such a batch: the rest is for activations and everybody else."""
-PREFILL_TOKENS = 4096
-"""Prompt tokens computed in one forward pass; it bounds the memory of activations."""
-LEAST_ROOM = 32
-"""Tokens that a sample's keys and values have room for at first; doubled when that is used up."""
-DRAWN = 2**19
-"""Logits that a CPU draws from at once: 2 MB of them stay in its cache."""
-DRAWING = 44
-"""Bytes of each while it is sorted whole, as a flat distribution wants."""
-GATHERED = 3
-"""Decoder layers that FSDP2 has whole at a time, counted from its code: the one that computes, in
-one piece and in its tensors, and the next one, on its way."""
-LOSS_CHUNK = 256
-"""Target tokens whose logits a loss computes at once: `PIECE` in `training/tokens.py`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +106,7 @@ class Shape:
         return [linear for linear in layers if is_targeted(linear.name, targets)]
 
     def adapter_parameters(self, targets: Collection[str], rank: int) -> int:
-        """Of one LoRA: R (inputs + outputs) for each layer."""
+        """Parameters of one LoRA: R (inputs + outputs) for each layer."""
         return rank * sum(linear.inputs + linear.outputs for linear in self.adapted(targets))
 
 
@@ -216,62 +209,6 @@ class Held:
         return kv_bytes(layers=shape.layers, width=shape.kv_width, itemsize=self.itemsize)
 
 
-def kv_bytes(*, layers: int, width: int, itemsize: int) -> int:
-    """Keys and values of one token in all layers; `width`: those of one layer."""
-    return layers * width * itemsize
-
-
-def attention_of(text: Any) -> tuple[int, int, int]:
-    """Query heads of a layer, the width of one, and the keys and values kept of a token.
-
-    Where layers differ, the widest; zeros where nothing attends, as in Mamba.
-
-    Args:
-        text: The configuration of the text model, as transformers has it.
-    """
-    if getattr(text, "is_heterogeneous", False):  # as Gemma 4: it says these layer by layer
-        found = [attention_of(text.per_layer_config[at]) for at in range(text.num_hidden_layers)]
-        return max(a for a, _, _ in found), max(b for _, b, _ in found), max(c for *_, c in found)
-    heads = widest(text, "num_attention_heads")
-    if not heads:
-        return 0, 0, 0
-    if widest(text, "kv_lora_rank"):  # the latent is expanded before it is kept
-        width = widest(text, "qk_nope_head_dim") + widest(text, "qk_rope_head_dim")
-        return heads, width, heads * (width + widest(text, "v_head_dim"))
-    width = widest(text, "head_dim") or text.hidden_size // heads
-    return heads, width, 2 * widest(text, "num_key_value_heads", "num_attention_heads") * width
-
-
-def widest(text: Any, *names: str) -> int:
-    """A size by the first of these names that a configuration has; 0 where it has none of them.
-
-    Where layers differ, the largest.
-    """
-    for name in names:
-        try:
-            found = getattr(text, name, None)
-        except RuntimeError:  # transformers 5.17 does not say it for all layers together
-            found = [getattr(layer, name, None) or 0 for layer in text.per_layer_config]
-        if found:
-            return int(max(found) if isinstance(found, list | tuple) else found)
-    return 0
-
-
-def drawing_bytes(vocabulary: int, itemsize: int) -> int:
-    """Logits of one row as the model writes them, and in float32 three times while it is drawn."""
-    return vocabulary * (itemsize + 3 * 4)
-
-
-def rows_within(memory: int, *, weights: int, row: int) -> int:
-    """Rows of so many bytes that fit beside the weights."""
-    return max(1, min(MOST_ROWS, int(SHARE * (memory - weights) / max(1, row))))
-
-
-def leaf_room(new_tokens: int) -> int:
-    """Tokens that a sample's keys and values have room for at its end."""
-    return LEAST_ROOM << max(0, math.ceil(math.log2(new_tokens / LEAST_ROOM)))
-
-
 def loading(held: Held) -> dict[str, int]:
     """The base when its largest tensor is the last to come; nothing else is there yet."""
     return {"base": held.base, "activations": held.rounding}
@@ -294,7 +231,7 @@ def sampling(
     copies layer by layer; that is less than what a moment later is computed on it.
 
     Args:
-        refills: More prompts wait, and are read when an eighth of the texts has ended.
+        refills: More prompts wait, and are read when a share `PRUNE` of the texts has ended.
     """
     shape, c = held.shape, held.itemsize
     rows = prompts * samples
@@ -324,7 +261,7 @@ def sampling(
     moments = (
         moment(read=read(prompts), room=0, drawn=0),
         moment(read=rows, room=room, drawn=rows),
-        moment(read=read(math.ceil(prompts / 8)) if refills else 0, room=room, drawn=0),
+        moment(read=read(math.ceil(PRUNE * prompts)) if refills else 0, room=room, drawn=0),
     )
     return max(moments, key=lambda parts: sum(parts.values()))
 
@@ -396,19 +333,22 @@ def training(
     checkpointing: bool,
     accumulates: bool,
     dropout: bool = False,
+    scored: int = 0,
 ) -> dict[str, int]:
     """One micro-batch in training: the optimiser's states are there, the backward pass begins.
 
     AdamW keeps two float32 numbers for each parameter, DPO's reference is a second copy of the
     slot. The losses of SFT and DPO have the logits of 256 target tokens at a time, in float32: they
     themselves and three gradients (of the gather, of the log-sum-exp, and their sum). A reward
-    model has none.
+    model has none. RLOO has those of all answers of the micro-batch at once, in the compute dtype,
+    and a third copy of the slot, the reward model's.
 
     Args:
         rows: Sequences; a pair is two.
         tokens: Of the longest sequence; the others are padded to it.
         checkpointing: Only the layers' inputs are kept, and one layer is computed again.
         accumulates: Gradients of earlier micro-batches are there.
+        scored: Of RLOO, the tokens of a sequence's answer.
     """
     shape, c = held.shape, held.itemsize
     count = rows * tokens
@@ -419,11 +359,16 @@ def training(
     kept = count * 4 * shape.hidden + (
         shape.layers * count * c * shape.hidden if checkpointing else shape.layers * layer
     )
-    logits = 0 if kind == "reward" else min(count, LOSS_CHUNK) * shape.vocabulary * 4 * 4
+    logits = 0 if kind == "reward" else min(count, PIECE) * shape.vocabulary * 4 * 4
+    if kind == "rloo":
+        logits = rows * scored * shape.vocabulary * 4 * c
     within = passing_by + (layer if checkpointing else 0) + held.scratch
-    if kind == "dpo":  # the reference's pass, which keeps nothing, beside what the policy's keeps
+    if kind in (
+        "dpo",
+        "rloo",
+    ):  # the reference's pass, which keeps nothing, beside what the policy's keeps
         within = max(within, count * passing(held) + held.scratch)
-    copies = (2 if kind == "dpo" else 1) * 4 + (c if held.mixed else 0)
+    copies = {"dpo": 2, "rloo": 3}.get(kind, 1) * 4 + (c if held.mixed else 0)
     return {
         "base": held.base,
         "adapters": copies * held.slot + _stack(held),

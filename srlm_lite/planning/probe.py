@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from srlm_lite.errors import UserError
-from srlm_lite.planning.memory import Linear, Shape, attention_of, widest
+from srlm_lite.planning.memory import Linear, Shape
 from srlm_lite.planning.shapes import SHAPES, config_of, shape_of
+from srlm_lite.rollout.sizes import attention_of, widest
 from srlm_lite.settings import Base
 
 if TYPE_CHECKING:

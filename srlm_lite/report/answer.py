@@ -29,7 +29,7 @@ Improved = Literal["yes", "no", "unclear", "unknown"]
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class Headline:
     """The top of a report."""
 
     improved: Improved
@@ -40,10 +40,10 @@ class Answer:
     worries: tuple[str, ...]
 
 
-def answer(facts: Facts) -> Answer:
+def answer(facts: Facts) -> Headline:
     """What the run's figures say, with their uncertainty, and no more than they say."""
     improved, headline, by_how_much = _improvement(facts)
-    return Answer(
+    return Headline(
         improved,
         headline,
         by_how_much,

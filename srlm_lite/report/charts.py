@@ -79,7 +79,7 @@ class Chart:
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class ChartGroup:
     """Charts that belong together."""
 
     slug: str
@@ -93,31 +93,31 @@ def number(value: float | None, digits: int = 2) -> str:
     return "" if value is None else f"{value:,.{digits}f}"
 
 
-def groups(facts: Facts) -> list[Group]:
+def groups(facts: Facts) -> list[ChartGroup]:
     """All charts of which the run has the values."""
     score, external = facts.words.judgement, facts.words.external
     found = [
-        Group(
+        ChartGroup(
             "answers",
             "Answers",
             "Of each model on the same held-out prompts. Bars are 95% intervals over prompts.",
             _drawn(_gold(facts), _criteria(facts), _grades(facts), _lengths(facts)),
         ),
-        Group(
+        ChartGroup(
             "duels",
             "Head to head",
             "Answers of two models to the same prompts, as srlm-lite compare had them judged: "
             "wins in percent, a tie is half a win. At 50 percent neither is better.",
             _drawn(*_duels(facts)),
         ),
-        Group(
+        ChartGroup(
             "judging",
             "Judging",
             f"Of {'the judge, a server' if external else 'each model, as judge'}, on the same "
             "replies that humans or a gold scorer put in order.",
             _drawn(_agreement(facts), _correlation(facts), _lost_votes(facts)),
         ),
-        Group(
+        ChartGroup(
             "scores",
             "Scores",
             f"What {'the judge, a server, gave' if external else 'each model gave, as judge,'} to "
@@ -126,7 +126,7 @@ def groups(facts: Facts) -> list[Group]:
             + ". One tall bar means that grades say little.",
             _drawn(*_histograms(facts)),
         ),
-        Group(
+        ChartGroup(
             "length",
             f"Length against {score}",
             f"Each point is a candidate; the line is the mean {score} by fifths of the length. A "
@@ -134,13 +134,13 @@ def groups(facts: Facts) -> list[Group]:
             "sake shows as a line that rises.",
             _drawn(*(_length_against_score(it, score) for it in facts.iterations)),
         ),
-        Group(
+        ChartGroup(
             "pairs-made",
             "Pairs",
             "What became of each iteration's prompts.",
             _drawn(_kept(facts), _gold_order(facts)),
         ),
-        Group(
+        ChartGroup(
             "training",
             "Training and time",
             "Rewards are DPO's implicit ones: beta times the log-ratio of policy to reference."
@@ -331,7 +331,7 @@ def _figure(key: str) -> Callable[[Model], Estimate | None]:
 
 
 def _own_accuracy(model: Model) -> float | None:
-    """Of what ordered the candidates from which this model was trained."""
+    """Accuracy of what ordered the candidates from which this model was trained."""
     known = [model.stages.get(stage, {}) for stage in ("judgements", "delta")]
     values = [row.get("gold_pairwise_accuracy") for row in known]
     return next((value for value in values if value is not None), None)

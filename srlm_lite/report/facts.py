@@ -15,8 +15,9 @@ from typing import Any
 
 from srlm_lite.evaluate.judge_metrics import histogram
 from srlm_lite.judging import by_candidate, mean_scores
+from srlm_lite.methods import DEFAULT, sections_of_others
 from srlm_lite.pairing import JUDGE, replay_age
-from srlm_lite.recipe import paths_in, sections_of_methods
+from srlm_lite.recipe import paths_in
 from srlm_lite.records import (
     Candidate,
     Judgement,
@@ -78,7 +79,7 @@ class Curve:
     """A DPO training: its steps, where the run kept them, and the facts at its end."""
 
     name: str
-    """Of the delta that it trains."""
+    """The name of the delta that it trains."""
     steps: tuple[TrainingStep, ...]
     facts: Mapping[str, Any]
 
@@ -145,7 +146,7 @@ class Model:
     """One model of the run: the bare base, the anchor, or what an iteration ended with."""
 
     number: int | None
-    """Of the iteration; 0 is the anchor, None the bare base."""
+    """The iteration's number; 0 is the anchor, None the bare base."""
     evaluation: Mapping[str, Any]
     """`eval.json`; empty before there is one."""
     stages: Mapping[str, Mapping[str, Any]]
@@ -153,7 +154,7 @@ class Model:
     is_done: bool
     iteration: Iteration | None = None
     counts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    """Of `done.json`, by stage."""
+    """The counts in `done.json`, by stage."""
 
     @property
     def name(self) -> str:
@@ -225,7 +226,7 @@ class Duel:
 
     @property
     def iteration(self) -> int | None:
-        """Of the model, where it is one of this run's iterations."""
+        """The model's iteration, where it is one of this run's."""
         match = re.fullmatch(r"iteration (\d+)", self.model)
         return int(match[1]) if match else None
 
@@ -267,12 +268,12 @@ class Facts:
 
     @property
     def name(self) -> str:
-        """Of the recipe."""
+        """The recipe's name."""
         return str(self.settings.get("name", "run"))
 
     @property
     def method(self) -> str:
-        return str(self.settings.get("method", "self-rewarding"))
+        return str(self.settings.get("method", DEFAULT))
 
     @property
     def words(self) -> Words:
@@ -292,7 +293,7 @@ class Facts:
 
     @property
     def pairs(self) -> list[Pair]:
-        """Of all iterations."""
+        """The pairs of all iterations."""
         return [pair for iteration in self.iterations for pair in iteration.pairs]
 
     @property
@@ -318,7 +319,7 @@ class Facts:
 
     @property
     def seconds(self) -> float:
-        """Of all stages that are finished."""
+        """Seconds of all stages that are finished."""
         return sum(model.seconds for model in self.models)
 
 
@@ -368,7 +369,7 @@ def _model(
 def _iteration(
     place: IterationDir, votes: dict[int, dict[str, tuple[Judgement, ...]]]
 ) -> Iteration:
-    """Of candidates and votes only what has led to pairs: before, their files still grow.
+    """An iteration, with candidates and votes that have led to pairs: before, files still grow.
 
     Args:
         votes: By iteration and candidate; this iteration's are added.
@@ -464,7 +465,7 @@ def public_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def used_settings(facts: Facts) -> dict[str, Any]:
     """The public settings without the sections of other methods."""
-    others = sections_of_methods(but=facts.method)
+    others = sections_of_others(facts.method)
     return {
         key: value for key, value in public_settings(facts.settings).items() if key not in others
     }

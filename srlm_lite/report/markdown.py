@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from srlm_lite.report.answer import Answer, answer, worries
+from srlm_lite.report.answer import Headline, answer, worries
 from srlm_lite.report.charts import number
 from srlm_lite.report.facts import Facts, Model
 from srlm_lite.shipped import short_base
@@ -10,7 +10,7 @@ from srlm_lite.shipped import short_base
 
 def markdown(facts: Facts) -> str:
     """The answer, the table of models, and the warnings."""
-    found: Answer = answer(facts)
+    found: Headline = answer(facts)
     base = short_base(str((facts.settings.get("base") or {}).get("name", "")))
     parts = [
         f"# {facts.name}",

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
+from srlm_lite.hardware import machine_memory
 from srlm_lite.model.sharding import held, is_sharded
-from srlm_lite.planning.machine import machine_memory
-from srlm_lite.planning.memory import GATHERED, attention_of, drawing_bytes, kv_bytes, rows_within
+from srlm_lite.rollout.sizes import GATHERED, attention_of, drawing_bytes, kv_bytes, rows_within
 
 
 def rows_that_fit(model: Any, *, tokens: int) -> int:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from srlm_lite.planning.memory import DRAWN
 from srlm_lite.rollout.protocol import Limits
+from srlm_lite.rollout.sizes import DRAWN
 
 FIRST_CUT = 64
 """Candidates tried before a wider cut: nearly always enough, and far cheaper than a full sort."""

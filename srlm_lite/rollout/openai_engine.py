@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 FIRST_WAIT_S = 1.0
 """Before the first retry; it doubles with each one."""
 LONGEST_WAIT_S = 60.0
+REACH_TIMEOUT_S = 10.0
+"""Of the question whether a server is there."""
 LONGEST_RETRY_AFTER_S = 600.0
 """A server that asks for more will not answer this run."""
 
@@ -350,3 +352,62 @@ def _covering(tokens: Sequence[Token], text: str) -> list[Token]:
             return list(tokens[:place])
         covered += len(token.text)
     return list(tokens)
+
+
+def reach(settings: OpenAI) -> str:
+    """Ask a server whether it is there, takes the key and has the model; what it says, in words.
+
+    It is asked for its list of models, and where that lacks this one for a token of it: some know
+    names that they do not list. One that lists none may know any.
+
+    Raises:
+        UserError: It cannot be reached, refuses the key, or does not know the model.
+    """
+    url, model = (settings.url or "").rstrip("/"), settings.model
+    headers = {"Authorization": f"Bearer {key_of(settings)}"}
+    try:
+        with httpx.Client(base_url=url, headers=headers, timeout=REACH_TIMEOUT_S) as client:
+            answer = client.get("/models")
+            listed = _listed(answer)
+            if listed is not None and model in listed:
+                return f"{url} has {model}"
+            body = {
+                "model": model,
+                "messages": [{"role": "user", "content": "Say yes."}],
+                "max_tokens": 1,
+            }
+            if listed is not None:
+                answer = client.post("/chat/completions", json=body)
+    except httpx.ReadTimeout:
+        return f"{url} is there, and slow"
+    except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
+        raise UserError(f"not a URL ({error})", where="openai.url") from error
+    except httpx.RequestError as error:
+        said = str(error) or type(error).__name__
+        raise UserError(
+            f"cannot be reached ({said})",
+            where=f"openai.url = {url}",
+            way_out="Start the server, or correct openai.url",
+        ) from error
+    if answer.status_code in (401, 403):
+        raise UserError(
+            f"refuses the key ({answer.status_code})",
+            where=f"openai.url = {url}",
+            way_out=f"Put the key into the environment variable {settings.key_variable}",
+        )
+    if listed is not None and answer.status_code == 404:
+        known = f"; it lists {', '.join(sorted(listed)[:5])}" if listed else ""
+        raise UserError(
+            f"knows no model {model} (404){known}",
+            where=f"openai.url = {url}",
+            way_out="Correct openai.model, or openai.url up to and including /v1",
+        )
+    return f"{url} answers"
+
+
+def _listed(response: httpx.Response) -> set[str] | None:
+    """Names of a server's models; None where it does not list them."""
+    try:
+        return {str(one["id"]) for one in response.json()["data"]}
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None

@@ -78,7 +78,8 @@ LEAST_PADDING = 16
 LIKE_ROUNDING = 4
 """Times what a model differs from itself, with a cache and without, that padding may change."""
 LEAST_ROUNDING = 1e-5
-"""Of the spread of a token's logits, that may change at any rate; in 16 bits, their epsilon."""
+"""The share of the spread of a token's logits that may change at any rate; in 16 bits, their
+epsilon."""
 
 
 @torch.inference_mode()

@@ -16,13 +16,13 @@ from srlm_lite.errors import UserError
 from srlm_lite.model.chat import ChatFormat
 from srlm_lite.model.heap import is_out_of_memory
 from srlm_lite.model.stack import Adapter, Slot
-from srlm_lite.planning.memory import PREFILL_TOKENS
 from srlm_lite.records import FinishReason
 from srlm_lite.rollout.ends import Ends
 from srlm_lite.rollout.memory import rows_that_fit
 from srlm_lite.rollout.nucleus import Alternatives, draw, most_probable, uniforms
 from srlm_lite.rollout.plain import generate, hides_padding
 from srlm_lite.rollout.protocol import Limits, Request, Sample, Token
+from srlm_lite.rollout.sizes import PREFILL_TOKENS, PRUNE
 from srlm_lite.rollout.steps import SAME, Steps, divergence
 from srlm_lite.rollout.tree import (
     Tree,
@@ -36,9 +36,6 @@ logger = logging.getLogger(__name__)
 
 LEAST_TRUNK = 16
 """Tokens that prompts must share before a trunk is worth its own forward pass."""
-
-PRUNE = 1 / 8
-"""Share of ended rows at which they leave the batch, and waiting ones enter it."""
 
 LIKE_ITSELF = 30
 """Times what a model differs from itself, computed with its own cache. Seen on models that carry

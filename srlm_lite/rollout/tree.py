@@ -30,8 +30,8 @@ from transformers import AttentionInterface, Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
 
-from srlm_lite.planning.memory import LEAST_ROOM
 from srlm_lite.rollout.attention import Attended, attention, hiding, merged
+from srlm_lite.rollout.sizes import LEAST_ROOM
 
 NAME = "srlm_tree"
 """Under which transformers knows the attention of a tree."""
@@ -150,7 +150,7 @@ class Tree(Cache):
         return self._trunk_length
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Of a mask that nobody makes: a `Window` is asked at the true positions."""
+        """The sizes of a mask that nobody makes: a `Window` is asked at the true positions."""
         return query_length, 0
 
     def get_query_offset(self, layer_idx: int = 0) -> int:

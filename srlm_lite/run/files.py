@@ -67,11 +67,11 @@ def read_records(path: Path, kind: type[R], *, growing: bool = False) -> list[R]
     Raises:
         UserError: As `read_jsonl`; or a row lacks a key or has a value of another type.
     """
-    check = TypeAdapter(kind)
+    check = checked(kind)
     records = []
     for number, row in enumerate(read_jsonl(path, growing=growing), start=1):
         try:
-            records.append(check.validate_python(kind.from_row(row).to_row()))
+            records.append(check.validate_python(kind.known(row)))
         except KeyError as error:
             raise UserError(f"row {number} lacks {error.args[0]}", where=str(path)) from error
         except ValidationError as error:
@@ -81,6 +81,16 @@ def read_records(path: Path, kind: type[R], *, growing: bool = False) -> list[R]
                 where=str(path),
             ) from error
     return records
+
+
+_CHECKS: dict[type[Record], TypeAdapter[Any]] = {}
+
+
+def checked(kind: type[R]) -> TypeAdapter[R]:
+    """What holds a row to the types of a kind of record."""
+    if kind not in _CHECKS:
+        _CHECKS[kind] = TypeAdapter(kind)
+    return _CHECKS[kind]
 
 
 def write_atomically(path: Path, text: str) -> None:

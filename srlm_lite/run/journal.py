@@ -8,10 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter
-
 from srlm_lite.records import Record
-from srlm_lite.run.files import R, jsonl_line, write_atomically
+from srlm_lite.run.files import R, checked, jsonl_line, write_atomically
 
 
 class Journal:
@@ -78,13 +76,12 @@ class Journal:
         if not self.path.exists():
             return [], []
         rows, sizes = [], []
-        check = TypeAdapter(self._kind)
+        check = checked(self._kind)
         for line in self.path.read_bytes().splitlines(keepends=True):
             if not line.endswith(b"\n"):
                 break
             try:
-                found = self._kind.from_row(json.loads(line))
-                rows.append(check.validate_python(found.to_row()))
+                rows.append(check.validate_python(self._kind.known(json.loads(line))))
             except (ValueError, KeyError, TypeError):  # a ValidationError is a ValueError
                 break
             sizes.append(len(line))

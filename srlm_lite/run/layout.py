@@ -162,6 +162,10 @@ class IterationDir(StageDir):
 
     number: int
 
+    def file(self, name: str) -> Path:
+        """Rows of the iteration, by the name of their file: a method may have some of its own."""
+        return self.path / f"{name}.jsonl"
+
     @property
     def prompts(self) -> Path:
         return self.path / "prompts.jsonl"
@@ -189,7 +193,7 @@ class IterationDir(StageDir):
 
     @property
     def teacher_candidates(self) -> Path:
-        """Of a stronger model, from its server."""
+        """Candidates of a stronger model, from its server."""
         return self.path / "teacher_candidates.jsonl"
 
     @property
@@ -213,7 +217,7 @@ class IterationDir(StageDir):
 
     @property
     def past_candidates(self) -> Path:
-        """Of the first model, where a method wants them beside the policy's."""
+        """Candidates of the first model, where a method wants them beside the policy's."""
         return self.path / "past_candidates.jsonl"
 
     @property
@@ -223,7 +227,7 @@ class IterationDir(StageDir):
 
     @property
     def future_candidates(self) -> Path:
-        """Of a provisional next model."""
+        """Candidates of a provisional next model."""
         return self.path / "future_candidates.jsonl"
 
     @property
@@ -242,7 +246,7 @@ class IterationDir(StageDir):
 
     @property
     def earlier_judgements(self) -> Path:
-        """Of the model before the policy, on the policy's candidates."""
+        """Judgements by the model before the policy, on the policy's candidates."""
         return self.path / "earlier_judgements.jsonl"
 
     @property
@@ -256,18 +260,18 @@ class IterationDir(StageDir):
 
     @property
     def delta_place(self) -> DeltaPlace:
-        """Of the delta that the iteration learns."""
+        """The place of the delta that the iteration learns."""
         return DeltaPlace("delta", self.delta, self.path / "training.json")
 
     @property
     def judge_place(self) -> DeltaPlace:
-        """Of the judge's delta, where it has one of its own."""
+        """The place of the judge's delta, where it has one of its own."""
         folder = self.path / "judge_delta"
         return DeltaPlace("judge delta", folder, folder / "training.json")
 
     @property
     def provisional_place(self) -> DeltaPlace:
-        """Of a delta that only helps to make pairs."""
+        """The place of a delta that only helps to make pairs."""
         folder = self.path / "provisional"
         return DeltaPlace("provisional", folder, folder / "training.json")
 

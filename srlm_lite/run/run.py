@@ -212,11 +212,23 @@ class RunDir:
         if not self.exists:
             self._write_run(recipe, facts)
             return
-        before = self.facts()
-        differing = _differences(as_noted_now(before["identity"]), recipe.identity())
-        if differing and not self.is_begun:
+        if self._differing(recipe) and not self.is_begun:
             self.base_json.unlink(missing_ok=True)
-        elif differing:
+        self.check(recipe)
+        if self.facts()["recipe"] != recipe.model_dump(mode="json"):
+            self._write_run(recipe, facts)  # more iterations, other gates, the same files elsewhere
+
+    def check(self, recipe: Recipe, *, fresh: bool = False) -> None:
+        """Whether `open` would begin a run here, or go on with the one that is here.
+
+        Raises:
+            UserError: As `open`.
+        """
+        self._refuse_other_places()
+        if fresh or not self.exists:
+            return
+        differing = self._differing(recipe)
+        if differing and self.is_begun:
             raise UserError(
                 f"holds a run of another configuration; differing: {_some(differing)}",
                 where=str(self.path),
@@ -224,8 +236,10 @@ class RunDir:
             )
         self._hold_to_models()
         self.hold_to_files()
-        if before["recipe"] != recipe.model_dump(mode="json"):
-            self._write_run(recipe, facts)  # more iterations, other gates, the same files elsewhere
+
+    def _differing(self, recipe: Recipe) -> list[str]:
+        """What the run that is here and a recipe do not agree on, a line each."""
+        return _differences(as_noted_now(self.facts()["identity"]), recipe.identity())
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -16,6 +16,7 @@ from srlm_lite.session import Session
 from srlm_lite.settings import Sampling
 from srlm_lite.stages.replies import reply_of
 from srlm_lite.stages.sampling import limits_of, with_thought
+from srlm_lite.window import leaves_room, room_for_prompt
 
 if TYPE_CHECKING:
     from srlm_lite.model.stack import Adapter
@@ -61,7 +62,8 @@ class Conversation:
         """
         messages = [*self._messages, {"role": "user", "content": text}]
         limits = with_thought(self._session, limits_of(self._sampling))
-        room = self._session.recipe.base.window - limits.max_new_tokens
+        window = self._session.recipe.base.window
+        room = room_for_prompt(window, answer=limits.max_new_tokens)
         forgotten = 0
         while len(ids := self._session.chat.render(messages, generation=True)) > room:
             if len(messages) == 1:
@@ -91,7 +93,8 @@ class Conversation:
         rubric, judge = self._session.rubric, self._session.recipe.judge
         ids = self._session.chat.prompt_ids(rubric.render(prompt=prompt, response=reply))
         limits = with_thought(self._session, limits_of(judge))
-        if len(ids) + limits.max_new_tokens > self._session.recipe.base.window:
+        window = self._session.recipe.base.window
+        if not leaves_room(len(ids), window, answer=limits.max_new_tokens):
             raise UserError("the answer is too long to be judged")
         if not (names_a_score(prompt) or names_a_score(reply)):  # as in a run
             limits = replace(limits, stop=partial(score_line_complete, rubric))

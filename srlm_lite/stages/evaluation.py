@@ -25,6 +25,7 @@ from srlm_lite.stages.likelihood import candidate_likelihoods
 from srlm_lite.stages.replies import without_thoughts
 from srlm_lite.stages.sampling import chat_of, judge_replies, sample_candidates
 from srlm_lite.stages.seed_data import data_file, ifeval_tasks, policy_prompts, read_ranked
+from srlm_lite.window import room_for_answer
 
 if TYPE_CHECKING:
     from srlm_lite.model.stack import Adapter
@@ -91,7 +92,7 @@ def _policy(
     recipe = session.recipe
     held_out = policy_prompts(recipe)
     prompts = held_out
-    if session.engine_name("policy") != "openai":  # a server has a window of its own
+    if not session.engine_kind("policy").remote:  # a server has a window of its own
         prompts = [prompt for prompt in held_out if session.leaves_room(prompt.text)]
     left_out = {"too_long": len(held_out) - len(prompts)} if len(prompts) < len(held_out) else {}
     if not prompts:
@@ -158,7 +159,7 @@ def _grades(
     some = answers[: recipe.evaluate.judged_answers]
     if not some:
         return {}, {}
-    external = (recipe.judge.engine or recipe.rollout.engine) == "openai"
+    external = session.engine_kind("judge").remote
     own = external or (len(judge) == 1 and directory.path == run.anchor.path)
     judges: dict[str, Sequence[Adapter]] = {"anchor" if own else "self": judge}
     if not own and run.anchor.training.is_file():
@@ -212,7 +213,7 @@ def _divergence(
     some = [row for row in answers if row.text][:wanted]
     if not (some and stack and run.anchor.training.is_file()):
         return {}
-    if recipe.rollout.engine == "openai":
+    if session.engine_kind("policy").remote:
         return {}
     if directory.path == run.anchor.path:
         return {"divergence": 0.0}
@@ -237,7 +238,7 @@ def _ifeval(session: Session, directory: StageDir, stack: Sequence[Adapter]) -> 
     lengths = [len(session.chat.prompt_ids(task.prompt)) for task in tasks]
     limit = recipe.evaluate.ifeval_max_new_tokens
     thought = session.thought_tokens()
-    room = recipe.base.window - max(lengths) - thought
+    room = room_for_answer(recipe.base.window, prompt=max(lengths), thought=thought)
     if limit is None:
         limit = min(IFEVAL_TOKENS, room)
     if limit > room or limit < 1:

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from srlm_lite.engines import Role
 from srlm_lite.errors import UserError
 from srlm_lite.judging import (
     expected_score,
@@ -21,9 +22,10 @@ from srlm_lite.records import Candidate, Judgement, Prompt, Reply
 from srlm_lite.rollout.protocol import Limits, Request, Sample, StopRule
 from srlm_lite.run.journal import Journal
 from srlm_lite.seeds import derive_seed
-from srlm_lite.session import Advance, Role, Session
+from srlm_lite.session import Advance, Session
 from srlm_lite.settings import Sampling
 from srlm_lite.stages.replies import candidate_of, reply_of, split
+from srlm_lite.window import leaves_room
 
 if TYPE_CHECKING:
     from srlm_lite.model.chat import ChatFormat
@@ -183,7 +185,7 @@ class _Reply:
 
 def chat_of(session: Session, role: Role) -> ChatFormat | None:
     """How the base behind a role is spoken to; None of a server, which needs no base here."""
-    return None if session.engine_name(role) == "openai" else session.chat
+    return None if session.engine_kind(role).remote else session.chat
 
 
 def with_thought(session: Session, limits: Limits, role: Role = "policy") -> Limits:
@@ -205,10 +207,11 @@ def _fitting_ids(session: Session, text: str, role: Role, limits: Limits) -> tup
     Empty for a server: it gets the text, has a template and a window of its own, and needs no
     base in this process.
     """
-    if session.engine_name(role) == "openai":
+    if session.engine_kind(role).remote:
         return ()
     ids = tuple(session.chat.prompt_ids(text))
-    return ids if len(ids) <= session.recipe.base.window - limits.max_new_tokens else None
+    window = session.recipe.base.window
+    return ids if leaves_room(len(ids), window, answer=limits.max_new_tokens) else None
 
 
 def judge_replies(
@@ -315,14 +318,14 @@ class _Judge:
             for i, ids in fitting.items()
         }
         if judge.score == "expected":
-            if session.engine_name("judge") != "openai":
+            if not session.engine_kind("judge").remote:
                 # Of a server's tokens nothing is known in advance, and this process's tokenizer,
                 # for which the base would be read, says nothing of them. `expected_score` finds
                 # none where the score is several tokens; the sampled one then counts.
                 _check_scores_are_tokens(session)
             limits = replace(limits, alternatives=ALTERNATIVES)
         complete: StopRule = partial(score_line_complete, session.rubric)
-        if session.engine_name("judge") == "openai":
+        if session.engine_kind("judge").remote:
             complete = partial(_of_the_answer, complete)
         stopped = replace(limits, stop=complete)
         engine = session.engine(self.stack, "judge")

@@ -7,21 +7,48 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from srlm_lite.data.text import words_of
+from srlm_lite.engines import kind_of
 from srlm_lite.errors import UserError, shorten
 from srlm_lite.evaluate import ifeval
-from srlm_lite.evaluate.gold import load_gold
-from srlm_lite.judging import load_rubric, load_template
-from srlm_lite.principles import load_principles
+from srlm_lite.methods.base import Pool, SeedData
 from srlm_lite.recipe import Recipe
 from srlm_lite.records import Instruction, Prompt, RankedReply
-from srlm_lite.rollout.installed import check_vllm
 from srlm_lite.run.files import read_jsonl, read_records
-from srlm_lite.shipped import CHAT_TEMPLATES, shipped_text
+from srlm_lite.window import admits_a_prompt
 
 T = TypeVar("T")
+
+
+class FilesOfRecipe(SeedData):
+    """The seed data that a recipe names."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._recipe = recipe
+
+    def prompts(self) -> Pool:
+        """The recipe's prompt list."""
+        path = prompt_file(self._recipe)
+        return read_prompts(path), path
+
+    def instructions(self) -> list[Instruction]:
+        """Instruction data."""
+        return read_ift(self._recipe)
+
+    def ranked(self) -> tuple[list[list[RankedReply]], Path]:
+        """Replies that humans ranked, by prompt, and their file."""
+        path = ranked_file(self._recipe)
+        return read_ranked(path, None), path
+
+    def human_answers(self) -> tuple[list[Instruction], Path]:
+        """One human answer a prompt, and their file."""
+        return read_human_answers(self._recipe)
+
+    def rows(self, path: str) -> list[dict[str, Any]]:
+        """The rows of a JSONL file that a setting names."""
+        return read_jsonl(Path(path))
 
 
 def data_file(recipe: Recipe, name: str) -> Path:
@@ -86,7 +113,7 @@ def _instructions(path: Path) -> list[Instruction]:
         for name in ("prompt", "response"):
             if not getattr(row, name).strip():
                 raise UserError(f"row {number} has an empty {name}", where=str(path))
-    return _refuse_none(rows, path)
+    return refuse_none(rows, path)
 
 
 def read_ranked(path: Path, limit: int | None) -> list[list[RankedReply]]:
@@ -159,7 +186,7 @@ def policy_prompts(recipe: Recipe) -> list[Prompt]:
     return list(prompts[: recipe.evaluate.policy_prompts])
 
 
-def ifeval_tasks(recipe: Recipe) -> list[ifeval.Task]:
+def ifeval_tasks(recipe: Recipe) -> list[ifeval.IfevalPrompt]:
     """IFEval's prompts, cut to `evaluate.ifeval_prompts`.
 
     Raises:
@@ -170,65 +197,6 @@ def ifeval_tasks(recipe: Recipe) -> list[ifeval.Task]:
     if not tasks:
         raise UserError("is empty", where=str(path))
     return tasks
-
-
-def _check_gap(recipe: Recipe) -> None:
-    rubric, gap = load_rubric(recipe.judge.rubric), recipe.pairing.min_gap
-    if recipe.judge_makes_pairs and gap >= rubric.max - rubric.min:
-        raise UserError(
-            f"no two scores of the rubric {rubric.name} differ by more than {gap:g}: it goes from "
-            f"{rubric.min:g} to {rubric.max:g}",
-            where="pairing.min_gap",
-            way_out="Lower it",
-        )
-
-
-def check_inputs(recipe: Recipe) -> None:
-    """Find out before a run begins what of its inputs is missing or cannot be read.
-
-    Raises:
-        UserError: Names the first such input.
-    """
-    from srlm_lite.rollout.openai_engine import key_of
-
-    if "vllm" in (recipe.rollout.engine, recipe.judge.engine):
-        check_vllm()
-    if recipe.asks_a_server:
-        key_of(recipe.openai)
-    _check_gap(recipe)
-    if recipe.base.chat_template is not None:
-        shipped_text(CHAT_TEMPLATES, name=recipe.base.chat_template)
-    if recipe.anchor.init != "base" and not Path(recipe.anchor.init).is_dir():
-        raise UserError("no such directory", where=f"anchor.init = {recipe.anchor.init}")
-    if recipe.evaluate.gold is not None:
-        load_gold(recipe.evaluate.gold)
-    if recipe.evaluate.ifeval is not None:
-        ifeval_tasks(recipe)
-    if recipe.evaluate.tasks:
-        ifeval.check_installed()
-    trained = recipe.anchor.init == "base"
-    if (trained and recipe.anchor.use_ift) or recipe.prompts.source == "self-instruct":
-        read_ift(recipe)
-    if trained:
-        read_extra(recipe)
-    if trained and recipe.anchor.use_eft:
-        path = data_file(recipe, "eft_train.jsonl")
-        _refuse_none(read_ranked(path, recipe.anchor.eft_prompts), path)
-    read_ranked(data_file(recipe, "eft_eval.jsonl"), recipe.evaluate.eft_prompts)
-    policy_prompts(recipe)
-    if recipe.method == "meta-rewarding":
-        load_template(recipe.meta_rewarding.template, "first", "second")
-    if recipe.method == "dno" and recipe.dno.grading == "side-by-side":
-        load_template(recipe.dno.template, "prompt", "responses")
-    if recipe.method == "dno" and recipe.dno.teacher not in (None, "server"):
-        read_jsonl(Path(str(recipe.dno.teacher)))
-    if recipe.method == "rlaif":
-        load_principles(recipe.rlaif.principles)
-        if recipe.rlaif.helpful:
-            read_ift(recipe)
-    if recipe.iterations:
-        check_window(recipe)
-        _check_prompts(recipe)
 
 
 def refuse_held_out_among_training(recipe: Recipe) -> None:
@@ -316,10 +284,10 @@ def check_window(recipe: Recipe, *, thought: int = 0) -> None:
     """
     judge, window = recipe.judge, recipe.base.window
     shortest = {"rollout.max_new_tokens": recipe.rollout.max_new_tokens}
-    if (judge.engine or recipe.rollout.engine) != "openai":  # a server has a window of its own
+    if not kind_of(recipe, "judge").remote:  # a server has a window of its own
         shortest["judge.max_new_tokens"] = min(judge.max_new_tokens, judge.retry_max_new_tokens)
     for key, tokens in shortest.items():
-        if tokens + thought >= window:
+        if not admits_a_prompt(window, answer=tokens, thought=thought):
             beside = f" and a thought of rollout.max_thought_tokens = {thought}" if thought else ""
             raise UserError(
                 f"leaves no room for a prompt{beside} in base.window = {window}",
@@ -328,35 +296,25 @@ def check_window(recipe: Recipe, *, thought: int = 0) -> None:
             )
 
 
-def _check_prompts(recipe: Recipe) -> None:
-    """That there are prompts for every iteration: the last one must not be the first to miss them.
+def prompts_suffice(recipe: Recipe, count: int, path: Path) -> int:
+    """How many prompts all iterations want, of the `count` that a file has.
 
     Raises:
-        UserError: There are too few, or the file cannot be read.
+        UserError: There are too few.
     """
     section = recipe.prompts
-    if recipe.method in ("dpo", "rlhf"):
-        ranked = read_ranked(ranked_file(recipe), None)
-    if recipe.method == "dpo":
-        path, count = ranked_file(recipe), len(ranked)
-    elif recipe.method == "spin":
-        answers, path = read_human_answers(recipe)
-        count = len(answers)
-    elif section.source == "file":
-        path = prompt_file(recipe)
-        count = len(read_prompts(path))
-    else:
-        return
     times = 1 if section.reuse else recipe.iterations
-    if count < times * section.per_iteration:
-        wanted = f"{times} iterations of " if times > 1 else ""
+    wanted = times * section.per_iteration
+    if count < wanted:
+        several = f"{times} iterations of " if times > 1 else ""
         way_out = "Lower prompts.per_iteration, or give more"
         raise UserError(
-            f"has {count} prompts, and {times * section.per_iteration} are wanted: "
-            f"{wanted}prompts.per_iteration = {section.per_iteration}",
+            f"has {count} prompts, and {wanted} are wanted: "
+            f"{several}prompts.per_iteration = {section.per_iteration}",
             where=str(path),
             way_out=f"{way_out}, or set prompts.reuse=true" if times > 1 else way_out,
         )
+    return wanted
 
 
 def prompt_file(recipe: Recipe) -> Path:
@@ -365,7 +323,12 @@ def prompt_file(recipe: Recipe) -> Path:
     return Path(named) if named else data_file(recipe, "prompts.jsonl")
 
 
-def _refuse_none(rows: list[T], path: Path) -> list[T]:
+def refuse_none(rows: list[T], path: Path) -> list[T]:
+    """The rows of a file that must have some.
+
+    Raises:
+        UserError: It has none.
+    """
     if not rows:
         raise UserError(
             "is empty",

@@ -6,7 +6,7 @@ from itertools import count
 from random import Random
 from typing import Any
 
-from srlm_lite.data.self_instruct import PromptPool
+from srlm_lite.data.self_instruct import MAX_NEW_TOKENS, PromptPool
 from srlm_lite.errors import UserError
 from srlm_lite.records import Prompt
 from srlm_lite.rollout.protocol import Limits, Request
@@ -17,8 +17,9 @@ from srlm_lite.session import Session
 from srlm_lite.stages.replies import reply_of
 from srlm_lite.stages.sampling import with_thought
 from srlm_lite.stages.seed_data import read_ift
+from srlm_lite.window import room_for_prompt
 
-SAMPLING = Limits(temperature=0.6, top_p=0.9, max_new_tokens=256)
+SAMPLING = Limits(temperature=0.6, top_p=0.9, max_new_tokens=MAX_NEW_TOKENS)
 """As in Yuan et al. 2024, arXiv:2401.10020, section 3.1.2."""
 
 
@@ -43,7 +44,7 @@ def write_prompts(session: Session, iteration: IterationDir) -> tuple[list[Promp
     task = session.reporter.start("prompts", wanted, "prompts")
     batch = recipe.rollout.chunk_prompts
     limits = with_thought(session, SAMPLING)
-    longest = recipe.base.window - limits.max_new_tokens
+    longest = room_for_prompt(recipe.base.window, answer=limits.max_new_tokens)
     made: list[str] = []
     for start in count(0, batch):
         if start >= 10 * wanted:

@@ -130,7 +130,7 @@ def topic_of(prompt: str) -> str | None:
 
 
 @dataclass(frozen=True)
-class Answer:
+class AnswerParts:
     """The parts of an answer that the criteria look at.
 
     `opening` and `ending` are "" where the answer has none; a line that stands alone counts as
@@ -143,14 +143,14 @@ class Answer:
     mentions: tuple[str, ...]
 
 
-def read_answer(response: str) -> Answer:
+def read_answer(response: str) -> AnswerParts:
     """Split an answer into opening, items and ending; any text can be read."""
     lines = [line.strip().lower() for line in response.splitlines() if line.strip()]
     items = [words(_ITEM.sub("", line)) for line in lines if _ITEM.match(line)]
     opening = lines[0] if lines and not _ITEM.match(lines[0]) else ""
     ending = lines[-1] if len(lines) > 1 and not _ITEM.match(lines[-1]) else ""
     mentions = [word for word in words(" ".join(lines)) if word in TOPICS or word == "it"]
-    return Answer(
+    return AnswerParts(
         opening=opening,
         facts=tuple(item[-1] for item in items if item),
         ending=ending,

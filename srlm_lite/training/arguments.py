@@ -100,7 +100,7 @@ def one_device(arguments: A) -> A:
 def share_adapters(trainer: Any) -> None:
     """Let DDP train the adapters of a sharded base, which accelerate would not wrap in it.
 
-    The base is none of DDP's affair: see `one_adapter_in_training`.
+    The base is no concern of DDP's: see `one_adapter_in_training`.
     """
     accelerator = trainer.accelerator
     prepare = accelerator.prepare_model

@@ -25,12 +25,12 @@ Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]
 
 
 COLUMNS = ("example", "share", "token_share")
-"""Of a row of a batch: its number in the data, and by what its loss, or the sum of those of its
-tokens, is multiplied, so that a sum over the batch is what it adds to the step's mean, once Trainer
-has divided by the passes of the step and DDP by the processes; 0 counts nothing."""
+"""Columns of a row of a batch: its number in the data, and by what its loss, or the sum of those of
+its tokens, is multiplied, so that a sum over the batch is what it adds to the step's mean, once
+Trainer has divided by the passes of the step and DDP by the processes; 0 counts nothing."""
 
 
-class Drawn(NamedTuple):
+class DrawnExample(NamedTuple):
     """An example in its step."""
 
     example: int
@@ -72,7 +72,7 @@ class Deal:
         """A step as micro-batches, those of all processes."""
         return [list(step[at : at + self.largest]) for at in range(0, len(step), self.largest)]
 
-    def share(self, step: Sequence[int]) -> Iterator[list[Drawn]]:
+    def share(self, step: Sequence[int]) -> Iterator[list[DrawnExample]]:
         """This process's passes of a step."""
         parts, mates = self.parts(step), tuple(step)
         passes = self.passes(len(step))
@@ -80,12 +80,12 @@ class Deal:
             place = number * self.at.world + self.at.rank
             if place < len(parts):
                 factor = float(passes * self.at.world)
-                yield [Drawn(index, mates, factor) for index in parts[place]]
+                yield [DrawnExample(index, mates, factor) for index in parts[place]]
             else:
-                yield [Drawn(step[0], mates, 0.0)]
+                yield [DrawnExample(step[0], mates, 0.0)]
 
 
-class _Dealt(Iterable[list[Drawn]]):
+class _Dealt(Iterable[list[DrawnExample]]):
     """Epoch after epoch of one process's share, as a batch sampler."""
 
     def __init__(self, deal: Deal, n_examples: int, seed: int) -> None:
@@ -97,7 +97,7 @@ class _Dealt(Iterable[list[Drawn]]):
     def __len__(self) -> int:
         return self._deal.passes_of_epoch(self._n_examples)
 
-    def __iter__(self) -> Iterator[list[Drawn]]:
+    def __iter__(self) -> Iterator[list[DrawnExample]]:
         self._order.set_epoch(self._epoch)
         self._epoch += 1
         for step in _steps(self._order, self._deal):
@@ -119,7 +119,7 @@ class _Rows(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, drawn: Drawn) -> dict[str, Any]:
+    def __getitem__(self, drawn: DrawnExample) -> dict[str, Any]:
         tokens = sum(self._tokens[mate] for mate in drawn.mates)
         counts = drawn.example, drawn.factor / len(drawn.mates), drawn.factor / tokens
         return {**self._rows[drawn.example], **dict(zip(COLUMNS, counts, strict=True))}
@@ -162,7 +162,9 @@ class Dealt:
         """A step, whole, in every process: a sum over its batches is the step's mean."""
         rows, collate = _Rows(self.train_dataset, self.tokens), self.data_collator
         for part in self.deal.parts(step):
-            yield carrying(collate, COLUMNS)([rows[Drawn(i, tuple(step), 1.0)] for i in part])
+            yield carrying(collate, COLUMNS)(
+                [rows[DrawnExample(i, tuple(step), 1.0)] for i in part]
+            )
 
     @property
     def first_step(self) -> list[int]:

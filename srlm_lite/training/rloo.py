@@ -51,7 +51,7 @@ _REWARD = "reward"
 
 
 @dataclass(frozen=True, slots=True)
-class Drawn:
+class DrawnReply:
     """A reply that was drawn in training: its step (from 0), prompt and ids, and its reward.
 
     `reply_ids` end before the stop token. `reward` is None where the reply ran into the limit.
@@ -105,7 +105,7 @@ class _Reward:
     ) -> None:
         self._slot, self._scorer, self._chat = slot, scorer, chat
         self._drop_truncated, self._batch_rows = drop_truncated, batch_rows
-        self.drawn: list[Drawn] = []
+        self.drawn: list[DrawnReply] = []
 
     def __call__(
         self,
@@ -130,7 +130,9 @@ class _Reward:
         ):
             found.append(value if finished or not self._drop_truncated else None)
             ids = tuple(reply[:-1] if reply[-1] in self._chat.stop_ids else reply)
-            self.drawn.append(Drawn(trainer_state.global_step, place, ids, finished, found[-1]))
+            self.drawn.append(
+                DrawnReply(trainer_state.global_step, place, ids, finished, found[-1])
+            )
         return found
 
     def _shown(self, reply: list[int]) -> tuple[tuple[int, ...], bool]:
@@ -166,7 +168,7 @@ def train_rloo(
     seed: int,
     thought_tokens: int = 0,
     on_step: OnStep = lambda step, steps, logs: None,
-) -> tuple[Adapter, list[Drawn], dict[str, float]]:
+) -> tuple[Adapter, list[DrawnReply], dict[str, float]]:
     """Train a delta on top of a frozen anchor, on replies that it draws itself.
 
     Each step draws `optim.batch_size` replies, `rollout.n` to a prompt. The advantage of a reply is
@@ -239,7 +241,7 @@ def train_rloo(
             )
             trainer.remove_callback(PrinterCallback)
             trainer.stop_ids = chat.stop_ids
-            proof = _Proof(trainer, slot, judge, reference=reference, stack=stack)
+            proof = _RlooProof(trainer, slot, judge, reference=reference, stack=stack)
             trainer.add_callback(proof)
             run_training(trainer, optim)
             trained = slot.read(start, delta.rank, list(delta.factors))
@@ -270,7 +272,7 @@ def train_rloo(
     )
 
 
-class _Proof(TrainerCallback):
+class _RlooProof(TrainerCallback):
     """Before the first step, shows that TRL's reference is the intended stack.
 
     With the reference stack in the slot too, the divergence that TRL's own code finds between the

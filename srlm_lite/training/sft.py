@@ -149,7 +149,7 @@ def train_sft(
         # TRL has cast a quantized base's adapters to bf16: what is below would not be what it was.
         slot.load((*below, adapter), train=True)
         scores = TargetTokens(slot.model, dataset[0]["input_ids"], masks.picking)
-        proof = _Proof(trainer, scores, base.dtype)
+        proof = _SftProof(trainer, scores, base.dtype)
         trainer.add_callback(proof)
         with scores.answering():
             run_training(trainer, optim)
@@ -166,7 +166,7 @@ def train_sft(
     }
 
 
-class _Proof(TrainerCallback):
+class _SftProof(TrainerCallback):
     """Before the first step, shows that its loss is the model's own likelihood of the targets.
 
     Without dropout, which is the training's affair and not the model's.

@@ -22,9 +22,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import modeling_outputs
 
 from srlm_lite.errors import ProofError
+from srlm_lite.training.sizes import PIECE
 
-PIECE = 256
-"""Target tokens whose logits are there at once."""
 IGNORED = -100
 """In labels: a token that is no target."""
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float16: 5e-3}

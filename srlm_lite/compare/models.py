@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from srlm_lite.engines import Role
 from srlm_lite.errors import UserError
 from srlm_lite.records import Prompt
 from srlm_lite.run.files import read_jsonl
-from srlm_lite.session import Role, Session
+from srlm_lite.session import Session
 
 if TYPE_CHECKING:
     from srlm_lite.model.stack import Adapter

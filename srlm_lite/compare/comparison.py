@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, Literal
 
+from srlm_lite.compare.models import FileModel, RunModel, digest_of, file_name
 from srlm_lite.errors import UserError
 from srlm_lite.evaluate.gold import load_gold
 from srlm_lite.evaluate.head_to_head import (
@@ -29,8 +30,8 @@ from srlm_lite.run.files import read_json, write_json, write_records
 from srlm_lite.run.layout import ComparisonDir
 from srlm_lite.session import Session
 from srlm_lite.settings import Sampling
-from srlm_lite.stages.models import FileModel, RunModel, digest_of, file_name
 from srlm_lite.stages.sampling import ask, judge_replies, limits_of, sample_candidates
+from srlm_lite.window import room_for_prompt
 
 Judging = Literal["pointwise", "pairwise"]
 Model = RunModel | FileModel
@@ -159,8 +160,8 @@ def _fitting(comparison: Comparison) -> tuple[list[Prompt], int]:
     for model in (comparison.model, comparison.baseline):
         if isinstance(model, FileModel):
             continue
-        room = model.session.recipe.base.window - reply - model.session.thought_tokens()
-        chat = model.session.chat
+        thought, chat = model.session.thought_tokens(), model.session.chat
+        room = room_for_prompt(model.session.recipe.base.window, answer=reply, thought=thought)
         prompts = [one for one in prompts if len(chat.prompt_ids(one.text)) <= room]
     if not prompts:
         raise UserError(

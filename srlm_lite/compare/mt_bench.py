@@ -8,6 +8,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from srlm_lite.compare.models import RunModel, digest_of, file_name
 from srlm_lite.errors import UserError
 from srlm_lite.evaluate.mt_bench import (
     TEMPERATURES,
@@ -25,9 +26,9 @@ from srlm_lite.run.journal import Journal
 from srlm_lite.run.layout import MtBenchDir
 from srlm_lite.seeds import derive_seed
 from srlm_lite.session import Session
-from srlm_lite.stages.models import RunModel, digest_of, file_name
 from srlm_lite.stages.replies import candidate_of
 from srlm_lite.stages.sampling import ask, chunked, with_thought
+from srlm_lite.window import room_for_prompt
 
 PLACES = ("turn", "conversation")
 TAGS = ("user", "assistant", "reference")
@@ -174,7 +175,11 @@ def _answers(
         for part in chunked(group, session.recipe.rollout.chunk_prompts)
     ]
     task = session.reporter.start(f"answers, turn {turn}", len(questions), "answers")
-    room = session.recipe.base.window - _max_new_tokens(session) - session.thought_tokens()
+    room = room_for_prompt(
+        session.recipe.base.window,
+        answer=_max_new_tokens(session),
+        thought=session.thought_tokens(),
+    )
 
     def request(question: Question) -> Request:
         messages = [{"role": "user", "content": question.turns[0]}]

@@ -1,0 +1,55 @@
+"""Findings in lines of a terminal: a state, a name, and what was found."""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from collections.abc import Iterable, Sequence
+
+from rich.console import Console
+from rich.text import Text
+
+from srlm_lite.doctor.finding import Finding, State
+
+WORDS: dict[State, tuple[str, str]] = {
+    "ok": ("ok", "green"),
+    "warning": ("warning", "yellow"),
+    "bad": ("fails", "red"),
+    "absent": ("-", "dim"),
+}
+"""What each state is called, and its colour."""
+
+GLUE = "\N{NO-BREAK SPACE}"
+"""Between a name and its figure, which stay on one line."""
+
+
+def findings_text(findings: Sequence[Finding]) -> str:
+    """A line or more for each, without colours."""
+    out = io.StringIO()
+    console = Console(file=out, width=100, highlight=False, color_system=None)
+    for finding in findings:
+        finding_line(console, finding, name_width(findings))
+    return out.getvalue().rstrip()
+
+
+def name_width(findings: Iterable[Finding]) -> int:
+    """Columns that hold the names."""
+    return min(24, max((len(finding.name) for finding in findings), default=0))
+
+
+def finding_line(console: Console, finding: Finding, width: int) -> None:
+    """Print one, broken between words where the terminal ends."""
+    word, style = WORDS[finding.state]
+    head = Text("  ").append(f"{word:<8}", style=style)
+    head.append(f"{finding.name.replace(GLUE, ' '):<{width}}  ")
+    indent = len(head)
+    body = finding.text if finding.way_out is None else f"{finding.text}. {finding.way_out}"
+    room = max(30, (console.width if console.is_terminal else 100) - indent)
+    for number, part in enumerate(_wrapped(body, room)):
+        line = head if number == 0 else Text(" " * indent)
+        console.print(line + Text(part), no_wrap=True, overflow="ignore", crop=False)
+
+
+def _wrapped(text: str, room: int) -> Iterable[str]:
+    lines = textwrap.wrap(text, room, break_long_words=False, break_on_hyphens=False) or [""]
+    return [line.replace(GLUE, " ") for line in lines]

@@ -1,0 +1,51 @@
+"""The answers of a preflight, for a person and for a program."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from srlm_lite.cli.findings import findings_text
+from srlm_lite.doctor.finding import Finding, State
+from srlm_lite.preflight import checks
+from srlm_lite.preflight.checks import Answer, can_start
+from srlm_lite.preflight.launch import Launch
+
+STATES: dict[checks.State, State] = {
+    "ok": "ok",
+    "warning": "warning",
+    "bad": "bad",
+    "not asked": "absent",
+}
+
+
+def as_findings(found: Sequence[Answer]) -> list[Finding]:
+    """The answers as the doctor shows what it finds; a line for each warning."""
+    return [
+        Finding(STATES[one.state], one.check, line)
+        for one in found
+        for line in (one.warnings or [one.text])
+    ]
+
+
+def preflight_text(found: Sequence[Answer]) -> str:
+    """A line for each check: its state, what was asked, what was found or what to do."""
+    return findings_text(as_findings(found))
+
+
+def preflight_json(launch: Launch, found: Sequence[Answer]) -> str:
+    """The same as JSON: the recipe's name, whether it can start, and every answer."""
+    row = {
+        "recipe": launch.recipe.name,
+        "can_start": can_start(found),
+        "checks": [
+            {
+                "check": one.check,
+                "state": one.state,
+                "text": one.text,
+                "warnings": list(one.warnings),
+            }
+            for one in found
+        ],
+    }
+    return json.dumps(row, indent=2, ensure_ascii=False)

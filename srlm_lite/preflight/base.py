@@ -1,0 +1,91 @@
+"""The base: that it is here, can be spoken to, carries the adapters and gives them back."""
+
+from __future__ import annotations
+
+from itertools import islice
+
+from srlm_lite.errors import UserError
+from srlm_lite.preflight.launch import Launch, Seen
+from srlm_lite.preflight.method import prompts_of_method
+from srlm_lite.session import import_backend, refuse_absent_base, refuse_unexportable
+from srlm_lite.settings import LORA_TARGETS
+from srlm_lite.stages.seed_data import check_window
+from srlm_lite.window import leaves_room
+
+
+def backend(launch: Launch) -> Seen:
+    """Unsloth, where the recipe has it: it is imported before anything that it rewrites."""
+    import_backend(launch.recipe)
+    return Seen(launch.recipe.base.backend)
+
+
+def base(launch: Launch) -> Seen:
+    """The base's files, here or on the Hub."""
+    here = refuse_absent_base(launch.recipe, launch.run)
+    name = launch.recipe.base.name
+    if not here:
+        return Seen(name, (f"{name} is not here yet: it is going to be downloaded",))
+    return Seen(name)
+
+
+def device(launch: Launch) -> Seen:
+    """The device that the recipe names, and what its quantization needs."""
+    from srlm_lite.model.base import compute_device, compute_dtype, refuse_quantization
+
+    section = launch.recipe.base
+    found = compute_device(section.device)
+    refuse_quantization(section)
+    dtype = str(compute_dtype(section)).removeprefix("torch.")
+    return Seen(f"{found.type}, {dtype}, quantization {section.quantization}")
+
+
+def targets(launch: Launch) -> Seen:
+    """That the base has the layers that the adapters go on, and that they can be exported."""
+    recipe = launch.recipe
+    refuse_unexportable(recipe, launch.run)
+    try:
+        shape = launch.plan.shape
+    except UserError as error:
+        if error.where == LORA_TARGETS:
+            raise
+        return Seen("not known before the base is loaded", asked=False)
+    return Seen(f"{len(shape.adapted(recipe.targets))} layers carry an adapter")
+
+
+def template(launch: Launch) -> Seen:
+    """That the base can be spoken to: its tokenizer and chat template, which are proved."""
+    chat = launch.chat
+    if chat is None:
+        return Seen("not known before the base is loaded", asked=False)
+    return Seen("own" if launch.recipe.base.chat_template is None else "the recipe's")
+
+
+def prompts_that_fit(launch: Launch) -> Seen:
+    """That enough prompts leave room for an answer, in tokens of the base."""
+    recipe, chat = launch.recipe, launch.chat
+    if chat is None or not recipe.iterations:
+        return Seen("not known before the base is loaded", asked=False)
+    thought = recipe.rollout.max_thought_tokens if chat.thinks else 0
+    check_window(recipe, thought=thought)
+    found = prompts_of_method(recipe)
+    if found is None:
+        return Seen("the anchor writes them", asked=False)
+    texts, path = found
+    wanted = (1 if recipe.prompts.reuse else recipe.iterations) * recipe.prompts.per_iteration
+    answer, whole = recipe.rollout.max_new_tokens, recipe.base.window
+    fitting = (
+        text
+        for text in texts
+        if leaves_room(len(chat.prompt_ids(text)), whole, answer=answer, thought=thought)
+    )
+    count = sum(1 for _ in islice(fitting, wanted))
+    if count < wanted:
+        again = "" if recipe.prompts.reuse else ", or set prompts.reuse=true"
+        lower = " or rollout.max_thought_tokens" if thought else ""
+        raise UserError(
+            f"has {count} prompts that fit the window of {whole} tokens beside an answer of "
+            f"{answer}, and {wanted} are wanted",
+            where=str(path),
+            way_out=f"Lower prompts.per_iteration{lower}, raise base.window{again}",
+        )
+    return Seen(f"{count:,} leave room for an answer of {answer} tokens")

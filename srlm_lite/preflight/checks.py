@@ -1,0 +1,100 @@
+"""All checks of a launch, in the order in which they are asked, and who is told of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from srlm_lite.errors import UserError
+from srlm_lite.preflight import base, inputs, machine
+from srlm_lite.preflight.launch import Launch, Seen
+
+Check = Callable[[Launch], Seen]
+"""Looks at one thing; raises UserError where it stands in the way of the run."""
+
+CHECKS: Mapping[str, Check] = {
+    "processes": machine.processes,
+    "engines": inputs.engines,
+    "judge": inputs.judge,
+    "files": inputs.files,
+    "data": inputs.data,
+    "method": inputs.method,
+    "window": inputs.window,
+    "prompts": inputs.prompts,
+    "held-out": inputs.held_out,
+    "directory": machine.directory,
+    "tracking": machine.tracking,
+    "backend": base.backend,
+    "base": base.base,
+    "device": base.device,
+    "targets": base.targets,
+    "chat template": base.template,
+    "prompts that fit": base.prompts_that_fit,
+    "memory": machine.memory,
+    "disk": machine.disk,
+    "server": machine.server,
+}
+"""Name to check. What costs nothing comes first, what asks another machine last; Unsloth comes
+before what imports transformers."""
+
+NEEDS: Mapping[str, tuple[str, ...]] = {
+    "prompts": ("window",),
+    "held-out": ("data",),
+    "targets": ("base", "device"),
+    "chat template": ("base", "device"),
+    "prompts that fit": ("base", "chat template", "prompts"),
+    "memory": ("base", "device", "targets"),
+    "disk": ("base", "device", "targets"),
+}
+"""Checks that mean nothing where another one has found something: they would say it again."""
+
+State = Literal["ok", "warning", "bad", "not asked"]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What became of one check.
+
+    Args:
+        text: What was found; where the state is `bad`, the one line that says what to do.
+    """
+
+    check: str
+    state: State
+    text: str
+    warnings: tuple[str, ...] = ()
+
+
+def refuse(launch: Launch) -> list[str]:
+    """Ask everything that can fail before a run writes anything; what bodes ill, a line each.
+
+    Raises:
+        UserError: The first that stands in the way.
+    """
+    # `RunDir.open` asks the directory next, under its lock; it may hash gigabytes.
+    asked = [check for name, check in CHECKS.items() if name != "directory"]
+    return [line for check in asked for line in check(launch).warnings]
+
+
+def answers(launch: Launch) -> Iterator[Answer]:
+    """The answer of every check, one after the other, whatever the ones before have found."""
+    bad: set[str] = set()
+    for name, check in CHECKS.items():
+        if waits := [need for need in NEEDS.get(name, ()) if need in bad]:
+            bad.add(name)
+            yield Answer(name, "not asked", f"see {', '.join(waits)}")
+            continue
+        try:
+            seen = check(launch)
+        except UserError as error:
+            bad.add(name)
+            yield Answer(name, "bad", str(error))
+        else:
+            state: State = "ok" if seen.asked else "not asked"
+            yield Answer(name, "warning" if seen.warnings else state, seen.text, seen.warnings)
+
+
+def can_start(found: Sequence[Answer]) -> bool:
+    """Whether nothing stands in the way."""
+    return all(answer.state != "bad" for answer in found)

@@ -1,0 +1,140 @@
+"""The recipe's files and data: that they are there, can be read, and suffice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from srlm_lite.engines import engines_of
+from srlm_lite.errors import UserError
+from srlm_lite.evaluate import ifeval
+from srlm_lite.evaluate.gold import load_gold
+from srlm_lite.judging import load_rubric
+from srlm_lite.preflight.launch import Launch, Seen
+from srlm_lite.preflight.method import check_method, prompts_of_method
+from srlm_lite.recipe import Recipe
+from srlm_lite.shipped import CHAT_TEMPLATES, shipped_text
+from srlm_lite.stages.seed_data import (
+    check_window,
+    data_file,
+    ifeval_tasks,
+    nearly_held_out,
+    policy_prompts,
+    prompts_suffice,
+    read_extra,
+    read_ift,
+    read_ranked,
+    refuse_held_out_among_training,
+    refuse_none,
+    unmeasured,
+)
+
+
+def engines(launch: Launch) -> Seen:
+    """That every engine of the run can be started, as far as that shows without starting it."""
+    kinds = engines_of(launch.recipe)
+    for kind in kinds:
+        kind.check(launch.recipe)
+    return Seen(", ".join(kind.name for kind in kinds))
+
+
+def judge(launch: Launch) -> Seen:
+    """The rubric, and that two of its scores can be as far apart as a pair's have to be."""
+    recipe = launch.recipe
+    rubric, gap = load_rubric(recipe.judge.rubric), recipe.pairing.min_gap
+    if recipe.judge_makes_pairs and gap >= rubric.max - rubric.min:
+        raise UserError(
+            f"no two scores of the rubric {rubric.name} differ by more than {gap:g}: it goes from "
+            f"{rubric.min:g} to {rubric.max:g}",
+            where="pairing.min_gap",
+            way_out="Lower it",
+        )
+    return Seen(f"rubric {rubric.name}, {rubric.min:g} to {rubric.max:g}")
+
+
+def files(launch: Launch) -> Seen:
+    """What the recipe names beside its data: a chat template, an anchor, a gold scorer."""
+    recipe, named = launch.recipe, []
+    if recipe.base.chat_template is not None:
+        shipped_text(CHAT_TEMPLATES, name=recipe.base.chat_template)
+        named.append("chat template")
+    if recipe.anchor.init != "base":
+        if not Path(recipe.anchor.init).is_dir():
+            raise UserError("no such directory", where=f"anchor.init = {recipe.anchor.init}")
+        named.append("anchor")
+    if recipe.evaluate.gold is not None:
+        load_gold(recipe.evaluate.gold)
+        named.append("gold scorer")
+    if recipe.evaluate.ifeval is not None:
+        ifeval_tasks(recipe)
+        named.append("IFEval")
+    if recipe.evaluate.tasks:
+        ifeval.check_installed()
+        named.append("capability panel")
+    return Seen(", ".join(named) or "none named", asked=bool(named))
+
+
+def data(launch: Launch) -> Seen:
+    """The seed data that the anchor and the evaluation read."""
+    recipe, counted = launch.recipe, {}
+    trained = recipe.anchor.init == "base"
+    if (trained and recipe.anchor.use_ift) or recipe.prompts.source == "self-instruct":
+        counted["IFT rows"] = len(read_ift(recipe))
+    if trained and recipe.data.extra:
+        counted["extra rows"] = len(read_extra(recipe))
+    if trained and recipe.anchor.use_eft:
+        path = data_file(recipe, "eft_train.jsonl")
+        groups = refuse_none(read_ranked(path, recipe.anchor.eft_prompts), path)
+        counted["EFT prompts"] = len(groups)
+    held_out = read_ranked(data_file(recipe, "eft_eval.jsonl"), recipe.evaluate.eft_prompts)
+    counted["held-out EFT prompts"] = len(held_out)
+    counted["held-out prompts"] = len(policy_prompts(recipe))
+    told = ", ".join(f"{count:,} {name}" for name, count in counted.items())
+    return Seen(told, tuple(unmeasured(recipe)))
+
+
+def held_out(launch: Launch) -> Seen:
+    """That nothing which measures a model is learned from; of a run that goes on it was asked."""
+    if not launch.goes_on:
+        refuse_held_out_among_training(launch.recipe)
+    return Seen("apart from what is learned", tuple(nearly_held_out(launch.recipe)))
+
+
+def method(launch: Launch) -> Seen:
+    """What the method alone reads."""
+    check_method(launch.recipe)
+    return Seen(launch.recipe.method)
+
+
+def window(launch: Launch) -> Seen:
+    """That prompt and answer fit the window, whatever the prompt."""
+    recipe = launch.recipe
+    if not recipe.iterations:
+        return Seen("no iterations", asked=False)
+    check_window(recipe)
+    return Seen(f"{recipe.base.window} tokens")
+
+
+def prompts(launch: Launch) -> Seen:
+    """That there are prompts for every iteration: the last one is not the first to miss them."""
+    recipe = launch.recipe
+    if not recipe.iterations:
+        return Seen("no iterations", asked=False)
+    found = prompts_of_method(recipe)
+    if found is None:
+        return Seen("the anchor writes them", asked=False)
+    texts, path = found
+    wanted = prompts_suffice(recipe, len(texts), path)
+    return Seen(f"{len(texts):,}, and {wanted:,} are wanted")
+
+
+INPUTS = (engines, judge, files, data, method, window, prompts)
+
+
+def check_inputs(recipe: Recipe) -> None:
+    """Find out what of a recipe's inputs is missing or cannot be read.
+
+    Raises:
+        UserError: Names the first such input.
+    """
+    for check in INPUTS:
+        check(Launch(recipe))

@@ -1,0 +1,101 @@
+"""A run as it is about to be started, and what a check of it finds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from srlm_lite.recipe import Recipe
+from srlm_lite.run.run import RunDir
+
+if TYPE_CHECKING:
+    from srlm_lite.model.chat import ChatFormat
+    from srlm_lite.planning.plan import Plan
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A recipe in a run directory, on so many processes.
+
+    Args:
+        run: Where it is to run; None where nobody has said.
+        fresh: What is there is to be deleted.
+        planned: A plan that cannot fit stops it.
+        processes: That a launcher has started.
+        sharded: The base is spread over them; else each holds it whole.
+    """
+
+    recipe: Recipe
+    run: RunDir | None = None
+    fresh: bool = False
+    planned: bool = True
+    processes: int = 1
+    sharded: bool = False
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether it goes on with what an earlier start has written."""
+        return self.begun is not None
+
+    @property
+    def begun(self) -> RunDir | None:
+        """The run that it goes on with; None where it starts anew."""
+        run = self.run
+        return run if run is not None and not self.fresh and run.is_begun else None
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether every iteration that the recipe wants is there already."""
+        return self.begun is not None and 0 < self.recipe.iterations <= self.begun.last_done()
+
+    @cached_property
+    def plan(self) -> Plan:
+        """What the recipe takes of this machine.
+
+        Raises:
+            UserError: Nothing is known of the base's shape, or a LoRA target is not of it.
+        """
+        from srlm_lite.planning.machine import hardware_found, plan_for
+
+        shards = self.processes if self.sharded else 1
+        return plan_for(self.recipe, replace(hardware_found(self.recipe), shards=shards))
+
+    @cached_property
+    def chat(self) -> ChatFormat | None:
+        """How the base is going to be spoken to; None where its files are not here to tell.
+
+        Raises:
+            UserError: As `ChatFormat`, or as `model.base.skeleton`.
+        """
+        from srlm_lite.model.base import directory_here, skeleton
+        from srlm_lite.model.chat import ChatFormat
+
+        section = self.recipe.base
+        noted = self.run.base_revision if self.run is not None and self.run.path.is_dir() else None
+        folder = directory_here(section, revision=noted)
+        if folder is None:
+            return None
+        model, tokenizer = skeleton(folder)
+        ends = model.generation_config.eos_token_id
+        return ChatFormat(
+            tokenizer,
+            template=section.chat_template,
+            settings=section.chat_template_kwargs,
+            stop_ids=[ends] if isinstance(ends, int) else ends or (),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What a check has found where nothing stands in the way.
+
+    Args:
+        text: What was looked at, in a few words.
+        warnings: What bodes ill, a line each.
+        asked: False where there was nothing to ask.
+    """
+
+    text: str
+    warnings: tuple[str, ...] = ()
+    asked: bool = True

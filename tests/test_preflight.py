@@ -1,0 +1,277 @@
+"""What is asked before a run writes anything, through the real commands."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from types import SimpleNamespace
+
+import pytest
+from chat_server import free_port
+from commands import Cli, Done
+
+from srlm_lite import tracking
+from srlm_lite.planning import machine as planning
+from srlm_lite.planning.machine import plan_for
+from srlm_lite.preflight import machine as preflight_machine
+from srlm_lite.preflight.checks import CHECKS, NEEDS
+from srlm_lite.processes import LAUNCHER
+from srlm_lite.recipe import load_recipe
+from srlm_lite.run.run import RunDir
+
+
+def asked(cli: Cli, out: Path, *settings: str, more: Sequence[str] = ()) -> dict[str, str]:
+    """Check to `state: text`, of `iterate --dry-run --json`; it must have written nothing."""
+    sets = [word for setting in settings for word in ("--set", setting)]
+    before = sorted(out.rglob("*")) if out.exists() else None
+    done = cli(
+        "iterate", "--recipe", "tiny", "--adapters", out, "--dry-run", "--json", *sets, *more
+    )
+    assert (sorted(out.rglob("*")) if out.exists() else None) == before
+    assert "Traceback" not in done.stderr
+    found = json.loads(done.stdout)
+    bad = any(one["state"] == "bad" for one in found["checks"])
+    assert found["can_start"] is not bad and done.returncode == (2 if bad else 0)
+    return {one["check"]: f"{one['state']}: {one['text']}" for one in found["checks"]}
+
+
+def refused(cli: Cli, out: Path, *settings: str) -> str:
+    """The one line in which `iterate` itself refuses; it must have written nothing."""
+    sets = [word for setting in settings for word in ("--set", setting)]
+    done: Done = cli("iterate", "--recipe", "tiny", "--adapters", out, *sets)
+    lines = done.stderr.strip().splitlines()
+    assert done.returncode == 2 and len(lines) == 1, done.stderr
+    assert not out.exists()
+    return lines[0].removeprefix("srlm-lite: ")
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return shutil.copytree(load_recipe("tiny").data.dir, tmp_path / "data")
+
+
+def test_a_run_that_can_start_says_so_and_what_to_type(cli: Cli, out: Path) -> None:
+    done = cli("iterate", "--recipe", "tiny", "--adapters", out, "--dry-run")
+    assert done.returncode == 0
+    assert [line.split()[0] for line in done.stdout.splitlines()] == [
+        "-" if name in ("tracking", "server") else "ok" for name in CHECKS
+    ]
+    [line] = done.stderr.strip().splitlines()
+    assert line.startswith("next: srlm-lite iterate --recipe tiny --adapters ")
+    assert "--dry-run" not in line
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("check", "settings", "told"),
+    [
+        ("engines", ["rollout.engine=vllm"], "vLLM is not installed"),
+        ("judge", ["judge.rubric=nowhere"], "neither a file nor one of the shipped rubrics"),
+        ("judge", ["pairing.min_gap=5"], "no two scores of the rubric"),
+        ("files", ["base.chat_template=nowhere"], "neither a file nor one of the shipped chat_"),
+        ("files", ["anchor.init=nowhere"], "anchor.init = nowhere: no such directory"),
+        ("files", ["evaluate.gold=nowhere:gold"], "cannot be imported"),
+        ("data", ["data.dir=nowhere"], "no such data directory"),
+        (
+            "method",
+            ["method=dno", "dno.grading=side-by-side", "dno.template=nowhere"],
+            "one of the shipped templates",
+        ),
+        ("window", ["rollout.max_new_tokens=256"], "leaves no room for a prompt"),
+        ("prompts", ["prompts.per_iteration=9000"], "has 960 prompts, and 18000 are wanted"),
+        ("prompts", ["prompts.file=nowhere.jsonl"], "no such file"),
+        ("base", ["base.name=/no/base"], "there is nothing at /no/base"),
+        ("base", ["base.name=some-org/base"], "the Hub cannot be reached"),
+        ("device", ["base.device=cuda"], "CUDA"),
+        ("targets", ["dpo.lora.targets=[q_proj, c_attn]"], "c_attn"),
+    ],
+)
+def test_what_fails_is_told_by_the_dry_run_and_by_the_run(
+    cli: Cli, out: Path, check: str, settings: list[str], told: str
+) -> None:
+    if told == "vLLM is not installed" and "vllm" in sys.modules:
+        pytest.skip("vLLM is here")
+    answer = asked(cli, out, *settings)[check]
+    assert answer.startswith("bad: ") and told in answer
+    assert f"bad: {refused(cli, out, *settings)}" == answer
+
+
+def test_prompts_that_leave_no_room_are_counted_in_tokens_of_the_base(
+    cli: Cli, out: Path, data: Path
+) -> None:
+    rows = [json.loads(line) for line in (data / "prompts.jsonl").read_text().splitlines()]
+    long = [{**row, "text": 300 * "long "} for row in rows[:-20]]  # 2 x 12 are wanted
+    lines = [json.dumps(row) + "\n" for row in [*long, *rows[-20:]]]
+    (data / "prompts.jsonl").write_text("".join(lines))
+    answers = asked(cli, out, f"data.dir={data}")
+    assert "has 20 prompts that fit the window of 256 tokens" in answers["prompts that fit"]
+    assert answers["prompts"].startswith("ok: ")
+    assert "prompts.reuse=true" in refused(cli, out, f"data.dir={data}")
+
+
+def test_a_held_out_prompt_among_the_training_s(cli: Cli, out: Path, data: Path) -> None:
+    first = json.loads((data / "eval_prompts.jsonl").read_text().splitlines()[0])
+    with (data / "prompts.jsonl").open("a") as file:
+        file.write(json.dumps({"prompt_id": "leak", "text": first["text"]}) + "\n")
+    assert "1 of its prompts are also in" in asked(cli, out, f"data.dir={data}")["held-out"]
+
+
+def test_a_chat_template_that_fails(cli: Cli, out: Path, tmp_path: Path) -> None:
+    path = tmp_path / "broken.jinja"
+    path.write_text("{% for m in messages %}{{ m.content")
+    answer = asked(cli, out, f"base.chat_template={path}")
+    assert answer["chat template"].startswith("bad: ")
+    assert answer["prompts that fit"] == "not asked: see chat template"
+
+
+def test_what_cannot_fit_the_memory(cli: Cli, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "machine_memory", lambda: 600_000_000)
+    assert "GB at its longest" in asked(cli, out, "base.device=cpu")["memory"]
+    assert "--no-plan runs it all the same" in refused(cli, out, "base.device=cpu")
+    answers = asked(cli, out, "base.device=cpu", more=["--no-plan"])
+    assert answers["memory"] == "not asked: not asked (--no-plan)"
+
+
+@pytest.mark.parametrize(("short", "state"), [(10**9, "bad"), (1, "warning"), (0, "ok")])
+def test_what_the_disk_has_no_room_for(
+    cli: Cli, out: Path, monkeypatch: pytest.MonkeyPatch, short: int, state: str
+) -> None:
+    wanted = plan_for(load_recipe("tiny")).disk["run"]
+    usage = SimpleNamespace(free=max(0, wanted - short))
+    monkeypatch.setattr(preflight_machine.shutil, "disk_usage", lambda path: usage)
+    assert asked(cli, out)["disk"].startswith(f"{state}: ")
+
+
+def test_a_tracker_that_is_not_installed(
+    cli: Cli, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "_is_installed", lambda name: False)
+    told = asked(cli, out, "tracking.report_to=[wandb]")["tracking"]
+    assert told.startswith("bad: tracking.report_to = wandb: is not installed")
+
+
+def test_the_directory_of_another_run(cli: Cli, out: Path) -> None:
+    RunDir(out).open(load_recipe("tiny", ["seed=7"]), {})
+    assert asked(cli, out)["directory"] == "ok: a new run"  # nothing is computed yet
+    RunDir(out).anchor.path.mkdir()
+    assert "differing: seed (7 there, 0 " in asked(cli, out)["directory"]
+    assert asked(cli, out, more=["--fresh"])["directory"] == "ok: a new run"
+
+
+def test_processes_that_the_method_cannot_employ(
+    cli: Cli, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in LAUNCHER:
+        monkeypatch.setenv(name, "8" if name == "WORLD_SIZE" else "0")
+    assert asked(cli, out)["processes"].startswith("warning: 8")
+    told = asked(cli, out, "method=rlhf", "rollout.temperature=1", "dpo.batch_size=4")
+    assert told["processes"].startswith("bad: method: rlhf trains in one process")
+
+
+# --- the server -------------------------------------------------------------------------------
+
+
+@contextmanager
+def listing(models: list[str] | None, *, knows: str = "", status: int = 200) -> Iterator[str]:
+    """The URL of a server that lists these models; None: it has no such list."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            rows = None if models is None else {"data": [{"id": name} for name in models]}
+            self._answer(status if rows else 404, rows or {})
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            self._answer(200 if body["model"] == knows else 404, {})
+
+        def _answer(self, code: int, body: object) -> None:
+            sent = json.dumps(body).encode()
+            self.send_response(code)
+            self.send_header("Content-Length", str(len(sent)))
+            self.end_headers()
+            self.wfile.write(sent)
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/v1"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def judged_by(url: str) -> list[str]:
+    return ["judge.engine=openai", "openai.model=judge", f"openai.url={url}"]
+
+
+def test_a_server_that_is_not_there(cli: Cli, out: Path) -> None:
+    url = f"http://127.0.0.1:{free_port()}/v1"
+    told = asked(cli, out, *judged_by(url))["server"]
+    assert told.startswith(f"bad: openai.url = {url}: cannot be reached (")
+    assert "Start the server" in refused(cli, out, *judged_by(url))
+
+
+@pytest.mark.parametrize(
+    ("models", "knows", "told"),
+    [
+        (["judge", "other"], "", "ok: {url} has judge"),
+        (["other"], "judge", "ok: {url} answers"),
+        (["other"], "", "bad: openai.url = {url}: knows no model judge (404); it lists other."),
+        (None, "", "ok: {url} answers"),
+    ],
+)
+def test_a_server_and_its_model(
+    cli: Cli, out: Path, models: list[str] | None, knows: str, told: str
+) -> None:
+    with listing(models, knows=knows) as url:
+        assert asked(cli, out, *judged_by(url))["server"].startswith(told.format(url=url))
+
+
+def test_a_server_that_refuses_the_key(cli: Cli, out: Path) -> None:
+    with listing(["x"], status=401) as url:
+        told = asked(cli, out, *judged_by(url))["server"]
+    assert "refuses the key" in told or "knows no model" in told
+
+
+# --- the doctor, and the table of checks ------------------------------------------------------
+
+
+def test_the_doctor_asks_the_same_of_a_recipe(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    from srlm_lite.doctor import machine, packages, proof
+
+    monkeypatch.setattr(proof, "proof_findings", lambda: [])
+    monkeypatch.setattr(packages, "package_findings", lambda: [])
+    monkeypatch.setattr(machine, "machine_findings", lambda folder: [])
+    done = cli("doctor", "--json", "--recipe", "tiny", "--set", "data.dir=nowhere")
+    found = json.loads(done.stdout)["recipe tiny"]
+    assert done.returncode == 2
+    states = {one["name"]: one["state"] for one in found}
+    assert list(states) == list(CHECKS)
+    assert states["data"] == "bad" and states["base"] == "ok" and states["directory"] == "absent"
+    assert cli("doctor", "--recipe", "tiny").returncode == 0
+    assert cli("doctor", "--set", "seed=1").returncode == 2
+
+
+def test_json_goes_with_a_dry_run(cli: Cli, out: Path) -> None:
+    done = cli("iterate", "--recipe", "tiny", "--adapters", out, "--json")
+    assert done.returncode == 2 and "--json: goes with --dry-run" in done.stderr
+
+
+def test_a_check_waits_for_checks_that_are_asked_before_it() -> None:
+    order = list(CHECKS)
+    for name, needs in NEEDS.items():
+        assert all(order.index(need) < order.index(name) for need in needs), name
