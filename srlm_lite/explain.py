@@ -16,7 +16,8 @@ from pydantic import AfterValidator, BaseModel
 from pydantic.fields import FieldInfo
 
 from srlm_lite.errors import UserError
-from srlm_lite.recipe import UNREAD, Recipe, layers_of, load_recipe
+from srlm_lite.methods import METHODS
+from srlm_lite.recipe import Recipe, layers_of, load_recipe
 from srlm_lite.settings import Before, DecidesNothing, IsPath, Section, known_temperature
 
 NOTHING = "null"
@@ -59,9 +60,10 @@ class Setting:
         return written(marks[0].value) if marks else None
 
     @property
-    def refused(self) -> dict[str, tuple[str, ...]]:
+    def refused(self) -> dict[str, tuple[Any, ...]]:
         """By method that does not read it: the values refused; without any, all but the default."""
-        return {method: keys[self.key] for method, keys in UNREAD.items() if self.key in keys}
+        unread = {name: kind.unread(kind.Settings()) for name, kind in METHODS.items()}
+        return {name: tuple(keys[self.key]) for name, keys in unread.items() if self.key in keys}
 
 
 def settings_in(

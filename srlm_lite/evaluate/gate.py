@@ -176,8 +176,9 @@ def _divergence(before: Sequence[Evaluation], now: Evaluation, gate: Gate) -> It
     if found is not None and found > gate.divergence:
         yield (
             f"the model has gone {found:.1f} nats a token from the anchor: so far from what it was "
-            "taught on, grades say little, however high; lower dpo.learning_rate, raise dpo.beta "
-            "(rlhf.kl_weight with the method rlhf), or stop at the best iteration"
+            "taught on, grades say little, however high; lower dpo.learning_rate, raise what holds "
+            "it there (dpo.beta, or what the method has in its place), or stop at the best "
+            "iteration"
         )
 
 

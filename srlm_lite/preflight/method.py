@@ -4,18 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from srlm_lite.judging import load_question
-from srlm_lite.principles import load_principles
+from srlm_lite.methods import method_of
 from srlm_lite.recipe import Recipe
-from srlm_lite.run.files import read_jsonl
-from srlm_lite.stages.seed_data import (
-    prompt_file,
-    ranked_file,
-    read_human_answers,
-    read_ift,
-    read_prompts,
-    read_ranked,
-)
+from srlm_lite.stages.seed_data import FilesOfRecipe
 
 
 def check_method(recipe: Recipe) -> None:
@@ -24,16 +15,7 @@ def check_method(recipe: Recipe) -> None:
     Raises:
         UserError: Names the first that cannot be read.
     """
-    if recipe.method == "meta-rewarding":
-        load_question("meta-judge", recipe.meta_rewarding.template)
-    if recipe.method == "dno" and recipe.dno.grading == "side-by-side":
-        load_question("side-by-side", recipe.dno.template)
-    if recipe.method == "dno" and recipe.dno.teacher not in (None, "server"):
-        read_jsonl(Path(str(recipe.dno.teacher)))
-    if recipe.method == "rlaif":
-        load_principles(recipe.rlaif.principles)
-        if recipe.rlaif.helpful:
-            read_ift(recipe)
+    method_of(recipe).preflight(FilesOfRecipe(recipe))
 
 
 def prompts_of_method(recipe: Recipe) -> tuple[list[str], Path] | None:
@@ -44,14 +26,5 @@ def prompts_of_method(recipe: Recipe) -> tuple[list[str], Path] | None:
     Raises:
         UserError: The file cannot be read.
     """
-    if recipe.method in ("dpo", "rlhf"):
-        ranked, path = read_ranked(ranked_file(recipe), None), ranked_file(recipe)
-        if recipe.method == "dpo":
-            return [group[0].prompt for group in ranked], path
-    if recipe.method == "spin":
-        answers, path = read_human_answers(recipe)
-        return [row.prompt for row in answers], path
-    if recipe.prompts.source == "file":
-        path = prompt_file(recipe)
-        return [row.text for row in read_prompts(path)], path
-    return None
+    pool = method_of(recipe).pool(FilesOfRecipe(recipe))
+    return None if pool is None else ([prompt.text for prompt in pool[0]], pool[1])
