@@ -16,6 +16,7 @@ from chat_server import transformers_serve
 from commands import Cli, in_process
 from families import build_family
 from hypothesis import settings
+from quick import is_quick, overstays, seconds_of_cores
 
 # A busy machine is slow, not wrong.
 settings.register_profile("patient", deadline=None)
@@ -42,6 +43,33 @@ CORPUS = (
     "The reply answers the question. It is short and clear. It does not name the topic.",
     "user assistant system reply question Score: 0 Score: 1 Score: 2 Score: 3 Score: 4 Score: 5",
 )
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="what `make quick` runs: see quick.py")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With `--quick` the other files are not even imported."""
+    left_out = collection_path.name.startswith("test_") and not is_quick(collection_path)
+    return True if config.getoption("quick") and left_out else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("quick"):
+        longer = [item for item in items if item.get_closest_marker("model")]
+        config.hook.pytest_deselected(items=longer)
+        items[:] = [item for item in items if item not in longer]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Hold the tests that `make quick` runs to their moment, in every run."""
+    before = seconds_of_cores()
+    yield
+    taken = seconds_of_cores() - before
+    if overstays(item, taken):
+        pytest.fail(f"took {taken:.0f} s of a core: mark it `model`, or see quick.py")
 
 
 def pytest_collection_finish() -> None:

@@ -32,12 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "shipped": {"errors"},
     "settings": {"errors", "shipped"},
     "recipe": {"errors", "methods", "settings", "shipped", "yaml_text"},
-    "explain": {
-        "errors",
-        "methods",
-        "recipe",
-        "settings",
-    },
+    "explain": {"errors", "methods", "recipe", "settings"},
     "engines": {"model", "progress", "recipe", "rollout", "run.run", "settings"},
     "planning": {
         "data",
@@ -239,7 +234,6 @@ ALLOWED: dict[str, set[str]] = {
         "methods",
         "model",
         "planning",
-        "principles",
         "recipe",
         "run.files",
         "run.run",

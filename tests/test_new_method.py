@@ -16,14 +16,13 @@ from pathlib import Path
 from statistics import fmean
 
 import pytest
-from methods_page import PAGE, with_table
 
 from srlm_lite.records import Candidate, Judgement, PreferencePair
 from srlm_lite.run.files import read_records
 from srlm_lite.run.run import RunDir
 
 ROOT = Path(__file__).resolve().parent.parent
-TEXT = PAGE.read_text(encoding="utf-8")
+TEXT = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
 METHOD, _, RECIPE = re.findall(r"^```(?:python|yaml)\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
 
 SMALL = (
@@ -44,16 +43,12 @@ SMALL = (
 )
 
 
-def test_the_page_has_the_table_of_methods() -> None:
-    assert with_table(TEXT) == TEXT, "python tests/methods_page.py"
-
-
 @pytest.fixture(scope="module")
 def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkout in which somebody has followed the page."""
     root = tmp_path_factory.mktemp("checkout")
     left = shutil.ignore_patterns("__pycache__")
-    for name in ("srlm_lite", "recipes", "tests", "docs"):
+    for name in ("srlm_lite", "recipes", "tests", "docs", ".ci"):
         shutil.copytree(ROOT / name, root / name, ignore=left)
     for name in ("pyproject.toml", "README.md", "constraints.txt"):
         shutil.copy(ROOT / name, root / name)
@@ -117,11 +112,10 @@ def test_it_runs_plans_reports_and_exports(package: Path, tmp_path: Path) -> Non
 @pytest.mark.slow
 def test_the_tests_of_all_methods_take_it(package: Path) -> None:
     """What a contributor is promised: a file, a row, a recipe; the page is written anew."""
-    within(package, "tests/methods_page.py")
+    within(package, ".ci/docs.py")
     assert "| `second-best` | `toy-second-best` |" in (package / "docs" / "methods.md").read_text()
     asked = (
         "tests/test_settings.py",
-        "tests/test_new_method.py::test_the_page_has_the_table_of_methods",
         "tests/test_methods.py::test_every_method_has_a_recipe_and_an_unknown_one_is_told",
         "tests/test_methods.py::test_a_method_says_what_it_is",
         "tests/test_methods.py::test_a_method_s_settings_count_for_that_method_alone",

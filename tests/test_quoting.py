@@ -192,13 +192,14 @@ def test_ordinary_text_is_shown_as_it_is(kind: str, text: str) -> None:
 
 @pytest.mark.parametrize(("recipe", "rubric"), [("house_style", "house-style"), ("toy", "toy")])
 def test_shipped_replies_are_shown_as_they_are(recipe: str, rubric: str) -> None:
+    """But for those that are there to fish for a grade."""
     found = load_rubric(rubric)
     texts = [
         str(value)
         for path in sorted(Path(recipes_dir(), recipe, "data").glob("*.jsonl"))
-        for line in path.read_text(encoding="utf-8").splitlines()
-        for key, value in json.loads(line).items()
-        if key in ("prompt", "response")
+        for row in map(json.loads, path.read_text(encoding="utf-8").splitlines())
+        for key, value in row.items()
+        if key in ("prompt", "response") and not str(row.get("prompt_id")).startswith("bait-")
     ]
     assert len(texts) > 500
     assert [text for text in texts if found.quote(text) != text] == []

@@ -63,7 +63,7 @@ class DnoSettings(Section):
     """`side-by-side`: the judge sees all answers to a prompt at once, in an order drawn for each
     vote, as in the paper. `rubric`: each answer by itself."""
     template: Annotated[str, IsPath(shipped=TEMPLATES)] = "side-by-side"
-    """Of the side-by-side judge's prompt: name of a shipped template or a path."""
+    """The side-by-side judge's question: name of a shipped template or a path."""
     least_positive: float = 5.0
     """Lowest score of a chosen answer."""
     margin: Annotated[float, Field(gt=0)] = 2.0

@@ -65,11 +65,11 @@ class MetaRewardingSettings(Section):
     roles: Literal["shared", "separate"] = "shared"
     """One delta for policy and judge, or one each."""
     template: Annotated[str, IsPath(shipped=TEMPLATES)] = "meta-judge"
-    """Of the meta-judge's question: name of a shipped template or a path."""
+    """The meta-judge's question: name of a shipped template or a path."""
     verdicts: tuple[str, str] = ("Winner: Judgement A", "Winner: Judgement B")
     """Last line of the meta-judge's reply where the first, or the second judgement wins."""
     max_new_tokens: Positive = 512
-    """Of the meta-judge's reply."""
+    """Longest reply of the meta-judge."""
     hide_scores: bool = False
     """Show it the judgements without their scores: it tends to choose the higher one."""
     judgement_caps: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1100, 1000)
@@ -90,7 +90,7 @@ class Battle:
 def most_disputed(
     judgements: Mapping[str, Sequence[Judgement]], rng: Random
 ) -> list[Judgement] | None:
-    """Of a prompt's answers, the readable judgements of the one whose scores vary most.
+    """The readable judgements of the answer to a prompt whose scores vary most.
 
     Ties are drawn. None where no answer has two different scores.
     """

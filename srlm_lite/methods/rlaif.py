@@ -84,7 +84,7 @@ class RlaifSettings(Section):
     helpful: Annotated[float, Field(ge=0)] = 0.0
     """Rows of `ift.jsonl` that are learned beside the revisions, so many for each of them."""
     max_new_tokens: Positive = 256
-    """Of a critique, or of the rationale before a label."""
+    """Longest critique, or rationale before a label."""
     rationale: bool = False
     """The labeller gives its reasons before it names the better answer."""
     clamp: Annotated[float, Field(gt=0.5, le=1)] = 0.6
@@ -436,7 +436,7 @@ class Rlaif(SelfRewarding[RlaifSettings]):
     def _gold(
         self, texts: Mapping[str, str], prompt_of: Mapping[str, str], answers: Mapping[str, str]
     ) -> dict[str, float]:
-        """Of answers by the name of their draft; measured, never learned from."""
+        """Gold scores of answers, by the name of their draft; measured, never learned from."""
         return gold_scores(
             self.recipe.evaluate.gold,
             [Prompt(name, text) for name, text in texts.items()],
@@ -526,7 +526,7 @@ class Rlaif(SelfRewarding[RlaifSettings]):
         held_to: Principles,
         rationales: Mapping[str, str | None],
     ) -> dict[str, Likelihood]:
-        """Of both options as the end of the reply; what they have in common cancels out later."""
+        """How likely either option ends the reply; what they have in common cancels out later."""
         question = "reasoning" if self.own.rationale else "comparison"
         questions, replies = [], []
         for one in comparisons:

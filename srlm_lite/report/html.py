@@ -50,7 +50,7 @@ KEY_SETTINGS = (
     ("dpo.learning_rate", "learning rate"),
     ("dpo.epochs", "epochs"),
 )
-"""Of all methods; one's own are its `labels`."""
+"""The settings of all methods; one's own are its `labels`."""
 
 
 def html(facts: Facts) -> str:

@@ -15,11 +15,11 @@ __all__ = ["Words", "words"]
 
 def words(settings: Mapping[str, Any]) -> Words:
     """The words for a run with these settings, a recipe as `run.json` has it."""
-    kind = METHODS.get(str(settings.get("method", DEFAULT)))
-    found = kind.words(own_settings(kind, settings)) if kind else Words()
+    method = METHODS.get(str(settings.get("method", DEFAULT)))
+    found = method.words(own_settings(method, settings)) if method else Words()
     engine = (settings.get("judge") or {}).get("engine")
     engine = engine or (settings.get("rollout") or {}).get("engine")
-    external = engine in ENGINES and ENGINES[engine].remote
+    external = any(kind.name == engine and kind.remote for kind in ENGINES.values())
     found = replace(found, external=external)
     if found.score == "score" and (settings.get("pairing") or {}).get("source") == "gold":
         return replace(found, score="gold score")
