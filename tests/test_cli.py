@@ -176,7 +176,7 @@ def test_an_interruption_says_how_to_go_on(
 ) -> None:
     """It leaves out `--fresh`, with which the same command would delete what is done."""
 
-    def interrupted(**given: Any) -> None:
+    def interrupted(wish: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(iterate, "run_iterate", interrupted)

@@ -46,6 +46,11 @@ def made(index: int) -> list[Prompt]:
     return [Prompt(key, TEXTS[key], "test") for key in CHUNKS[index]]
 
 
+def filled(journal: Journal, chunks: Any, make: Any, **told: Any) -> list[Any]:
+    """The journal with all chunks; `make` makes the rows of chunk i."""
+    return journal.stream(chunks, lambda missing: map(make, missing), **told)
+
+
 def journal(path: Path) -> Journal:
     return Journal(path, Prompt, lambda row: row.prompt_id)
 
@@ -68,7 +73,7 @@ def recording(calls: list[int], *, kill_at: int | None = None) -> Callable[[int]
 def whole(tmp_path: Path) -> bytes:
     """The bytes of a journal that was never disturbed."""
     path = tmp_path / "undisturbed.jsonl"
-    journal(path).fill(CHUNKS, made)
+    filled(journal(path), CHUNKS, made)
     return path.read_bytes()
 
 
@@ -83,7 +88,9 @@ def test_a_journal_holds_every_chunk_in_order(whole: bytes) -> None:
 
 def test_the_file_grows_by_whole_chunks(tmp_path: Path, whole: bytes) -> None:
     path, sizes = tmp_path / "j.jsonl", []
-    journal(path).fill(CHUNKS, made, on_chunk=lambda i, computed: sizes.append(path.stat().st_size))
+    filled(
+        journal(path), CHUNKS, made, on_chunk=lambda i, computed: sizes.append(path.stat().st_size)
+    )
     lines = whole.splitlines(keepends=True)
     # Two rows, then one more, then two more; each chunk is on disk when it is announced.
     assert sizes == [sum(map(len, lines[:2])), sum(map(len, lines[:3])), len(whole)]
@@ -94,7 +101,9 @@ def test_a_complete_journal_computes_nothing(tmp_path: Path, whole: bytes) -> No
     path.write_bytes(whole)
     calls: list[int] = []
     told: list[tuple[int, bool]] = []
-    rows = journal(path).fill(CHUNKS, recording(calls), on_chunk=lambda i, c: told.append((i, c)))
+    rows = filled(
+        journal(path), CHUNKS, recording(calls), on_chunk=lambda i, c: told.append((i, c))
+    )
     assert calls == []
     assert told == [(0, False), (1, False), (2, False)]
     assert rows == [row for index in range(3) for row in made(index)]
@@ -108,7 +117,7 @@ def test_resuming_after_a_cut_at_every_byte(tmp_path: Path, whole: bytes) -> Non
     for cut in range(len(whole) + 1):
         path.write_bytes(whole[:cut])
         calls: list[int] = []
-        rows = journal(path).fill(CHUNKS, recording(calls))
+        rows = filled(journal(path), CHUNKS, recording(calls))
         assert path.read_bytes() == whole, f"cut at byte {cut}"
         assert rows == [row for index in range(3) for row in made(index)]
         # Chunks whose last byte was there are kept; all the others are computed, and only they.
@@ -124,11 +133,11 @@ def test_killed_while_computing_it_ends_with_the_same_bytes(
     for kill_at in kills:
         # A kill before a chunk that is complete already does not happen: nothing is computed.
         try:
-            journal(path).fill(CHUNKS, recording([], kill_at=kill_at))
+            filled(journal(path), CHUNKS, recording([], kill_at=kill_at))
         except Killed:
             with path.open("ab") if path.exists() else path.open("wb") as file:
                 file.write(b'{"prompt_id": "torn')
-    journal(path).fill(CHUNKS, made)
+    filled(journal(path), CHUNKS, made)
     assert path.read_bytes() == whole
 
 
@@ -156,7 +165,7 @@ def test_what_is_not_a_whole_expected_chunk_is_cut_off(
     first_two = b"".join(whole.splitlines(keepends=True)[:3])
     path.write_bytes(first_two + tail)
     calls: list[int] = []
-    journal(path).fill(CHUNKS, recording(calls))
+    filled(journal(path), CHUNKS, recording(calls))
     assert calls == [2]
     assert path.read_bytes() == whole
 
@@ -164,7 +173,7 @@ def test_what_is_not_a_whole_expected_chunk_is_cut_off(
 def test_rows_behind_the_last_chunk_are_cut_off(tmp_path: Path, whole: bytes) -> None:
     path = tmp_path / "j.jsonl"
     path.write_bytes(whole + b'{"prompt_id": "f", "text": "", "source": ""}\n')
-    journal(path).fill(CHUNKS, recording([], kill_at=0))
+    filled(journal(path), CHUNKS, recording([], kill_at=0))
     assert path.read_bytes() == whole
 
 
@@ -173,7 +182,7 @@ def test_a_foreign_first_chunk_makes_all_of_it_new(tmp_path: Path, whole: bytes)
     lines = whole.splitlines(keepends=True)
     path.write_bytes(b"".join([lines[1], lines[0], *lines[2:]]))
     calls: list[int] = []
-    journal(path).fill(CHUNKS, recording(calls))
+    filled(journal(path), CHUNKS, recording(calls))
     assert calls == [0, 1, 2]
     assert path.read_bytes() == whole
 
@@ -182,14 +191,14 @@ def test_the_same_rows_in_smaller_chunks_are_kept(tmp_path: Path, whole: bytes) 
     path = tmp_path / "j.jsonl"
     path.write_bytes(whole)
     calls: list[int] = []
-    journal(path).fill([["a"], ["b"], ["c", "d"], ["e"]], recording(calls))
+    filled(journal(path), [["a"], ["b"], ["c", "d"], ["e"]], recording(calls))
     assert calls == []
 
 
 def test_a_chunk_with_other_rows_than_announced_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "j.jsonl"
     with pytest.raises(RuntimeError, match="chunk 1 came back with other rows"):
-        journal(path).fill(CHUNKS, lambda index: made(0))
+        filled(journal(path), CHUNKS, lambda index: made(0))
     assert [row["prompt_id"] for row in read_jsonl(path)] == ["a", "b"]
 
 
@@ -198,8 +207,8 @@ def test_a_journal_keeps_none_and_defaults_apart(tmp_path: Path) -> None:
     rows = [Judgement("c", 0, "?", None, "length", True), Judgement("c", 1, "Score: 0", 0.0)]
     keys = [["c:0", "c:1"]]
     told = Journal(path, Judgement, lambda row: f"{row.candidate_id}:{row.vote}")
-    told.fill(keys, lambda index: rows)
-    assert told.fill(keys, recording([], kill_at=0)) == rows
+    filled(told, keys, lambda index: rows)
+    assert filled(told, keys, recording([], kill_at=0)) == rows
     assert [row["score"] for row in read_jsonl(path)] == [None, 0.0]
 
 

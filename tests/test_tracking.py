@@ -23,7 +23,7 @@ from test_processes import anchor as anchor  # the fixture
 from test_processes import started_as_two
 
 from srlm_lite import tracking
-from srlm_lite.cli.iterate import run_iterate
+from srlm_lite.cli.iterate import Wish, run_iterate
 from srlm_lite.doctor.recipes import recipe_finding
 from srlm_lite.errors import UserError
 from srlm_lite.loop import iterate
@@ -569,13 +569,7 @@ def test_a_tracker_that_is_not_installed_is_missed_before_anything_is_written(
 ) -> None:
     monkeypatch.setattr(tracking, "_is_installed", lambda name: name != "wandb")
     with pytest.raises(UserError) as caught:
-        run_iterate(
-            recipe_name="tiny",
-            directory=tmp_path / "out",
-            iterations=None,
-            overrides=["tracking.report_to=[tensorboard, wandb]"],
-            fresh=False,
-        )
+        run_iterate(Wish("tiny", tmp_path / "out", ["tracking.report_to=[tensorboard, wandb]"]))
     assert str(caught.value) == (
         "tracking.report_to = wandb: is not installed. pip install wandb, or all three: "
         "pip install 'srlm-lite[tracking]'"
