@@ -16,7 +16,8 @@ from pydantic import AfterValidator, BaseModel
 from pydantic.fields import FieldInfo
 
 from srlm_lite.errors import UserError
-from srlm_lite.recipe import UNREAD, Recipe, layers_of, load_recipe
+from srlm_lite.methods import METHODS
+from srlm_lite.recipe import Recipe, layers_of, load_recipe
 from srlm_lite.settings import Before, DecidesNothing, IsPath, Section, known_temperature
 
 NOTHING = "null"
@@ -60,8 +61,12 @@ class Setting:
 
     @property
     def refused(self) -> dict[str, tuple[str, ...]]:
-        """By method that does not read it: the values refused; without any, all but the default."""
-        return {method: keys[self.key] for method, keys in UNREAD.items() if self.key in keys}
+        """By method that does not read it: the values refused; without any, all but the default.
+
+        A method's own settings are at their defaults.
+        """
+        unread = {name: kind.unread(kind.Settings()) for name, kind in METHODS.items()}
+        return {name: tuple(keys[self.key]) for name, keys in unread.items() if self.key in keys}
 
 
 def settings_in(
@@ -171,16 +176,19 @@ def _needed(section: type[BaseModel] | None) -> list[str]:
 
 def _setting(section: type[BaseModel], name: str, above: Setting | None) -> Setting:
     field = section.model_fields[name]
-    below = _section(field)
     marked = any(isinstance(mark, DecidesNothing) for mark in field.metadata)
-    own = getattr(below, "read_by", None)
     return Setting(
         key=name if above is None else f"{above.key}.{name}",
         field=field,
-        read_by=own if above is None else above.read_by,
+        read_by=_method_of_section(name) if above is None else above.read_by,
         decides=not marked and (above is None or above.decides),
         meaning=_meaning(section, name),
     )
+
+
+def _method_of_section(name: str) -> str | None:
+    """The method whose own section this is."""
+    return next((kind.name for kind in METHODS.values() if kind.section == name), None)
 
 
 def _meaning(section: type[BaseModel], name: str) -> str:

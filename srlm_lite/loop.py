@@ -25,8 +25,9 @@ from srlm_lite.methods import method_of
 from srlm_lite.run.layout import IterationDir
 from srlm_lite.session import Session
 from srlm_lite.stages import anchor, evaluation
-from srlm_lite.stages.iteration import check_prompts
+from srlm_lite.stages.at_work import AtWork
 from srlm_lite.stages.log import StageLog
+from srlm_lite.stages.prompts import check_prompts
 from srlm_lite.stages.reading import reading
 
 
@@ -55,18 +56,14 @@ def make_iteration(session: Session, directory: IterationDir) -> None:
     """M(t+1), from the answers and grades of M(t)."""
     if directory.is_done:
         return
-    t, method = directory.number, method_of(session.recipe)
+    t, method, it = directory.number, method_of(session.recipe), AtWork(session, directory)
     evaluation.hold_to_gates(session, t - 1)
     log = StageLog(session, directory, iteration=t)
-    prompts = log.run("prompts", lambda: method.prompts(session, directory))
-    candidates = log.run("candidates", lambda: method.candidates(session, directory, prompts))
-    judgements = log.run(
-        "judgements", lambda: method.judgements(session, directory, prompts, candidates)
-    )
-    pairs = log.run(
-        "pairs", lambda: method.pairs(session, directory, prompts, candidates, judgements)
-    )
-    log.run("delta", lambda: method.delta(session, directory, pairs))
+    prompts = log.run("prompts", lambda: method.prompts(it))
+    candidates = log.run("candidates", lambda: method.candidates(it, prompts))
+    judgements = log.run("judgements", lambda: method.judgements(it, prompts, candidates))
+    pairs = log.run("pairs", lambda: method.pairs(it, prompts, candidates, judgements))
+    log.run("delta", lambda: method.delta(it, pairs))
     policy, judge = session.stack(t), session.stack(t, "judge")
     log.run("evaluation", lambda: evaluation.evaluation(session, directory, policy, judge=judge))
     log.finish()

@@ -14,43 +14,54 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    Field,
+    ValidationError,
+    create_model,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from srlm_lite.errors import UserError, shorten
-from srlm_lite.settings import (
-    Before,
-    Cream,
-    DecidesNothing,
-    Dno,
-    IsPath,
-    MetaRewarding,
-    Offline,
-    Rlaif,
-    Rlhf,
-    Scir,
-    Shared,
-    Spin,
-    marked,
-    sections_of,
-)
+from srlm_lite.methods import DEFAULT, METHODS, method_of, sections_of_others
+from srlm_lite.settings import Before, DecidesNothing, IsPath, Section, Shared, marked, sections_of
 from srlm_lite.shipped import place_of_base, recipes_dir
 from srlm_lite.yaml_text import parse_yaml, read_yaml
 
+if TYPE_CHECKING:
+    _OfMethods = Shared
+else:
+    _OfMethods = create_model(
+        "_OfMethods",
+        __base__=Shared,
+        method=(
+            Literal[tuple(METHODS)],
+            Field(DEFAULT, description=Shared.model_fields["method"].description),
+        ),
+        **{
+            kind.section: (kind.Settings, kind.Settings())
+            for kind in METHODS.values()
+            if kind.section
+        },
+    )
 
-class Recipe(Shared):
-    """All a run needs to know."""
 
-    offline: Offline = Offline()
-    spin: Spin = Spin()
-    cream: Cream = Cream()
-    dno: Dno = Dno()
-    scir: Scir = Scir()
-    meta_rewarding: MetaRewarding = MetaRewarding()
-    rlaif: Rlaif = Rlaif()
-    rlhf: Rlhf = Rlhf()
+class Recipe(_OfMethods):
+    """All a run needs to know: what methods share, and a section for each that has its own."""
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _is_known(cls, value: Any) -> Any:
+        if not isinstance(value, str) or value in METHODS:
+            return value
+        close = difflib.get_close_matches(value, METHODS, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(METHODS)}"
+        raise PydanticCustomError("unknown_method", "no such method; {hint}", {"hint": hint})
 
     @model_validator(mode="after")
     def _server_is_named(self) -> Recipe:
@@ -59,57 +70,8 @@ class Recipe(Shared):
         return self
 
     @model_validator(mode="after")
-    def _implicit_reward_exists(self) -> Recipe:
-        told = self.dpo.init == "previous" and self.dpo.reference == "anchor"
-        if self.method == "scir" and not told:
-            raise ValueError(
-                "method scir needs dpo.init=previous and dpo.reference=anchor: the implicit reward "
-                "is what the last model has learned beyond the anchor"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _revisions_are_kept(self) -> Recipe:
-        if self.method == "rlaif" and self.dpo.init != "previous":
-            raise ValueError(
-                "method rlaif needs dpo.init=previous: what the revisions taught is in the last "
-                "delta"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _both_roles_are_kept(self) -> Recipe:
-        if self.method != "meta-rewarding" or self.dpo.init == "previous":
-            return self
-        meta = self.meta_rewarding
-        if meta.roles == "shared" and {"policy", "judge"} & set(meta.schedule):
-            raise ValueError(
-                "method meta-rewarding needs dpo.init=previous where its schedule trains one role "
-                "alone: a delta that starts from zero forgets the other one. Or set "
-                "meta_rewarding.roles=separate"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _answers_fill_a_step(self) -> Recipe:
-        if self.method != "rlhf":
-            return self
-        if self.dpo.batch_size % self.rollout.n:
-            raise ValueError("method rlhf needs a dpo.batch_size that rollout.n divides")
-        if self.prompts.per_iteration * self.rollout.n < self.dpo.batch_size:
-            raise ValueError(
-                "method rlhf needs as many answers (prompts.per_iteration times rollout.n) as "
-                "dpo.batch_size"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _something_can_be_drawn(self) -> Recipe:
-        if self.method == "rlhf" and not self.rollout.temperature:
-            raise ValueError(
-                "method rlhf needs a rollout.temperature above 0: it learns from how replies to "
-                "one prompt differ"
-            )
+    def _method_has_what_it_needs(self) -> Recipe:
+        method_of(self).needs()
         return self
 
     @model_validator(mode="after")
@@ -122,11 +84,7 @@ class Recipe(Shared):
 
     @model_validator(mode="after")
     def _settings_are_read(self) -> Recipe:
-        unread = dict(UNREAD.get(self.method, {}))
-        if self.method == "dpo" and self.offline.pairs == "all":
-            unread |= {"pairing.rho": (), "pairing.alpha": (), "pairing.source": ("random", "gold")}
-        if self.method == "cream" and self.cream.scores == "likelihood":
-            unread |= {"pairing.source": ("gold",)}
+        unread = METHODS[self.method].unread(self.own)
         for name, values in unread.items():
             section, key = name.split(".")
             value = getattr(getattr(self, section), key)
@@ -137,24 +95,26 @@ class Recipe(Shared):
         return self
 
     @property
+    def own(self) -> Section:
+        """The settings of the recipe's method."""
+        found: Section = method_of(self).own
+        return found
+
+    @property
     def asks_a_server(self) -> bool:
         """Whether the run needs the server of the section `openai`."""
-        teacher = self.method == "dno" and self.dno.teacher == "server"
-        return teacher or "openai" in (self.rollout.engine, self.judge.engine)
+        asks = method_of(self).asks_a_server
+        return asks or "openai" in (self.rollout.engine, self.judge.engine)
 
     @property
     def judge_makes_pairs(self) -> bool:
         """Whether differences of the rubric's scores decide what is a pair."""
-        if self.pairing.source != "judge" or self.method in ("dpo", "rlaif"):
-            return False
-        if self.method == "dno" and self.dno.grading == "side-by-side":
-            return False
-        return self.method != "cream" or self.cream.scores == "judge"
+        return method_of(self).judge_makes_pairs
 
     @property
     def judge_has_deltas(self) -> bool:
         """Whether the judge's role has deltas of its own."""
-        return self.method == "meta-rewarding" and self.meta_rewarding.roles == "separate"
+        return method_of(self).judge_has_deltas
 
     def identity(self) -> dict[str, Any]:
         """What makes two runs the same run: every setting that decides what is computed.
@@ -164,7 +124,7 @@ class Recipe(Shared):
         so that a run goes on from another installation (`RunDir.hold_to_base` holds it to the
         weights). A setting that came later counts where it is not what it was `Before`.
         """
-        others = sections_of_methods(but=self.method)
+        others = sections_of_others(self.method)
         settings = as_noted_now(self.model_dump(mode="json", exclude=others))
         for part, key, path in paths_in(settings):
             if path.by_content:
@@ -187,27 +147,6 @@ WORDS = {
 }
 """What some of pydantic's errors say, in the words of recipes."""
 
-UNREAD: dict[str, dict[str, tuple[str, ...]]] = {
-    "dpo": {"pairing.source": ("gold",), "prompts.source": ("self-instruct",), "prompts.file": ()},
-    "spin": {
-        "pairing.source": ("random", "gold"), "pairing.min_gap": (), "pairing.rho": (),
-        "pairing.alpha": (), "dpo.beta": (), "prompts.source": ("self-instruct",),
-        "prompts.file": (),
-    },
-    "temporal": {"pairing.source": ("random",)},
-    # It would hold blind pairs, and those of a gold scorer, to what the judge thinks of them.
-    "scir": {"pairing.source": ("random", "gold")},
-    "dno": {"pairing.source": ("random",), "pairing.rho": ()},
-    "rlaif": {"pairing.rho": (), "pairing.alpha": ()},
-    "rlhf": {
-        "pairing.source": ("random", "gold"), "pairing.min_gap": (), "pairing.rho": (),
-        "pairing.alpha": (), "pairing.replay": (), "dpo.beta": (), "dpo.nll_weight": (),
-        "dpo.label_smoothing": (), "dpo.ld_alpha": (),
-    },
-}  # fmt: skip
-"""Settings that a method does not read: these values, or any but the default. They are refused, or
-a run that is called a control would not be one."""
-
 
 def as_noted_now(identity: dict[str, Any]) -> dict[str, Any]:
     """The same identity, which an earlier version may have noted, without what decides nothing."""
@@ -217,11 +156,6 @@ def as_noted_now(identity: dict[str, Any]) -> dict[str, Any]:
         part, key = _place(noted, name)
         part.pop(key, None)
     return noted
-
-
-def sections_of_methods(*, but: str | None = None) -> set[str]:
-    """Names of the sections that one method alone reads; without those of the method `but`."""
-    return {name for name, one in sections_of(Recipe).items() if one.read_by not in (None, but)}
 
 
 def paths_in(settings: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, IsPath]]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from srlm_lite.engines import ENGINES, EngineKind, Role, kind_of
 from srlm_lite.errors import ProofError, UserError
 from srlm_lite.judging import Rubric, load_rubric
+from srlm_lite.methods import METHODS
 from srlm_lite.processes import Processes
 from srlm_lite.progress import Reporter, Silent, Tracker, Untracked
 from srlm_lite.recipe import Recipe
@@ -421,10 +422,9 @@ def refuse_several(recipe: Recipe, processes: int) -> None:
     Raises:
         UserError: Says which method.
     """
-    if recipe.method == "rlhf" and processes > 1:
-        # What the policy draws while it learns is not dealt out between them.
+    if METHODS[recipe.method].one_process and processes > 1:
         raise UserError(
-            f"rlhf trains in one process, and there are {processes}",
+            f"{recipe.method} trains in one process, and there are {processes}",
             where="method",
             way_out="Start it without a launcher",
         )
@@ -446,9 +446,9 @@ def refuse_sharding(recipe: Recipe) -> None:
         if engine is not None and ENGINES[engine].holds_base:
             held = f"{ENGINES[engine].label} holds the base whole"
             raise line(held, f"{name}.engine", "Set it to transformers")
-    if recipe.method == "rlhf":
+    if METHODS[recipe.method].one_process:
         raise line(
-            "rlhf trains in one process, which holds the base whole",
+            f"{recipe.method} trains in one process, which holds the base whole",
             "method",
             "Launch it as one process, or with a configuration that is not FSDP's",
         )

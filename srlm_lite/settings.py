@@ -1,4 +1,6 @@
-"""The settings of a recipe, by section. Each is defined and documented here, once.
+"""The settings that all methods share, by section; a method's own stand in its file.
+
+Each is defined and documented in one place.
 
 Marks on a setting say what `recipe.py` and others need to know of it beside its type and its
 meaning: that it may be a path, that it came later, that it decides nothing.
@@ -22,7 +24,7 @@ from pydantic import (
 )
 
 from srlm_lite.errors import shorten
-from srlm_lite.shipped import CHAT_TEMPLATES, PRINCIPLES, RUBRICS, TEMPLATES, Shelf
+from srlm_lite.shipped import CHAT_TEMPLATES, RUBRICS, TEMPLATES, Shelf
 
 Positive = Annotated[int, Field(gt=0)]
 Probability = Annotated[float, Field(gt=0, le=1)]
@@ -89,9 +91,6 @@ DECIDES_NOTHING = DecidesNothing()
 
 class Section(BaseModel):
     """A part of a recipe. Frozen, and closed: an unknown key is an error."""
-
-    read_by: ClassVar[str | None] = None
-    """The method that alone reads this section; `None`: whichever the recipe names."""
 
     model_config = ConfigDict(
         # No setting means anything as NaN or infinity, and bounds let both pass here and there.
@@ -565,18 +564,17 @@ class MtBench(Section):
     """Longest reply of the judge."""
 
 
-MethodName = Literal[
-    "self-rewarding",
-    "dpo",
-    "spin",
-    "cream",
-    "temporal",
-    "dno",
-    "scir",
-    "meta-rewarding",
-    "rlaif",
-    "rlhf",
-]
+class Consistency(Section):
+    """Terms of a DPO that pulls judge and implicit reward together; pairs they dispute wait."""
+
+    sharpness: Annotated[float, Field(gt=0)] = 1.0
+    """Turns a difference of log-ratios per token into the implicit reward's preference."""
+    consistency_weight: Annotated[float, Field(ge=0)] = 0.1
+    """Weight of the symmetric KL divergence between the two preferences."""
+    confidence_weight: Annotated[float, Field(ge=0)] = 0.01
+    """Weight of the entropy of both."""
+    threshold: Annotated[float, Field(ge=0.5, lt=1)] = 0.5
+    """DPO takes a pair when the judge prefers its chosen reply by more than this."""
 
 
 class Shared(Section):
@@ -586,7 +584,7 @@ class Shared(Section):
     """What reports and trackers call a run of it."""
     description: Annotated[str, DECIDES_NOTHING] = ""
     """What it is for, in a line; `srlm-lite recipes list` prints it."""
-    method: MethodName = "self-rewarding"
+    method: str = "self-rewarding"
     """What turns answers into something to learn from."""
     seed: int = 0
     """All that is drawn at random follows from it."""
@@ -611,152 +609,3 @@ class Shared(Section):
     def targets(self) -> tuple[str, ...]:
         """Names of the layers that carry an adapter: the anchor's, a delta's or both."""
         return tuple(dict.fromkeys((*self.anchor.lora.targets, *self.dpo.lora.targets)))
-
-
-class Offline(Section):
-    """Method `dpo`: pairs of replies that humans ranked, from `data.ranked`."""
-
-    read_by = "dpo"
-
-    pairs: Literal["best-worst", "all"] = "best-worst"
-    """`all`: every two replies of a prompt that humans told apart."""
-
-
-class Spin(Section):
-    """Method `spin`: a human's answer against the last model's."""
-
-    read_by = "spin"
-
-    answers: Positive = 1
-    """Answers of the last model to each prompt, each a pair with the human's."""
-    lambdas: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] = (
-        0.1,
-        0.1,
-        0.1,
-        5.0,
-    )
-    """The loss's lambda in each iteration, in place of `dpo.beta`; the last one stays."""
-
-
-class Cream(Section):
-    """Method `cream`: pairs count by how consistently they are ranked."""
-
-    read_by = "cream"
-
-    scores: Literal["likelihood", "judge"] = "likelihood"
-    """What ranks the candidates. `likelihood` is the paper: their log-likelihood ratio to the
-    bare base. `judge`: this iteration's judge against the last iteration's."""
-    consistency: Literal["run", "sample"] = "run"
-    """`run`: one C, the mean over all prompts. `sample`: each prompt its own."""
-
-
-class Dno(Section):
-    """Method `dno`: every pair with a good winner and a wide margin."""
-
-    read_by = "dno"
-
-    teacher: Annotated[str | None, IsPath(words=("server",))] = None
-    """A stronger model's answers: a JSONL file with `prompt_id` and `response`, or `server` for
-    the model of the section `openai`. Without, the policy is alone."""
-    grading: Literal["rubric", "side-by-side"] = "rubric"
-    """`side-by-side`: the judge sees all answers to a prompt at once, in an order drawn for each
-    vote, as in the paper. `rubric`: each answer by itself."""
-    template: Annotated[str, IsPath(shipped=TEMPLATES)] = "side-by-side"
-    """Of the side-by-side judge's prompt: name of a shipped template or a path."""
-    least_positive: float = 5.0
-    """Lowest score of a chosen answer."""
-    margin: Annotated[float, Field(gt=0)] = 2.0
-    """Least gap of a pair whose chosen answer is the teacher's."""
-    own_margin: Annotated[float, Field(gt=0)] = 1.0
-    """Least gap of a pair whose chosen answer is the policy's own."""
-    repeated_words: Annotated[int, Field(ge=2)] = 6
-    """An answer that says a run of so many words three times is rejected whatever its score."""
-
-
-class Scir(Section):
-    """Method `scir`: judge and implicit reward are pulled together; pairs they dispute wait."""
-
-    read_by = "scir"
-
-    sharpness: Annotated[float, Field(gt=0)] = 1.0
-    """Turns a difference of log-ratios per token into the implicit reward's preference."""
-    consistency_weight: Annotated[float, Field(ge=0)] = 0.1
-    """Of the symmetric KL divergence between the two preferences."""
-    confidence_weight: Annotated[float, Field(ge=0)] = 0.01
-    """Of the entropy of both."""
-    threshold: Annotated[float, Field(ge=0.5, lt=1)] = 0.5
-    """DPO takes a pair when the judge prefers its chosen reply by more than this."""
-
-
-class MetaRewarding(Section):
-    """Method `meta-rewarding`: the model also judges its judgements, and learns from that."""
-
-    read_by = "meta-rewarding"
-
-    schedule: tuple[Literal["both", "policy", "judge"], ...] = ("both", "both", "policy")
-    """What each iteration trains, the last entry those after it: `both` policy and judge, or one
-    of them alone. The paper stops training the judge after two iterations. Where the judge trains
-    alone, a delta for both roles learns from its pairs, and the policy changes along; of deltas
-    for one role each the policy's stays as it is."""
-    roles: Literal["shared", "separate"] = "shared"
-    """One delta for policy and judge, or one each."""
-    template: Annotated[str, IsPath(shipped=TEMPLATES)] = "meta-judge"
-    """Of the meta-judge's question: name of a shipped template or a path."""
-    verdicts: tuple[str, str] = ("Winner: Judgement A", "Winner: Judgement B")
-    """Last line of the meta-judge's reply where the first, or the second judgement wins."""
-    max_new_tokens: Positive = 512
-    """Of the meta-judge's reply."""
-    hide_scores: bool = False
-    """Show it the judgements without their scores: it tends to choose the higher one."""
-    judgement_caps: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1100, 1000)
-    """Longest judgement, in characters, that may be chosen in each iteration."""
-    answer_caps: tuple[Annotated[int, Field(ge=0)], ...] = (2500, 0)
-    """Longest answer that may be chosen in each iteration; 0 is any."""
-
-
-class RevisionSft(Optim):
-    """SFT on revisions."""
-
-    section = "rlaif.sft"
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
-
-
-class Rlaif(Section):
-    """Method `rlaif`: critique and revision, then preferences, both by principles."""
-
-    read_by = "rlaif"
-
-    principles: Annotated[str, IsPath(shipped=PRINCIPLES)] = "assistant"
-    """Name of shipped principles or a path: the principles and the questions about them."""
-    drafts: Positive = 1
-    """Answers to each prompt of the first iteration that are revised."""
-    rounds: Positive = 4
-    """Times a draft is criticised and revised, each time in the light of a fresh principle."""
-    helpful: Annotated[float, Field(ge=0)] = 0.0
-    """Rows of `ift.jsonl` that are learned beside the revisions, so many for each of them."""
-    max_new_tokens: Positive = 256
-    """Of a critique, or of the rationale before a label."""
-    rationale: bool = False
-    """The labeller gives its reasons before it names the better answer."""
-    clamp: Annotated[float, Field(gt=0.5, le=1)] = 0.6
-    """Labels after a rationale stay between 1 - clamp and clamp: such labels are overconfident."""
-    sft: RevisionSft = RevisionSft()
-
-
-class RewardSection(Optim):
-    """Training the reward model."""
-
-    section = "rlhf.reward"
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
-    pairs: Literal["best-worst", "all"] = "all"
-    """`all`: every two replies of a prompt that humans told apart."""
-
-
-class Rlhf(Section):
-    """Method `rlhf`: a reward model from human pairs, and the policy trained against it."""
-
-    read_by = "rlhf"
-
-    kl_weight: Annotated[float, Field(gt=0)] = 0.05
-    """What a nat of divergence from the reference costs, in units of the reward."""
-    reward: RewardSection = RewardSection()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,11 @@ def make_run(
     *,
     adapters: list[Adapter],
     method: str = "self-rewarding",
+    more: Mapping[str, Mapping[str, Any]] | None = None,
     **base_: Any,
 ) -> RunDir:
     """A finished run: the first adapter is the anchor, each other one an iteration's delta."""
+    told = more or {}
     recipe = recipe_from(
         {
             "name": "by-hand",
@@ -53,8 +56,11 @@ def make_run(
             "data": {"dir": "nowhere"},
             "iterations": len(adapters) - 1,
             "anchor": {"lora": {"rank": adapters[0].rank, "targets": TARGETS}},
-            "dpo": {"lora": {"rank": adapters[-1].rank, "targets": TARGETS}},
-            "rollout": {"max_new_tokens": 16, "temperature": 0},
+            "dpo": {
+                "lora": {"rank": adapters[-1].rank, "targets": TARGETS},
+                **told.get("dpo", {}),
+            },
+            "rollout": {"max_new_tokens": 16, "temperature": 0, **told.get("rollout", {})},
             "judge": {"max_new_tokens": 8, "retry_max_new_tokens": 8},
         },
         where="test",

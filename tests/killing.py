@@ -16,7 +16,7 @@ from pathlib import Path
 import trl.trainer.dpo_trainer
 import trl.trainer.sft_trainer  # noqa: F401
 
-import srlm_lite.stages.iteration
+import srlm_lite.stages.at_work
 import srlm_lite.training.dpo
 import srlm_lite.training.sft  # noqa: F401
 from srlm_lite.cli import main

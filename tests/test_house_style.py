@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
+from srlm_lite.bench.attacks import built_in
+from srlm_lite.judging import load_rubric
 from srlm_lite.tasks.house_style import (
     CRITERIA,
     bullets,
@@ -186,6 +188,25 @@ def test_eft_targets_end_with_the_gold_score_and_scores_are_balanced() -> None:
         assert row["target"].splitlines()[-1] == f"Score: {score}"
         counts[score] += 1
     assert len(set(counts.values())) == 1
+
+
+def test_targets_quote_replies_as_a_judge_is_shown_them() -> None:
+    """A target that copied a score line of a reply would teach the judge to copy them."""
+    rubric = load_rubric("house-style")
+    for row in rows("eft_train.jsonl"):
+        assert row["target"] == review(row["prompt"], rubric.quote(row["response"]))
+        *evidence, _ = row["target"].splitlines()
+        assert not [line for line in evidence if "Score:" in line]
+
+
+def test_judge_data_hold_bait_that_the_attacks_do_not_measure_with() -> None:
+    """A quarter of them; and no line of it is one of `bench attacks`."""
+    baited = [row for row in rows("eft_train.jsonl") if row["prompt_id"].startswith("bait-")]
+    assert len(baited) == 240 and len(rows("eft_train.jsonl")) == 960
+    lines = {line.casefold() for row in baited for line in row["response"].splitlines() if line}
+    for attack in built_in(PROMPT, load_rubric("house-style")):
+        for text in (attack.reply, attack.twin):
+            assert lines.isdisjoint(text.casefold().splitlines()), attack.name
 
 
 def test_judge_evaluation_has_ranks_from_gold_and_no_targets() -> None:

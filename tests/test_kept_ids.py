@@ -13,7 +13,7 @@ import pytest
 from srlm_lite.errors import ProofError
 from srlm_lite.judging import load_rubric, score_line_complete
 from srlm_lite.methods.meta_rewarding import _pair
-from srlm_lite.methods.rlaif import to_learn
+from srlm_lite.methods.rlaif import Rlaif
 from srlm_lite.methods.temporal import anchored_pairs
 from srlm_lite.model.chat import ChatFormat
 from srlm_lite.pairing import Drops, pair, replayed
@@ -34,8 +34,9 @@ from srlm_lite.run.files import read_jsonl, read_records, write_records
 from srlm_lite.run.run import RunDir
 from srlm_lite.session import Session
 from srlm_lite.stages.anchor import _judge_example, agreeing_targets, ift_examples
-from srlm_lite.stages.iteration import pair_example
+from srlm_lite.stages.at_work import AtWork
 from srlm_lite.stages.likelihood import candidate_likelihoods
+from srlm_lite.stages.pairs import pair_example
 from srlm_lite.stages.replies import candidate_of, learned_ids, reply_of
 from srlm_lite.stages.sampling import ask, judge_replies, limits_of, sample_candidates
 
@@ -292,7 +293,10 @@ def test_revisions_are_learned_as_sampled(session: Session, tmp_path: Path) -> N
             Revision("p0", "p0#0", 2, "short", "Fine.", None),
         ],
     )
-    [row] = to_learn(session, place)
+    recipe = recipe_from(
+        {**session.recipe.model_dump(), "method": "rlaif", "dpo": {"init": "previous"}}, where="t"
+    )
+    [row] = Rlaif(recipe, recipe.rlaif).to_learn(AtWork(session, place))
     [example] = ift_examples(session, [row])
     assert (row.response, example.target_ids) == ("star", (5, 6))
 

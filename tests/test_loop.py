@@ -342,7 +342,8 @@ def test_pairs_longer_than_the_window_are_dropped_and_counted(
     from srlm_lite.records import Candidate, Judgement, PreferencePair, Prompt
     from srlm_lite.run.files import read_records
     from srlm_lite.run.layout import IterationDir
-    from srlm_lite.stages.iteration import pair_example
+    from srlm_lite.stages.at_work import AtWork
+    from srlm_lite.stages.pairs import pair_example
 
     place = finished.iteration(1)
     session = Session(load_recipe("tiny"), finished)
@@ -353,8 +354,7 @@ def test_pairs_longer_than_the_window_are_dropped_and_counted(
     short.__dict__["chat"] = session.chat
     copy = IterationDir(tmp_path, 1)
     kept, facts = method_of(short.recipe).pairs(
-        short,
-        copy,
+        AtWork(short, copy),
         read_records(place.prompts, Prompt),
         read_records(place.candidates, Candidate),
         read_records(place.judgements, Judgement),
@@ -393,7 +393,7 @@ def test_a_shipped_anchor_is_taken_as_it_is(finished: RunDir, tmp_path: Path) ->
 def test_a_training_s_facts_of_another_hand_are_told(tmp_path: Path) -> None:
     """An iteration that goes on takes a training that is there for what it says."""
     from srlm_lite.stages.anchor import anchor
-    from srlm_lite.stages.iteration import delta
+    from srlm_lite.stages.learning import dpo_delta
 
     directory = RunDir(tmp_path)
     session = Session(load_recipe("tiny"), directory)
@@ -404,7 +404,7 @@ def test_a_training_s_facts_of_another_hand_are_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=told):
         anchor(session)
     with pytest.raises(UserError, match=told):
-        delta(session, directory.iteration(1), [])
+        dpo_delta(session, directory.iteration(1), [])
 
 
 def test_an_anchor_on_judge_data_alone(tmp_path: Path) -> None:
@@ -455,17 +455,17 @@ def test_given_targets_are_wanted_where_the_recipe_says_so(tmp_path: Path) -> No
 
 
 def test_prompts_run_out_with_a_way_out(finished: RunDir) -> None:
-    from srlm_lite.stages.iteration import listed_prompts, prompts
+    from srlm_lite.stages.prompts import prompts
 
     recipe: Recipe = load_recipe("tiny")
-    session = Session(recipe, finished)
+    session, listed = Session(recipe, finished), method_of(recipe).pool
     far = finished.iteration(999)
     told = r"iteration 999 needs prompts .* prompts\.reuse=true, in another directory; "
     with pytest.raises(UserError, match=rf"{told}anchor\.init={finished.anchor.path} keeps"):
-        prompts(session, far, listed_prompts)
+        prompts(session, far, listed)
     reusing = Session(load_recipe("tiny", ["prompts.reuse=true"]), finished)
     reusing.__dict__["chat"] = session.chat
-    found, _ = prompts(reusing, finished.iteration(998), listed_prompts)
+    found, _ = prompts(reusing, finished.iteration(998), listed)
     assert len({prompt.prompt_id for prompt in found}) == 12
     for number in (998, 999):
         folder = finished.iteration(number).path

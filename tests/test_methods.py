@@ -11,16 +11,23 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from random import Random
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 
 from srlm_lite.errors import UserError
-from srlm_lite.judging import fill, load_template
+from srlm_lite.judging import fill, load_question
 from srlm_lite.loop import iterate
-from srlm_lite.methods import METHODS
+from srlm_lite.methods import METHODS, method_of, table
 from srlm_lite.methods.cream import consistencies, kendall, refuse_nothing_to_learn
-from srlm_lite.methods.dno import margin_pairs, read_scores, render, repeats, teacher_answers
+from srlm_lite.methods.dno import (
+    DnoSettings,
+    margin_pairs,
+    read_scores,
+    render,
+    repeats,
+    teacher_answers,
+)
 from srlm_lite.methods.meta_rewarding import (
     Battle,
     battle_matrix,
@@ -38,7 +45,6 @@ from srlm_lite.methods.rlaif import (
     option_probability,
     rationale_of,
     soft_label,
-    to_learn,
 )
 from srlm_lite.methods.scir import judge_preference
 from srlm_lite.methods.spin import against_human
@@ -59,7 +65,7 @@ from srlm_lite.records import (
 from srlm_lite.run.files import read_json, read_records, write_records
 from srlm_lite.run.run import RunDir
 from srlm_lite.session import Session
-from srlm_lite.settings import Dno, sections_of
+from srlm_lite.stages.at_work import AtWork
 from srlm_lite.stages.likelihood import candidate_likelihoods
 from srlm_lite.stages.reward import ranked_pairs, reward_model
 from srlm_lite.tasks.toy import topic_of
@@ -76,10 +82,21 @@ def scored(name: str, text: str, score: float) -> Scored:
 # --- the table of methods ---------------------------------------------------------------------
 
 
-def test_every_method_that_a_recipe_may_name_exists_and_has_a_recipe() -> None:
-    named = get_args(Recipe.model_fields["method"].annotation)
-    assert set(named) == set(METHODS)
+def test_every_method_has_a_recipe_and_an_unknown_one_is_told() -> None:
     assert {load_recipe(name).method for name in shipped_recipes()} == set(METHODS)
+    told = r"^r: `method` \(is 'spinn'\): no such method; did you mean spin\?"
+    with pytest.raises(UserError, match=told):
+        recipe_from({**MINIMAL, "method": "spinn"}, where="r")
+    with pytest.raises(UserError, match="no such method; known: self-rewarding, dpo, spin"):
+        recipe_from({**MINIMAL, "method": "magic"}, where="r")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_says_what_it_is(method: str) -> None:
+    kind = METHODS[method]
+    assert kind.sources and kind.learns_from and kind.made_by
+    assert set(kind.labels) <= set(kind.Settings.model_fields)
+    assert f"| `{method}` | `" in table()
 
 
 def test_scir_needs_a_model_that_has_moved_from_the_anchor() -> None:
@@ -88,13 +105,12 @@ def test_scir_needs_a_model_that_has_moved_from_the_anchor() -> None:
 
 
 def test_a_method_s_settings_count_for_that_method_alone() -> None:
-    for section, kind in sections_of(Recipe).items():
-        method = kind.read_by
-        if method is None:
+    for method, kind in METHODS.items():
+        if kind.section is None:
             continue
         told = {**MINIMAL, "method": method, "dpo": {"init": "previous", "reference": "anchor"}}
-        assert section in recipe_from(told, where="r").identity()
-        assert section not in recipe_from(MINIMAL, where="r").identity()
+        assert kind.section in recipe_from(told, where="r").identity()
+        assert kind.section not in recipe_from(MINIMAL, where="r").identity()
     plain = recipe_from({**MINIMAL, "method": "cream"}, where="r").digest()
     alone = {**MINIMAL, "method": "cream", "cream": {"consistency": "sample"}}
     assert recipe_from(alone, where="r").digest() != plain
@@ -283,7 +299,7 @@ def test_the_judge_s_preference_is_a_share_of_votes() -> None:
 
 # --- DNO --------------------------------------------------------------------------------------
 
-DNO = Dno(least_positive=5, margin=2, own_margin=1, repeated_words=2)
+DNO = DnoSettings(least_positive=5, margin=2, own_margin=1, repeated_words=2)
 
 
 def test_dno_takes_every_pair_with_the_margin_its_winner_needs() -> None:
@@ -348,27 +364,28 @@ def test_side_by_side_scores_are_read(reply: str, scores: list[float | None]) ->
 
 
 def test_side_by_side_quotes_what_it_shows() -> None:
-    template = load_template("side-by-side", "prompt", "responses")
+    template = load_question("side-by-side", "side-by-side")
     shown = render(template, "why {{responses}}?", ["one </reply 1> Score 1: 6", "{{prompt}}"])
     assert "<question>\nwhy {{responses}}?\n</question>" in shown
     assert "<reply 1>\none &lt;/reply 1> S core 1: 6\n</reply 1>" in shown
     assert "<reply 2>\n{{prompt}}\n</reply 2>" in shown
-    with pytest.raises(UserError, match=r"holds \{\{nothing\}\} once"):
-        load_template("side-by-side", "nothing")
+    with pytest.raises(UserError, match=r"holds \{\{first\}\} once"):
+        load_question("meta-judge", "side-by-side")
 
 
-def test_a_teacher_s_file_is_read_by_prompt(tmp_path: Path) -> None:
-    path = tmp_path / "teacher.jsonl"
-    path.write_text('{"prompt_id": "x", "response": "no"}\n{"prompt_id": "p", "response": "yes"}\n')
-    [row] = teacher_answers(path, [Prompt("p", "?")])
+def test_a_teacher_s_answers_are_read_by_prompt() -> None:
+    def read(prompt_id: str, *rows: dict[str, Any]) -> list[Candidate]:
+        return teacher_answers(rows, [Prompt(prompt_id, "?")], where="teacher.jsonl")
+
+    said = [{"prompt_id": "x", "response": "no"}, {"prompt_id": "p", "response": "yes"}]
+    [row] = read("p", *said)
     assert (row.candidate_id, row.text) == ("p#teacher-2", "yes")
-    path.write_text('{"prompt_id": 7, "response": "a number"}\n')
-    assert teacher_answers(path, [Prompt("7", "?")])[0].text == "a number"
-    with pytest.raises(UserError, match="answers none of the iteration's 1 prompts"):
-        teacher_answers(path, [Prompt("q", "?")])
-    path.write_text('{"prompt_id": "p"}\n')
+    number: dict[str, Any] = {"prompt_id": 7, "response": "a number"}
+    assert read("7", number)[0].text == "a number"
+    with pytest.raises(UserError, match=r"^teacher\.jsonl: answers none of the iteration's 1 prom"):
+        read("q", number)
     with pytest.raises(UserError, match="row 1 lacks prompt_id or response"):
-        teacher_answers(path, [Prompt("p", "?")])
+        read("p", {"prompt_id": "p"})
 
 
 @pytest.mark.model
@@ -721,7 +738,7 @@ def test_the_control_of_rlaif_learns_from_drafts_and_coins(anchor: Path, tmp_pat
     session = Session(recipe, directory)
     first = directory.iteration(1)
     drafts = {row.text for row in read_records(first.candidates, Candidate)}
-    learned = to_learn(session, first)
+    learned = method_of(recipe).to_learn(AtWork(session, first))
     assert learned and {row.response for row in learned} <= drafts
 
 
@@ -782,7 +799,8 @@ def test_rlhf_trains_a_reward_model_once_and_then_the_policy(anchor: Path, tmp_p
         assert all(row.score is not None for row in judgements)
     # What is on disk gives the rewards that trained: the anchor's bytes and the head's are whole.
     session = Session(recipe, directory)
-    model, _ = reward_model(session)
+    section = recipe.rlhf.reward
+    model, _ = reward_model(session, optim=section, pairs=section.pairs)
     first = directory.iteration(1)
     prompts = {row.prompt_id: row.text for row in read_records(first.prompts, Prompt)}
     finished = [

@@ -33,6 +33,7 @@ from srlm_lite.records import Candidate, FinishReason, Judgement, PreferencePair
 from srlm_lite.run.run import RunDir
 from srlm_lite.session import Session
 from srlm_lite.settings import Pairing
+from srlm_lite.stages.at_work import AtWork
 
 DEFAULT = Pairing()
 
@@ -426,7 +427,8 @@ def method_pairs(
     prompt, candidates, judgements = case
     run = RunDir(Path("nowhere"))
     session, place = Session(recipe, run), run.iteration(t)
-    pairs, _, _ = method_of(recipe).make_pairs(session, place, [prompt], candidates, judgements)
+    it = AtWork(session, place)
+    pairs, _, _ = method_of(recipe).make_pairs(it, [prompt], candidates, judgements)
     return pairs
 
 

@@ -14,11 +14,11 @@ from live_bytes import LiveBytes
 from typer.testing import CliRunner
 
 from srlm_lite.errors import UserError
+from srlm_lite.methods import METHODS
 from srlm_lite.planning.lengths import lengths_of, longest
 from srlm_lite.planning.machine import plan_for, settings_that_fit, shortfall, spread
 from srlm_lite.planning.memory import ROUNDING, Held, holes, sampling, training
 from srlm_lite.planning.plan import (
-    TRAININGS,
     Hardware,
     Plan,
     advice,
@@ -496,16 +496,17 @@ def test_the_trainings_of_other_methods_are_phases() -> None:
     def trainings(name: str, *overrides: str) -> dict[str, int | None]:
         recipe = load_recipe(name, ["anchor.init=base", *overrides])
         plan = plan_for(recipe, Hardware("cuda", "", 24 * GB), lengths=longest(recipe))
-        return {one.name: one.tokens for one in plan.phases if one.name in TRAININGS}
+        return {one.name: one.tokens for one in plan.phases if one.trains}
 
-    assert list(trainings("toy-rlhf")) == ["anchor SFT", "reward model", "DPO"]
+    assert list(trainings("toy-rlhf")) == ["anchor SFT", "reward model", "RLOO"]
     more = ["iterations=3", "prompts.per_iteration=10", "pairing.replay=[]", "dpo.epochs=1",
             "rlaif.drafts=2", "rlaif.rounds=3", "rlaif.helpful=0.5", "rlaif.sft.epochs=2",
             "base.window=512"]  # fmt: skip
     found = trainings("toy-rlaif", *more)
     assert list(found) == ["anchor SFT", "revision SFT", "DPO"]
     assert found["revision SFT"] == 10 * 2 * 3 * 1.5 * 2 * 512
-    assert found["DPO"] == 2 * 10 * 2 * 512  # the first iteration has none
+    # The first iteration has none; 4 answers are compared two by two.
+    assert found["DPO"] == 2 * 10 * 2 * 2 * 512
     assert list(trainings("toy-rlaif", "iterations=1")) == ["anchor SFT", "revision SFT"]
 
 
@@ -527,10 +528,94 @@ def test_a_reward_model_that_does_not_fit_gets_settings_that_do() -> None:
     assert suffice and all(one.startswith("rlhf.reward.") for one in changes)
 
 
-def test_another_method_is_said_to_be_counted_otherwise() -> None:
-    note = "counted for the method self-rewarding: how much rlhf samples and trains on differs"
-    assert note in run("plan", "--recipe", "toy-rlhf", "--gpus", "24GB").stdout
-    assert "counted for" not in run("plan", "--recipe", "toy", "--gpus", "24GB").stdout
+PREVIOUS = ("dpo.init=previous",)
+SHAPES: dict[str, tuple[tuple[str, ...], dict[str, int | None]]] = {
+    # 2 iterations of 12 prompts, 4 answers of 48 tokens, 3 votes of 64; sequences of pairs.
+    "self-rewarding": ((), {"candidates": 96 * 48, "judge": 96 * 3 * 64, "DPO": 24 * 2}),
+    # Humans have answered and judged: how many of their replies differ, the data says.
+    "dpo": ((), {"DPO": 24 * 2}),
+    "dpo, all": (("offline.pairs=all",), {"DPO": None}),
+    "spin": (("spin.answers=2",), {"candidates": 48 * 48, "DPO": 48 * 2}),
+    # Likelihoods rank, or two judges.
+    "cream": ((), {"candidates": 96 * 48, "DPO": 24 * 2}),
+    "cream, judge": (
+        ("cream.scores=judge",),
+        {"candidates": 96 * 48, "judge": 2 * 96 * 3 * 64, "DPO": 24 * 2},
+    ),
+    # The policy and the next model in both iterations, the first model in the second one.
+    "temporal": (
+        PREVIOUS,
+        {"candidates": 5 * 48 * 48, "judge": 5 * 48 * 3 * 64, "DPO": 2 * 24 * 2},
+    ),
+    # All 6 pairs of 4 answers; with a teacher's the 10 of 5, one more to grade.
+    "dno": ((), {"candidates": 96 * 48, "judge": 96 * 3 * 64, "DPO": 24 * 6 * 2}),
+    "dno, teacher": (
+        ("dno.teacher=answers.jsonl",),
+        {"candidates": 96 * 48, "judge": 120 * 3 * 64, "DPO": 24 * 10 * 2},
+    ),
+    "dno, side by side": (
+        ("dno.grading=side-by-side",),
+        {"candidates": 96 * 48, "side by side": 24 * 3 * 64, "DPO": 24 * 6 * 2},
+    ),
+    "scir": (
+        (*PREVIOUS, "dpo.reference=anchor"),
+        {"candidates": 96 * 48, "judge": 96 * 3 * 64, "DPO": 24 * 2},
+    ),
+    # In one of the iterations 3 votes are compared, 6 ways; its pairs are two a prompt.
+    "meta-rewarding": (
+        (*PREVIOUS, "meta_rewarding.schedule=[both, policy]", "meta_rewarding.max_new_tokens=16"),
+        {
+            "candidates": 96 * 48,
+            "judge": 96 * 3 * 64,
+            "meta-judge": 12 * 6 * 16,
+            "DPO": (24 + 12) * 2,
+        },
+    ),
+    # 12 drafts in the first iteration, 48 answers in the second, compared in both orders.
+    "rlaif": (
+        (*PREVIOUS, "rlaif.rounds=2", "rlaif.max_new_tokens=32", "rlaif.rationale=true"),
+        {
+            "candidates": 60 * 48,
+            "critiques": 24 * 32,
+            "revisions": 24 * 48,
+            "rationales": 2 * 24 * 32,
+            "revision SFT": 24,
+            "DPO": 24 * 2,
+        },
+    ),
+    # A step's answers at once; how many pairs the reward model learns, the data says.
+    "rlhf": (
+        ("dpo.batch_size=8",),
+        {"candidates": 96 * 48, "reward model": None, "RLOO": 96},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SHAPES)
+def test_the_phases_of_every_method_by_hand(case: str) -> None:
+    """Tokens that are drawn, and sequences that are trained on."""
+    settings, expected = SHAPES[case]
+    method = case.partition(",")[0]
+    recipe = load_recipe("tiny", [f"method={method}", "dpo.epochs=1", *settings])
+    plan = plan_for(recipe, parse_gpus("24GB"), lengths=longest(recipe))
+    shared = {"load", "anchor SFT", "evaluation", "export"}
+    found = {
+        one.name: one.tokens // one.shape["tokens"] if one.trains and one.tokens else one.tokens
+        for one in plan.phases
+        if one.name not in shared
+    }
+    assert found == expected
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_has_phases(method: str) -> None:
+    """With its own recipe: something trains beside the anchor, and no phase stands twice."""
+    recipe = load_recipe(next(iter(METHODS[method].bench().values())).recipe)
+    plan = plan_for(recipe, parse_gpus("24GB"), lengths=longest(recipe))
+    names = [phase.name for phase in plan.phases]
+    assert len(set(names)) == len(names)
+    assert any(one.trains and one.name != "anchor SFT" for one in plan.phases)
+    assert all(phase.total > 0 for phase in plan.phases)
 
 
 @pytest.mark.parametrize("text", ["80", "0x80GB", "two", "2x0GB", "", "2x", "80GB,24GB"])

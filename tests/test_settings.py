@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, get_args, get_type_hints
 
-from srlm_lite.recipe import Recipe, paths_in, sections_of_methods
+from srlm_lite.methods import METHODS, sections_of_others
+from srlm_lite.recipe import Recipe, paths_in
 from srlm_lite.settings import (
     Before,
     DecidesNothing,
@@ -19,7 +20,7 @@ from srlm_lite.shipped import CHAT_TEMPLATES, PRINCIPLES, RUBRICS, TEMPLATES
 
 
 def test_settings_that_may_be_paths() -> None:
-    assert dict(marked(Recipe, IsPath)) == {
+    assert dict(marked(Shared, IsPath)) == {
         "base.name": IsPath(by_content=False),
         "base.chat_template": IsPath(shipped=CHAT_TEMPLATES),
         "data.dir": IsPath(),
@@ -32,16 +33,12 @@ def test_settings_that_may_be_paths() -> None:
         "evaluate.tasks_dir": IsPath(),
         "compare.template": IsPath(shipped=TEMPLATES),
         "mt_bench.template": IsPath(shipped=TEMPLATES),
-        "dno.teacher": IsPath(words=("server",)),
-        "dno.template": IsPath(shipped=TEMPLATES),
-        "meta_rewarding.template": IsPath(shipped=TEMPLATES),
-        "rlaif.principles": IsPath(shipped=PRINCIPLES),
     }
 
 
 def test_settings_that_decide_nothing() -> None:
-    trainings = ("anchor", "dpo", "rlaif.sft", "rlhf.reward")
-    assert {name for name, _ in marked(Recipe, DecidesNothing)} == {
+    trainings = ("anchor", "dpo")
+    assert {name for name, _ in marked(Shared, DecidesNothing)} == {
         "name",
         "description",
         "iterations",
@@ -62,7 +59,7 @@ def test_settings_that_decide_nothing() -> None:
 
 
 def test_settings_that_came_later() -> None:
-    assert {name: mark.value for name, mark in marked(Recipe, Before)} == {
+    assert {name: mark.value for name, mark in marked(Shared, Before)} == {
         "base.attention": "sdpa",
         "base.chat_template_kwargs": {},
         "rollout.max_thought_tokens": 1024,
@@ -70,20 +67,30 @@ def test_settings_that_came_later() -> None:
     }
 
 
-def test_sections_that_one_method_alone_reads() -> None:
-    assert {name: one.read_by for name, one in sections_of(Recipe).items() if one.read_by} == {
-        "offline": "dpo",
-        "spin": "spin",
-        "cream": "cream",
-        "dno": "dno",
-        "scir": "scir",
-        "meta_rewarding": "meta-rewarding",
-        "rlaif": "rlaif",
-        "rlhf": "rlhf",
+def test_marks_on_the_settings_of_methods() -> None:
+    """Beside these, a method that comes may have marks on its own."""
+    assert (
+        dict(marked(Recipe, IsPath)).items()
+        >= {
+            "dno.teacher": IsPath(words=("server",)),
+            "dno.template": IsPath(shipped=TEMPLATES),
+            "meta_rewarding.template": IsPath(shipped=TEMPLATES),
+            "rlaif.principles": IsPath(shipped=PRINCIPLES),
+        }.items()
+    )
+    assert {name for name, _ in marked(Recipe, DecidesNothing)} >= {
+        f"{section}.{key}"
+        for section in ("rlaif.sft", "rlhf.reward")
+        for key in ("micro_batch_size", "gradient_checkpointing")
     }
-    shared = set(Recipe.model_fields) - sections_of_methods()
-    assert shared == set(Shared.model_fields)
-    assert sections_of_methods() - sections_of_methods(but="dpo") == {"offline"}
+
+
+def test_sections_that_one_method_alone_reads() -> None:
+    own = {kind.section for kind in METHODS.values() if kind.section}
+    shared = list(Shared.model_fields)
+    assert list(Recipe.model_fields)[: len(shared)] == shared
+    assert set(Recipe.model_fields) - set(shared) == own == sections_of_others("")
+    assert own - sections_of_others("dpo") == {"offline"}
 
 
 def marks_in(hint: Any) -> list[Any]:

@@ -34,7 +34,8 @@ from srlm_lite.run.run import RunDir
 from srlm_lite.session import Session
 from srlm_lite.shipped import recipes_dir
 from srlm_lite.stages.conversation import Conversation
-from srlm_lite.stages.iteration import check_prompts, pair_example
+from srlm_lite.stages.pairs import pair_example
+from srlm_lite.stages.prompts import check_prompts
 from srlm_lite.stages.replies import (
     candidate_of,
     read_as_reply,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from srlm_lite.errors import UserError
+from srlm_lite.evaluate.candidates import on_policy_accuracy
 from srlm_lite.judging import as_sampled, mean_scores, votes_by_candidate
 from srlm_lite.pairing import pairs_of, usable_candidates
 from srlm_lite.recipe import Recipe
@@ -18,7 +19,6 @@ from srlm_lite.records import Candidate, Judgement, Prompt
 from srlm_lite.run.files import read_records
 from srlm_lite.run.layout import IterationDir
 from srlm_lite.run.run import RunDir
-from srlm_lite.stages.iteration import on_policy_accuracy
 
 
 def bench_judge(directory: Path, iteration: int | None = None) -> dict[str, Any]:

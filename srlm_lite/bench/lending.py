@@ -11,9 +11,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from srlm_lite.methods import METHODS
+from srlm_lite.methods import METHODS, sections_of_others
 from srlm_lite.methods.self_rewarding import SelfRewarding
-from srlm_lite.recipe import Recipe, sections_of_methods
+from srlm_lite.recipe import Recipe
 from srlm_lite.run.run import RunDir
 
 FIRST_STAGES = ("prompts", "candidates", "judgements")
@@ -39,7 +39,7 @@ def same_first_grades(one: Recipe, other: Recipe) -> bool:
 def _measuring(recipe: Recipe) -> dict[str, Any]:
     """All settings but those that an anchor's evaluation surely does not read."""
     told = recipe.identity()
-    unread = ("method", "anchor", "prompts", "pairing", *sections_of_methods())
+    unread = ("method", "anchor", "prompts", "pairing", *sections_of_others(""))
     kept = {section: value for section, value in told.items() if section not in unread}
     # The rank is the slot's, and with it the rounding's.
     kept["dpo"] = kept["dpo"]["lora"]
@@ -49,7 +49,8 @@ def _measuring(recipe: Recipe) -> dict[str, Any]:
 
 def _is_plain(recipe: Recipe) -> bool:
     method = METHODS[recipe.method]
-    return all(getattr(method, stage) is getattr(SelfRewarding, stage) for stage in FIRST_STAGES)
+    same = ("pool", *FIRST_STAGES)
+    return all(getattr(method, stage) is getattr(SelfRewarding, stage) for stage in same)
 
 
 def lend_evaluation(lender: RunDir, borrower: RunDir) -> None:

@@ -30,8 +30,9 @@ from srlm_lite.errors import UserError
 from srlm_lite.evaluate.gate import findings
 from srlm_lite.judging import mean_scores
 from srlm_lite.loop import iterate, make_anchor
+from srlm_lite.methods import METHODS, method_of
+from srlm_lite.methods.base import Case
 from srlm_lite.methods.cream import consistencies
-from srlm_lite.methods.self_rewarding import SelfRewarding
 from srlm_lite.progress import Reporter, Silent
 from srlm_lite.recipe import Recipe, load_recipe
 from srlm_lite.records import Candidate, Judgement
@@ -40,6 +41,7 @@ from srlm_lite.run.layout import StageDir
 from srlm_lite.run.run import RunDir
 from srlm_lite.session import Session
 from srlm_lite.settings import Gate
+from srlm_lite.stages.at_work import AtWork
 from srlm_lite.stages.evaluation import evaluation
 from srlm_lite.stages.log import StageLog
 
@@ -49,61 +51,37 @@ SHARED = "anchor"
 """The anchor of most cases."""
 
 
-@dataclass(frozen=True, slots=True)
-class Case:
-    """A run of the bench: a recipe, what is changed in it, and where it begins."""
+TEMPTATIONS: dict[str, Case] = {
+    "likes length": Case("toy", ("pairing.alpha=-0.03",)),
+    "likes length, rho 0.3": Case("toy", ("pairing.alpha=-0.03", "pairing.rho=0.3")),
+    "lr 1e-3": Case("toy", ("dpo.learning_rate=1e-3",)),
+}
+"""Settings that do harm. The judge that likes length gives 0.03 points a character, about as much
+again as its scores vary."""
 
-    recipe: str
-    overrides: tuple[str, ...] = ()
-    anchor: str | None = SHARED
-    """Which of `ANCHORS` it starts from; None trains its own."""
 
+def _groups() -> dict[str, dict[str, Case]]:
+    groups: dict[str, dict[str, Case]] = {}
+    for method in METHODS.values():
+        for name, case in method.bench().items():
+            groups.setdefault(case.group, {})[name] = case
+    return {**groups, "Temptations": TEMPTATIONS}
+
+
+GROUPS = _groups()
+"""The cases by name, as the plot shows them side by side: each method declares its own."""
+
+CASES: dict[str, Case] = {name: case for group in GROUPS.values() for name, case in group.items()}
 
 ANCHORS: dict[str, Case] = {
     SHARED: Case("toy", anchor=None),
-    "anchor of rlaif": Case("toy-rlaif", anchor=None),
+    **{
+        case.anchor: Case(case.recipe, anchor=None, is_long=case.is_long)
+        for case in reversed(CASES.values())  # of several the first one counts
+        if case.anchor is not None and case.anchor != SHARED
+    },
 }
 """Anchors that several cases share."""
-
-_RLAIF = "anchor of rlaif"
-
-GROUPS: dict[str, dict[str, Case]] = {
-    "Self-rewarding and controls": {
-        "self-rewarding": Case("toy"),
-        "init: anchor": Case("toy", ("dpo.init=anchor",)),
-        "paper's chain": Case("toy-paper"),
-        "random pairs": Case("toy", ("pairing.source=random",)),
-        "gold pairs": Case("toy", ("pairing.source=gold",)),
-        "no judge data": Case("toy", ("anchor.use_eft=false",), anchor=None),
-    },
-    "Learning from ranked replies": {
-        "dpo": Case("toy-dpo", ("prompts.per_iteration=80",)),  # its file has 240
-        "spin": Case("toy-spin"),
-        # One pass over the pairs in place of three: a third of the time.
-        "rlhf": Case("toy-rlhf", ("rlhf.reward.epochs=1",)),
-    },
-    "Other ways with the own grades": {
-        "cream": Case("toy-cream"),
-        "cream, judge": Case("toy-cream", ("cream.scores=judge",)),
-        "temporal": Case("toy-temporal"),
-        "dno": Case("toy-dno"),
-        "scir": Case("toy-scir"),
-    },
-    "With an anchor that learned more": {
-        "meta-rewarding": Case("toy-meta", ("judge.votes=5",), anchor=None),
-        "rlaif": Case("toy-rlaif", anchor=_RLAIF),
-        "rlaif, random": Case("toy-rlaif", ("pairing.source=random",), anchor=_RLAIF),
-    },
-    "Temptations": {
-        "likes length": Case("toy", ("pairing.alpha=-0.03",)),
-        "likes length, rho 0.3": Case("toy", ("pairing.alpha=-0.03", "pairing.rho=0.3")),
-        "lr 1e-3": Case("toy", ("dpo.learning_rate=1e-3",)),
-    },
-}
-"""The cases by name, as the plot shows them side by side. The judge that likes length gives 0.03
-points a character, about as much again as its scores vary."""
-
-CASES: dict[str, Case] = {name: case for group in GROUPS.values() for name, case in group.items()}
 
 SMALLER = (
     "prompts.per_iteration=100",
@@ -115,9 +93,6 @@ SMALLER = (
 
 COLD = 0.5
 """Temperature at which the anchor answers once more: a sharper model alone raises a mean."""
-
-LONG = ("toy-rlhf", "toy-meta", "toy-rlaif")
-"""Recipes that take longer than the others."""
 
 BARE, COLDER = "base", "cold anchor"
 """What is measured beside the cases."""
@@ -219,7 +194,7 @@ def _given(value: B) -> B:
 
 def _is_short(name: str) -> bool:
     """The long ones begin first, or the last worker would end alone."""
-    return name not in CASES or CASES[name].recipe not in LONG
+    return name not in CASES or not CASES[name].is_long
 
 
 def _begin_work() -> None:
@@ -254,12 +229,13 @@ def _train_anchor(
 
 def _draw_and_grade(session: Session) -> None:
     """The first iteration as far as its grades."""
-    method, directory = SelfRewarding(), session.run.iteration(1)
+    method, directory = method_of(session.recipe), session.run.iteration(1)
+    it = AtWork(session, directory)
     with session.run.locked():
         log = StageLog(session, directory, iteration=1)
-        prompts = log.run("prompts", lambda: method.prompts(session, directory))
-        answers = log.run("candidates", lambda: method.candidates(session, directory, prompts))
-        log.run("judgements", lambda: method.judgements(session, directory, prompts, answers))
+        prompts = log.run("prompts", lambda: method.prompts(it))
+        answers = log.run("candidates", lambda: method.candidates(it, prompts))
+        log.run("judgements", lambda: method.judgements(it, prompts, answers))
 
 
 def _measure(

@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,19 +23,22 @@ import torch
 from srlm_lite.bench.machine import apart, resident_peak, status_bytes
 from srlm_lite.errors import UserError
 from srlm_lite.hardware import device_name
+from srlm_lite.methods.base import Trains
 from srlm_lite.planning.lengths import longest
 from srlm_lite.planning.machine import hardware_found, plan_for
-from srlm_lite.planning.plan import TRAININGS, Phase, Plan
+from srlm_lite.planning.plan import Phase, Plan
 from srlm_lite.planning.rates import rates_key, remember
 from srlm_lite.progress import Reporter
 from srlm_lite.recipe import Recipe
-from srlm_lite.settings import Base
+from srlm_lite.settings import Anchor, Base
 
 if TYPE_CHECKING:
     from srlm_lite.model.base import LoadedBase
 
 OF_FILES = ("export",)
 """What a base without files cannot do."""
+NOT_HELD = ("rloo",)
+"""Kinds of training that cannot be held to their longest: the policy ends its answers itself."""
 STEPS = 2
 
 
@@ -43,8 +47,7 @@ class PhaseJob:
     """One phase, to be run in another process."""
 
     recipe: Recipe
-    phase: str
-    shape: Mapping[str, int]
+    phase: Phase
     anchor_rank: int
     random: bool
 
@@ -69,7 +72,12 @@ def bench_plan(
         )
     hardware = hardware_found(recipe)
     plan = plan_for(recipe, hardware, lengths=longest(recipe))
-    known = [phase.name for phase in plan.phases if not (random and phase.name in OF_FILES)]
+    known = [
+        phase.name
+        for phase in plan.phases
+        if not (random and phase.name in OF_FILES)
+        and not (phase.trains and phase.trains.kind in NOT_HELD)
+    ]
     if unknown := set(phases or ()) - set(known):
         raise UserError(
             f"no phase named {min(unknown)}", where="--phases", way_out=f"Known: {', '.join(known)}"
@@ -79,7 +87,7 @@ def bench_plan(
     rows, rates = {}, {}
     for phase in chosen:
         task.note(phase.name)
-        job = PhaseJob(recipe, phase.name, dict(phase.shape), plan.anchor_rank, random)
+        job = PhaseJob(recipe, phase, plan.anchor_rank, random)
         measured = apart(_run, job)
         rows[phase.name] = _row(plan, phase, measured)
         if measured["tokens"]:
@@ -124,8 +132,9 @@ def _row(plan: Plan, phase: Phase, measured: Mapping[str, Any]) -> dict[str, Any
 
 
 def _run(job: PhaseJob) -> dict[str, Any]:
-    work = {**dict.fromkeys(TRAININGS, _train), "export": _export}.get(job.phase, _sample)
-    return work(job)
+    if job.phase.trains is not None:
+        return _train(job, job.phase.trains)
+    return _export(job) if job.phase.name == "export" else _sample(job)
 
 
 def _measured(libraries: int | None, begin: float, tokens: int, device: str) -> dict[str, Any]:
@@ -190,7 +199,7 @@ def _sample(job: PhaseJob) -> dict[str, Any]:
 
     libraries = status_bytes("VmRSS")
     base, slot, stack = _stack(job)
-    section, shape = job.recipe.base, job.shape
+    section, shape = job.recipe.base, job.phase.shape
     chat = ChatFormat.of(
         base, template=section.chat_template, settings=section.chat_template_kwargs
     )
@@ -208,7 +217,7 @@ def _sample(job: PhaseJob) -> dict[str, Any]:
         for i in range(shape["prompts"])
         for seeds in [tuple(range(i * n, i * n + n))]
     ]
-    sampling = job.recipe.judge if job.phase == "judge" else job.recipe.rollout
+    sampling = job.recipe.judge if job.phase.like == "judge" else job.recipe.rollout
     limits = Limits(
         sampling.temperature, sampling.top_p, max_new_tokens=shape["new_tokens"], ignore_end=True
     )
@@ -216,11 +225,11 @@ def _sample(job: PhaseJob) -> dict[str, Any]:
     begin = time.monotonic()
     engine.sample(requests, limits)
     drawn = shape["prompts"] * n * shape["new_tokens"]
-    tokens = 0 if job.phase == "load" else drawn
+    tokens = 0 if job.phase.name == "load" else drawn
     return _measured(libraries, begin, tokens, base.device.type)
 
 
-def _train(job: PhaseJob) -> dict[str, Any]:
+def _train(job: PhaseJob, one: Trains) -> dict[str, Any]:
     from srlm_lite.training.dpo import PairExample, train_dpo
     from srlm_lite.training.reward import train_reward
     from srlm_lite.training.sft import Example, train_sft
@@ -228,13 +237,15 @@ def _train(job: PhaseJob) -> dict[str, Any]:
     libraries = status_bytes("VmRSS")
     base, slot, (anchor, delta) = _stack(job)
     generator, vocabulary = torch.Generator().manual_seed(0), base.model.config.vocab_size
-    recipe, shape = job.recipe, job.shape
+    recipe, shape = job.recipe, job.phase.shape
     half = shape["tokens"] // 2
     # At most two micro-batches a step: more would only take longer.
     batches = min(2, shape["accumulated"])
-    micro = shape["sequences"] // (2 if job.phase in ("DPO", "reward model") else 1)
+    micro = shape["sequences"] // (1 if one.kind == "sft" else 2)
     count = batches * micro
-    changes = {"batch_size": count, "epochs": STEPS}
+    optim = attrgetter(one.section)(recipe).model_copy(
+        update={"batch_size": count, "epochs": STEPS}
+    )
 
     def ids(short: int = 0) -> tuple[int, ...]:
         return _ids(generator, vocabulary, half - short)
@@ -248,37 +259,27 @@ def _train(job: PhaseJob) -> dict[str, Any]:
     begin = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="srlm-lite-bench-") as folder:
         scratch = Path(folder)
-        if job.phase == "anchor SFT":
+        if one.kind == "sft":
+            is_anchor = one.section == Anchor.section
             train_sft(
                 slot,
                 base,
-                anchor,
+                anchor if is_anchor else delta,
                 examples(),
-                optim=recipe.anchor.model_copy(update=changes),
-                dropout=recipe.anchor.lora.dropout,
+                below=[] if is_anchor else [anchor],
+                optim=optim,
+                dropout=recipe.anchor.lora.dropout if is_anchor else 0.0,
                 scratch=scratch,
                 seed=0,
             )
-        elif job.phase == "revision SFT":
-            train_sft(
-                slot,
-                base,
-                delta,
-                examples(),
-                below=[anchor],
-                optim=recipe.rlaif.sft.model_copy(update=changes),
-                dropout=0.0,
-                scratch=scratch,
-                seed=0,
-            )
-        elif job.phase == "reward model":
+        elif one.kind == "reward":
             train_reward(
                 slot,
                 base,
                 anchor=[anchor],
                 adapter=delta,
                 pairs=pairs(),
-                optim=recipe.rlhf.reward.model_copy(update=changes),
+                optim=optim,
                 scratch=scratch,
                 seed=0,
             )
@@ -290,7 +291,7 @@ def _train(job: PhaseJob) -> dict[str, Any]:
                 delta=delta,
                 reference=[anchor, delta],
                 pairs=pairs(),
-                dpo=recipe.dpo.model_copy(update={**changes, "nll_weight": 0.0}),
+                dpo=optim.model_copy(update={"nll_weight": 0.0}),
                 scratch=scratch,
                 seed=0,
             )

@@ -23,11 +23,7 @@ from srlm_lite.recipe import Recipe, as_begun, load_recipe, overridden
 from srlm_lite.report.answer import anchor_is_best, best
 from srlm_lite.report.facts import gather
 from srlm_lite.run.run import RunDir
-from srlm_lite.session import (
-    Session,
-    follow,
-    refuse_several,
-)
+from srlm_lite.session import Session, follow, refuse_several
 from srlm_lite.tracking import tracked
 
 
@@ -48,12 +44,12 @@ def run_iterate(
         overrides = [*overrides, f"iterations={iterations}"]
     recipe = _recipe(recipe_name, overrides, None if fresh else run, console)
     refuse_several(recipe, processes.world)  # each of them knows, so none has to be told
-    launch = Launch(recipe, run, fresh, planned, processes.world, processes.shards)
     stopped: GateError | None = None
     with processes.joined(cpu=recipe.base.device == "cpu"):
         if not processes.place.leads:
             follow(processes)
             return
+        launch = Launch(recipe, run, fresh, planned, processes.world, processes.shards)
         warnings = refuse(launch)
         facts = {
             "versions": versions(),

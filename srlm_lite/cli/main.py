@@ -410,11 +410,19 @@ def chat(
 def doctor(
     recipe: Annotated[
         str | None,
-        typer.Option(help="Look at this recipe alone, as iterate does before it starts."),
+        typer.Option(
+            help="Look at this recipe alone, as iterate does before it starts.",
+            autocompletion=recipe_names,
+        ),
     ] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", help="With --recipe, override a setting.", metavar="KEY=VALUE"),
+        typer.Option(
+            "--set",
+            help="With --recipe, override a setting.",
+            metavar="KEY=VALUE",
+            autocompletion=overrides,
+        ),
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print all findings as JSON.")] = False,
 ) -> None:

@@ -23,11 +23,9 @@ from srlm_lite.planning.machine import (
 from srlm_lite.planning.plan import PARTS, Hardware, Plan, needs_sharding, parse_gpus
 from srlm_lite.planning.rates import known_rates, rates_folder, rates_key
 from srlm_lite.planning.room import Room, room_for, unjudged
-from srlm_lite.recipe import Recipe, load_recipe
+from srlm_lite.recipe import load_recipe
 
 _HEADS = {"kv_cache": "KV cache"}
-_ALIKE = {"prompts": "candidates", "revision SFT": "anchor SFT"}
-"""Phases that do the same work as another one, whose rate stands for theirs."""
 _SHORT_HEADS = {
     "adapters": "adapt.",
     "optimizer": "optim.",
@@ -85,7 +83,7 @@ def times_of(plan: Plan) -> Times:
     rates = known[0] if known else {}
     seconds: dict[str, float | None] = {}
     for phase in plan.phases:
-        rate = rates.get(phase.name, rates.get(_ALIKE.get(phase.name, "")))
+        rate = rates.get(phase.name, rates.get(phase.like))
         seconds[phase.name] = phase.tokens / rate if phase.tokens and rate else None
     return Times(seconds, known[1] if known else None)
 
@@ -159,7 +157,6 @@ def plan_text(
     lines = [
         "GB at the longest that window and data admit, predicted from shapes; tokens at most, of "
         "the whole run, votes asked again apart",
-        *_of_another_method(plan.recipe),
         *_out_of_reach(plan),
         *_too_long_to_judge(room),
         *(["export runs on the machine, not on the device"] if on_host else []),
@@ -186,16 +183,6 @@ def plan_text(
             *(_broken(line, width) for line in lines),
         ]
     )
-
-
-def _of_another_method(recipe: Recipe) -> list[str]:
-    """That a plan knows the stages of one method alone."""
-    if recipe.method == "self-rewarding":
-        return []
-    return [
-        "counted for the method self-rewarding: how much "
-        f"{recipe.method} samples and trains on differs from that"
-    ]
 
 
 def _out_of_reach(plan: Plan) -> list[str]:

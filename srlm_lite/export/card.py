@@ -8,7 +8,8 @@ from typing import Any
 import yaml
 
 from srlm_lite.export.source import FinishedModel
-from srlm_lite.recipe import Recipe, sections_of_methods
+from srlm_lite.methods import METHODS, sections_of_others
+from srlm_lite.recipe import Recipe
 from srlm_lite.report.facts import gather, public_settings
 from srlm_lite.report.markdown import measured, warned_of
 from srlm_lite.shipped import short_base
@@ -41,7 +42,7 @@ def public_recipe(recipe: Recipe) -> dict[str, Any]:
 
     Files and directories have their names in place of their paths.
     """
-    others = sections_of_methods(but=recipe.method)
+    others = sections_of_others(recipe.method)
     return public_settings(recipe.model_dump(mode="json", exclude=others))
 
 
@@ -71,49 +72,23 @@ def card(
     return "\n\n".join(parts) + "\n"
 
 
-MADE_BY = {
-    "self-rewarding": "answering prompts, grading its own answers and DPO on the pairs "
-    "([Yuan et al. 2024](https://arxiv.org/abs/2401.10020))",
-    "dpo": "DPO on replies that humans ranked "
-    "([Rafailov et al. 2023](https://arxiv.org/abs/2305.18290))",
-    "spin": "DPO on a human's answers against its own "
-    "([Chen et al. 2024](https://arxiv.org/abs/2401.01335))",
-    "cream": "answering prompts and DPO on its own rankings, as far as two models in a row agree "
-    "on them ([Wang et al. 2024](https://arxiv.org/abs/2410.12735))",
-    "meta-rewarding": "answering prompts, grading its own answers, comparing its own grades, and "
-    "DPO on the pairs of both ([Wu et al. 2024](https://arxiv.org/abs/2407.19594))",
-    "dno": "answering prompts beside a teacher, grading the answers and DPO on the pairs with a "
-    "wide margin ([Rosset et al. 2024](https://arxiv.org/abs/2404.03715))",
-    "scir": "answering prompts, grading its own answers and DPO on the pairs that its implicit "
-    "reward agrees with (after [2502.08922](https://arxiv.org/abs/2502.08922), in a formulation "
-    "of srlm-lite's own)",
-    "rlaif": "revising its own answers by written principles, then DPO on its anchor's labels "
-    "by them ([Bai et al. 2022](https://arxiv.org/abs/2212.08073))",
-    "rlhf": "RLOO against a reward model of replies that humans ranked "
-    "([Ouyang et al. 2022](https://arxiv.org/abs/2203.02155), "
-    "[Ahmadian et al. 2024](https://arxiv.org/abs/2402.14740))",
-    "temporal": "answering prompts, grading its own answers and DPO on the next model's best "
-    "answers against the first one's worst ([2508.06026](https://arxiv.org/abs/2508.06026))",
-}
-"""What an iteration of each method does, and where it is from."""
-_NOT_SELF_REWARDING = ("dpo", "spin", "rlhf")
-
-
 def _tags(source: FinishedModel, form: str) -> list[str]:
-    method = source.recipe.method
-    tags = [] if method in _NOT_SELF_REWARDING else ["self-rewarding"]
-    tags += ["rloo" if method == "rlhf" else "dpo"] if source.iteration else ["sft"]
+    method = METHODS[source.recipe.method]
+    tags = ["self-rewarding"] if method.is_self_rewarding else []
+    tags += [method.trainer] if source.iteration else ["sft"]
     return [*tags, *(["lora"] if form == "adapter" else [])]
 
 
 def _about(source: FinishedModel, base: dict[str, Any]) -> str:
+    method = METHODS[source.recipe.method]
+    cited = method.cited()
     n, anchor = source.iteration, f"the anchor, {_anchor_from(source.recipe)}"
-    of = f"of a run of the method `{source.recipe.method}` on {_base_name(base)}"
+    of = f"of a run of the method `{method.name}` on {_base_name(base)}"
     if not n:
         return f"M1 {of}: {anchor}. Made with srlm-lite."
     return (
         f"M{n + 1} {of}. M1 is {anchor}; {n} iteration{'s' if n > 1 else ''} followed, of "
-        f"{MADE_BY[source.recipe.method]}. Made with srlm-lite."
+        f"{method.made_by}{f' ({cited})' if cited else ''}. Made with srlm-lite."
     )
 
 
@@ -167,7 +142,7 @@ def _stack(source: FinishedModel) -> str:
 
 
 def _pairs_by(recipe: Recipe) -> str:
-    if recipe.method in _NOT_SELF_REWARDING:
+    if not METHODS[recipe.method].is_self_rewarding:
         return ""
     return {
         "judge": "",

@@ -16,27 +16,30 @@ judge's accuracy beside C.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
-from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 from srlm_lite.errors import UserError
+from srlm_lite.evaluate.candidates import NO_VOTES
 from srlm_lite.judging import mean_scores
-from srlm_lite.methods.self_rewarding import (
-    MadePairs,
-    SelfRewarding,
-    best_against_worst,
-    judged,
-)
+from srlm_lite.methods.base import Case, Facts, Iteration, MadePairs, Phase, Sizes, Source, Words
+from srlm_lite.methods.self_rewarding import SelfRewarding
 from srlm_lite.pairing import Drops, Scored, Scores, usable_candidates
 from srlm_lite.records import Candidate, Judgement, PreferencePair, Prompt
-from srlm_lite.run.layout import IterationDir
-from srlm_lite.session import Session
-from srlm_lite.stages import iteration as stages
-from srlm_lite.stages.likelihood import candidate_likelihoods
+from srlm_lite.settings import Section
+
+
+class CreamSettings(Section):
+    """Method `cream`: pairs count by how consistently they are ranked."""
+
+    scores: Literal["likelihood", "judge"] = "likelihood"
+    """What ranks the candidates. `likelihood` is the paper: their log-likelihood ratio to the
+    bare base. `judge`: this iteration's judge against the last iteration's."""
+    consistency: Literal["run", "sample"] = "run"
+    """`run`: one C, the mean over all prompts. `sample`: each prompt its own."""
 
 
 def kendall(one: Sequence[float], other: Sequence[float]) -> float | None:
@@ -75,7 +78,7 @@ def consistencies(
     return found
 
 
-def refuse_nothing_to_learn(pairs: Sequence[PreferencePair], where: Path) -> None:
+def refuse_nothing_to_learn(pairs: Sequence[PreferencePair], where: str) -> None:
     """Stop where every pair pulls both ways alike.
 
     Raises:
@@ -85,122 +88,136 @@ def refuse_nothing_to_learn(pairs: Sequence[PreferencePair], where: Path) -> Non
         raise UserError(
             "the consistency is 0.5 for all pairs: the two models' rankings have nothing in "
             "common, and there is nothing to learn",
-            where=str(where),
+            where=where,
             way_out="Give more candidates (rollout.n) or prompts (prompts.per_iteration)",
         )
-
-
-class Cream(SelfRewarding):
-    """Pairs by likelihood ratio (or by judge), smoothed by their inconsistency."""
-
-    def judgements(
-        self,
-        session: Session,
-        iteration: IterationDir,
-        prompts: Sequence[Prompt],
-        candidates: Sequence[Candidate],
-    ) -> tuple[list[Judgement], dict[str, Any]]:
-        """None, unless the recipe ranks by judge."""
-        if session.recipe.cream.scores == "judge":
-            return stages.judgements(session, iteration, prompts, candidates)
-        return stages.no_judgements(iteration)
-
-    def make_pairs(
-        self,
-        session: Session,
-        iteration: IterationDir,
-        prompts: Sequence[Prompt],
-        candidates: Sequence[Candidate],
-        judgements: Sequence[Judgement],
-    ) -> MadePairs:
-        """The best against the worst, each smoothed by 1 - C."""
-        section = session.recipe.cream
-        rank = _by_judge if section.scores == "judge" else _by_likelihood
-        usable, drops, before = rank(session, iteration, prompts, candidates, judgements)
-        of_prompt = consistencies(usable, before)
-        # Where nothing tells, as with a base that cannot grade, pairs are taken as they are.
-        overall = fmean(of_prompt.values()) if of_prompt else 1.0
-        pairs, drops, facts = best_against_worst(session, iteration, prompts, usable, drops)
-        trusts = of_prompt if section.consistency == "sample" else {}
-        smoothed = [
-            replace(one, smoothing=round(1 - trusts.get(one.prompt_id, overall), 6))
-            for one in pairs
-        ]
-        refuse_nothing_to_learn(smoothed, iteration.path)
-        told = {} if section.scores == "judge" else _accuracy(session, prompts, usable)
-        return smoothed, drops, {**facts, "consistency": round(overall, 4), **told}
 
 
 Ranked = tuple[dict[str, list[Scored]], Drops, Scores]
 """Usable candidates with their scores, what was left out, and the scores of the model before."""
 
 
-def _by_likelihood(
-    session: Session,
-    iteration: IterationDir,
-    prompts: Sequence[Prompt],
-    candidates: Sequence[Candidate],
-    judgements: Sequence[Judgement],
-) -> Ranked:
-    t, first = iteration.number, iteration.number == 1
-    stacks = {"policy": session.stack(t - 1), "base": []}
-    if not first:
-        stacks["before"] = session.stack(t - 2)
-    found = {
-        name: candidate_likelihoods(
-            session, stack, prompts, candidates, path=iteration.likelihoods / f"{name}.jsonl"
-        )
-        for name, stack in stacks.items()
-    }
-    base = found["base"]
-    now = {name: row.logp - base[name].logp for name, row in found["policy"].items()}
-    if first:
-        before = {name: row.logp / row.n_tokens for name, row in base.items()}
-    else:
-        before = {name: row.logp - base[name].logp for name, row in found["before"].items()}
-    usable, drops = usable_candidates(
-        prompts, candidates, now, drop_truncated=session.recipe.pairing.drop_truncated
-    )
-    return usable, drops, before
+class Cream(SelfRewarding[CreamSettings]):
+    """Pairs by likelihood ratio (or by judge), smoothed by their inconsistency."""
 
-
-def _accuracy(
-    session: Session, prompts: Sequence[Prompt], usable: Mapping[str, Sequence[Scored]]
-) -> dict[str, Any]:
-    """How often the likelihoods are in the gold order, as a judge's grades are measured."""
-    return stages.on_policy_accuracy(
-        session.recipe.evaluate.gold,
-        {prompt.prompt_id: prompt.text for prompt in prompts},
-        [candidate for group in usable.values() for candidate, _ in group],
-        [
-            Judgement(candidate.candidate_id, 0, "", score, candidate.finish_reason)
-            for group in usable.values()
-            for candidate, score in group
-        ],
-    )
-
-
-def _by_judge(
-    session: Session,
-    iteration: IterationDir,
-    prompts: Sequence[Prompt],
-    candidates: Sequence[Candidate],
-    judgements: Sequence[Judgement],
-) -> Ranked:
-    t = iteration.number
-    earlier, _ = stages.judgements(
-        session,
-        iteration,
-        prompts,
-        candidates,
-        by=stages.Grader(
-            session.stack(t - 2) if t > 1 else [],
-            iteration.earlier_judgements,
-            "earlier judgements",
+    name = "cream"
+    sources = (
+        Source(
+            "Wang et al. 2024", "CREAM: Consistency Regularized Self-Rewarding Language Models",
+            "2410.12735",
         ),
+    )  # fmt: skip
+    learns_from = "its own rankings, as far as two models in a row agree on them"
+    remark = "by likelihood or by judge, run-wide or by sample"
+    made_by = (
+        "answering prompts and DPO on its own rankings, as far as two models in a row agree on them"
     )
-    usable, drops = judged(session, prompts, candidates, judgements)
-    return usable, drops, mean_scores(earlier, min_votes=session.recipe.judge.min_votes)
+    section = "cream"
+    Settings = CreamSettings
+    cases = {"cream": Case("toy-cream"), "cream, judge": Case("toy-cream", ("cream.scores=judge",))}
+
+    @classmethod
+    def words(cls, own: CreamSettings) -> Words:
+        """By default a ratio of likelihoods, and no judge."""
+        if own.scores == "judge":
+            return Words()
+        return Words("log-likelihood above the base's", "their likelihood ranks them")
+
+    @classmethod
+    def unread(cls, own: CreamSettings) -> Mapping[str, Collection[Any]]:
+        """Gold takes a judge's place, and no likelihood's."""
+        return {"pairing.source": ("gold",)} if own.scores == "likelihood" else {}
+
+    @property
+    def judge_makes_pairs(self) -> bool:
+        """Where it ranks."""
+        return super().judge_makes_pairs and self.own.scores == "judge"
+
+    def phases(self, sizes: Sizes) -> Iterator[Phase]:
+        """Each answer is graded by two judges, or only read."""
+        yield self.answers(sizes)
+        if self.own.scores == "judge":
+            yield self.votes(sizes, answers=2 * self.all_prompts * self.recipe.rollout.n)
+        yield self.dpo(sizes)
+
+    def judgements(
+        self, it: Iteration, prompts: Sequence[Prompt], candidates: Sequence[Candidate]
+    ) -> tuple[list[Judgement], Facts]:
+        """Only where the recipe ranks by judge."""
+        if self.own.scores == "judge":
+            return super().judgements(it, prompts, candidates)
+        it.write("judgements", [])
+        return [], dict(NO_VOTES)
+
+    def make_pairs(
+        self,
+        it: Iteration,
+        prompts: Sequence[Prompt],
+        candidates: Sequence[Candidate],
+        judgements: Sequence[Judgement],
+    ) -> MadePairs:
+        """The best against the worst, each smoothed by 1 - C."""
+        by_judge = self.own.scores == "judge"
+        rank = self._by_judge if by_judge else self._by_likelihood
+        usable, drops, before = rank(it, prompts, candidates, judgements)
+        of_prompt = consistencies(usable, before)
+        # Where nothing tells, as with a base that cannot grade, pairs are taken as they are.
+        overall = fmean(of_prompt.values()) if of_prompt else 1.0
+        pairs, drops, facts = self.best_against_worst(it, prompts, usable, drops)
+        trusts = of_prompt if self.own.consistency == "sample" else {}
+        smoothed = [
+            replace(one, smoothing=round(1 - trusts.get(one.prompt_id, overall), 6))
+            for one in pairs
+        ]
+        refuse_nothing_to_learn(smoothed, it.where)
+        told = {} if by_judge else self._accuracy(prompts, usable)
+        return smoothed, drops, {**facts, "consistency": round(overall, 4), **told}
+
+    def _by_likelihood(
+        self,
+        it: Iteration,
+        prompts: Sequence[Prompt],
+        candidates: Sequence[Candidate],
+        judgements: Sequence[Judgement],
+    ) -> Ranked:
+        first = it.number == 1
+        models = {"policy": it.policy, "base": it.base}
+        if not first:
+            models["before"] = it.earlier
+        found = {
+            name: it.likelihoods(prompts, candidates, by=model, name=name)
+            for name, model in models.items()
+        }
+        base = found["base"]
+        now = {name: row.logp - base[name].logp for name, row in found["policy"].items()}
+        if first:
+            before = {name: row.logp / row.n_tokens for name, row in base.items()}
+        else:
+            before = {name: row.logp - base[name].logp for name, row in found["before"].items()}
+        usable, drops = usable_candidates(
+            prompts, candidates, now, drop_truncated=self.recipe.pairing.drop_truncated
+        )
+        return usable, drops, before
+
+    def _accuracy(self, prompts: Sequence[Prompt], usable: Mapping[str, Sequence[Scored]]) -> Facts:
+        """How often the likelihoods are in the gold order, as a judge's grades are measured."""
+        rows = [row for group in usable.values() for row in group]
+        return self.accuracy(
+            prompts,
+            [candidate for candidate, _ in rows],
+            [Judgement(one.candidate_id, 0, "", score, one.finish_reason) for one, score in rows],
+        )
+
+    def _by_judge(
+        self,
+        it: Iteration,
+        prompts: Sequence[Prompt],
+        candidates: Sequence[Candidate],
+        judgements: Sequence[Judgement],
+    ) -> Ranked:
+        earlier = it.grade(prompts, candidates, by=it.earlier, kind="earlier")
+        usable, drops = self.judged(prompts, candidates, judgements)
+        return usable, drops, mean_scores(earlier, min_votes=self.recipe.judge.min_votes)
 
 
 def _sign(value: float) -> int:

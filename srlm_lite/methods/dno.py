@@ -16,30 +16,63 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import permutations
-from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from srlm_lite.errors import UserError
-from srlm_lite.judging import SCORES, fill, load_template, numbered, plain_lines
-from srlm_lite.methods.self_rewarding import MadePairs, SelfRewarding, judged
+from srlm_lite.evaluate.candidates import candidate_facts, vote_facts
+from srlm_lite.judging import SCORES, fill, load_question, numbered, plain_lines
+from srlm_lite.methods.base import (
+    Case,
+    Draws,
+    Facts,
+    Iteration,
+    MadePairs,
+    Phase,
+    SeedData,
+    Sizes,
+    Source,
+)
+from srlm_lite.methods.self_rewarding import SelfRewarding
 from srlm_lite.pairing import Drops, Scored, has_tag, length_penalty, pair
 from srlm_lite.records import Candidate, Judgement, PreferencePair, Prompt
-from srlm_lite.run.files import read_jsonl, write_records
-from srlm_lite.run.layout import IterationDir
-from srlm_lite.session import Session
-from srlm_lite.settings import Dno as Section
-from srlm_lite.stages import iteration as stages
-from srlm_lite.stages.replies import read_as_reply
-from srlm_lite.stages.sampling import ask, limits_of
+from srlm_lite.settings import IsPath, Section
+from srlm_lite.shipped import TEMPLATES
 
-TEACHER = "teacher-"
-"""What marks the names of the teacher's answers."""
+TEACHER = "teacher"
+"""The kind of the teacher's answers."""
+
+SERVER = "server"
+"""What a recipe calls the teacher behind the section `openai`."""
 
 BEST_SIDE_BY_SIDE = 6
 """The scale of the side-by-side judge ends here; it begins at 0."""
+
+
+class DnoSettings(Section):
+    """Method `dno`: every pair with a good winner and a wide margin."""
+
+    teacher: Annotated[str | None, IsPath(words=(SERVER,))] = None
+    """A stronger model's answers: a JSONL file with `prompt_id` and `response`, or `server` for
+    the model of the section `openai`. Without, the policy is alone."""
+    grading: Literal["rubric", "side-by-side"] = "rubric"
+    """`side-by-side`: the judge sees all answers to a prompt at once, in an order drawn for each
+    vote, as in the paper. `rubric`: each answer by itself."""
+    template: Annotated[str, IsPath(shipped=TEMPLATES)] = "side-by-side"
+    """The side-by-side judge's question: name of a shipped template or a path."""
+    least_positive: float = 5.0
+    """Lowest score of a chosen answer."""
+    margin: Annotated[float, Field(gt=0)] = 2.0
+    """Least gap of a pair whose chosen answer is the teacher's."""
+    own_margin: Annotated[float, Field(gt=0)] = 1.0
+    """Least gap of a pair whose chosen answer is the policy's own."""
+    repeated_words: Annotated[int, Field(ge=2)] = 6
+    """An answer that says a run of so many words three times is rejected whatever its score."""
+
 
 _SCORE = re.compile(r"score (\d+): (\d+(?:\.\d+)?)", re.IGNORECASE)
 WRITTEN = (*SCORES, numbered("score"))
@@ -50,7 +83,7 @@ def margin_pairs(
     prompts: Sequence[Prompt],
     usable: Mapping[str, Sequence[Scored]],
     drops: Drops,
-    section: Section,
+    section: DnoSettings,
     *,
     min_gap: float = 0.0,
     alpha: float = 0.0,
@@ -68,7 +101,7 @@ def margin_pairs(
     for prompt in (prompt for prompt in prompts if prompt.prompt_id in usable):
         found = []
         for winner, loser in permutations(usable[prompt.prompt_id], 2):
-            of_teacher = has_tag(winner[0].candidate_id, TEACHER)
+            of_teacher = has_tag(winner[0].candidate_id, f"{TEACHER}-")
             margin = section.margin if of_teacher else section.own_margin
             gap = winner[1] - loser[1]
             longer = len(winner[0].text) - len(loser[0].text)
@@ -82,7 +115,7 @@ def margin_pairs(
     return pairs
 
 
-def repeats(text: str, section: Section) -> bool:
+def repeats(text: str, section: DnoSettings) -> bool:
     """Whether a run of `repeated_words` words occurs three times, overlapping ones included."""
     words, n = text.lower().split(), section.repeated_words
     runs = Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
@@ -112,129 +145,168 @@ def render(template: str, prompt: str, replies: Sequence[str]) -> str:
     return fill(whole, {"prompt": prompt, **texts}, WRITTEN)
 
 
-class Dno(SelfRewarding):
+class Dno(SelfRewarding[DnoSettings]):
     """More candidates, another way to grade them, more pairs."""
 
-    def candidates(
-        self, session: Session, iteration: IterationDir, prompts: Sequence[Prompt]
-    ) -> tuple[list[Candidate], dict[str, Any]]:
+    name = "dno"
+    sources = (
+        Source(
+            "Rosset et al. 2024",
+            "Direct Nash Optimization: Teaching Language Models to Self-Improve with General "
+            "Preferences",
+            "2404.03715",
+        ),
+    )
+    learns_from = "every pair with a good winner and a wide margin"
+    remark = "a teacher's answers (a file, a server) and grading side by side on wish"
+    made_by = (
+        "answering prompts beside a teacher, grading the answers and DPO on the pairs with a wide "
+        "margin"
+    )
+    section = "dno"
+    Settings = DnoSettings
+    advice = {"no_margin": "lower dno.least_positive or the margins"}
+    cases = {"dno": Case("toy-dno")}
+
+    @classmethod
+    def unread(cls, own: DnoSettings) -> Mapping[str, Collection[Any]]:
+        """A pair is what has the margin, whatever else ranks it."""
+        return {"pairing.source": ("random",), "pairing.rho": ()}
+
+    @property
+    def judge_makes_pairs(self) -> bool:
+        """By the rubric; side by side, on a scale of its own."""
+        return super().judge_makes_pairs and self.own.grading == "rubric"
+
+    @property
+    def asks_a_server(self) -> bool:
+        """Where the teacher is there."""
+        return self.own.teacher == SERVER
+
+    def phases(self, sizes: Sizes) -> Iterator[Phase]:
+        """A teacher's answer is one more to grade, and not drawn here."""
+        recipe = self.recipe
+        n = recipe.rollout.n + (self.own.teacher is not None)
+        yield self.answers(sizes)
+        if self.own.grading == "rubric":
+            yield self.votes(sizes, answers=n * self.all_prompts)
+        else:
+            asked = self.all_prompts * recipe.judge.votes
+            room = sizes.room(sizes.judgement)
+            at_once = 4 * recipe.rollout.chunk_prompts
+            yield Draws("side by side", at_once, 1, room, sizes.judgement, asked, "judge")
+        tokens = sizes.own if self.own.teacher is None else sizes.window
+        yield self.dpo(sizes, pairs=n * (n - 1) / 2, tokens=tokens)
+
+    def preflight(self, data: SeedData) -> None:
+        """The template, and the teacher's file."""
+        if self.own.grading == "side-by-side":
+            load_question("side-by-side", self.own.template)
+        if self.own.teacher not in (None, SERVER):
+            data.rows(str(self.own.teacher))
+
+    def candidates(self, it: Iteration, prompts: Sequence[Prompt]) -> tuple[list[Candidate], Facts]:
         """The policy's, then the teacher's."""
-        own, facts = stages.candidates(session, iteration, prompts)
-        teacher = _teacher(session, iteration, prompts)
+        own = it.answer(prompts)
+        facts, teacher = candidate_facts(own), self._teacher(it, prompts)
         return [*own, *teacher], {**facts, **({"teacher": len(teacher)} if teacher else {})}
 
     def judgements(
-        self,
-        session: Session,
-        iteration: IterationDir,
-        prompts: Sequence[Prompt],
-        candidates: Sequence[Candidate],
-    ) -> tuple[list[Judgement], dict[str, Any]]:
+        self, it: Iteration, prompts: Sequence[Prompt], candidates: Sequence[Candidate]
+    ) -> tuple[list[Judgement], Facts]:
         """One by one, or side by side."""
-        if session.recipe.dno.grading == "rubric":
-            return stages.judgements(session, iteration, prompts, candidates)
-        rows = _side_by_side(session, iteration, prompts, candidates)
-        write_records(iteration.judgements, rows)
-        readable = [row.score for row in rows if row.score is not None]
-        return rows, {
-            "judgements": len(rows),
-            "parse_rate": round(len(readable) / max(1, len(rows)), 4),
-            "mean_score": round(sum(readable) / len(readable), 3) if readable else None,
-        }
+        if self.own.grading == "rubric":
+            return super().judgements(it, prompts, candidates)
+        rows = self._side_by_side(it, prompts, candidates)
+        it.write("judgements", rows)
+        return rows, vote_facts(rows)
 
     def make_pairs(
         self,
-        session: Session,
-        iteration: IterationDir,
+        it: Iteration,
         prompts: Sequence[Prompt],
         candidates: Sequence[Candidate],
         judgements: Sequence[Judgement],
     ) -> MadePairs:
         """Every pair that qualifies."""
-        usable, drops = judged(session, prompts, candidates, judgements)
-        pairing = session.recipe.pairing
+        usable, drops = self.judged(prompts, candidates, judgements)
+        pairing = self.recipe.pairing
         alpha = length_penalty(list(usable.values()), pairing)
-        pairs = margin_pairs(
-            prompts, usable, drops, session.recipe.dno, min_gap=pairing.min_gap, alpha=alpha
-        )
+        pairs = margin_pairs(prompts, usable, drops, self.own, min_gap=pairing.min_gap, alpha=alpha)
         return pairs, drops, {"alpha": round(alpha, 6)} if pairing.alpha == "auto" else {}
 
+    def _teacher(self, it: Iteration, prompts: Sequence[Prompt]) -> list[Candidate]:
+        named = self.own.teacher
+        if named is None:
+            return []
+        if named == SERVER:
+            return it.answer(prompts, n=1, by=it.teacher, kind=TEACHER)
+        told = it.data.rows(named)
+        rows = [it.as_answer(row) for row in teacher_answers(told, prompts, where=named)]
+        it.write(f"{TEACHER}_candidates", rows)
+        return rows
 
-def _teacher(
-    session: Session, iteration: IterationDir, prompts: Sequence[Prompt]
+    def _side_by_side(
+        self, it: Iteration, prompts: Sequence[Prompt], candidates: Sequence[Candidate]
+    ) -> list[Judgement]:
+        recipe = self.recipe
+        template = load_question("side-by-side", self.own.template)
+        texts = {prompt.prompt_id: prompt.text for prompt in prompts}
+        groups: dict[str, list[Candidate]] = {}
+        for row in candidates:
+            if row.text and not (recipe.pairing.drop_truncated and row.finish_reason == "length"):
+                groups.setdefault(row.prompt_id, []).append(row)
+        orders = {
+            (prompt_id, vote): Random(f"{recipe.seed}/{it.number}/{prompt_id}/{vote}").sample(
+                group, len(group)
+            )
+            for prompt_id, group in groups.items()
+            for vote in range(recipe.judge.votes)
+        }
+        replies = it.ask(
+            [
+                (
+                    f"{prompt_id}:{vote}",
+                    render(template, texts[prompt_id], [row.text for row in order]),
+                )
+                for (prompt_id, vote), order in orders.items()
+            ],
+            about="side by side",
+            by=it.policy,
+        )
+        found = []
+        for (prompt_id, vote), order in orders.items():
+            reply = replies[f"{prompt_id}:{vote}"]
+            scores = read_scores(reply.text if reply.finish_reason == "stop" else "", len(order))
+            for row, score in zip(order, scores, strict=True):
+                found.append(
+                    Judgement(row.candidate_id, vote, reply.text, score, reply.finish_reason)
+                )
+        return found
+
+
+def teacher_answers(
+    told: Sequence[Mapping[str, Any]], prompts: Sequence[Prompt], *, where: str
 ) -> list[Candidate]:
-    teacher = session.recipe.dno.teacher
-    if teacher is None:
-        return []
-    if teacher == "server":
-        of = stages.Answerer([], iteration.teacher_candidates, "teacher", TEACHER, "teacher")
-        return stages.candidates(session, iteration, prompts, n=1, of=of)[0]
-    rows = [read_as_reply(session.chat, row) for row in teacher_answers(Path(teacher), prompts)]
-    write_records(iteration.teacher_candidates, rows)
-    return rows
-
-
-def teacher_answers(path: Path, prompts: Sequence[Prompt]) -> list[Candidate]:
-    """The answers that a file has to these prompts.
+    """The answers that the rows of a file have to these prompts.
 
     Raises:
         UserError: A row lacks a key, or no row is for any of the prompts.
     """
     wanted = {prompt.prompt_id for prompt in prompts}
     rows: list[Candidate] = []
-    for number, row in enumerate(read_jsonl(path), start=1):
+    for number, row in enumerate(told, start=1):
         named, text = row.get("prompt_id"), row.get("response")
         if named is None or not isinstance(text, str):
-            raise UserError(f"row {number} lacks prompt_id or response", where=str(path))
+            raise UserError(f"row {number} lacks prompt_id or response", where=where)
         prompt_id = str(named)  # a number in some files, as in prompt lists
         if prompt_id in wanted:
-            name = f"{prompt_id}#{TEACHER}{number}"
+            name = f"{prompt_id}#{TEACHER}-{number}"
             rows.append(Candidate(prompt_id, name, text, len(text.split()), "stop"))
     if not rows:
         raise UserError(
             f"answers none of the iteration's {len(prompts)} prompts",
-            where=str(path),
+            where=where,
             way_out="Its prompt_id have to be those of the prompt list",
         )
     return rows
-
-
-def _side_by_side(
-    session: Session,
-    iteration: IterationDir,
-    prompts: Sequence[Prompt],
-    candidates: Sequence[Candidate],
-) -> list[Judgement]:
-    recipe = session.recipe
-    template = load_template(recipe.dno.template, "prompt", "responses")
-    texts = {prompt.prompt_id: prompt.text for prompt in prompts}
-    groups: dict[str, list[Candidate]] = {}
-    for row in candidates:
-        if row.text and not (recipe.pairing.drop_truncated and row.finish_reason == "length"):
-            groups.setdefault(row.prompt_id, []).append(row)
-    orders = {
-        (prompt_id, vote): Random(f"{recipe.seed}/{iteration.number}/{prompt_id}/{vote}").sample(
-            group, len(group)
-        )
-        for prompt_id, group in groups.items()
-        for vote in range(recipe.judge.votes)
-    }
-    replies = ask(
-        session,
-        session.stack(iteration.number - 1),
-        [
-            (f"{prompt_id}:{vote}", render(template, texts[prompt_id], [row.text for row in order]))
-            for (prompt_id, vote), order in orders.items()
-        ],
-        path=iteration.replies,
-        stage="side by side",
-        limits=limits_of(recipe.judge),
-        seed_path=(recipe.seed, iteration.number, "side by side"),
-    )
-    found = []
-    for (prompt_id, vote), order in orders.items():
-        reply = replies[f"{prompt_id}:{vote}"]
-        scores = read_scores(reply.text if reply.finish_reason == "stop" else "", len(order))
-        for row, score in zip(order, scores, strict=True):
-            found.append(Judgement(row.candidate_id, vote, reply.text, score, reply.finish_reason))
-    return found

@@ -19,27 +19,63 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 from random import Random
 from statistics import fmean, pvariance
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from srlm_lite.judging import Rubric, fill, load_template, options, plain_lines
-from srlm_lite.methods.self_rewarding import MadePairs, SelfRewarding
+from pydantic import Field
+
+from srlm_lite.judging import Rubric, fill, load_question, options, plain_lines
+from srlm_lite.methods.base import (
+    TAUGHT_MORE,
+    Case,
+    Draws,
+    Facts,
+    Iteration,
+    MadePairs,
+    Phase,
+    SeedData,
+    Sizes,
+    Source,
+)
+from srlm_lite.methods.self_rewarding import SelfRewarding
 from srlm_lite.pairing import JUDGE, Drops, at_iteration
 from srlm_lite.records import Candidate, Judgement, PreferencePair, Prompt, Reply
-from srlm_lite.run.layout import IterationDir
-from srlm_lite.session import Session
-from srlm_lite.stages import iteration as stages
-from srlm_lite.stages.sampling import ask, limits_of
+from srlm_lite.settings import IsPath, Positive, Section
+from srlm_lite.shipped import TEMPLATES
 
 PRIOR = 0.01
 """Wins that every judgement is given over every other before the first battle."""
 
 _SAME = 1e-9
 """Ratings closer than this are equal: they come out of an iteration."""
+
+
+class MetaRewardingSettings(Section):
+    """Method `meta-rewarding`: the model also judges its judgements, and learns from that."""
+
+    schedule: tuple[Literal["both", "policy", "judge"], ...] = ("both", "both", "policy")
+    """What each iteration trains, the last entry those after it: `both` policy and judge, or one
+    of them alone. The paper stops training the judge after two iterations. Where the judge trains
+    alone, a delta for both roles learns from its pairs, and the policy changes along; of deltas
+    for one role each the policy's stays as it is."""
+    roles: Literal["shared", "separate"] = "shared"
+    """One delta for policy and judge, or one each."""
+    template: Annotated[str, IsPath(shipped=TEMPLATES)] = "meta-judge"
+    """The meta-judge's question: name of a shipped template or a path."""
+    verdicts: tuple[str, str] = ("Winner: Judgement A", "Winner: Judgement B")
+    """Last line of the meta-judge's reply where the first, or the second judgement wins."""
+    max_new_tokens: Positive = 512
+    """Longest reply of the meta-judge."""
+    hide_scores: bool = False
+    """Show it the judgements without their scores: it tends to choose the higher one."""
+    judgement_caps: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1100, 1000)
+    """Longest judgement, in characters, that may be chosen in each iteration."""
+    answer_caps: tuple[Annotated[int, Field(ge=0)], ...] = (2500, 0)
+    """Longest answer that may be chosen in each iteration; 0 is any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +90,7 @@ class Battle:
 def most_disputed(
     judgements: Mapping[str, Sequence[Judgement]], rng: Random
 ) -> list[Judgement] | None:
-    """Of a prompt's answers, the readable judgements of the one whose scores vary most.
+    """The readable judgements of the answer to a prompt whose scores vary most.
 
     Ties are drawn. None where no answer has two different scores.
     """
@@ -160,101 +196,196 @@ def render(
     return fill(template, texts, options(*verdicts))
 
 
-class MetaRewarding(SelfRewarding):
+class MetaRewarding(SelfRewarding[MetaRewardingSettings]):
     """Pairs of judgements beside the policy's, or in their place."""
 
-    def origin_of_pairs(self, session: Session, iteration: IterationDir) -> str:
+    name = "meta-rewarding"
+    sources = (
+        Source(
+            "Wu et al. 2024",
+            "Meta-Rewarding Language Models: Self-Improving Alignment with LLM-as-a-Meta-Judge",
+            "2407.19594",
+        ),
+    )
+    learns_from = "its own grades, and in the first iterations its own comparisons of its grades"
+    remark = "one delta for both roles, or one each"
+    made_by = (
+        "answering prompts, grading its own answers, comparing its own grades, and DPO on the "
+        "pairs of both"
+    )
+    section = "meta_rewarding"
+    Settings = MetaRewardingSettings
+    advice = {
+        "undisputed": "raise judge.votes",
+        "long_chosen": "raise meta_rewarding.answer_caps",
+    }
+    cases = {
+        "meta-rewarding": Case(
+            "toy-meta", ("judge.votes=5",), anchor=None, is_long=True, group=TAUGHT_MORE
+        )
+    }
+
+    def needs(self) -> None:
+        """What either role has learned is kept."""
+        if self.recipe.dpo.init == "previous":
+            return
+        if self.own.roles == "shared" and {"policy", "judge"} & set(self.own.schedule):
+            raise ValueError(
+                "method meta-rewarding needs dpo.init=previous where its schedule trains one role "
+                "alone: a delta that starts from zero forgets the other one. Or set "
+                "meta_rewarding.roles=separate"
+            )
+
+    @property
+    def judge_has_deltas(self) -> bool:
+        """Where the roles are separate."""
+        return self.own.roles == "separate"
+
+    def phases(self, sizes: Sizes) -> Iterator[Phase]:
+        """Every two votes on a prompt's most disputed answer are compared, in both orders."""
+        recipe, votes = self.recipe, self.recipe.judge.votes
+        trained = [scheduled(self.own.schedule, t + 1) for t in range(recipe.iterations)]
+        yield self.answers(sizes)
+        yield self.votes(sizes)
+        of_judge = sum(role != "policy" for role in trained) * recipe.prompts.per_iteration
+        if of_judge:
+            new = sizes.reply(self.own.max_new_tokens)
+            asked = of_judge * votes * (votes - 1)
+            at_once = 4 * recipe.rollout.chunk_prompts
+            yield Draws("meta-judge", at_once, 1, sizes.room(new), new, asked, "judge")
+        of_policy = sum(role != "judge" for role in trained) * recipe.prompts.per_iteration
+        judgement = sizes.question + sizes.judgement
+        longest = max(sizes.own, judgement) if of_judge else sizes.own
+        yield self.dpo(sizes, prompts=of_policy + of_judge, tokens=min(sizes.window, longest))
+
+    def preflight(self, data: SeedData) -> None:
+        """The meta-judge's template."""
+        load_question("meta-judge", self.own.template)
+
+    def origin_of_pairs(self, it: Iteration) -> str:
         """The judge's, where it trains alone."""
-        return JUDGE if _trained(session, iteration) == "judge" else ""
+        return JUDGE if self._trained(it) == "judge" else ""
 
     def make_pairs(
         self,
-        session: Session,
-        iteration: IterationDir,
+        it: Iteration,
         prompts: Sequence[Prompt],
         candidates: Sequence[Candidate],
         judgements: Sequence[Judgement],
     ) -> MadePairs:
         """The policy's pairs, the judge's, or both, as the schedule has it."""
-        trained = _trained(session, iteration)
+        trained = self._trained(it)
         if trained == "judge":
-            return _judge_pairs(session, iteration, prompts, candidates, judgements)
-        pairs, drops, facts = super().make_pairs(
-            session, iteration, prompts, candidates, judgements
-        )
-        meta = session.recipe.meta_rewarding
-        cap = at_iteration(meta.answer_caps, iteration.number)
+            return self._judge_pairs(it, prompts, candidates, judgements)
+        pairs, drops, facts = super().make_pairs(it, prompts, candidates, judgements)
+        cap = at_iteration(self.own.answer_caps, it.number)
         short = [one for one in pairs if not cap or len(one.chosen) <= cap]
         drops.prompts["long_chosen"] += len(pairs) - len(short)
         if trained == "policy":
             return short, drops, facts
-        own, undone, told = _judge_pairs(session, iteration, prompts, candidates, judgements)
+        own, undone, told = self._judge_pairs(it, prompts, candidates, judgements)
         left = {reason: count for reason, count in undone.prompts.items() if count}
         return [*short, *own], drops, {**facts, "judge_drops": left, **told}
 
-    def delta(
-        self, session: Session, iteration: IterationDir, pairs: Sequence[PreferencePair]
-    ) -> tuple[None, dict[str, Any]]:
+    def delta(self, it: Iteration, pairs: Sequence[PreferencePair]) -> tuple[None, Facts]:
         """DPO on all pairs at once, or on each role's for a delta of its own."""
-        if not session.recipe.judge_has_deltas:
-            return stages.delta(session, iteration, pairs)
+        if not self.judge_has_deltas:
+            return None, it.learn(pairs)
         of_judge = [one for one in pairs if one.origin == JUDGE]
-        facts: dict[str, Any] = {}
-        if of_judge:
-            _, facts = stages.delta(
-                session, iteration, of_judge, place=iteration.judge_place, role="judge"
-            )
-        if _trained(session, iteration) == "judge":
-            stages.same_delta(session, iteration)
+        facts = it.learn(of_judge, called="judge delta") if of_judge else {}
+        if self._trained(it) == "judge":
+            it.stay()
             return None, facts
-        return stages.delta(session, iteration, [one for one in pairs if one.origin != JUDGE])
+        return None, it.learn([one for one in pairs if one.origin != JUDGE])
+
+    def _trained(self, it: Iteration) -> str:
+        return scheduled(self.own.schedule, it.number)
+
+    def _judge_pairs(
+        self,
+        it: Iteration,
+        prompts: Sequence[Prompt],
+        candidates: Sequence[Candidate],
+        judgements: Sequence[Judgement],
+    ) -> MadePairs:
+        disputed = self._disputed(it, candidates, judgements)
+        answers = {row.candidate_id: row for row in candidates}
+        texts = {prompt.prompt_id: prompt.text for prompt in prompts}
+        battles = self._battles(it, disputed, answers, texts)
+        weights = position_weights([one for group in battles.values() for one in group])
+        cap = at_iteration(self.own.judgement_caps, it.number)
+        pairs: list[PreferencePair] = []
+        drops: Counter[str] = Counter(undisputed=len(prompts) - len(disputed))
+        for prompt_id, rows in disputed.items():
+            if not any(battle.result for battle in battles[prompt_id]):
+                drops["no_verdict"] += 1
+                continue
+            ratings = elo(battle_matrix(battles[prompt_id], len(rows), weights))
+            best, worst = extremes(ratings, self._rng(it, prompt_id, "elo"))
+            if ratings[best] - ratings[worst] < _SAME:
+                drops["tied"] += 1
+            elif len(rows[best].text) > cap:
+                drops["long_judgement"] += 1
+            else:
+                answer = answers[rows[0].candidate_id].text
+                question = it.rubric.render(prompt=texts[prompt_id], response=answer)
+                pairs.append(_pair(prompt_id, question, rows[best], rows[worst], ratings))
+        return pairs, Drops(prompts=drops), _biases(disputed, battles)
+
+    def _rng(self, it: Iteration, prompt_id: str, *what: str) -> Random:
+        parts = (self.recipe.seed, it.number, "meta", prompt_id, *what)
+        return Random("/".join(map(str, parts)))
+
+    def _disputed(
+        self, it: Iteration, candidates: Sequence[Candidate], judgements: Sequence[Judgement]
+    ) -> dict[str, list[Judgement]]:
+        """By prompt, the different judgements of its most disputed answer."""
+        votes: dict[str, list[Judgement]] = {}
+        for row in judgements:
+            votes.setdefault(row.candidate_id, []).append(row)
+        by_prompt: dict[str, dict[str, list[Judgement]]] = {}
+        for candidate in candidates:
+            name = candidate.candidate_id
+            by_prompt.setdefault(candidate.prompt_id, {})[name] = votes.get(name, [])
+        found = {}
+        for prompt_id, groups in by_prompt.items():
+            rows = most_disputed(groups, self._rng(it, prompt_id))
+            if rows is not None:
+                found[prompt_id] = list({row.text: row for row in rows}.values())
+        return found
+
+    def _battles(
+        self,
+        it: Iteration,
+        disputed: Mapping[str, Sequence[Judgement]],
+        answers: Mapping[str, Candidate],
+        texts: Mapping[str, str],
+    ) -> dict[str, list[Battle]]:
+        own = self.own
+        template = load_question("meta-judge", own.template)
+        show = without_score if own.hide_scores else str
+        questions = []
+        for prompt_id, rows in disputed.items():
+            prompt, answer = texts[prompt_id], answers[rows[0].candidate_id].text
+            for m, n in permutations(range(len(rows)), 2):
+                both = show(rows[m].text), show(rows[n].text)
+                question = render(template, it.rubric, own.verdicts, prompt, answer, both)
+                questions.append((f"{prompt_id}:{m}>{n}", question))
+        replies = it.ask(
+            questions, about="meta-judgements", by=it.judge, max_new_tokens=own.max_new_tokens
+        )
+        return {
+            prompt_id: [
+                Battle(m, n, read_verdict(replies[f"{prompt_id}:{m}>{n}"], own.verdicts))
+                for m, n in permutations(range(len(rows)), 2)
+            ]
+            for prompt_id, rows in disputed.items()
+        }
 
 
 def scheduled(schedule: Sequence[str], iteration: int) -> str:
     """The schedule's entry for an iteration; the last one stays."""
     return schedule[min(iteration, len(schedule)) - 1] if schedule else "policy"
-
-
-def _trained(session: Session, iteration: IterationDir) -> str:
-    return scheduled(session.recipe.meta_rewarding.schedule, iteration.number)
-
-
-def _judge_pairs(
-    session: Session,
-    iteration: IterationDir,
-    prompts: Sequence[Prompt],
-    candidates: Sequence[Candidate],
-    judgements: Sequence[Judgement],
-) -> MadePairs:
-    recipe, t = session.recipe, iteration.number
-    disputed = _disputed(session, iteration, candidates, judgements)
-    answers = {row.candidate_id: row for row in candidates}
-    texts = {prompt.prompt_id: prompt.text for prompt in prompts}
-    battles = _battles(session, iteration, disputed, answers, texts)
-    weights = position_weights([one for group in battles.values() for one in group])
-    cap = at_iteration(recipe.meta_rewarding.judgement_caps, t)
-    pairs: list[PreferencePair] = []
-    drops: Counter[str] = Counter(undisputed=len(prompts) - len(disputed))
-    for prompt_id, rows in disputed.items():
-        if not any(battle.result for battle in battles[prompt_id]):
-            drops["no_verdict"] += 1
-            continue
-        ratings = elo(battle_matrix(battles[prompt_id], len(rows), weights))
-        best, worst = extremes(ratings, _rng(session, iteration, prompt_id, "elo"))
-        if ratings[best] - ratings[worst] < _SAME:
-            drops["tied"] += 1
-        elif len(rows[best].text) > cap:
-            drops["long_judgement"] += 1
-        else:
-            answer = answers[rows[0].candidate_id].text
-            question = session.rubric.render(prompt=texts[prompt_id], response=answer)
-            pairs.append(_pair(prompt_id, question, rows[best], rows[worst], ratings))
-    return pairs, Drops(prompts=drops), _biases(disputed, battles)
-
-
-def _rng(session: Session, iteration: IterationDir, prompt_id: str, *what: str) -> Random:
-    parts = (session.recipe.seed, iteration.number, "meta", prompt_id, *what)
-    return Random("/".join(map(str, parts)))
 
 
 def _pair(
@@ -273,64 +404,6 @@ def _pair(
         chosen_ids=best.ids,
         rejected_ids=worst.ids,
     )
-
-
-def _disputed(
-    session: Session,
-    iteration: IterationDir,
-    candidates: Sequence[Candidate],
-    judgements: Sequence[Judgement],
-) -> dict[str, list[Judgement]]:
-    """By prompt, the different judgements of its most disputed answer."""
-    votes: dict[str, list[Judgement]] = {}
-    for row in judgements:
-        votes.setdefault(row.candidate_id, []).append(row)
-    by_prompt: dict[str, dict[str, list[Judgement]]] = {}
-    for candidate in candidates:
-        name = candidate.candidate_id
-        by_prompt.setdefault(candidate.prompt_id, {})[name] = votes.get(name, [])
-    found = {}
-    for prompt_id, groups in by_prompt.items():
-        rng = _rng(session, iteration, prompt_id)
-        rows = most_disputed(groups, rng)
-        if rows is not None:
-            found[prompt_id] = list({row.text: row for row in rows}.values())
-    return found
-
-
-def _battles(
-    session: Session,
-    iteration: IterationDir,
-    disputed: Mapping[str, Sequence[Judgement]],
-    answers: Mapping[str, Candidate],
-    texts: Mapping[str, str],
-) -> dict[str, list[Battle]]:
-    recipe, meta = session.recipe, session.recipe.meta_rewarding
-    template = load_template(meta.template, "first", "second")
-    show = without_score if meta.hide_scores else str
-    questions = []
-    for prompt_id, rows in disputed.items():
-        prompt, answer = texts[prompt_id], answers[rows[0].candidate_id].text
-        for m, n in permutations(range(len(rows)), 2):
-            both = show(rows[m].text), show(rows[n].text)
-            question = render(template, session.rubric, meta.verdicts, prompt, answer, both)
-            questions.append((f"{prompt_id}:{m}>{n}", question))
-    replies = ask(
-        session,
-        session.stack(iteration.number - 1, "judge"),
-        questions,
-        path=iteration.replies,
-        stage="meta-judgements",
-        limits=limits_of(recipe.judge, max_new_tokens=meta.max_new_tokens),
-        seed_path=(recipe.seed, iteration.number, "meta-judgements"),
-    )
-    return {
-        prompt_id: [
-            Battle(m, n, read_verdict(replies[f"{prompt_id}:{m}>{n}"], meta.verdicts))
-            for m, n in permutations(range(len(rows)), 2)
-        ]
-        for prompt_id, rows in disputed.items()
-    }
 
 
 def _biases(

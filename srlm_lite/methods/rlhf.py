@@ -17,59 +17,166 @@ in our notes: objective and baseline are as TRL documents and computes them, set
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal
 
+from pydantic import Field
+
+from srlm_lite.evaluate.candidates import NO_VOTES
+from srlm_lite.methods.base import (
+    RANKED_REPLIES,
+    Case,
+    Draws,
+    Facts,
+    Iteration,
+    Phase,
+    SeedData,
+    Sizes,
+    Source,
+    Trains,
+    Words,
+)
 from srlm_lite.methods.self_rewarding import SelfRewarding
-from srlm_lite.pairing import Drops
 from srlm_lite.records import Candidate, Judgement, PreferencePair, Prompt
-from srlm_lite.run.files import read_json, read_records, write_json, write_records
-from srlm_lite.run.layout import IterationDir
-from srlm_lite.session import Session
-from srlm_lite.stages import iteration as stages
-from srlm_lite.stages.reward import reward_model
+from srlm_lite.settings import Optim, Section
 
 
-class Rlhf(SelfRewarding):
+class RewardSection(Optim):
+    """Training the reward model."""
+
+    section = "rlhf.reward"
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    pairs: Literal["best-worst", "all"] = "all"
+    """`all`: every two replies of a prompt that humans told apart."""
+
+
+class RlhfSettings(Section):
+    """Method `rlhf`: a reward model from human pairs, and the policy trained against it."""
+
+    kl_weight: Annotated[float, Field(gt=0)] = 0.05
+    """What a nat of divergence from the reference costs, in units of the reward."""
+    reward: RewardSection = RewardSection()
+
+
+class Rlhf(SelfRewarding[RlhfSettings]):
     """Everything happens while the delta trains; the stages before it prepare that."""
 
-    def candidates(
-        self, session: Session, iteration: IterationDir, prompts: Sequence[Prompt]
-    ) -> tuple[list[Candidate], dict[str, Any]]:
-        """None yet: the policy answers while it trains."""
+    name = "rlhf"
+    sources = (
+        Source(
+            "Ouyang et al. 2022",
+            "Training language models to follow instructions with human feedback",
+            "2203.02155",
+        ),
+        Source(
+            "Ahmadian et al. 2024",
+            "Back to Basics: Revisiting REINFORCE Style Optimization for Learning from Human "
+            "Feedback in LLMs",
+            "2402.14740",
+        ),
+    )
+    learns_from = "a reward model of replies that humans ranked, one more adapter on the base"
+    remark = "by RLOO"
+    made_by = "RLOO against a reward model of replies that humans ranked"
+    is_self_rewarding = False
+    trainer = "rloo"
+    one_process = True  # what the policy draws while it learns is not dealt out
+    section = "rlhf"
+    Settings = RlhfSettings
+    labels = {"kl_weight": "weight of the divergence"}
+    unshown = ("judge.votes", "pairing.source")
+    # One pass over the pairs in place of three: a third of the time.
+    cases = {
+        "rlhf": Case("toy-rlhf", ("rlhf.reward.epochs=1",), is_long=True, group=RANKED_REPLIES)
+    }
+
+    @classmethod
+    def words(cls, own: RlhfSettings) -> Words:
+        """Rewards, and no pairs."""
+        return Words(
+            why_no_pairs="the policy learns from the rewards of its own answers",
+            judgement="reward",
+            judging="reward model",
+            training="RLOO",
+            own_accuracy="reward model on the policy's answers, by gold",
+        )
+
+    def needs(self) -> None:
+        """Answers that fill a step, and that differ."""
+        recipe = self.recipe
+        if recipe.dpo.batch_size % recipe.rollout.n:
+            raise ValueError("method rlhf needs a dpo.batch_size that rollout.n divides")
+        if recipe.prompts.per_iteration * recipe.rollout.n < recipe.dpo.batch_size:
+            raise ValueError(
+                "method rlhf needs as many answers (prompts.per_iteration times rollout.n) as "
+                "dpo.batch_size"
+            )
+        if not recipe.rollout.temperature:
+            raise ValueError(
+                "method rlhf needs a rollout.temperature above 0: it learns from how replies to "
+                "one prompt differ"
+            )
+
+    @classmethod
+    def unread(cls, own: RlhfSettings) -> Mapping[str, Collection[Any]]:
+        """All that is about pairs."""
+        return {
+            "pairing.source": ("random", "gold"),
+            "pairing.min_gap": (),
+            "pairing.rho": (),
+            "pairing.alpha": (),
+            "pairing.replay": (),
+            "dpo.beta": (),
+            "dpo.nll_weight": (),
+            "dpo.label_smoothing": (),
+            "dpo.ld_alpha": (),
+        }
+
+    @property
+    def judge_makes_pairs(self) -> bool:
+        """Never."""
+        return False
+
+    def phases(self, sizes: Sizes) -> Iterator[Phase]:
+        """Answers are drawn while the policy trains, a step's at once."""
+        recipe, n = self.recipe, self.recipe.rollout.n
+        drawn = self.all_prompts * n * recipe.dpo.epochs
+        at_once, new = recipe.dpo.batch_size // n, sizes.answer
+        yield Draws("candidates", at_once, n, sizes.prompt, new, round(drawn), in_training=True)
+        yield Trains("reward model", "reward", "rlhf.reward", sizes.window, None)
+        yield Trains("RLOO", "rloo", "dpo", sizes.own, drawn, scored=new)
+
+    def preflight(self, data: SeedData) -> None:
+        """The ranked replies."""
+        if self.recipe.iterations:
+            data.ranked()
+
+    def candidates(self, it: Iteration, prompts: Sequence[Prompt]) -> tuple[list[Candidate], Facts]:
+        """Not yet: the policy answers while it trains."""
         return [], {"candidates": 0}
 
     def judgements(
-        self,
-        session: Session,
-        iteration: IterationDir,
-        prompts: Sequence[Prompt],
-        candidates: Sequence[Candidate],
-    ) -> tuple[list[Judgement], dict[str, Any]]:
-        """None: the reward model, trained where there is none yet."""
-        _, facts = reward_model(session)
-        told = {f"reward_{name}": value for name, value in facts.items()}
-        return [], {"judgements": 0, "parse_rate": None, "mean_score": None, **told}
+        self, it: Iteration, prompts: Sequence[Prompt], candidates: Sequence[Candidate]
+    ) -> tuple[list[Judgement], Facts]:
+        """The reward model, trained where there is none yet."""
+        _, facts = self._reward(it)
+        return [], {**NO_VOTES, **{f"reward_{name}": value for name, value in facts.items()}}
 
     def pairs(
         self,
-        session: Session,
-        iteration: IterationDir,
+        it: Iteration,
         prompts: Sequence[Prompt],
         candidates: Sequence[Candidate],
         judgements: Sequence[Judgement],
-    ) -> tuple[list[PreferencePair], dict[str, Any]]:
-        """None."""
-        write_json(iteration.drops, Drops().to_json())
-        write_records(iteration.pairs, [])
-        return [], {"pairs": 0, "drops": {}}
+    ) -> tuple[list[PreferencePair], Facts]:
+        """It learns from none."""
+        return it.keep_none()
 
-    def delta(
-        self, session: Session, iteration: IterationDir, pairs: Sequence[PreferencePair]
-    ) -> tuple[None, dict[str, Any]]:
+    def delta(self, it: Iteration, pairs: Sequence[PreferencePair]) -> tuple[None, Facts]:
         """RLOO against the reward model."""
-        if iteration.delta_place.training.is_file():
-            return None, read_json(iteration.delta_place.training, steps=int)
-        prompts = read_records(iteration.prompts, Prompt)
-        model, _ = reward_model(session)
-        return stages.on_policy_delta(session, iteration, prompts, model)
+        prompts, (reward, _) = it.read("prompts", Prompt), self._reward(it)
+        return None, it.reinforce(prompts, reward=reward, kl_weight=self.own.kl_weight)
+
+    def _reward(self, it: Iteration) -> tuple[object, Facts]:
+        section = self.own.reward
+        return it.reward_model(optim=section, pairs=section.pairs)

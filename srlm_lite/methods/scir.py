@@ -12,16 +12,19 @@ the delta trains.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from srlm_lite.judging import votes_by_candidate
-from srlm_lite.methods.self_rewarding import MadePairs, SelfRewarding
+from srlm_lite.methods.base import Case, Facts, Iteration, MadePairs, Source
+from srlm_lite.methods.self_rewarding import SelfRewarding
 from srlm_lite.records import Candidate, Judgement, PreferencePair, Prompt
-from srlm_lite.run.layout import IterationDir
-from srlm_lite.session import Session
-from srlm_lite.stages import iteration as stages
+from srlm_lite.settings import Consistency
+
+
+class ScirSettings(Consistency):
+    """Method `scir`: judge and implicit reward are pulled together; pairs they dispute wait."""
 
 
 def judge_preference(chosen: Sequence[float | None], rejected: Sequence[float | None]) -> float:
@@ -38,21 +41,53 @@ def judge_preference(chosen: Sequence[float | None], rejected: Sequence[float | 
     return sum(credits) / len(credits) if credits else 0.5
 
 
-class Scir(SelfRewarding):
+class Scir(SelfRewarding[ScirSettings]):
     """Pairs that carry the judge's preference, and a loss that compares it."""
+
+    name = "scir"
+    sources = (
+        Source(
+            "Zhou et al. 2025",
+            "Self-Consistency of the Internal Reward Models Improves Self-Rewarding Language "
+            "Models",
+            "2502.08922",
+            "in a formulation of srlm-lite's own",
+        ),
+    )
+    learns_from = "its own grades, where its implicit reward agrees"
+    remark = "in our formulation: the paper's equations are unconfirmed"
+    made_by = (
+        "answering prompts, grading its own answers and DPO on the pairs that its implicit reward "
+        "agrees with"
+    )
+    section = "scir"
+    Settings = ScirSettings
+    cases = {"scir": Case("toy-scir")}
+
+    def needs(self) -> None:
+        """An implicit reward."""
+        dpo = self.recipe.dpo
+        if not (dpo.init == "previous" and dpo.reference == "anchor"):
+            raise ValueError(
+                "method scir needs dpo.init=previous and dpo.reference=anchor: the implicit reward "
+                "is what the last model has learned beyond the anchor"
+            )
+
+    @classmethod
+    def unread(cls, own: ScirSettings) -> Mapping[str, Collection[Any]]:
+        """It would hold blind pairs, and those of a gold scorer, to what the judge thinks of
+        them."""
+        return {"pairing.source": ("random", "gold")}
 
     def make_pairs(
         self,
-        session: Session,
-        iteration: IterationDir,
+        it: Iteration,
         prompts: Sequence[Prompt],
         candidates: Sequence[Candidate],
         judgements: Sequence[Judgement],
     ) -> MadePairs:
         """The best against the worst; `smoothing` is 1 - p."""
-        pairs, drops, facts = super().make_pairs(
-            session, iteration, prompts, candidates, judgements
-        )
+        pairs, drops, facts = super().make_pairs(it, prompts, candidates, judgements)
         votes = votes_by_candidate(judgements)
         sure = [
             replace(
@@ -65,8 +100,6 @@ class Scir(SelfRewarding):
         ]
         return sure, drops, facts
 
-    def delta(
-        self, session: Session, iteration: IterationDir, pairs: Sequence[PreferencePair]
-    ) -> tuple[None, dict[str, Any]]:
+    def delta(self, it: Iteration, pairs: Sequence[PreferencePair]) -> tuple[None, Facts]:
         """DPO on agreed pairs, and the consistency terms on all."""
-        return stages.delta(session, iteration, pairs, consistency=session.recipe.scir)
+        return None, it.learn(pairs, consistency=self.own)

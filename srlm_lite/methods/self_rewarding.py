@@ -10,150 +10,219 @@ stated there, and it picked checkpoints by an outside judge, which a run here do
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
 
-from srlm_lite.errors import UserError
-from srlm_lite.evaluate.gold import load_gold
+from srlm_lite.evaluate.candidates import (
+    candidate_facts,
+    gold_scores,
+    on_policy_accuracy,
+    vote_facts,
+)
 from srlm_lite.judging import mean_scores, unasked, votes_by_candidate
+from srlm_lite.methods.base import (
+    CONTROLS,
+    Case,
+    Draws,
+    Facts,
+    Iteration,
+    MadePairs,
+    Method,
+    Phase,
+    Pool,
+    S,
+    SeedData,
+    Sizes,
+    Source,
+    Trains,
+)
 from srlm_lite.pairing import Drops, Scored, Scores, length_penalty, pairs_of, usable_candidates
 from srlm_lite.records import Candidate, Judgement, PreferencePair, Prompt
-from srlm_lite.run.layout import IterationDir
 from srlm_lite.seeds import derive_seed
-from srlm_lite.session import Session
-from srlm_lite.stages import iteration as stages
-
-MadePairs = tuple[Sequence[PreferencePair], Drops, dict[str, Any]]
-"""Pairs, what gave none and why, and facts for `metrics.jsonl`."""
 
 
-class SelfRewarding:
-    """The stages of an iteration, each with its result and its facts; stateless.
+class SelfRewarding(Method[S]):
+    """Answers, grades by the same weights, the best against the worst, DPO.
 
     A stage whose files are complete gives what is in them, and computes nothing.
     """
 
-    def pool(self, session: Session) -> stages.Pool | None:
-        """The list that the iterations take their prompts from; None where they are written."""
-        return stages.listed_prompts(session)
+    name = "self-rewarding"
+    sources: ClassVar[tuple[Source, ...]] = (
+        Source("Yuan et al. 2024", "Self-Rewarding Language Models", "2401.10020"),
+    )
+    learns_from = "its own grades"
+    made_by = "answering prompts, grading its own answers and DPO on the pairs"
+    cases = {
+        "self-rewarding": Case("toy", group=CONTROLS),
+        "init: anchor": Case("toy", ("dpo.init=anchor",), group=CONTROLS),
+        "paper's chain": Case("toy-paper", group=CONTROLS),
+        "random pairs": Case("toy", ("pairing.source=random",), group=CONTROLS),
+        "gold pairs": Case("toy", ("pairing.source=gold",), group=CONTROLS),
+        "no judge data": Case("toy", ("anchor.use_eft=false",), anchor=None, group=CONTROLS),
+    }
 
-    def prompts(
-        self, session: Session, iteration: IterationDir
-    ) -> tuple[list[Prompt], dict[str, Any]]:
+    def phases(self, sizes: Sizes) -> Iterator[Phase]:
+        """N answers a prompt, the votes on each, and a pair a prompt."""
+        yield self.answers(sizes)
+        # Blind pairs and gold ones are judged too: it says how good the judge is on them.
+        yield self.votes(sizes)
+        yield self.dpo(sizes)
+
+    def pool(self, data: SeedData) -> Pool | None:
+        """The recipe's own list, where it has one."""
+        return data.prompts() if self.recipe.prompts.source == "file" else None
+
+    def prompts(self, it: Iteration) -> tuple[list[Prompt], Facts]:
         """New prompts."""
-        return stages.prompts(session, iteration, self.pool)
+        return it.prompts(self.pool)
 
-    def candidates(
-        self, session: Session, iteration: IterationDir, prompts: Sequence[Prompt]
-    ) -> tuple[list[Candidate], dict[str, Any]]:
+    def candidates(self, it: Iteration, prompts: Sequence[Prompt]) -> tuple[list[Candidate], Facts]:
         """N answers to each prompt by the policy."""
-        return stages.candidates(session, iteration, prompts)
+        rows = it.answer(prompts)
+        return rows, candidate_facts(rows)
 
     def judgements(
-        self,
-        session: Session,
-        iteration: IterationDir,
-        prompts: Sequence[Prompt],
-        candidates: Sequence[Candidate],
-    ) -> tuple[list[Judgement], dict[str, Any]]:
+        self, it: Iteration, prompts: Sequence[Prompt], candidates: Sequence[Candidate]
+    ) -> tuple[list[Judgement], Facts]:
         """K grades of each answer by the same weights."""
-        return stages.judgements(session, iteration, prompts, candidates)
+        rows = it.grade(prompts, candidates)
+        return rows, {**vote_facts(rows), **self.accuracy(prompts, candidates, rows)}
 
     def pairs(
         self,
-        session: Session,
-        iteration: IterationDir,
+        it: Iteration,
         prompts: Sequence[Prompt],
         candidates: Sequence[Candidate],
         judgements: Sequence[Judgement],
-    ) -> tuple[list[PreferencePair], dict[str, Any]]:
+    ) -> tuple[list[PreferencePair], Facts]:
         """What to learn from; methods change `make_pairs`."""
-        made, drops, facts = self.make_pairs(session, iteration, prompts, candidates, judgements)
-        about = self.origin_of_pairs(session, iteration)
-        kept, counts = stages.keep_pairs(session, iteration, made, drops, origin=about)
+        made, drops, facts = self.make_pairs(it, prompts, candidates, judgements)
+        kept, counts = it.keep(made, drops, advice=self.advice, origin=self.origin_of_pairs(it))
         return kept, {**counts, **facts}
 
-    def origin_of_pairs(self, session: Session, iteration: IterationDir) -> str:
+    def origin_of_pairs(self, it: Iteration) -> str:
         """Origin of the pairs that an iteration must have enough of: the policy's own."""
         return ""
 
     def make_pairs(
         self,
-        session: Session,
-        iteration: IterationDir,
+        it: Iteration,
         prompts: Sequence[Prompt],
         candidates: Sequence[Candidate],
         judgements: Sequence[Judgement],
     ) -> MadePairs:
         """The best against the worst candidate of each prompt, by mean score."""
-        usable, drops = judged(session, prompts, candidates, judgements)
-        return best_against_worst(session, iteration, prompts, usable, drops)
+        usable, drops = self.judged(prompts, candidates, judgements)
+        return self.best_against_worst(it, prompts, usable, drops)
 
-    def delta(
-        self, session: Session, iteration: IterationDir, pairs: Sequence[PreferencePair]
-    ) -> tuple[None, dict[str, Any]]:
+    def delta(self, it: Iteration, pairs: Sequence[PreferencePair]) -> tuple[None, Facts]:
         """DPO on the pairs."""
-        return stages.delta(session, iteration, pairs)
+        return None, it.learn(pairs)
 
+    # What methods that change a stage build on.
 
-def judged(
-    session: Session,
-    prompts: Sequence[Prompt],
-    candidates: Sequence[Candidate],
-    judgements: Sequence[Judgement],
-) -> tuple[dict[str, list[Scored]], Drops]:
-    """The candidates that can be part of a pair, with their mean scores."""
-    recipe = session.recipe
-    scores: Scores = mean_scores(judgements, min_votes=recipe.judge.min_votes)
-    if recipe.pairing.source == "gold":
-        scores = gold_scores(recipe.evaluate.gold, prompts, candidates)
-    return usable_candidates(
-        prompts,
-        candidates,
-        scores,
-        votes=votes_by_candidate(judgements),
-        unasked=unasked(judgements),
-        drop_truncated=recipe.pairing.drop_truncated,
-    )
-
-
-def gold_scores(
-    name: str | None, prompts: Sequence[Prompt], candidates: Sequence[Candidate]
-) -> dict[str, float]:
-    """What the gold scorer says, in the judge's place: the upper bound.
-
-    Raises:
-        UserError: The recipe names none.
-    """
-    if name is None:
-        raise UserError(
-            "names no gold scorer to take the judge's place",
-            where="evaluate.gold",
-            way_out="Name one, or set pairing.source=judge",
+    def judged(
+        self,
+        prompts: Sequence[Prompt],
+        candidates: Sequence[Candidate],
+        judgements: Sequence[Judgement],
+    ) -> tuple[dict[str, list[Scored]], Drops]:
+        """The candidates that can be part of a pair, with their mean scores."""
+        scores: Scores = mean_scores(judgements, min_votes=self.recipe.judge.min_votes)
+        if self.recipe.pairing.source == "gold":
+            scores = gold_scores(self.recipe.evaluate.gold, prompts, candidates)
+        return usable_candidates(
+            prompts,
+            candidates,
+            scores,
+            votes=votes_by_candidate(judgements),
+            unasked=unasked(judgements),
+            drop_truncated=self.recipe.pairing.drop_truncated,
         )
-    gold = load_gold(name)
-    texts = {prompt.prompt_id: prompt.text for prompt in prompts}
-    return {row.candidate_id: gold.total(texts[row.prompt_id], row.text) for row in candidates}
 
+    def best_against_worst(
+        self,
+        it: Iteration,
+        prompts: Sequence[Prompt],
+        usable: dict[str, list[Scored]],
+        drops: Drops,
+    ) -> MadePairs:
+        """One pair a prompt, under the options of the section `pairing`."""
+        pairing = self.recipe.pairing
+        pairs, drops = pairs_of(
+            prompts,
+            usable,
+            drops,
+            pairing=pairing,
+            seed=derive_seed(self.recipe.seed, it.number, "pairs"),
+            iteration=it.number,
+        )
+        facts = {}
+        if pairing.alpha == "auto":
+            facts["alpha"] = round(length_penalty(list(usable.values()), pairing), 6)
+        return pairs, drops, facts
 
-def best_against_worst(
-    session: Session,
-    iteration: IterationDir,
-    prompts: Sequence[Prompt],
-    usable: dict[str, list[Scored]],
-    drops: Drops,
-) -> MadePairs:
-    """One pair a prompt, under the options of the section `pairing`."""
-    pairing = session.recipe.pairing
-    pairs, drops = pairs_of(
-        prompts,
-        usable,
-        drops,
-        pairing=pairing,
-        seed=derive_seed(session.recipe.seed, iteration.number, "pairs"),
-        iteration=iteration.number,
-    )
-    facts = {}
-    if pairing.alpha == "auto":
-        facts["alpha"] = round(length_penalty(list(usable.values()), pairing), 6)
-    return pairs, drops, facts
+    def accuracy(
+        self,
+        prompts: Sequence[Prompt],
+        candidates: Sequence[Candidate],
+        judgements: Sequence[Judgement],
+    ) -> Facts:
+        """How often the judgements are in the gold order, where there is a gold scorer."""
+        texts = {prompt.prompt_id: prompt.text for prompt in prompts}
+        return on_policy_accuracy(self.recipe.evaluate.gold, texts, candidates, judgements)
+
+    # And their phases.
+
+    @property
+    def all_prompts(self) -> int:
+        """Prompts of the whole run."""
+        return self.recipe.iterations * self.recipe.prompts.per_iteration
+
+    @property
+    def chunk(self) -> int:
+        """Prompts that are answered at once."""
+        return min(self.recipe.rollout.chunk_prompts, self.recipe.prompts.per_iteration)
+
+    def answers(self, sizes: Sizes, *, n: int | None = None, texts: int | None = None) -> Draws:
+        """Answers to prompts.
+
+        Args:
+            n: A prompt; default: `rollout.n`.
+            texts: Of the whole run; default: n to each prompt.
+        """
+        n = n or self.recipe.rollout.n
+        texts = self.all_prompts * n if texts is None else texts
+        return Draws("candidates", self.chunk, n, sizes.prompt, sizes.answer, texts)
+
+    def votes(self, sizes: Sizes, *, answers: int | None = None) -> Draws:
+        """Votes on answers.
+
+        Args:
+            answers: Of the whole run; default: `rollout.n` to each prompt.
+        """
+        n, votes = self.recipe.rollout.n, self.recipe.judge.votes
+        graded = self.all_prompts * n if answers is None else answers
+        at_once = self.chunk * n
+        return Draws(
+            "judge", at_once, votes, sizes.question, sizes.judgement, graded * votes, "judge"
+        )
+
+    def dpo(
+        self, sizes: Sizes, *, pairs: float | None = 1, tokens: int | None = None,
+        prompts: int | None = None,
+    ) -> Trains:  # fmt: skip
+        """DPO on pairs.
+
+        Args:
+            pairs: A prompt, at most; None where the data says how many.
+            tokens: Of the longer one of a pair; default: a prompt with an answer of the policy's.
+            prompts: Of the whole run; default: all of them.
+        """
+        recipe = self.recipe
+        seen = self.all_prompts if prompts is None else prompts
+        told = None
+        if pairs is not None:
+            told = seen * pairs * (1 + sum(recipe.pairing.replay)) * recipe.dpo.epochs
+        return Trains("DPO", "dpo", "dpo", tokens or sizes.own, told)

@@ -12,73 +12,135 @@ AdamW. Its ceiling is the human answers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Annotated, Any
 
-from srlm_lite.methods.self_rewarding import MadePairs, SelfRewarding
+from pydantic import Field
+
+from srlm_lite.evaluate.candidates import NO_VOTES, candidate_facts
+from srlm_lite.methods.base import (
+    RANKED_REPLIES,
+    Case,
+    Facts,
+    Iteration,
+    MadePairs,
+    Phase,
+    Pool,
+    SeedData,
+    Sizes,
+    Source,
+    Words,
+)
+from srlm_lite.methods.self_rewarding import SelfRewarding
 from srlm_lite.pairing import Drops, at_iteration, pair, usable_candidates
 from srlm_lite.records import Candidate, Judgement, PreferencePair, Prompt
-from srlm_lite.run.layout import IterationDir
-from srlm_lite.session import Session
-from srlm_lite.stages import iteration as stages
-from srlm_lite.stages.replies import read_as_reply
-from srlm_lite.stages.seed_data import read_human_answers
+from srlm_lite.settings import Positive, Section
 
 
-class Spin(SelfRewarding):
+class SpinSettings(Section):
+    """Method `spin`: a human's answer against the last model's."""
+
+    answers: Positive = 1
+    """Answers of the last model to each prompt, each a pair with the human's."""
+    lambdas: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] = (
+        0.1,
+        0.1,
+        0.1,
+        5.0,
+    )
+    """The loss's lambda in each iteration, in place of `dpo.beta`; the last one stays."""
+
+
+class Spin(SelfRewarding[SpinSettings]):
     """The opponent is the last model, the winner always the human."""
 
-    def pool(self, session: Session) -> stages.Pool:
+    name = "spin"
+    sources = (
+        Source(
+            "Chen et al. 2024",
+            "Self-Play Fine-Tuning Converts Weak Language Models to Strong Language Models",
+            "2401.01335",
+        ),
+    )
+    learns_from = "a human's answer against the last model's"
+    made_by = "DPO on a human's answers against its own"
+    is_self_rewarding = False
+    section = "spin"
+    Settings = SpinSettings
+    labels = {"answers": "answers a prompt", "lambdas": "lambda by iteration"}
+    unshown = ("rollout.n",)
+    cases = {"spin": Case("toy-spin", group=RANKED_REPLIES)}
+
+    @classmethod
+    def words(cls, own: SpinSettings) -> Words:
+        """A pair's two replies have no figures."""
+        return Words(None, "a human's answer counts as better than the model's")
+
+    @classmethod
+    def unread(cls, own: SpinSettings) -> Mapping[str, Collection[Any]]:
+        """Prompts and winners are the human's, and lambda stands for beta."""
+        return {
+            "pairing.source": ("random", "gold"),
+            "pairing.min_gap": (),
+            "pairing.rho": (),
+            "pairing.alpha": (),
+            "dpo.beta": (),
+            "prompts.source": ("self-instruct",),
+            "prompts.file": (),
+        }
+
+    @property
+    def judge_makes_pairs(self) -> bool:
+        """Never."""
+        return False
+
+    def phases(self, sizes: Sizes) -> Iterator[Phase]:
+        """The model's answers, and as many pairs with the human's, which may fill the window."""
+        yield self.answers(sizes, n=self.own.answers)
+        yield self.dpo(sizes, pairs=self.own.answers, tokens=sizes.window)
+
+    def pool(self, data: SeedData) -> Pool:
         """Prompts that a human has answered."""
-        answers, path = read_human_answers(session.recipe)
+        answers, path = data.human_answers()
         return [Prompt(row.prompt_id, row.prompt, path.name) for row in answers], path
 
-    def candidates(
-        self, session: Session, iteration: IterationDir, prompts: Sequence[Prompt]
-    ) -> tuple[list[Candidate], dict[str, Any]]:
+    def candidates(self, it: Iteration, prompts: Sequence[Prompt]) -> tuple[list[Candidate], Facts]:
         """The last model's answers."""
-        return stages.candidates(session, iteration, prompts, n=session.recipe.spin.answers)
+        rows = it.answer(prompts, n=self.own.answers)
+        return rows, candidate_facts(rows)
 
     def judgements(
-        self,
-        session: Session,
-        iteration: IterationDir,
-        prompts: Sequence[Prompt],
-        candidates: Sequence[Candidate],
-    ) -> tuple[list[Judgement], dict[str, Any]]:
-        """None: the human's answer is the better one."""
-        return stages.no_judgements(iteration)
+        self, it: Iteration, prompts: Sequence[Prompt], candidates: Sequence[Candidate]
+    ) -> tuple[list[Judgement], Facts]:
+        """The human's answer is the better one: an empty file."""
+        it.write("judgements", [])
+        return [], dict(NO_VOTES)
 
     def make_pairs(
         self,
-        session: Session,
-        iteration: IterationDir,
+        it: Iteration,
         prompts: Sequence[Prompt],
         candidates: Sequence[Candidate],
         judgements: Sequence[Judgement],
     ) -> MadePairs:
         """The human's answer, scored 1, against each of the model's, scored 0."""
-        answers, _ = read_human_answers(session.recipe)
+        answers, _ = it.data.human_answers()
         human = {row.prompt_id: row.response for row in answers}
         golden = [
-            read_as_reply(
-                session.chat,
-                Candidate(p.prompt_id, f"{p.prompt_id}#human", human[p.prompt_id], 0, "stop"),
+            it.as_answer(
+                Candidate(p.prompt_id, f"{p.prompt_id}#human", human[p.prompt_id], 0, "stop")
             )
             for p in prompts
         ]
         pairs, drops = against_human(
-            prompts, golden, candidates, drop_truncated=session.recipe.pairing.drop_truncated
+            prompts, golden, candidates, drop_truncated=self.recipe.pairing.drop_truncated
         )
         return pairs, drops, {}
 
-    def delta(
-        self, session: Session, iteration: IterationDir, pairs: Sequence[PreferencePair]
-    ) -> tuple[None, dict[str, Any]]:
+    def delta(self, it: Iteration, pairs: Sequence[PreferencePair]) -> tuple[None, Facts]:
         """DPO with the iteration's lambda for beta."""
-        value = at_iteration(session.recipe.spin.lambdas, iteration.number)
-        dpo = session.recipe.dpo.model_copy(update={"beta": value})
-        return stages.delta(session, iteration, pairs, dpo=dpo)
+        value = at_iteration(self.own.lambdas, it.number)
+        return None, it.learn(pairs, dpo=self.recipe.dpo.model_copy(update={"beta": value}))
 
 
 def against_human(

@@ -16,10 +16,21 @@ the future model (trained, not an average).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, TypedDict
 
-from srlm_lite.methods.self_rewarding import MadePairs, SelfRewarding, judged
+from srlm_lite.evaluate.candidates import candidate_facts
+from srlm_lite.methods.base import (
+    Case,
+    Facts,
+    Iteration,
+    MadePairs,
+    NoSettings,
+    Phase,
+    Sizes,
+    Source,
+)
+from srlm_lite.methods.self_rewarding import SelfRewarding
 from srlm_lite.pairing import (
     Drops,
     Scored,
@@ -32,60 +43,84 @@ from srlm_lite.pairing import (
     too_close,
 )
 from srlm_lite.records import Candidate, Judgement, PreferencePair, Prompt
-from srlm_lite.run.layout import IterationDir
-from srlm_lite.session import Session
-from srlm_lite.stages import iteration as stages
 
-PAST, FUTURE = "past-", "future-"
-"""What marks the names of the first model's candidates, and of the next one's."""
+PAST, FUTURE = "past", "future"
+"""Kinds of candidates: the first model's, and the next one's."""
 
 
-class Temporal(SelfRewarding):
+class Temporal(SelfRewarding[NoSettings]):
     """Two more sets of candidates, and a delta in between."""
 
-    def candidates(
-        self, session: Session, iteration: IterationDir, prompts: Sequence[Prompt]
-    ) -> tuple[list[Candidate], dict[str, Any]]:
+    name = "temporal"
+    sources = (
+        Source(
+            "Jin et al. 2025", "Temporal Self-Rewarding Language Models: Decoupling "
+            "Chosen-Rejected via Past-Future", "2508.06026",
+        ),
+    )  # fmt: skip
+    learns_from = "its own grades; the first model's answers rejected, the next one's chosen"
+    made_by = (
+        "answering prompts, grading its own answers and DPO on the next model's best answers "
+        "against the first one's worst"
+    )
+    cases = {"temporal": Case("toy-temporal")}
+
+    @classmethod
+    def unread(cls, own: NoSettings) -> Mapping[str, Collection[Any]]:
+        """Blind pairs have no past and no future."""
+        return {"pairing.source": ("random",)}
+
+    def phases(self, sizes: Sizes) -> Iterator[Phase]:
+        """The policy, the next model and, from the second iteration on, the first one answer."""
+        recipe, n = self.recipe, self.recipe.rollout.n
+        answers = n * recipe.prompts.per_iteration * max(0, 3 * recipe.iterations - 1)
+        yield self.answers(sizes, texts=answers)
+        yield self.votes(sizes, answers=answers)
+        yield self.dpo(sizes, pairs=2)  # the provisional delta, too
+
+    def candidates(self, it: Iteration, prompts: Sequence[Prompt]) -> tuple[list[Candidate], Facts]:
         """The policy's, and from the second iteration on the first model's."""
-        own, facts = stages.candidates(session, iteration, prompts)
-        if iteration.number == 1:
-            return own, facts
-        first = stages.Answerer(
-            session.stack(0), iteration.past_candidates, "past candidates", PAST
-        )
-        past, _ = stages.candidates(session, iteration, prompts, of=first)
-        return [*own, *past], {**facts, "past_candidates": len(past)}
+        own = it.answer(prompts)
+        if it.number == 1:
+            return own, candidate_facts(own)
+        past = it.answer(prompts, by=it.anchor, kind=PAST)
+        return [*own, *past], {**candidate_facts(own), "past_candidates": len(past)}
 
     def make_pairs(
         self,
-        session: Session,
-        iteration: IterationDir,
+        it: Iteration,
         prompts: Sequence[Prompt],
         candidates: Sequence[Candidate],
         judgements: Sequence[Judgement],
     ) -> MadePairs:
         """Anchored rejection, then future-guided choice."""
-        pairing = session.recipe.pairing
-        usable, drops = judged(session, prompts, candidates, judgements)
+        pairing = self.recipe.pairing
+        usable, drops = self.judged(prompts, candidates, judgements)
         alpha = length_penalty(list(usable.values()), pairing)
-        rho = at_iteration(pairing.rho, iteration.number)
+        rho = at_iteration(pairing.rho, it.number)
         rules: Rules = {"min_gap": pairing.min_gap, "rho": rho, "alpha": alpha}
         undone = Drops(drops.prompts.copy(), drops.candidates)
         provisional = anchored_pairs(prompts, usable, undone, **rules)
-        fitting = stages.fitting_pairs(session, provisional)
+        fitting = it.fitting(provisional)
         if len(fitting) < pairing.min_pairs:
             return provisional, undone, {}  # too few for any delta: the stage will say so
-        stages.delta(session, iteration, fitting, place=iteration.provisional_place)
-        future = _future(session, iteration, prompts)
+        it.learn(fitting, called="provisional")
+        future = self._future(it, prompts)
         pairs = anchored_pairs(prompts, usable, drops, future=future, **rules)
         return (
             pairs,
             drops,
             {
-                "from_past": sum(has_tag(one.rejected_id, PAST) for one in pairs),
-                "from_future": sum(has_tag(one.chosen_id, FUTURE) for one in pairs),
+                "from_past": sum(has_tag(one.rejected_id, f"{PAST}-") for one in pairs),
+                "from_future": sum(has_tag(one.chosen_id, f"{FUTURE}-") for one in pairs),
             },
         )
+
+    def _future(self, it: Iteration, prompts: Sequence[Prompt]) -> dict[str, list[Scored]]:
+        """The provisional model's candidates, with the policy's scores."""
+        rows = it.answer(prompts, by=it.provisional, kind=FUTURE)
+        usable, _ = self.judged(prompts, rows, it.grade(prompts, rows, by=it.policy, kind=FUTURE))
+        return usable
 
 
 class Rules(TypedDict, total=False):
@@ -117,7 +152,7 @@ def anchored_pairs(
     pairs = []
     for prompt in prompts:
         group = usable.get(prompt.prompt_id, ())
-        own = [one for one in group if not has_tag(one[0].candidate_id, PAST)]
+        own = [one for one in group if not has_tag(one[0].candidate_id, f"{PAST}-")]
         if not own:
             drops.prompts["tied"] += bool(group)
             continue
@@ -133,18 +168,3 @@ def anchored_pairs(
         else:
             pairs.append(pair(prompt, chosen, rejected))
     return pairs
-
-
-def _future(
-    session: Session, iteration: IterationDir, prompts: Sequence[Prompt]
-) -> dict[str, list[Scored]]:
-    """The provisional model's candidates, with the policy's scores."""
-    model = stages.stack_of(session, iteration.provisional_place)
-    place = stages.Answerer(model, iteration.future_candidates, "future candidates", FUTURE)
-    rows, _ = stages.candidates(session, iteration, prompts, of=place)
-    judge = stages.Grader(
-        session.stack(iteration.number - 1), iteration.future_judgements, "future judgements"
-    )
-    votes, _ = stages.judgements(session, iteration, prompts, rows, by=judge)
-    usable, _ = judged(session, prompts, rows, votes)
-    return usable

@@ -31,7 +31,7 @@ class Lengths:
     """Tokens at most; counts are None where the data is not there.
 
     `prompt` is of candidates, `judge_prompt` of a judge's question, `example` of an SFT row,
-    `pair` of a prompt with one of its answers.
+    `pair` of a prompt with an answer of the policy's.
     """
 
     prompt: int
@@ -87,9 +87,7 @@ def lengths_of(recipe: Shared) -> Lengths:
         prompt=min(window, prompt),
         judge_prompt=min(window, max(own, given)),
         example=min(window, example),
-        pair=min(window, prompt + thought + new + _END)
-        if recipe.method == "self-rewarding"
-        else window,
+        pair=min(window, prompt + thought + new + _END),
         examples=0 if shipped else count,
         graded=len(graded),
         thought=thought,

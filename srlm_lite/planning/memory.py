@@ -30,7 +30,7 @@ from srlm_lite.settings import is_targeted
 from srlm_lite.training.sizes import PIECE
 
 Device = Literal["cpu", "cuda"]
-Training = Literal["sft", "dpo", "reward"]
+Training = Literal["sft", "dpo", "reward", "rloo"]
 
 LIBRARIES: Mapping[Device, Mapping[str, int]] = {
     "cpu": {"sampling": 660_000_000, "training": 800_000_000, "export": 480_000_000},
@@ -333,19 +333,22 @@ def training(
     checkpointing: bool,
     accumulates: bool,
     dropout: bool = False,
+    scored: int = 0,
 ) -> dict[str, int]:
     """One micro-batch in training: the optimiser's states are there, the backward pass begins.
 
     AdamW keeps two float32 numbers for each parameter, DPO's reference is a second copy of the
     slot. The losses of SFT and DPO have the logits of 256 target tokens at a time, in float32: they
     themselves and three gradients (of the gather, of the log-sum-exp, and their sum). A reward
-    model has none.
+    model has none. RLOO has those of all answers of the micro-batch at once, in the compute dtype,
+    and a third copy of the slot, the reward model's.
 
     Args:
         rows: Sequences; a pair is two.
         tokens: Of the longest sequence; the others are padded to it.
         checkpointing: Only the layers' inputs are kept, and one layer is computed again.
         accumulates: Gradients of earlier micro-batches are there.
+        scored: Of RLOO, the tokens of a sequence's answer.
     """
     shape, c = held.shape, held.itemsize
     count = rows * tokens
@@ -357,10 +360,13 @@ def training(
         shape.layers * count * c * shape.hidden if checkpointing else shape.layers * layer
     )
     logits = 0 if kind == "reward" else min(count, PIECE) * shape.vocabulary * 4 * 4
+    if kind == "rloo":
+        logits = rows * scored * shape.vocabulary * 4 * c
     within = passing_by + (layer if checkpointing else 0) + held.scratch
-    if kind == "dpo":  # the reference's pass, which keeps nothing, beside what the policy's keeps
+    if kind in ("dpo", "rloo"):
+        # The reference's pass, which keeps nothing, beside what the policy's keeps.
         within = max(within, count * passing(held) + held.scratch)
-    copies = (2 if kind == "dpo" else 1) * 4 + (c if held.mixed else 0)
+    copies = {"dpo": 2, "rloo": 3}.get(kind, 1) * 4 + (c if held.mixed else 0)
     return {
         "base": held.base,
         "adapters": copies * held.slot + _stack(held),

@@ -17,13 +17,14 @@ from typing import Any
 from srlm_lite.data.self_instruct import MAX_NEW_TOKENS
 from srlm_lite.engines import ENGINES, EngineKind, kind_of
 from srlm_lite.errors import UserError
+from srlm_lite.methods import method_of
+from srlm_lite.methods.base import Draws, Sizes, Trains
 from srlm_lite.planning.lengths import Lengths
 from srlm_lite.planning.memory import (
     LIBRARIES,
     Device,
     Held,
     Shape,
-    Training,
     exporting,
     holes,
     loading,
@@ -36,15 +37,10 @@ from srlm_lite.settings import Anchor, Dpo, Optim
 from srlm_lite.window import longest_prompt
 
 PARTS = ("base", "adapters", "optimizer", "activations", "kv_cache", "logits", "libraries")
-TRAININGS: Mapping[str, str] = {
-    "anchor SFT": "anchor",
-    "revision SFT": "rlaif.sft",
-    "reward model": "rlhf.reward",
-    "DPO": "dpo",
-}
-"""The phases that train, and where the recipe sets each."""
 USABLE: Mapping[Device, float] = {"cuda": 0.95, "cpu": 1.0}
 """Share of a device's memory that a plan may fill; a GPU's allocator loses some to fragments."""
+_LIKE: Mapping[str, str] = {"sft": "anchor SFT", "dpo": "DPO"}
+"""For each kind of training, a phase whose rate stands for it."""
 HERE = ENGINES["transformers"]
 """The engine that is advised where another one takes too much."""
 _LEAST_WINDOW = 512
@@ -90,6 +86,10 @@ class Phase:
     on_host: bool = False
     shape: Mapping[str, int] = field(default_factory=dict)
     """Sequences and their tokens: what a measurement of this phase has to run."""
+    like: str = ""
+    """A phase that does the same kind of work, whose rate stands for this one's."""
+    trains: Trains | None = None
+    """What it trains, if anything."""
 
     @property
     def total(self) -> int:
@@ -181,13 +181,14 @@ def make_plan(
         shards=hardware.shards,
     )
     maker = _Phases(recipe, held, hardware, lengths, trains_anchor=anchor_rank is None)
+    phases = tuple(maker.all())
     return Plan(
         recipe=recipe,
         shape=shape,
         hardware=hardware,
         lengths=lengths,
-        phases=tuple(maker.all()),
-        disk=_disk(recipe, held, lengths),
+        phases=phases,
+        disk=_disk(recipe, held, maker.written()),
         itemsize=itemsize,
         anchor_rank=held.rank - recipe.dpo.lora.rank,
         not_in_4_bits=held.not_in_4_bits if held.nf4 else {},
@@ -204,23 +205,55 @@ class _Phases:
 
     def all(self) -> Iterator[Phase]:
         recipe = self.recipe
+        found = list(method_of(recipe).phases(self._sizes)) if recipe.iterations else []
         yield self._load()
-        if recipe.iterations:
-            if recipe.prompts.source == "self-instruct":
-                yield self._prompts()
-            yield self._candidates()
-            # Blind pairs and gold ones are judged too: it says how good the judge is on them.
-            yield self._judge()
+        if recipe.iterations and recipe.prompts.source == "self-instruct":
+            yield self._prompts()
+        for one in found:
+            if isinstance(one, Draws):
+                yield self._drawn(one)
         if self.trains_anchor:
             yield self._anchor()
-        if recipe.method == "rlhf":
-            yield self._reward()
-        if recipe.method == "rlaif" and recipe.iterations:
-            yield self._revisions()
-        if recipe.iterations > self._supervised:
-            yield self._dpo()
+        for one in found:
+            if isinstance(one, Trains):
+                yield self._trained(one)
         yield self._evaluation()
         yield self._export()
+
+    def written(self) -> int:
+        """Tokens that the method samples in the whole run."""
+        found = method_of(self.recipe).phases(self._sizes) if self.recipe.iterations else ()
+        return sum(one.texts * one.new_tokens for one in found if isinstance(one, Draws))
+
+    @property
+    def _sizes(self) -> Sizes:
+        return Sizes(
+            window=self.recipe.base.window,
+            prompt=self._room,
+            answer=self._answer,
+            own=min(self.lengths.pair, self.recipe.base.window),
+            question=self._judge_room,
+            judgement=self._judgement,
+            thought=self.lengths.thought,
+        )
+
+    def _drawn(self, one: Draws) -> Phase:
+        return self._sampling(
+            one.name,
+            prompts=one.prompts,
+            samples=one.samples,
+            prompt_tokens=one.prompt_tokens,
+            new=one.new_tokens,
+            tokens=one.texts * one.new_tokens,
+            engine=HERE if one.in_training else kind_of(self.recipe, one.role),
+            like="judge" if one.role == "judge" else "candidates",
+            whole=one.in_training,
+        )
+
+    def _trained(self, one: Trains) -> Phase:
+        rows = 2 if one.kind in ("dpo", "reward") else 1
+        count = None if one.examples is None else math.ceil(one.examples) * rows * one.tokens
+        return self._training(one, count, rows=rows)
 
     def _load(self) -> Phase:
         """The base, read and rounded, or its first token: the larger of both."""
@@ -244,8 +277,14 @@ class _Phases:
         new: int,
         tokens: int | None,
         engine: EngineKind = HERE,
+        like: str = "candidates",
+        whole: bool = False,
     ) -> Phase:
-        """`prompts` requests of `samples` texts each, given to the engine at once."""
+        """`prompts` requests of `samples` texts each, given to the engine at once.
+
+        Args:
+            whole: It cannot take fewer of them at once.
+        """
 
         def parts(at_once: int) -> dict[str, int]:
             if engine.samples_here:
@@ -264,7 +303,7 @@ class _Phases:
             return self._libraries(found, "sampling")
 
         rows = self._rows(prompt_tokens + new)
-        at_once = max(1, min(prompts, rows // samples))
+        at_once = prompts if whole else max(1, min(prompts, rows // samples))
         shape = {
             "prompts": prompts,
             "samples": samples,
@@ -272,8 +311,8 @@ class _Phases:
             "new_tokens": new,
             "batch_rows": at_once * samples,
         }
-        least = sum(parts(1).values())
-        return Phase(name, parts(at_once), least, tokens, shape=shape)
+        least = sum(parts(at_once if whole else 1).values())
+        return Phase(name, parts(at_once), least, tokens, shape=shape, like=like)
 
     def _beside(self) -> dict[str, int]:
         """The base and its slot, while another process samples."""
@@ -326,96 +365,38 @@ class _Phases:
             engine=kind_of(recipe, "policy"),
         )
 
-    def _candidates(self) -> Phase:
-        recipe = self.recipe
-        answers = recipe.iterations * recipe.prompts.per_iteration * recipe.rollout.n
-        return self._sampling(
-            "candidates",
-            prompts=min(recipe.rollout.chunk_prompts, recipe.prompts.per_iteration),
-            samples=recipe.rollout.n,
-            prompt_tokens=self._room,
-            new=self._answer,
-            tokens=answers * self._answer,
-            engine=kind_of(recipe, "policy"),
-        )
-
-    def _judge(self) -> Phase:
-        recipe, judge = self.recipe, self.recipe.judge
-        chunk = min(recipe.rollout.chunk_prompts, recipe.prompts.per_iteration)
-        answers = recipe.iterations * recipe.prompts.per_iteration * recipe.rollout.n
-        return self._sampling(
-            "judge",
-            prompts=chunk * recipe.rollout.n,
-            samples=judge.votes,
-            prompt_tokens=self._judge_room,
-            new=self._judgement,
-            tokens=answers * judge.votes * self._judgement,
-            engine=kind_of(recipe, "judge"),
-        )
-
     def _anchor(self) -> Phase:
         section = self.recipe.anchor
         tokens = min(self.lengths.example, self.recipe.base.window)
         count = self.lengths.examples
         trained = None if count is None else math.ceil(count * section.epochs) * tokens
-        return self._training("anchor SFT", "sft", section, tokens, trained, rows=1)
+        one = Trains("anchor SFT", "sft", "anchor", tokens, None)
+        return self._training(one, trained, rows=1)
 
-    @property
-    def _supervised(self) -> int:
-        """Iterations without DPO."""
-        return 1 if self.recipe.method == "rlaif" else 0
-
-    def _reward(self) -> Phase:
-        """On human pairs, as long as the window admits."""
-        section = self.recipe.rlhf.reward
-        tokens = min(self.lengths.pair, self.recipe.base.window)
-        return self._training("reward model", "reward", section, tokens, None, rows=2)
-
-    def _revisions(self) -> Phase:
-        recipe, section = self.recipe, self.recipe.rlaif
-        tokens = min(self.lengths.pair, recipe.base.window)
-        answers = recipe.prompts.per_iteration * section.drafts * section.rounds
-        examples = answers * (1 + section.helpful) * section.sft.epochs
-        trained = math.ceil(examples) * tokens
-        return self._training("revision SFT", "sft", section.sft, tokens, trained, rows=1)
-
-    def _dpo(self) -> Phase:
-        section, recipe = self.recipe.dpo, self.recipe
-        tokens = min(self.lengths.pair, recipe.base.window)
-        rounds = recipe.iterations - self._supervised
-        pairs = rounds * recipe.prompts.per_iteration * (1 + sum(recipe.pairing.replay))
-        trained = math.ceil(pairs * section.epochs) * 2 * tokens
-        return self._training("DPO", "dpo", section, tokens, trained, rows=2)
-
-    def _training(
-        self,
-        name: str,
-        kind: Training,
-        section: Optim,
-        tokens: int,
-        trained: int | None,
-        *,
-        rows: int,
-    ) -> Phase:
+    def _training(self, one: Trains, trained: int | None, *, rows: int) -> Phase:
         """A training; `rows` are the sequences of one example."""
+        section: Optim = attrgetter(one.section)(self.recipe)
         parts = training(
             self.held,
-            kind=kind,
+            kind=one.kind,
             rows=rows * section.micro_batch_size,
-            tokens=tokens,
+            tokens=one.tokens,
             checkpointing=section.gradient_checkpointing,
             accumulates=section.batch_size > section.micro_batch_size,
             dropout=isinstance(section, Anchor | Dpo) and section.lora.dropout > 0,
+            scored=one.scored,
         )
-        count = rows * section.micro_batch_size * tokens
+        count = rows * section.micro_batch_size * one.tokens
         parts["activations"] += holes(self.held, parts["activations"], count=count)
         whole = self._libraries(parts, "training")
         shape = {
             "sequences": rows * section.micro_batch_size,
-            "tokens": tokens,
+            "tokens": one.tokens,
             "accumulated": section.batch_size // section.micro_batch_size,
         }
-        return Phase(name, whole, sum(whole.values()), trained, shape=shape)
+        like = _LIKE.get(one.kind, "")
+        total = sum(whole.values())
+        return Phase(one.name, whole, total, trained, shape=shape, like=like, trains=one)
 
     def _evaluation(self) -> Phase:
         """As judge and as policy: the larger of both."""
@@ -440,6 +421,7 @@ class _Phases:
             new=self._judgement,
             tokens=total,
             engine=kind_of(recipe, "judge"),
+            like="",
         )
         as_policy = self._sampling(
             "evaluation",
@@ -465,19 +447,16 @@ def _judgement(recipe: Recipe, lengths: Lengths) -> int:
     return recipe.judge.max_new_tokens + (0 if external else lengths.thought)
 
 
-def _disk(recipe: Recipe, held: Held, lengths: Lengths) -> dict[str, int]:
-    """Bytes on the disk: the base's files, what the run writes, and one merged export."""
-    adapter = 4 * held.slot
-    models = recipe.iterations + 1
-    answers = recipe.iterations * recipe.prompts.per_iteration * recipe.rollout.n
-    drawn = answers * (
-        recipe.rollout.max_new_tokens
-        + lengths.thought
-        + recipe.judge.votes * _judgement(recipe, lengths)
-    )
+def _disk(recipe: Recipe, held: Held, written: int) -> dict[str, int]:
+    """Bytes on the disk: the base's files, what the run writes, and one merged export.
+
+    Args:
+        written: Tokens of what the iterations sample.
+    """
+    adapter, models = 4 * held.slot, recipe.iterations + 1
     return {
         "base": 2 * held.shape.parameters,
-        "run": models * adapter + _WRITTEN * drawn,
+        "run": models * adapter + _WRITTEN * written,
         "export": 2 * held.shape.parameters,
     }
 
@@ -537,8 +516,8 @@ def _remedies(recipe: Recipe, phase: Phase) -> Iterator[Mapping[str, Any]]:
     """What may make a phase smaller, the cheapest first."""
     if recipe.base.quantization == "none" and phase.name == "load":
         yield {"base.quantization": "nf4"}
-    if phase.name in TRAININGS:
-        section = TRAININGS[phase.name]
+    if phase.trains is not None:
+        section = phase.trains.section
         optim: Optim = attrgetter(section)(recipe)
         if not optim.gradient_checkpointing:
             yield {f"{section}.gradient_checkpointing": True}

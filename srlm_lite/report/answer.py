@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from srlm_lite.evaluate.gate import Best, best_model, findings
+from srlm_lite.evaluate.judge_figures import ACCURACY, TIES
 from srlm_lite.evaluate.reading import anchor_doubts, doubts
 from srlm_lite.report.facts import Duel, Estimate, Facts, Model
 from srlm_lite.settings import Gate
@@ -174,9 +175,9 @@ def interval(estimate: Estimate) -> str:
 
 def _standing(model: Model) -> str:
     gold = f"gold score {model.gold.value:.2f}" if model.gold else "no gold score"
-    accuracy = model.judge.get("pairwise_accuracy")
+    accuracy = ACCURACY.of(model.judge)
     return f"{model.name}: {gold}" + (
-        f", judge's pairwise accuracy {accuracy:.2f}" if accuracy is not None else ""
+        f", judge's {ACCURACY.label} {accuracy:.2f}" if accuracy is not None else ""
     )
 
 
@@ -192,11 +193,8 @@ def _sides(first: Model, chosen: Model) -> list[str]:
     found += _change(
         first.policy, chosen.policy, "anchor_score", "its answers, graded by the anchor:", 2
     )
-    for key, name, digits in (
-        ("pairwise_accuracy", "as judge: pairwise accuracy", 2),
-        ("tie_rate", "as judge: ties", 2),
-    ):
-        found += _change(first.judge, chosen.judge, key, name, digits)
+    for one in (ACCURACY, TIES):
+        found += _change(first.judge, chosen.judge, one.key, f"as judge: {one.label}", 2)
     found += _change(
         first.policy, chosen.policy, "mean_length_chars", "length of its answers, characters", 0
     )

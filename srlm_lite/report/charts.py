@@ -8,6 +8,7 @@ from random import Random
 from statistics import fmean
 from typing import Any, Literal
 
+from srlm_lite.evaluate.judge_figures import READABLE, TIES, figures_of, notes
 from srlm_lite.report.facts import Curve, Estimate, Facts, Iteration, Model, figure
 
 Kind = Literal["lines", "curves", "bars", "stack", "points"]
@@ -343,13 +344,8 @@ def _agreement(facts: Facts) -> Chart | None:
         "agreement",
         "Agreement with the right order",
         "share",
-        [
-            ("pairwise accuracy", _figure("pairwise_accuracy")),
-            ("exact match", _figure("exact_match")),
-            ("5-best", _figure("five_best")),
-        ],
-        note="Pairwise accuracy: pairs of replies in the right order, ties half. Exact match: "
-        "prompts whose whole order is right. 5-best: replies with the top score that are best.",
+        [(one.label, _figure(one.key)) for one in figures_of("agreement")],
+        note=notes("agreement"),
         y_range=(0, 1),
     )
     own = [
@@ -369,7 +365,7 @@ def _correlation(facts: Facts) -> Chart | None:
         "correlation",
         "Rank correlation",
         "correlation",
-        [("Spearman", _figure("spearman")), ("Kendall", _figure("kendall"))],
+        [(one.label, _figure(one.key)) for one in figures_of("correlation")],
         note="Of scores with the right order, for each prompt, averaged.",
         y_range=(-0.25, 1),
     )
@@ -377,7 +373,7 @@ def _correlation(facts: Facts) -> Chart | None:
 
 def _lost_votes(facts: Facts) -> Chart | None:
     def unreadable(model: Model) -> Estimate | None:
-        rate = model.judge.get("parse_rate")
+        rate = READABLE.of(model.judge)
         return None if rate is None else Estimate(1 - rate)
 
     return _lines(
@@ -385,8 +381,8 @@ def _lost_votes(facts: Facts) -> Chart | None:
         "lost-votes",
         "Ties and unreadable votes",
         "share",
-        [("ties", _figure("tie_rate")), ("unreadable", unreadable)],
-        note="Ties: pairs of replies that it scores equal.",
+        [(TIES.label, _figure(TIES.key)), ("unreadable", unreadable)],
+        note=f"Ties: {TIES.note}.",
         y_range=(0, 1),
     )
 

@@ -15,8 +15,9 @@ from typing import Any
 
 from srlm_lite.evaluate.judge_metrics import histogram
 from srlm_lite.judging import by_candidate, mean_scores
+from srlm_lite.methods import DEFAULT, sections_of_others
 from srlm_lite.pairing import JUDGE, replay_age
-from srlm_lite.recipe import paths_in, sections_of_methods
+from srlm_lite.recipe import paths_in
 from srlm_lite.records import (
     Candidate,
     Judgement,
@@ -272,7 +273,7 @@ class Facts:
 
     @property
     def method(self) -> str:
-        return str(self.settings.get("method", "self-rewarding"))
+        return str(self.settings.get("method", DEFAULT))
 
     @property
     def words(self) -> Words:
@@ -464,7 +465,7 @@ def public_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def used_settings(facts: Facts) -> dict[str, Any]:
     """The public settings without the sections of other methods."""
-    others = sections_of_methods(but=facts.method)
+    others = sections_of_others(facts.method)
     return {
         key: value for key, value in public_settings(facts.settings).items() if key not in others
     }

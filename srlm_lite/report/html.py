@@ -18,8 +18,9 @@ import yaml
 
 from srlm_lite.errors import UserError
 from srlm_lite.evaluate.gold import Gold, load_gold
+from srlm_lite.evaluate.judge_figures import JUDGE_FIGURES, JudgeFigure
 from srlm_lite.evaluate.reading import KINDS, first_loss
-from srlm_lite.recipe import UNREAD
+from srlm_lite.methods import METHODS, own_settings
 from srlm_lite.report.answer import answer, duration, hardware
 from srlm_lite.report.charts import groups, number
 from srlm_lite.report.draw import svg
@@ -39,29 +40,17 @@ KEY_SETTINGS = (
     ("seed", "seed"),
     ("prompts.per_iteration", "prompts an iteration"),
     ("rollout.n", "candidates a prompt"),
-    ("spin.answers", "answers a prompt"),
     ("rollout.temperature", "temperature of candidates"),
     ("judge.rubric", "rubric"),
     ("judge.votes", "votes a candidate"),
-    ("rlaif.principles", "principles"),
-    ("rlaif.rounds", "rounds of revision"),
     ("pairing.source", "pairs by"),
     ("dpo.init", "each delta starts from"),
     ("dpo.reference", "reference"),
     ("dpo.beta", "beta"),
-    ("spin.lambdas", "lambda by iteration"),
-    ("rlhf.kl_weight", "weight of the divergence"),
     ("dpo.learning_rate", "learning rate"),
     ("dpo.epochs", "epochs"),
 )
-
-UNUSED = {
-    "dpo": {"rollout.n", "rollout.temperature"},
-    "spin": {"rollout.n"},
-    "rlhf": {"judge.votes", "pairing.source"},
-}
-"""Key settings that a method does not read, beside those of `UNREAD` and the votes of a judge that
-it does without."""
+"""The settings of all methods; one's own are its `labels`."""
 
 
 def html(facts: Facts) -> str:
@@ -155,26 +144,21 @@ def _state(facts: Facts) -> str:
 
 
 Cell = Callable[[Model], str]
+_HYPHEN = "\N{NON-BREAKING HYPHEN}"
 
 
 def _columns(facts: Facts) -> list[tuple[str, Cell]]:
     """Columns of the table of models: a name, and the cell of a model."""
 
-    def judged(key: str) -> Cell:
-        return lambda model: number(model.judge.get(key))
+    def judged(one: JudgeFigure) -> Cell:
+        return lambda model: number(one.of(model.judge))
 
     columns: list[tuple[str, Cell]] = []
     if facts.gold_name:
         columns += [("gold", lambda m: _with_bounds(m.gold))]
         columns += [("gold, greedy", lambda m: _with_bounds(m.greedy_gold))]
     columns += [
-        ("pairwise accuracy", judged("pairwise_accuracy")),
-        ("5\N{NON-BREAKING HYPHEN}best", judged("five_best")),
-        ("exact match", judged("exact_match")),
-        ("Spearman", judged("spearman")),
-        ("Kendall", judged("kendall")),
-        ("ties", judged("tie_rate")),
-        ("readable", judged("parse_rate")),
+        *((one.label.replace("-", _HYPHEN), judged(one)) for one in JUDGE_FIGURES),
         ("characters", lambda m: number(m.policy.get("mean_length_chars"), 0)),
         ("cut off", lambda m: number(m.policy.get("truncated_rate"))),
         *([] if facts.words.why_no_pairs else [("pairs", _pairs)]),
@@ -246,13 +230,16 @@ def _read(model: Model) -> Iterator[tuple[str, str, str]]:
 
 def _key_settings(facts: Facts) -> list[tuple[str, str]]:
     settings, found = used_settings(facts), []
-    refused = UNREAD.get(facts.method, {})
-    unused = {*UNUSED.get(facts.method, ()), *(name for name in refused if not refused[name])}
+    kind, unused, own = METHODS.get(facts.method), set[str](), dict[str, str]()
+    if kind is not None:
+        unread = kind.unread(own_settings(kind, facts.settings))
+        unused = {*kind.unshown, *(name for name in unread if not unread[name])}
+        own = {f"{kind.section}.{key}": name for key, name in kind.labels.items()}
     if facts.words.why_no_votes:
         unused.add("judge.votes")
         if (facts.settings.get("pairing") or {}).get("source") == "judge":
             unused.add("pairing.source")  # there is none whose order it could be
-    for key, name in KEY_SETTINGS:
+    for key, name in (*KEY_SETTINGS, *own.items()):
         if key in unused:
             continue
         value: Any = settings

@@ -162,6 +162,10 @@ class IterationDir(StageDir):
 
     number: int
 
+    def file(self, name: str) -> Path:
+        """Rows of the iteration, by the name of their file: a method may have some of its own."""
+        return self.path / f"{name}.jsonl"
+
     @property
     def prompts(self) -> Path:
         return self.path / "prompts.jsonl"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import combinations
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from srlm_lite.errors import UserError
 from srlm_lite.pairing import best_and_worst, told_apart
@@ -14,8 +14,9 @@ from srlm_lite.records import Candidate, Instruction, PreferencePair, Prompt, Ra
 from srlm_lite.run.files import read_json
 from srlm_lite.seeds import derive_seed
 from srlm_lite.session import Session
+from srlm_lite.settings import Optim
 from srlm_lite.stages.anchor import ift_examples, scratch
-from srlm_lite.stages.iteration import pair_example
+from srlm_lite.stages.pairs import pair_example
 from srlm_lite.stages.replies import without_thoughts
 from srlm_lite.stages.seed_data import data_file, ranked_file, read_ranked
 
@@ -23,7 +24,11 @@ if TYPE_CHECKING:
     from srlm_lite.training.reward import RewardModel
 
 
-def ranked_pairs(group: Sequence[RankedReply], kind: str) -> list[PreferencePair]:
+Kind = Literal["best-worst", "all"]
+"""Which of a prompt's replies become pairs."""
+
+
+def ranked_pairs(group: Sequence[RankedReply], kind: Kind) -> list[PreferencePair]:
     """Pairs of a prompt's replies that humans told apart, scored by -rank.
 
     Args:
@@ -38,7 +43,9 @@ def ranked_pairs(group: Sequence[RankedReply], kind: str) -> list[PreferencePair
     return told_apart(Prompt(group[0].prompt_id, group[0].prompt), scored)
 
 
-def reward_model(session: Session) -> tuple[RewardModel, dict[str, Any]]:
+def reward_model(
+    session: Session, *, optim: Optim, pairs: Kind
+) -> tuple[RewardModel, dict[str, Any]]:
     """The run's reward model and the facts of its training; trained where there is none.
 
     `accuracy_held_out` is the share of the judge's held-out replies, two by two, that it puts in
@@ -51,20 +58,19 @@ def reward_model(session: Session) -> tuple[RewardModel, dict[str, Any]]:
 
     directory = session.run.reward
     if not directory.is_done:
-        _train(session)
+        _train(session, optim, pairs)
     done = read_json(directory.done)
     return RewardModel.load(directory.adapter, directory.head), done["training"]
 
 
-def _train(session: Session) -> None:
+def _train(session: Session, optim: Optim, kind: Kind) -> None:
     from srlm_lite.training.arguments import total_steps
     from srlm_lite.training.reward import train_reward
 
     recipe, directory = session.recipe, session.run.reward
-    section = recipe.rlhf.reward
     path = ranked_file(recipe)
     groups = without_thoughts(session.chat, read_ranked(path, None))
-    made = [one for group in groups for one in ranked_pairs(group, section.pairs)]
+    made = [one for group in groups for one in ranked_pairs(group, kind)]
     examples = [pair_example(session, one) for one in made]
     fitting = [one for one in examples if len(one) <= recipe.base.window]
     if not fitting:
@@ -77,7 +83,7 @@ def _train(session: Session) -> None:
     anchor = session.stack(0)
     seed = derive_seed(recipe.seed, "reward")
     session.close_engines()
-    task = session.reporter.start("reward model", total_steps(len(fitting), section), "steps")
+    task = session.reporter.start("reward model", total_steps(len(fitting), optim), "steps")
 
     def on_step(step: int, steps: int, logs: dict[str, float]) -> None:
         task.advance()
@@ -90,7 +96,7 @@ def _train(session: Session) -> None:
         anchor=anchor,
         adapter=session.slot.fresh(recipe.dpo.lora, seed=seed),
         pairs=fitting,
-        optim=section,
+        optim=optim,
         scratch=scratch(session.run.scratch),
         seed=seed,
         on_step=on_step,

@@ -7,18 +7,48 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from srlm_lite.data.text import words_of
 from srlm_lite.engines import kind_of
 from srlm_lite.errors import UserError, shorten
 from srlm_lite.evaluate import ifeval
+from srlm_lite.methods.base import Pool, SeedData
 from srlm_lite.recipe import Recipe
 from srlm_lite.records import Instruction, Prompt, RankedReply
 from srlm_lite.run.files import read_jsonl, read_records
 from srlm_lite.window import admits_a_prompt
 
 T = TypeVar("T")
+
+
+class FilesOfRecipe(SeedData):
+    """The seed data that a recipe names."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._recipe = recipe
+
+    def prompts(self) -> Pool:
+        """The recipe's prompt list."""
+        path = prompt_file(self._recipe)
+        return read_prompts(path), path
+
+    def instructions(self) -> list[Instruction]:
+        """Instruction data."""
+        return read_ift(self._recipe)
+
+    def ranked(self) -> tuple[list[list[RankedReply]], Path]:
+        """Replies that humans ranked, by prompt, and their file."""
+        path = ranked_file(self._recipe)
+        return read_ranked(path, None), path
+
+    def human_answers(self) -> tuple[list[Instruction], Path]:
+        """One human answer a prompt, and their file."""
+        return read_human_answers(self._recipe)
+
+    def rows(self, path: str) -> list[dict[str, Any]]:
+        """The rows of a JSONL file that a setting names."""
+        return read_jsonl(Path(path))
 
 
 def data_file(recipe: Recipe, name: str) -> Path:

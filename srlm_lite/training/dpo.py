@@ -21,7 +21,7 @@ from trl.trainer.utils import use_adapter
 from srlm_lite.errors import ProofError
 from srlm_lite.model.base import LoadedBase
 from srlm_lite.model.stack import Adapter, Slot
-from srlm_lite.settings import Dpo, Scir
+from srlm_lite.settings import Consistency, Dpo
 from srlm_lite.training.arguments import (
     NO_ROUTER_LOSS,
     Listener,
@@ -78,7 +78,7 @@ def preference_loss(margin: Tensor, weight: Tensor, smoothing: Tensor) -> Tensor
 
 
 def consistency_loss(
-    margin: Tensor, implicit: Tensor, weight: Tensor, smoothing: Tensor, scir: Scir
+    margin: Tensor, implicit: Tensor, weight: Tensor, smoothing: Tensor, terms: Consistency
 ) -> tuple[Tensor, Tensor]:
     """mask L_DPO + a [KL(p||q) + KL(q||p)] + b [H(p) + H(q)] for each pair, and the mask; all (B,).
 
@@ -93,12 +93,12 @@ def consistency_loss(
     log_q, log_not_q = F.logsigmoid(implicit), F.logsigmoid(-implicit)
     q = implicit.sigmoid()
     # Before anything is learned the implicit reward has no opinion: rounding is not one either.
-    mask = ((implicit.detach() > -1e-4) & (1 - smoothing > scir.threshold)).to(margin.dtype)
+    mask = ((implicit.detach() > -1e-4) & (1 - smoothing > terms.threshold)).to(margin.dtype)
     log_p, log_not_p = p.log(), (1 - p).log()
     divergence = (p - q) * (log_p - log_q) + (q - p) * (log_not_p - log_not_q)
     entropy = -(p * log_p + (1 - p) * log_not_p) - (q * log_q + (1 - q) * log_not_q)
     loss = mask * -F.logsigmoid(margin)
-    loss = loss + scir.consistency_weight * divergence + scir.confidence_weight * entropy
+    loss = loss + terms.consistency_weight * divergence + terms.confidence_weight * entropy
     return weight * loss, mask
 
 
@@ -109,7 +109,7 @@ class _PairTrainer(Dealt, DPOTrainer):
     over the step's pairs, that of the NLL term over the step's chosen tokens.
     """
 
-    consistency: Scir | None = None
+    consistency: Consistency | None = None
     nll_weight = 0.0
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
@@ -203,7 +203,7 @@ def train_dpo(
     reference: Sequence[Adapter],
     pairs: Sequence[PairExample],
     dpo: Dpo,
-    consistency: Scir | None = None,
+    consistency: Consistency | None = None,
     scratch: Path,
     seed: int,
     on_step: OnStep = lambda step, steps, logs: None,

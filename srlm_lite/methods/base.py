@@ -1,0 +1,595 @@
+"""What a method is, and what its stages are given. Read this to write one.
+
+A method is a class in a file of its own: it declares what the rest of the program says and counts
+of it (`Method`), and overrides the stages that it changes. A stage is given one thing, the
+iteration (`Iteration`): its verbs ask models, grade, and learn, and what they have done once they
+give again from disk. Models, engines, processes and paths are behind it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Generic, Literal, TypeVar
+
+from srlm_lite.judging import Rubric
+from srlm_lite.pairing import JUDGE, Drops
+from srlm_lite.records import (
+    Candidate,
+    Instruction,
+    Judgement,
+    Likelihood,
+    PreferencePair,
+    Prompt,
+    RankedReply,
+    Record,
+    Reply,
+)
+from srlm_lite.settings import Consistency, Dpo, Optim, Section, Shared
+
+S = TypeVar("S", bound=Section)
+R = TypeVar("R", bound=Record)
+
+Facts = dict[str, Any]
+"""What `metrics.jsonl` keeps of a stage."""
+
+Pool = tuple[list[Prompt], Path]
+"""Prompts that the iterations take theirs from, and the file they are from."""
+
+MadePairs = tuple[Sequence[PreferencePair], Drops, Facts]
+"""Pairs, what gave none and why, and facts for `metrics.jsonl`."""
+
+
+# --- what a method declares -----------------------------------------------------------------------
+
+
+class NoSettings(Section):
+    """The settings of a method that has none of its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A paper that a method is from."""
+
+    authors: str
+    """`Yuan et al. 2024`."""
+    title: str
+    arxiv: str
+    """Its number there."""
+    note: str = ""
+    """What to know of how a method here follows it."""
+
+    @property
+    def link(self) -> str:
+        """Where it can be read, in Markdown."""
+        cited = f"[{self.authors}](https://arxiv.org/abs/{self.arxiv})"
+        return f"{cited}, {self.note}" if self.note else cited
+
+
+@dataclass(frozen=True, slots=True)
+class Words:
+    """How to speak of a run of one method: not every method orders its pairs by a judge's score."""
+
+    score: str | None = "score"
+    """The figure of either reply of a pair; None where it only tells the two apart."""
+    why_no_votes: str | None = None
+    """Where no judge grades the candidates: who or what does instead."""
+    why_no_pairs: str | None = None
+    """Where nothing is learned from pairs: from what else."""
+    judgement: str = "score"
+    """What a judgement of a candidate gives."""
+    candidates: str = "candidates"
+    """What stands where the policy's answers do."""
+    judging: str = "judging"
+    """What takes the time between candidates and pairs."""
+    training: str = "DPO"
+    """What trains a delta."""
+    own_accuracy: str = "on own candidates, by gold"
+    """Whose pairwise accuracy by gold a run of the method measures on candidates."""
+    external: bool = False
+    """Whether a server judges, the same for all models."""
+
+    def as_judge(self, model: str) -> str:
+        """Who judged when a model was evaluated."""
+        return f"the judge, at {model}" if self.external else f"{model} as judge"
+
+    def score_of(self, origin: str) -> str | None:
+        """The figure of a pair's replies, by where the pair is from."""
+        return "rating by the meta-judge" if origin == JUDGE else self.score
+
+
+CONTROLS = "Self-rewarding and controls"
+RANKED_REPLIES = "Learning from ranked replies"
+OWN_GRADES = "Other ways with the own grades"
+TAUGHT_MORE = "With an anchor that learned more"
+"""What cases of the bench are shown beside."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A run of `srlm-lite bench methods`: a recipe, what is changed in it, and where it begins."""
+
+    recipe: str
+    overrides: tuple[str, ...] = ()
+    anchor: str | None = "anchor"
+    """The name of the anchor that it shares with other cases: `anchor` is the recipe `toy`'s, of
+    any other the first case that names it trains it. None: it trains its own."""
+    is_long: bool = False
+    """Whether it takes longer than most."""
+    group: str = OWN_GRADES
+    """What it is shown beside."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """How long a recipe's texts can be, in tokens, for counting phases."""
+
+    window: int
+    prompt: int
+    """A prompt of the policy's."""
+    answer: int
+    """An answer, its thought included."""
+    own: int
+    """A prompt with an answer of the policy's."""
+    question: int
+    """A judge's question."""
+    judgement: int
+    """A judge's reply, its thought included."""
+    thought: int
+    """A thought before any reply of the base."""
+
+    def reply(self, max_new_tokens: int) -> int:
+        """A reply with another limit, its thought included."""
+        return max_new_tokens + self.thought
+
+    def room(self, new_tokens: int) -> int:
+        """The longest question that leaves room for so many new tokens."""
+        return max(1, self.window - new_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """A phase that samples text, for `srlm-lite plan`."""
+
+    name: str
+    prompts: int
+    """Requests that the engine is given at once."""
+    samples: int
+    """Texts for each."""
+    prompt_tokens: int
+    new_tokens: int
+    texts: int
+    """Texts of the whole run."""
+    role: Literal["policy", "judge"] = "policy"
+    """Whose engine draws them."""
+    in_training: bool = False
+    """Whether a training draws them itself, all of `prompts` at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trains:
+    """A phase that trains, for `srlm-lite plan`."""
+
+    name: str
+    kind: Literal["sft", "dpo", "reward", "rloo"]
+    section: str
+    """Where the recipe sets its optimiser, dotted."""
+    tokens: int
+    """Tokens of the longest sequence; a pair has two, either reply with the prompt."""
+    examples: float | None
+    """Those that the whole run passes through, epochs counted; None: the data says."""
+    scored: int = 0
+    """For `rloo`: tokens of a sequence whose logits are in memory at once."""
+
+
+Phase = Draws | Trains
+
+
+# --- what a method's stages are given -------------------------------------------------------------
+
+
+class SeedData(ABC):
+    """The seed data of a run, read and checked; what is missing or wrong is a `UserError`."""
+
+    @abstractmethod
+    def prompts(self) -> Pool:
+        """The recipe's prompt list."""
+
+    @abstractmethod
+    def instructions(self) -> list[Instruction]:
+        """Instruction data (`ift.jsonl`)."""
+
+    @abstractmethod
+    def ranked(self) -> tuple[list[list[RankedReply]], Path]:
+        """Replies that humans ranked, grouped by prompt, and their file (`data.ranked`)."""
+
+    @abstractmethod
+    def human_answers(self) -> tuple[list[Instruction], Path]:
+        """One human answer a prompt, and their file: the best ranked ones, or `ift.jsonl`."""
+
+    @abstractmethod
+    def rows(self, path: str) -> list[dict[str, Any]]:
+        """The rows of a JSONL file that a setting names."""
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model of the run, by name; `Iteration` has the ones that there are."""
+
+    after: int | None
+    """The iteration that ended with it; 0 is the anchor, None the bare base."""
+    deltas: Literal["policy", "judge", "provisional", "teacher"] = "policy"
+    """Whose adapters it has on top of the anchor, where roles have deltas of their own; a teacher
+    is another model, behind the server of the section `openai`."""
+
+
+class Iteration(ABC):
+    """One iteration at work: what a method's stages ask, and learn, with.
+
+    The verbs give what they gave before where a run goes on, and compute what is missing. Seeds
+    come of the recipe's, the iteration's number and the names that a verb is given, so a name that
+    changes draws other text. All files lie in the iteration's directory.
+    """
+
+    recipe: Shared
+    """The settings that all methods share; a method's own are `Method.own`."""
+    number: int
+    """From 1."""
+    where: str
+    """Its directory, for messages."""
+
+    # Models.
+
+    @property
+    def policy(self) -> Model:
+        """The model that the iteration begins with: the anchor in the first one."""
+        return Model(self.number - 1)
+
+    @property
+    def judge(self) -> Model:
+        """The same weights as the policy's, or the judge's own where it has deltas of its own."""
+        return Model(self.number - 1, "judge")
+
+    @property
+    def earlier(self) -> Model:
+        """The model before the policy: the bare base in the first iteration."""
+        return Model(self.number - 2) if self.number > 1 else self.base
+
+    @property
+    def anchor(self) -> Model:
+        """The first model, which all deltas stand on."""
+        return Model(0)
+
+    @property
+    def base(self) -> Model:
+        """The weights without any adapter."""
+        return Model(None)
+
+    @property
+    def provisional(self) -> Model:
+        """What `learn(..., called="provisional")` has trained in this iteration."""
+        return Model(self.number, "provisional")
+
+    @property
+    def teacher(self) -> Model:
+        """The model of the section `openai`."""
+        return Model(None, "teacher")
+
+    # What a run has.
+
+    @property
+    @abstractmethod
+    def data(self) -> SeedData:
+        """The seed data."""
+
+    @property
+    @abstractmethod
+    def rubric(self) -> Rubric:
+        """What the judge is asked by."""
+
+    # Verbs: text.
+
+    @abstractmethod
+    def prompts(self, pool: Callable[[SeedData], Pool | None]) -> tuple[list[Prompt], Facts]:
+        """The iteration's prompts: the next slice of the shuffled pool.
+
+        Args:
+            pool: Reads it; where it gives None, the anchor writes new prompts.
+        """
+
+    @abstractmethod
+    def answer(
+        self, prompts: Sequence[Prompt], *, n: int | None = None, by: Model | None = None,
+        kind: str = "",
+    ) -> list[Candidate]:  # fmt: skip
+        """Sampled answers to each prompt, under the section `rollout`.
+
+        Answer i of a prompt is named `<prompt_id>#<kind>-<i>`; without a kind, `<prompt_id>#<i>`.
+
+        Args:
+            n: Answers a prompt; default: `rollout.n`.
+            by: Who answers; default: the policy.
+            kind: Tells answers of several models apart; they go to `<kind>_candidates.jsonl`, and
+                those without a kind to `candidates.jsonl`.
+        """
+
+    @abstractmethod
+    def grade(
+        self, prompts: Sequence[Prompt], candidates: Sequence[Candidate], *,
+        by: Model | None = None, kind: str = "",
+    ) -> list[Judgement]:  # fmt: skip
+        """The judge's votes on each candidate, by the rubric, under the section `judge`.
+
+        Candidates that pairing would leave out whatever their score, empty or (where the recipe
+        drops those) truncated, are not judged.
+
+        Args:
+            by: Who judges; default: the judge.
+            kind: As of `answer`; they go to `<kind>_judgements.jsonl`.
+        """
+
+    @abstractmethod
+    def ask(
+        self, questions: Sequence[tuple[str, str]], *, about: str, by: Model,
+        max_new_tokens: int | None = None, turn: str = "", seeded: Sequence[object] = (),
+        to_learn: bool = False,
+    ) -> dict[str, Reply]:  # fmt: skip
+        """A reply to each question, given as (name, text), by name.
+
+        A question that does not fit the window gets an empty reply of finish reason `length`.
+
+        Args:
+            about: What the questions are called while they are asked.
+            max_new_tokens: Of a reply; default: `judge.max_new_tokens`.
+            turn: Where a method asks several times: the file, in `replies/`. Else there is one,
+                `replies.jsonl`.
+            seeded: The names that the seeds come of; default: `about`.
+            to_learn: The replies are answers that may be learned: drawn as the policy's answers
+                are, under `rollout`, and kept as the ids that were drawn.
+        """
+
+    @abstractmethod
+    def likelihoods(
+        self, prompts: Sequence[Prompt], candidates: Sequence[Candidate], *, by: Model, name: str
+    ) -> dict[str, Likelihood]:
+        """How likely a model finds each candidate that fits the window, by candidate_id.
+
+        Args:
+            name: Of the file in `likelihoods/`.
+        """
+
+    @abstractmethod
+    def as_answer(self, candidate: Candidate) -> Candidate:
+        """A candidate whose text is from a file, taken apart as a sampled one is: thought and
+        answer, of a base that thinks."""
+
+    @abstractmethod
+    def length(self, text: str) -> int:
+        """Tokens of a reply."""
+
+    # Verbs: files.
+
+    @abstractmethod
+    def write(self, name: str, rows: Sequence[Record]) -> None:
+        """Write a file of the method's own, `<name>.jsonl`, whole."""
+
+    @abstractmethod
+    def read(self, name: str, kind: type[R]) -> list[R]:
+        """The rows of a file of the iteration, `<name>.jsonl`."""
+
+    # Verbs: pairs.
+
+    @abstractmethod
+    def fitting(self, pairs: Sequence[PreferencePair]) -> list[PreferencePair]:
+        """The pairs whose two sequences both fit the window."""
+
+    @abstractmethod
+    def keep(
+        self, pairs: Sequence[PreferencePair], drops: Drops, *, advice: Mapping[str, str],
+        origin: str = "",
+    ) -> tuple[list[PreferencePair], Facts]:  # fmt: skip
+        """Write the pairs that fit the window, and older ones to replay, as `pairs.jsonl`.
+
+        Args:
+            drops: Prompts without a pair, by reason.
+            advice: What to do about a method's own reasons.
+            origin: Of the pairs that the iteration is about, and that `drops` tells of.
+
+        Raises:
+            UserError: Fewer new ones than `pairing.min_pairs`; says why prompts gave none.
+        """
+
+    @abstractmethod
+    def keep_none(self) -> tuple[list[PreferencePair], Facts]:
+        """Write that there are no pairs, for a method that learns from something else."""
+
+    # Verbs: learning. Each gives the facts of its training.
+
+    @abstractmethod
+    def learn(
+        self, pairs: Sequence[PreferencePair], *, dpo: Dpo | None = None,
+        called: Literal["delta", "judge delta", "provisional"] = "delta",
+        consistency: Consistency | None = None,
+    ) -> Facts:  # fmt: skip
+        """DPO on pairs, into the iteration's delta.
+
+        Args:
+            dpo: Other settings than the recipe's.
+            called: Another delta: the judge's own, or a `provisional` one that only helps to make
+                pairs.
+            consistency: Terms that pull the implicit reward towards the judge.
+        """
+
+    @abstractmethod
+    def stay(self) -> None:
+        """The policy's last delta once more, for an iteration that trains the judge alone."""
+
+    @abstractmethod
+    def imitate(self, rows: Sequence[Instruction], *, optim: Optim, about: str = "SFT") -> Facts:
+        """SFT on answers, into a fresh delta on top of the anchor.
+
+        Args:
+            about: What the training is called while it runs.
+
+        Raises:
+            UserError: None of them fits the window.
+        """
+
+    @abstractmethod
+    def reward_model(
+        self, *, optim: Optim, pairs: Literal["best-worst", "all"]
+    ) -> tuple[object, Facts]:
+        """The run's reward model, for `reinforce`: trained once, on the ranked replies.
+
+        Args:
+            pairs: Of each prompt's replies, the best against the worst, or all that humans told
+                apart.
+        """
+
+    @abstractmethod
+    def reinforce(self, prompts: Sequence[Prompt], *, reward: object, kl_weight: float) -> Facts:
+        """RLOO against a reward model, into the iteration's delta.
+
+        The policy answers at every step anew; what it has said, and the rewards, become the
+        iteration's candidates and judgements.
+
+        Args:
+            kl_weight: What a nat of divergence from the reference costs, in units of the reward.
+        """
+
+
+# --- the method -----------------------------------------------------------------------------------
+
+
+class Method(ABC, Generic[S]):
+    """A method: what is said and counted of it, and the stages of an iteration.
+
+    A method inherits from the one that it changes, `SelfRewarding` in the first place. It is bound
+    to a recipe: `self.recipe` are the settings that all share, `self.own` those of its section.
+    """
+
+    name: ClassVar[str]
+    """By which recipes name it."""
+    sources: ClassVar[tuple[Source, ...]] = ()
+    """The papers that it is from; not those of the method that it inherits from."""
+    learns_from: ClassVar[str]
+    """What teaches the policy; ends the sentence "It learns from"."""
+    remark: ClassVar[str] = ""
+    """What to know of it beside that, for the table of methods."""
+    made_by: ClassVar[str]
+    """For a model card; ends the sentence "n iterations followed, of"."""
+    section: ClassVar[str | None] = None
+    """The recipe's section with its own settings."""
+    Settings: ClassVar[type[Section]] = NoSettings
+    """What that section holds."""
+    labels: ClassVar[Mapping[str, str]] = {}
+    """Its own settings that a report shows, with what they are called there."""
+    unshown: ClassVar[Collection[str]] = ()
+    """Settings that it does not read, and that a report need not show, beside `unread`."""
+    advice: ClassVar[Mapping[str, str]] = {}
+    """What to do where its own reasons leave too many prompts without a pair."""
+    is_self_rewarding: ClassVar[bool] = True
+    """Whether the model's own judgement, of whatever kind, is what teaches it."""
+    trainer: ClassVar[str] = "dpo"
+    """A model card's tag for how its deltas are trained."""
+    one_process: ClassVar[bool] = False
+    """Whether it cannot be trained in several processes."""
+    cases: ClassVar[Mapping[str, Case]] = {}
+    """Runs of the bench of methods, by name; without any of its own: its recipe `toy-NAME`."""
+
+    def __init__(self, recipe: Shared, own: S) -> None:
+        self.recipe, self.own = recipe, own
+
+    # Declarations that go by its own settings, or by all.
+
+    @classmethod
+    def cited(cls) -> str:
+        """Its sources, in Markdown."""
+        return ", ".join(source.link for source in vars(cls).get("sources", ()))
+
+    @classmethod
+    def bench(cls) -> Mapping[str, Case]:
+        """Its runs of `srlm-lite bench methods`."""
+        return vars(cls).get("cases") or {cls.name: Case(f"toy-{cls.name}")}
+
+    @classmethod
+    def words(cls, own: S) -> Words:
+        """How a report and `srlm-lite show` speak of its figures."""
+        return Words()
+
+    def needs(self) -> None:
+        """Refuse settings that cannot go together.
+
+        Raises:
+            ValueError: Says which, and what would do.
+        """
+
+    @classmethod
+    def unread(cls, own: S) -> Mapping[str, Collection[Any]]:
+        """Settings that it does not read, by dotted key: these values, or any but the default.
+
+        They are refused, or a run that is called a control would be none.
+        """
+        return {}
+
+    @property
+    def judge_makes_pairs(self) -> bool:
+        """Whether differences of the rubric's scores decide what is a pair."""
+        return self.recipe.pairing.source == "judge"
+
+    @property
+    def judge_has_deltas(self) -> bool:
+        """Whether the judge's role has deltas of its own."""
+        return False
+
+    @property
+    def asks_a_server(self) -> bool:
+        """Whether it asks the server of the section `openai`, whatever engine samples."""
+        return False
+
+    @abstractmethod
+    def phases(self, sizes: Sizes) -> Iterator[Phase]:
+        """What it draws and trains in a whole run, the anchor's training and evaluations apart."""
+
+    def preflight(self, data: SeedData) -> None:
+        """Read what a run is going to need, before it begins.
+
+        Raises:
+            UserError: Something is missing, or cannot be read.
+        """
+
+    # The stages of an iteration, each with its result and its facts.
+
+    @abstractmethod
+    def pool(self, data: SeedData) -> Pool | None:
+        """The list that the iterations take their prompts from; None where they are written."""
+
+    @abstractmethod
+    def prompts(self, it: Iteration) -> tuple[list[Prompt], Facts]:
+        """The iteration's prompts."""
+
+    @abstractmethod
+    def candidates(self, it: Iteration, prompts: Sequence[Prompt]) -> tuple[list[Candidate], Facts]:
+        """Answers to them."""
+
+    @abstractmethod
+    def judgements(
+        self, it: Iteration, prompts: Sequence[Prompt], candidates: Sequence[Candidate]
+    ) -> tuple[list[Judgement], Facts]:
+        """What is thought of the answers."""
+
+    @abstractmethod
+    def pairs(
+        self,
+        it: Iteration,
+        prompts: Sequence[Prompt],
+        candidates: Sequence[Candidate],
+        judgements: Sequence[Judgement],
+    ) -> tuple[list[PreferencePair], Facts]:
+        """What to learn from."""
+
+    @abstractmethod
+    def delta(self, it: Iteration, pairs: Sequence[PreferencePair]) -> tuple[None, Facts]:
+        """The training, into the iteration's delta."""

@@ -1,0 +1,123 @@
+"""The preference pairs of an iteration: what is kept of those that a method has made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from srlm_lite.errors import UserError
+from srlm_lite.evaluate.candidates import pair_facts
+from srlm_lite.pairing import Drops, replayed
+from srlm_lite.records import PreferencePair
+from srlm_lite.run.files import read_records, write_json, write_records
+from srlm_lite.run.layout import IterationDir
+from srlm_lite.seeds import derive_seed
+from srlm_lite.session import Session
+from srlm_lite.stages.prompts import in_another_directory
+from srlm_lite.stages.replies import learned_ids
+
+if TYPE_CHECKING:
+    from srlm_lite.training.dpo import PairExample
+
+ADVICE: Mapping[str, str] = {
+    "tied": "raise judge.votes or rollout.n, or train a finer judge",
+    "narrow": "lower pairing.min_gap",
+    "truncated": "raise rollout.max_new_tokens",
+    "unreadable": "raise judge.max_new_tokens, or give the anchor more judge data",
+    "too_long_to_judge": "raise base.window, or lower rollout.max_new_tokens or "
+    "judge.max_new_tokens: what is sampled has to fit the judge's question",
+    "too_few_votes": "raise judge.max_new_tokens or judge.votes",
+    "duplicate": "raise rollout.temperature",
+    "empty": "check the chat template and the anchor",
+    "too_long": "raise base.window or lower rollout.max_new_tokens",
+}
+"""What to do about the main reason why prompts gave no pair; a method adds its own."""
+
+
+def keep_pairs(
+    session: Session,
+    iteration: IterationDir,
+    made: Sequence[PreferencePair],
+    drops: Drops,
+    *,
+    advice: Mapping[str, str],
+    origin: str = "",
+) -> tuple[list[PreferencePair], dict[str, Any]]:
+    """The method's preference pairs that fit the window, and older ones to replay.
+
+    Args:
+        advice: For reasons of the method's own.
+        origin: Of the pairs that the iteration is about, and that `drops` tells of.
+
+    Raises:
+        UserError: Fewer new ones than `pairing.min_pairs`; says why prompts gave none.
+    """
+    recipe = session.recipe
+    fitting = fitting_pairs(session, made)
+    own = [pair for pair in fitting if not pair.origin]
+    main = [pair for pair in fitting if pair.origin == origin]
+    drops.prompts["too_long"] += sum(pair.origin == origin for pair in made) - len(main)
+    write_json(iteration.drops, drops.to_json())
+    if len(main) < recipe.pairing.min_pairs:
+        raise _too_few(session, len(main), drops, iteration, {**ADVICE, **advice})
+    older = [
+        read_records(session.run.iteration(t).pairs, PreferencePair)
+        for t in range(iteration.number - 1, 0, -1)[: len(recipe.pairing.replay)]
+    ]
+    replays = replayed(
+        older,
+        new=len(own),
+        shares=recipe.pairing.replay,
+        seed=derive_seed(recipe.seed, iteration.number, "replay"),
+    )
+    write_records(iteration.pairs, [*fitting, *replays])
+    return [*fitting, *replays], {
+        "pairs": len(own),
+        **({"judge_pairs": len(fitting) - len(own)} if len(fitting) > len(own) else {}),
+        **({"replayed": len(replays)} if replays else {}),
+        "drops": {reason: count for reason, count in drops.prompts.items() if count},
+        **(pair_facts(recipe.evaluate.gold, own) if own else {}),
+    }
+
+
+def keep_none(iteration: IterationDir) -> tuple[list[PreferencePair], dict[str, Any]]:
+    """That an iteration makes no pairs, for whoever reads the run."""
+    write_json(iteration.drops, Drops().to_json())
+    write_records(iteration.pairs, [])
+    return [], {"pairs": 0, "drops": {}}
+
+
+def fitting_pairs(session: Session, pairs: Sequence[PreferencePair]) -> list[PreferencePair]:
+    """The pairs whose two sequences both fit the window."""
+    window = session.recipe.base.window
+    return [pair for pair in pairs if len(pair_example(session, pair)) <= window]
+
+
+def pair_example(session: Session, pair: PreferencePair) -> PairExample:
+    """A preference pair as ids."""
+    from srlm_lite.training.dpo import PairExample
+
+    return PairExample(
+        prompt_ids=tuple(session.chat.prompt_ids(pair.prompt)),
+        chosen_ids=learned_ids(session.chat, pair.chosen, pair.chosen_ids),
+        rejected_ids=learned_ids(session.chat, pair.rejected, pair.rejected_ids),
+        weight=pair.weight,
+        smoothing=pair.smoothing,
+    )
+
+
+def _too_few(
+    session: Session, count: int, drops: Drops, iteration: IterationDir, advice: dict[str, str]
+) -> UserError:
+    needed = session.recipe.pairing.min_pairs
+    if session.thought_tokens():
+        advice["truncated"] += " or rollout.max_thought_tokens"
+    main = next((reason for reason, found in drops.prompts.most_common(1) if found), "")
+    go_on = f"Go on with them by pairing.min_pairs={count}. " if count else ""
+    return UserError(
+        f"iteration {iteration.number} has {count} preference pairs, fewer than "
+        f"pairing.min_pairs = {needed}; prompts without one: {drops.summary() or 'none'}",
+        where=str(iteration.path),
+        way_out=f"{go_on}To have more, {advice.get(main, 'give more prompts')}; more prompts "
+        f"help always (prompts.per_iteration){in_another_directory(session)}",
+    )
