@@ -18,12 +18,14 @@ from commands import Cli, Done
 from toy_run import make_toy_run
 
 from srlm_lite import tracking
+from srlm_lite.model.base import load_base, spoken
 from srlm_lite.planning import machine as planning
 from srlm_lite.planning.machine import plan_for
 from srlm_lite.preflight.checks import CHECKS, NEEDS, OF_WORK
 from srlm_lite.processes import LAUNCHER
 from srlm_lite.recipe import load_recipe
 from srlm_lite.run.run import RunDir
+from srlm_lite.settings import Base
 
 
 def asked(cli: Cli, out: Path, *settings: str, more: Sequence[str] = ()) -> dict[str, str]:
@@ -131,6 +133,13 @@ def test_replies_that_no_judge_could_be_asked_about(cli: Cli, out: Path) -> None
     told = asked(cli, out, "rollout.max_new_tokens=200")["judging"]
     assert told.startswith("warning: ") and "may be sampled" in told
     assert asked(cli, out)["judging"].startswith("ok: ")
+
+
+def test_without_weights_a_text_ends_where_it_ends_with_them(tiny_base_dir: Path) -> None:
+    tokenizer, ends = spoken(tiny_base_dir)
+    loaded = load_base(Base(name=str(tiny_base_dir), device="cpu"))
+    assert ends == loaded.eos_ids
+    assert tokenizer.pad_token_id == loaded.tokenizer.pad_token_id
 
 
 def test_a_chat_template_that_fails(cli: Cli, out: Path, tmp_path: Path) -> None:
