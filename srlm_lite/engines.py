@@ -71,7 +71,7 @@ class EngineKind:
     distributions: tuple[str, ...] = ()
     """The packages that may bring it."""
     share: Callable[[Shared], float] = lambda recipe: 0.0
-    """Of the device's memory, what it takes for itself beside the base in this process."""
+    """The share of the device's memory that it takes beside the base in this process."""
     label: str = ""
     """What it is called where a sentence begins."""
 

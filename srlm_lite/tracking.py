@@ -139,7 +139,7 @@ class TrackerKind:
     late: bool = False
 
 
-class Tracking:
+class RunTracking:
     """The `Tracker` of a run: tells each of the trackers what it has not been told yet.
 
     Args:
@@ -289,7 +289,7 @@ class Console(Protocol):
 
 
 @contextlib.contextmanager
-def tracked(recipe: Recipe, run: RunDir, console: Console) -> Iterator[Tracking | None]:
+def tracked(recipe: Recipe, run: RunDir, console: Console) -> Iterator[RunTracking | None]:
     """The trackers of a recipe for as long as this context lasts.
 
     None where it names none, or where the run is over and all of them know.
@@ -297,7 +297,7 @@ def tracked(recipe: Recipe, run: RunDir, console: Console) -> Iterator[Tracking 
     Raises:
         UserError: One does not start.
     """
-    tracking = Tracking(run, console.warn)
+    tracking = RunTracking(run, console.warn)
     if not tracking.is_wanted(recipe):
         yield None
         return
@@ -479,8 +479,10 @@ class _Trackio:
         self._run.log(values, step=step + before)
 
     def written(self) -> Written | None:
-        """Of a run on this machine, whose figures are in SQLite at once; None of one on a server,
-        or kept in files that are imported later."""
+        """What is written of a run on this machine, whose figures are in SQLite at once.
+
+        None for one on a server, or kept in files that are imported later.
+        """
         from trackio.sqlite_storage import SQLiteStorage
 
         here = getattr(self._run, "_is_local", False)

@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import pytest
 import yaml
 from commands import Cli
@@ -23,7 +22,6 @@ from srlm_lite.explain import all_settings, find_setting, schema, value_in
 from srlm_lite.recipe import Recipe, load_recipe, recipes_dir, shipped_recipes
 
 SCHEMA = schema()
-VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
 
 
 class Yaml12(yaml.SafeLoader):
@@ -36,7 +34,10 @@ Yaml12.add_implicit_resolver(
 
 
 def problems(recipe: Any) -> list[str]:
-    return [error.message for error in VALIDATOR.iter_errors(recipe)]
+    """What an editor marks in a recipe."""
+    from jsonschema import Draft202012Validator
+
+    return [error.message for error in Draft202012Validator(SCHEMA).iter_errors(recipe)]
 
 
 def test_every_setting_says_what_it_means() -> None:

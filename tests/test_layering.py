@@ -71,6 +71,7 @@ ALLOWED: dict[str, set[str]] = {
         "seeds",
         "settings",
         "shipped",
+        "window",
     },
     # torch
     "model": {"errors", "settings", "shipped"},
@@ -135,6 +136,7 @@ ALLOWED: dict[str, set[str]] = {
         "window",
     },
     "report": {
+        "engines",
         "errors",
         "evaluate",
         "judging",
@@ -204,6 +206,7 @@ ALLOWED: dict[str, set[str]] = {
         "doctor",
         "engines",
         "errors",
+        "evaluate",
         "explain",
         "export",
         "hardware",

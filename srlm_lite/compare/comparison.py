@@ -293,7 +293,7 @@ def _outcome(row: Annotation) -> Outcome:
 
 
 def _order_facts(annotations: Sequence[Annotation]) -> dict[str, Any]:
-    """Of a pairwise judge: in how many prompts the order decided, and how often A won."""
+    """In how many prompts the order decided a pairwise judge's verdict, and how often A won."""
     both = [row.verdicts for row in annotations if row.verdicts is not None]
     if not both:
         return {}

@@ -28,6 +28,7 @@ from srlm_lite.records import (
     Reply,
 )
 from srlm_lite.settings import Consistency, Dpo, Optim, Section, Shared
+from srlm_lite.window import longest_prompt
 
 S = TypeVar("S", bound=Section)
 R = TypeVar("R", bound=Record)
@@ -146,7 +147,7 @@ class Sizes:
 
     def room(self, new_tokens: int) -> int:
         """The longest question that leaves room for so many new tokens."""
-        return max(1, self.window - new_tokens)
+        return longest_prompt(self.window, answer=new_tokens, bound=self.window)
 
 
 @dataclass(frozen=True, slots=True)

@@ -93,7 +93,7 @@ class RlaifSettings(Section):
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class ComparedAnswers:
     """Two answers to a prompt, and the principle that they are compared by."""
 
     prompt: Prompt
@@ -484,14 +484,14 @@ class Rlaif(SelfRewarding[RlaifSettings]):
         prompts: Sequence[Prompt],
         candidates: Sequence[Candidate],
         held_to: Principles,
-    ) -> Iterator[Comparison]:
+    ) -> Iterator[ComparedAnswers]:
         """The usable answers of each prompt two by two, each answer once."""
         usable, _ = self._usable(prompts, candidates)
         for prompt in (one for one in prompts if one.prompt_id in usable):
             answers = [answer for answer, _ in usable[prompt.prompt_id]]
             rng = Random(f"{self.recipe.seed}/{it.number}/labels/{prompt.prompt_id}")
             for first, second in zip(answers[::2], answers[1::2], strict=False):
-                yield Comparison(prompt, first, second, rng.choice(list(held_to.principles)))
+                yield ComparedAnswers(prompt, first, second, rng.choice(list(held_to.principles)))
 
     def _usable(
         self, prompts: Sequence[Prompt], candidates: Sequence[Candidate]
@@ -504,7 +504,7 @@ class Rlaif(SelfRewarding[RlaifSettings]):
         )
 
     def _rationales(
-        self, it: Iteration, comparisons: Sequence[Comparison], held_to: Principles
+        self, it: Iteration, comparisons: Sequence[ComparedAnswers], held_to: Principles
     ) -> dict[str, str | None]:
         replies = it.ask(
             [
@@ -522,7 +522,7 @@ class Rlaif(SelfRewarding[RlaifSettings]):
     def _likelihoods(
         self,
         it: Iteration,
-        comparisons: Sequence[Comparison],
+        comparisons: Sequence[ComparedAnswers],
         held_to: Principles,
         rationales: Mapping[str, str | None],
     ) -> dict[str, Likelihood]:
@@ -557,7 +557,7 @@ class Rlaif(SelfRewarding[RlaifSettings]):
 
 
 def _question(
-    held_to: Principles, question: str, one: Comparison, a: Candidate, b: Candidate
+    held_to: Principles, question: str, one: ComparedAnswers, a: Candidate, b: Candidate
 ) -> str:
     return held_to.ask(question, one.principle, prompt=one.prompt.text, first=a.text, second=b.text)
 

@@ -45,7 +45,7 @@ class Room:
     """At most, for a judge's question to fit the window."""
     rubric: int
     judgement: int
-    """Of a judge's reply, for which its question leaves room."""
+    """Tokens of a judge's reply, for which its question leaves room."""
     answer: int
     """`rollout.max_new_tokens`."""
     window: int

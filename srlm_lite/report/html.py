@@ -24,7 +24,7 @@ from srlm_lite.methods import METHODS, own_settings
 from srlm_lite.report.answer import answer, duration, hardware
 from srlm_lite.report.charts import groups, number
 from srlm_lite.report.draw import svg
-from srlm_lite.report.facts import Duel, Estimate, Facts, Model, used_settings
+from srlm_lite.report.facts import Duel, Estimate, Facts, ModelFacts, used_settings
 from srlm_lite.report.pack import Packed, pack
 
 MOST_BYTES = 5_000_000
@@ -143,7 +143,7 @@ def _state(facts: Facts) -> str:
     return text + ". Run the report again later for the rest."
 
 
-Cell = Callable[[Model], str]
+Cell = Callable[[ModelFacts], str]
 _HYPHEN = "\N{NON-BREAKING HYPHEN}"
 
 
@@ -167,7 +167,7 @@ def _columns(facts: Facts) -> list[tuple[str, Cell]]:
     return columns
 
 
-def _pairs(model: Model) -> str:
+def _pairs(model: ModelFacts) -> str:
     return f"{len(model.iteration.pairs):,}" if model.iteration else ""
 
 
@@ -198,7 +198,7 @@ def _duel(duel: Duel) -> tuple[str, ...]:
     )
 
 
-def _others(model: Model) -> list[tuple[str, str, str]]:
+def _others(model: ModelFacts) -> list[tuple[str, str, str]]:
     """What an evaluation has beside the judge's and the policy's figures."""
     found: list[tuple[str, str, str]] = []
 
@@ -215,7 +215,7 @@ def _others(model: Model) -> list[tuple[str, str, str]]:
     return [*_read(model), *found]
 
 
-def _read(model: Model) -> Iterator[tuple[str, str, str]]:
+def _read(model: ModelFacts) -> Iterator[tuple[str, str, str]]:
     """What the anchor began from: how the base reads its data, and the losses of its training."""
     for what in KINDS:
         if measured := model.stages.get("base", {}).get(what):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from srlm_lite.evaluate.judge_figures import SHORT_FIGURES
 from srlm_lite.report.answer import Headline, answer, worries
 from srlm_lite.report.charts import number
-from srlm_lite.report.facts import Facts, Model
+from srlm_lite.report.facts import Facts, ModelFacts
 from srlm_lite.shipped import short_base
 
 
@@ -67,7 +67,7 @@ def warned_of(facts: Facts) -> str:
     return "## Warnings\n\n" + "\n".join(f"- {text}" for text in found) if found else ""
 
 
-def _gold(model: Model) -> str:
+def _gold(model: ModelFacts) -> str:
     gold = model.gold
     if gold is None:
         return ""
