@@ -15,12 +15,12 @@ from types import SimpleNamespace
 import pytest
 from chat_server import free_port
 from commands import Cli, Done
+from toy_run import make_toy_run
 
 from srlm_lite import tracking
 from srlm_lite.planning import machine as planning
 from srlm_lite.planning.machine import plan_for
-from srlm_lite.preflight import machine as preflight_machine
-from srlm_lite.preflight.checks import CHECKS, NEEDS
+from srlm_lite.preflight.checks import CHECKS, NEEDS, OF_WORK
 from srlm_lite.processes import LAUNCHER
 from srlm_lite.recipe import load_recipe
 from srlm_lite.run.run import RunDir
@@ -127,6 +127,12 @@ def test_a_held_out_prompt_among_the_training_s(cli: Cli, out: Path, data: Path)
     assert "1 of its prompts are also in" in asked(cli, out, f"data.dir={data}")["held-out"]
 
 
+def test_replies_that_no_judge_could_be_asked_about(cli: Cli, out: Path) -> None:
+    told = asked(cli, out, "rollout.max_new_tokens=200")["judging"]
+    assert told.startswith("warning: ") and "may be sampled" in told
+    assert asked(cli, out)["judging"].startswith("ok: ")
+
+
 def test_a_chat_template_that_fails(cli: Cli, out: Path, tmp_path: Path) -> None:
     path = tmp_path / "broken.jinja"
     path.write_text("{% for m in messages %}{{ m.content")
@@ -149,7 +155,7 @@ def test_what_the_disk_has_no_room_for(
 ) -> None:
     wanted = plan_for(load_recipe("tiny")).disk["run"]
     usage = SimpleNamespace(free=max(0, wanted - short))
-    monkeypatch.setattr(preflight_machine.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     assert asked(cli, out)["disk"].startswith(f"{state}: ")
 
 
@@ -167,6 +173,15 @@ def test_the_directory_of_another_run(cli: Cli, out: Path) -> None:
     RunDir(out).anchor.path.mkdir()
     assert "differing: seed (7 there, 0 " in asked(cli, out)["directory"]
     assert asked(cli, out, more=["--fresh"])["directory"] == "ok: a new run"
+
+
+def test_a_finished_run_is_not_asked_for_what_it_needs_no_more(cli: Cli, out: Path) -> None:
+    make_toy_run(out, models=2).anchor.training.write_text("{}")
+    done = cli("iterate", "--adapters", out, "--dry-run", "--json")
+    found = {one["check"]: one["state"] for one in json.loads(done.stdout)["checks"]}
+    assert done.returncode == 0
+    assert {found[name] for name in OF_WORK} == {"not asked"}
+    assert found["directory"] == "ok"
 
 
 def test_processes_that_the_method_cannot_employ(

@@ -228,6 +228,20 @@ def skeleton(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return model, tokenizer
 
 
+def spoken(folder: Path) -> tuple[PreTrainedTokenizerBase, tuple[int, ...]]:
+    """The tokenizer of a base's directory as `load_base` settles it, and the ids that end a text.
+
+    Whatever the libraries raise is let through.
+    """
+    with _quiet():
+        tokenizer = open_tokenizer(str(folder))
+        settings = hf.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+        generation = settings
+        if (folder / "generation_config.json").is_file():
+            generation = hf.GenerationConfig.from_pretrained(str(folder))
+    return tokenizer, _settle_tokenizer(tokenizer, generation, settings)
+
+
 def empty_model(base: Path | Any) -> PreTrainedModel:
     """The model that a configuration describes, or a directory's `config.json`; no weights."""
     settings = base
@@ -609,9 +623,23 @@ def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 
 def _settle_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Make tokenizer, config and generation config agree on where a text ends and what pads it."""
+    eos = _settle_tokenizer(tokenizer, model.generation_config, model.config)
     tokens: Any = tokenizer
-    settings = (model.generation_config, model.config, model.config.get_text_config())
-    ends = (_ids(getattr(one, "eos_token_id", None)) for one in settings)
+    model.generation_config = hf.GenerationConfig(
+        bos_token_id=tokens.bos_token_id,
+        eos_token_id=list(eos) or None,
+        pad_token_id=tokens.pad_token_id,
+    )
+    model.config.pad_token_id = tokens.pad_token_id
+
+
+def _settle_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, generation: Any, settings: Any
+) -> tuple[int, ...]:
+    """The tokenizer's part of that; the ids at which a text ends."""
+    tokens: Any = tokenizer
+    told = (generation, settings, settings.get_text_config())
+    ends = (_ids(getattr(one, "eos_token_id", None)) for one in told)
     eos = next(filter(None, ends), ())
     if tokens.eos_token_id is None and eos:
         tokens.eos_token = tokens.convert_ids_to_tokens(eos[0])
@@ -621,13 +649,8 @@ def _settle_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenize
         vocabulary = tokens.get_vocab()
         known = next((token for token in _PAD_TOKENS if token in vocabulary), tokens.eos_token)
         tokens.pad_token = known
-    model.generation_config = hf.GenerationConfig(
-        bos_token_id=tokens.bos_token_id,
-        eos_token_id=list(eos) or None,
-        pad_token_id=tokens.pad_token_id,
-    )
-    model.config.pad_token_id = tokens.pad_token_id
     tokens.clean_up_tokenization_spaces = False  # decoding must give back what was encoded
+    return eos
 
 
 def _ids(value: int | list[int] | None) -> tuple[int, ...]:

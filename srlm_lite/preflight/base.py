@@ -6,6 +6,7 @@ from itertools import islice
 
 from srlm_lite.errors import UserError
 from srlm_lite.methods import method_of
+from srlm_lite.planning.room import room_for, unjudged
 from srlm_lite.preflight.launch import Launch, Seen
 from srlm_lite.session import import_backend, refuse_absent_base, refuse_unexportable
 from srlm_lite.settings import LORA_TARGETS
@@ -60,11 +61,23 @@ def template(launch: Launch) -> Seen:
     return Seen("own" if launch.recipe.base.chat_template is None else "the recipe's")
 
 
+def judging(launch: Launch) -> Seen:
+    """That all which may be sampled can be judged: a judge's question holds the rubric as well."""
+    room = room_for(launch.recipe)
+    if room is None:
+        return Seen("by a server, which has a window of its own", asked=False)
+    text = f"{room.judged:,} tokens of prompt and reply, {room.sampled:,} may be sampled"
+    found = unjudged(room)
+    return Seen(text, () if found is None else (f"{found[0]}. {found[1]}",))
+
+
 def prompts_that_fit(launch: Launch) -> Seen:
     """That enough prompts leave room for an answer, in tokens of the base."""
     recipe, chat = launch.recipe, launch.chat
     if chat is None or not recipe.iterations:
         return Seen("not known before the base is loaded", asked=False)
+    if launch.begun is not None and launch.begun.anchor.is_done:
+        return Seen("of a run that has its anchor every iteration asks", asked=False)
     thought = recipe.rollout.max_thought_tokens if chat.thinks else 0
     check_window(recipe, thought=thought)
     pool = method_of(recipe).pool(FilesOfRecipe(recipe))

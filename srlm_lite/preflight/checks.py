@@ -31,6 +31,7 @@ CHECKS: Mapping[str, Check] = {
     "targets": base.targets,
     "chat template": base.template,
     "prompts that fit": base.prompts_that_fit,
+    "judging": base.judging,
     "memory": machine.memory,
     "disk": machine.disk,
     "server": machine.server,
@@ -44,10 +45,14 @@ NEEDS: Mapping[str, tuple[str, ...]] = {
     "targets": ("base", "device"),
     "chat template": ("base", "device"),
     "prompts that fit": ("base", "chat template", "prompts"),
+    "judging": ("base", "data", "judge", "prompts", "chat template"),
     "memory": ("base", "device", "targets"),
     "disk": ("base", "device", "targets"),
 }
 """Checks that mean nothing where another one has found something: they would say it again."""
+
+OF_WORK = ("device", "chat template", "prompts that fit", "judging", "disk", "server")
+"""Checks of what a run that is finished does not need any more."""
 
 State = Literal["ok", "warning", "bad", "not asked"]
 
@@ -73,7 +78,7 @@ def refuse(launch: Launch) -> list[str]:
         UserError: The first that stands in the way.
     """
     # `RunDir.open` asks the directory next, under its lock; it may hash gigabytes.
-    asked = [check for name, check in CHECKS.items() if name != "directory"]
+    asked = [check for name, check in _checks(launch).items() if name != "directory"]
     return [line for check in asked for line in check(launch).warnings]
 
 
@@ -85,6 +90,9 @@ def answers(launch: Launch) -> Iterator[Answer]:
             bad.add(name)
             yield Answer(name, "not asked", f"see {', '.join(waits)}")
             continue
+        if name not in _checks(launch):
+            yield Answer(name, "not asked", "the run is finished")
+            continue
         try:
             seen = check(launch)
         except UserError as error:
@@ -93,6 +101,12 @@ def answers(launch: Launch) -> Iterator[Answer]:
         else:
             state: State = "ok" if seen.asked else "not asked"
             yield Answer(name, "warning" if seen.warnings else state, seen.text, seen.warnings)
+
+
+def _checks(launch: Launch) -> Mapping[str, Check]:
+    """The checks that a launch is asked."""
+    done = OF_WORK if launch.is_finished else ()
+    return {name: check for name, check in CHECKS.items() if name not in done}
 
 
 def can_start(found: Sequence[Answer]) -> bool:

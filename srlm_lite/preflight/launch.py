@@ -46,8 +46,9 @@ class Launch:
 
     @property
     def is_finished(self) -> bool:
-        """Whether every iteration that the recipe wants is there already."""
-        return self.begun is not None and 0 < self.recipe.iterations <= self.begun.last_done()
+        """Whether all that the recipe wants is there already: nothing is loaded, or asked."""
+        run = self.begun
+        return run is not None and run.anchor.is_done and run.last_done() >= self.recipe.iterations
 
     @cached_property
     def plan(self) -> Plan:
@@ -66,23 +67,24 @@ class Launch:
         """How the base is going to be spoken to; None where its files are not here to tell.
 
         Raises:
-            UserError: As `ChatFormat`, or as `model.base.skeleton`.
+            UserError: As `ChatFormat`.
         """
-        from srlm_lite.model.base import directory_here, skeleton
+        from srlm_lite.model.base import directory_here, spoken
         from srlm_lite.model.chat import ChatFormat
 
         section = self.recipe.base
-        noted = self.run.base_revision if self.run is not None and self.run.path.is_dir() else None
-        folder = directory_here(section, revision=noted)
+        folder = directory_here(section, revision=self.run.base_revision if self.run else None)
         if folder is None:
             return None
-        model, tokenizer = skeleton(folder)
-        ends = model.generation_config.eos_token_id
+        try:
+            tokenizer, ends = spoken(folder)
+        except Exception:  # loading the base will say what is wrong with it
+            return None
         return ChatFormat(
             tokenizer,
             template=section.chat_template,
             settings=section.chat_template_kwargs,
-            stop_ids=[ends] if isinstance(ends, int) else ends or (),
+            stop_ids=ends,
         )
 
 

@@ -49,9 +49,9 @@ def tracking(launch: Launch) -> Seen:
 
 
 def server(launch: Launch) -> Seen:
-    """That the servers of the run's engines are there; not of a run that is finished."""
+    """That the servers of the run's engines are there."""
     asked = [kind.reach for kind in engines_of(launch.recipe) if kind.reach is not None]
-    if not asked or launch.is_finished:
+    if not asked:
         return Seen("none is asked", asked=False)
     return Seen(", ".join(reach(launch.recipe) for reach in asked))
 
