@@ -9,9 +9,11 @@ VENV      := .venv
 BIN       := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEMO      := out/demo
+PYTEST     = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal \
+		-m "not gpu and not vllm and not unsloth and not browser"
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test docs gpu wheels lint wheel clean
+.PHONY: help install demo test quick docs gpu wheels lint wheel clean
 
 help:  ## List the targets.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,8 +24,10 @@ demo: $(INSTALLED)  ## Two iterations on SmolLM2-135M, in out/demo; goes on wher
 	$(BIN)/srlm-lite iterate --recipe smollm2-135m-demo --adapters $(DEMO) $(ARGS)
 
 test: $(INSTALLED)  ## All tests that need neither a GPU nor an extra. One file: ARGS=tests/test_pairing.py
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal \
-		-m "not gpu and not vllm and not unsloth and not browser" $(ARGS)
+	$(PYTEST) $(ARGS)
+
+quick: $(INSTALLED)  ## Those of them that compute with no model, or for a moment: under 90 seconds.
+	$(PYTEST) --quick $(ARGS)
 
 docs: $(INSTALLED)  ## Write the pages that the code says, and build all of docs/ as a site in site/.
 	$(BIN)/python .ci/docs.py

@@ -191,10 +191,21 @@ def bases_page() -> str:
 
 def architecture_page() -> str:
     """The page with its table of parts as the package and the tests' layers have it."""
-    text = (DOCS / "architecture.md").read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
+    return _with_parts("architecture.md", _parts())
+
+
+def methods_page() -> str:
+    """The page with its table of methods as they declare themselves."""
+    from srlm_lite.methods import table
+
+    return _with_parts("methods.md", f"{table()}\n")
+
+
+def _with_parts(name: str, parts: str) -> str:
+    """A page that is written by hand, but for one part."""
+    before, rest = (DOCS / name).read_text(encoding="utf-8").split(BEGIN)
     _, after = rest.split(END)
-    return f"{before}{BEGIN}\n\n{_parts()}\n{END}{after}"
+    return f"{before}{BEGIN}\n\n{parts}\n{END}{after}"
 
 
 def _parts() -> str:
@@ -261,6 +272,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "commands.md": commands_page,
     "bases.md": bases_page,
     "architecture.md": architecture_page,
+    "methods.md": methods_page,
 }
 """The pages by file name, and what writes them."""
 

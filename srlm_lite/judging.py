@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from statistics import fmean
-from typing import Annotated, Protocol
+from typing import Annotated, Literal, Protocol
 
 from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
 
@@ -79,15 +79,26 @@ def load_rubric(name_or_path: str) -> Rubric:
     return _read_rubric(path)
 
 
-def load_template(name_or_path: str, *placeholders: str) -> str:
-    """A question to the judge by shipped name, or from a file.
+QuestionKind = Literal["meta-judge", "mt-bench", "pairwise", "side-by-side"]
+QUESTIONS: Mapping[QuestionKind, tuple[str, ...]] = {
+    "meta-judge": ("first", "second"),
+    "mt-bench": ("turn", "conversation"),
+    "pairwise": ("prompt", "first", "second"),
+    "side-by-side": ("prompt", "responses"),
+}
+"""Questions to a judge beside its rubric, and the placeholders that a template of each holds once.
+The shipped template of a kind has the kind's name."""
+
+
+def load_question(kind: QuestionKind, name_or_path: str) -> str:
+    """The template of a question to the judge, by shipped name or from a file.
 
     Raises:
         UserError: Not found, or a `{{placeholder}}` is missing or doubled.
     """
     path = shipped_file(TEMPLATES, name=name_or_path)
     text = shipped_text(TEMPLATES, name=name_or_path)
-    for placeholder in placeholders:
+    for placeholder in QUESTIONS[kind]:
         if text.count(f"{{{{{placeholder}}}}}") != 1:
             raise UserError(
                 f"a template of this kind holds {{{{{placeholder}}}}} once", where=str(path)

@@ -14,11 +14,12 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 from pydantic import (
     BaseModel,
+    Field,
     ValidationError,
     create_model,
     field_validator,
@@ -27,7 +28,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from srlm_lite.errors import UserError, shorten
-from srlm_lite.methods import METHODS, method_of, sections_of_others
+from srlm_lite.methods import DEFAULT, METHODS, method_of, sections_of_others
 from srlm_lite.settings import Before, DecidesNothing, IsPath, Section, Shared, marked, sections_of
 from srlm_lite.shipped import place_of_base, recipes_dir
 from srlm_lite.yaml_text import parse_yaml, read_yaml
@@ -38,6 +39,10 @@ else:
     _OfMethods = create_model(
         "_OfMethods",
         __base__=Shared,
+        method=(
+            Literal[tuple(METHODS)],
+            Field(DEFAULT, description=Shared.model_fields["method"].description),
+        ),
         **{
             kind.section: (kind.Settings, kind.Settings())
             for kind in METHODS.values()
@@ -49,10 +54,10 @@ else:
 class Recipe(_OfMethods):
     """All a run needs to know: what methods share, and a section for each that has its own."""
 
-    @field_validator("method")
+    @field_validator("method", mode="before")
     @classmethod
-    def _is_known(cls, value: str) -> str:
-        if value in METHODS:
+    def _is_known(cls, value: Any) -> Any:
+        if not isinstance(value, str) or value in METHODS:
             return value
         close = difflib.get_close_matches(value, METHODS, n=1)
         hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(METHODS)}"

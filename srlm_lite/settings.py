@@ -570,9 +570,9 @@ class Consistency(Section):
     sharpness: Annotated[float, Field(gt=0)] = 1.0
     """Turns a difference of log-ratios per token into the implicit reward's preference."""
     consistency_weight: Annotated[float, Field(ge=0)] = 0.1
-    """Of the symmetric KL divergence between the two preferences."""
+    """Weight of the symmetric KL divergence between the two preferences."""
     confidence_weight: Annotated[float, Field(ge=0)] = 0.01
-    """Of the entropy of both."""
+    """Weight of the entropy of both."""
     threshold: Annotated[float, Field(ge=0.5, lt=1)] = 0.5
     """DPO takes a pair when the judge prefers its chosen reply by more than this."""
 

@@ -24,6 +24,7 @@ import shlex
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
@@ -53,9 +54,6 @@ Values = dict[str, float]
 
 Written = Sequence[tuple[int, Collection[str]]]
 """Rows that a tracker has written down: step, and the names of the figures."""
-
-LATE: frozenset[TrackerName] = frozenset({"trackio"})
-"""Trackers that write down later what they are told."""
 
 
 def missing(report_to: Sequence[TrackerName]) -> list[TrackerName]:
@@ -105,7 +103,43 @@ class _Place(Protocol):
     def close(self, failed: bool) -> None: ...
 
 
-class Tracking:
+@dataclass(frozen=True, slots=True)
+class _Opening:
+    """What a tracker is opened with.
+
+    Args:
+        name: What the run is called there.
+        key: Hexadecimal digits that are this run's alone.
+        resume: It has been told of this run before.
+    """
+
+    run: RunDir
+    project: str
+    name: str
+    key: str
+    resume: bool
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings that the run's method reads."""
+        return used_settings(gather(self.run, texts=False))
+
+
+@dataclass(frozen=True, slots=True)
+class TrackerKind:
+    """A tracker: the package of its own name, and how it is begun.
+
+    Args:
+        way_out: What to do where it does not start.
+        late: It writes down later what it is told.
+    """
+
+    open: Callable[[_Opening], _Place]
+    way_out: str = "Leave it out"
+    late: bool = False
+
+
+class RunTracking:
     """The `Tracker` of a run: tells each of the trackers what it has not been told yet.
 
     Args:
@@ -144,25 +178,19 @@ class Tracking:
         name = self._notes["name"] = self._notes["name"] or section.name or made_up
         for tracker in section.report_to:
             told = self._notes["told"].setdefault(tracker, {"stages": 0, "steps": {}})
-            if tracker in LATE:
+            if TRACKERS[tracker].late:
                 told["open"] = True  # until it is closed, by which it has written everything down
             resume = bool(told["stages"] or told["steps"])
             try:
-                self._places[tracker] = place = _open(
-                    tracker,
-                    self._run,
-                    project=section.project,
-                    name=name,
-                    key=key,
-                    resume=resume,
-                )
+                opening = _Opening(self._run, section.project, name, key, resume)
+                self._places[tracker] = place = TRACKERS[tracker].open(opening)
                 written = place.written() if resume else None
             except Exception as error:  # each library has errors of its own
                 self.close(failed=True)
                 raise UserError(
                     f"{tracker} does not start: {_first_line(error)}",
                     where="tracking.report_to",
-                    way_out=WAYS_OUT.get(tracker, "Leave it out"),
+                    way_out=TRACKERS[tracker].way_out,
                 ) from error
             if written is not None:
                 told |= cut_back(told, written, self._run.read_metrics())
@@ -261,7 +289,7 @@ class Console(Protocol):
 
 
 @contextlib.contextmanager
-def tracked(recipe: Recipe, run: RunDir, console: Console) -> Iterator[Tracking | None]:
+def tracked(recipe: Recipe, run: RunDir, console: Console) -> Iterator[RunTracking | None]:
     """The trackers of a recipe for as long as this context lasts.
 
     None where it names none, or where the run is over and all of them know.
@@ -269,7 +297,7 @@ def tracked(recipe: Recipe, run: RunDir, console: Console) -> Iterator[Tracking 
     Raises:
         UserError: One does not start.
     """
-    tracking = Tracking(run, console.warn)
+    tracking = RunTracking(run, console.warn)
     if not tracking.is_wanted(recipe):
         yield None
         return
@@ -367,23 +395,6 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-WAYS_OUT = {
-    "wandb": "Log in with `wandb login`, or keep it on this machine with WANDB_MODE=offline",
-    "trackio": "See its settings in the environment, TRACKIO_SPACE_ID above all, or leave it out",
-}
-
-
-def _open(
-    tracker: TrackerName, run: RunDir, *, project: str, name: str, key: str, resume: bool
-) -> _Place:
-    if tracker == "tensorboard":
-        return _TensorBoard(run)
-    settings = used_settings(gather(run, texts=False))
-    if tracker == "wandb":
-        return _Wandb(run, project=project, name=name, key=key, config=settings)
-    return _Trackio(project=project, name=name, config=settings, resume=resume)
-
-
 class _TensorBoard:
     """A directory for the figures of stages, and one for each training."""
 
@@ -468,8 +479,10 @@ class _Trackio:
         self._run.log(values, step=step + before)
 
     def written(self) -> Written | None:
-        """Of a run on this machine, whose figures are in SQLite at once; None of one on a server,
-        or kept in files that are imported later."""
+        """What is written of a run on this machine, whose figures are in SQLite at once.
+
+        None for one on a server, or kept in files that are imported later.
+        """
         from trackio.sqlite_storage import SQLiteStorage
 
         here = getattr(self._run, "_is_local", False)
@@ -483,6 +496,21 @@ class _Trackio:
 
         with _silence():
             trackio.finish()
+
+
+TRACKERS: Mapping[TrackerName, TrackerKind] = {
+    "tensorboard": TrackerKind(lambda at: _TensorBoard(at.run)),
+    "wandb": TrackerKind(
+        lambda at: _Wandb(at.run, project=at.project, name=at.name, key=at.key, config=at.settings),
+        "Log in with `wandb login`, or keep it on this machine with WANDB_MODE=offline",
+    ),
+    "trackio": TrackerKind(
+        lambda at: _Trackio(project=at.project, name=at.name, config=at.settings, resume=at.resume),
+        "See its settings in the environment, TRACKIO_SPACE_ID above all, or leave it out",
+        late=True,
+    ),
+}
+"""All of them, by the names that a recipe knows them by."""
 
 
 def _silence() -> contextlib.redirect_stdout[io.StringIO]:

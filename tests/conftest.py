@@ -16,6 +16,8 @@ from chat_server import transformers_serve
 from commands import Cli, in_process
 from families import build_family
 from hypothesis import settings
+from messages import UPDATE, Table, Told, read_table, write_table
+from quick import is_quick, overstays, seconds_of_cores
 
 # A busy machine is slow, not wrong.
 settings.register_profile("patient", deadline=None)
@@ -44,6 +46,34 @@ CORPUS = (
 )
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="what `make quick` runs: see quick.py")
+    parser.addoption(UPDATE, action="store_true", help="write their entries: see messages.py")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With `--quick` the other files are not even imported."""
+    left_out = collection_path.name.startswith("test_") and not is_quick(collection_path)
+    return True if config.getoption("quick") and left_out else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("quick"):
+        longer = [item for item in items if item.get_closest_marker("model")]
+        config.hook.pytest_deselected(items=longer)
+        items[:] = [item for item in items if item not in longer]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Hold the tests that `make quick` runs to their moment, in every run."""
+    before = seconds_of_cores()
+    yield
+    taken = seconds_of_cores() - before
+    if overstays(item, taken):
+        pytest.fail(f"took {taken:.0f} s of a core: mark it `model`, or see quick.py")
+
+
 def pytest_collection_finish() -> None:
     """Spare the garbage collector the libraries: each of its rounds would walk through them all."""
     gc.collect()
@@ -56,6 +86,32 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     for extra in ("vllm", "unsloth"):
         if item.get_closest_marker(extra) and find_spec(extra) is None:
             pytest.skip(f"{extra} is not installed (extra {extra})")
+
+
+@pytest.fixture(scope="session")
+def messages() -> Table:
+    """What users are told."""
+    return read_table()
+
+
+@pytest.fixture
+def told(
+    request: pytest.FixtureRequest,
+    messages: Table,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Told]:
+    """Holds what a user is told to the table of messages."""
+    file, test = request.path.stem, request.node.name
+    update = request.config.getoption(UPDATE)
+    expected = None if update else messages.get(file, {}).get(test, [])
+    held = Told(expected, tmp_path, tmp_path_factory.getbasetemp())
+    yield held
+    held.finish()
+    if update:
+        assert not os.environ.get("PYTEST_XDIST_WORKER"), f"{UPDATE} goes without -n"
+        messages.setdefault(file, {})[test] = held.found
+        write_table(messages)
 
 
 @pytest.fixture

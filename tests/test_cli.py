@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 from commands import Cli, Done
+from messages import Told
 from safetensors import SafetensorError
 from typer.main import get_command
 
@@ -133,88 +134,68 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
 # --- mistakes ---------------------------------------------------------------------------------
 
 
-def test_a_mistake_is_one_line_in_a_real_shell(tmp_path: Path) -> None:
-    line = mistake(shell("show", "run", "--adapters", tmp_path))
-    assert line.startswith(f"{tmp_path}: holds no run")
+def test_a_mistake_is_one_line_in_a_real_shell(told: Told, tmp_path: Path) -> None:
+    told(mistake(shell("show", "run", "--adapters", tmp_path)))
 
 
 @pytest.mark.parametrize(
-    ("error", "line"),
+    "error",
     [
-        (
-            OSError(errno.ENOSPC, "No space left on device"),
-            "No space left on device. Free some space; the same command goes on from here",
-        ),
-        (
-            PermissionError(errno.EACCES, "Permission denied", "/etc/run"),
-            "/etc/run: Permission denied. Allow it, or choose another place",
-        ),
-        (
-            SafetensorError("Error while serializing: I/O error: too long (os error 28)"),
-            "No space left on device. Free some space; the same command goes on from here",
-        ),
-        (OSError(errno.EBADF, "Bad file descriptor"), None),  # a fault of the program
-        (ValueError("wrong"), None),
+        OSError(errno.ENOSPC, "No space left on device"),
+        PermissionError(errno.EACCES, "Permission denied", "/etc/run"),
+        SafetensorError("Error while serializing: I/O error: too long (os error 28)"),
     ],
 )
-def test_what_the_disk_refuses_is_the_users_to_put_right(
-    error: Exception, line: str | None
-) -> None:
+def test_what_the_disk_refuses_is_the_users_to_put_right(told: Told, error: Exception) -> None:
     refused = main.refused_by_the_disk(error)
-    assert (refused and str(refused)) == line
+    assert refused is not None
+    told(refused)
 
 
-@pytest.mark.parametrize(
-    ("options", "told"),
-    [
-        ((), "interrupted; the same command goes on from here"),
-        (("--fresh",), "interrupted; the same command without --fresh goes on from here"),
-    ],
-)
+@pytest.mark.parametrize("error", [OSError(errno.EBADF, "Bad descriptor"), ValueError("wrong")])
+def test_a_fault_of_the_program_is_not(error: Exception) -> None:
+    assert main.refused_by_the_disk(error) is None
+
+
+@pytest.mark.parametrize("options", [(), ("--fresh",)], ids=["plain", "fresh"])
 def test_an_interruption_says_how_to_go_on(
-    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], told: str
+    told: Told,
+    cli: Cli,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: tuple[str, ...],
 ) -> None:
     """It leaves out `--fresh`, with which the same command would delete what is done."""
 
-    def interrupted(**given: Any) -> None:
+    def interrupted(wish: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(iterate, "run_iterate", interrupted)
     done = cli("iterate", "--adapters", tmp_path / "out", *options)
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", f"\nsrlm-lite: {told}\n")
+    assert (done.returncode, done.stdout) == (130, "")
+    told(done.stderr)
 
 
-def test_a_working_directory_that_is_gone_is_one_line(tmp_path: Path) -> None:
+def test_a_working_directory_that_is_gone_is_one_line(told: Told, tmp_path: Path) -> None:
     there = shlex.quote(str(tmp_path / "gone"))
     done = shell("recipes", "check", "tiny", before=f"mkdir {there}; cd {there}; rmdir {there}")
-    assert mistake(done) == "the working directory has been deleted. Change to another"
+    told(mistake(done))
 
 
-def test_a_disk_that_refuses_is_one_line_in_a_real_shell(tmp_path: Path) -> None:
+def test_a_disk_that_refuses_is_one_line_in_a_real_shell(told: Told, tmp_path: Path) -> None:
     name = "x" * 300  # longer than any file system's names
-    line = mistake(shell("iterate", "--recipe", "tiny", "--adapters", tmp_path / name))
-    assert line == f"{tmp_path / name}: File name too long. Choose a shorter name"
+    told(mistake(shell("iterate", "--recipe", "tiny", "--adapters", tmp_path / name)))
 
 
-def test_an_unknown_recipe_suggests_the_right_one(cli: Cli, tmp_path: Path) -> None:
-    line = mistake(cli("iterate", "--recipe", "tooy", "--adapters", tmp_path / "out"))
-    assert line == "tooy: no such recipe. Did you mean toy?"
+def test_an_unknown_recipe_suggests_the_right_one(told: Told, cli: Cli, tmp_path: Path) -> None:
+    told(mistake(cli("iterate", "--recipe", "tooy", "--adapters", tmp_path / "out")))
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("dpo.bta=1", "unknown key `dpo.bta`. Did you mean `dpo.beta`?"),
-        ("beta=1", "unknown key `beta`. Did you mean `dpo.beta`?"),
-        ("dpo.beta", "--set dpo.beta: expected KEY=VALUE"),
-        ("dpo.beta=-1", "`dpo.beta` (is -1): Input should be greater than 0"),
-    ],
-)
-def test_a_wrong_override(cli: Cli, tmp_path: Path, override: str, message: str) -> None:
+@pytest.mark.parametrize("override", ["dpo.bta=1", "beta=1", "dpo.beta", "dpo.beta=-1"])
+def test_a_wrong_override(told: Told, cli: Cli, tmp_path: Path, override: str) -> None:
     out = tmp_path / "out"
-    line = mistake(cli("iterate", "--recipe", "toy", "--adapters", out, "--set", override))
-    assert message in line
+    told(mistake(cli("iterate", "--recipe", "toy", "--adapters", out, "--set", override)))
     assert not out.exists()
 
 
@@ -228,19 +209,15 @@ def test_no_placeholder_is_its_options_name() -> None:
     assert len(commands) > 20
 
 
-def test_a_negative_number_of_iterations(cli: Cli, tmp_path: Path) -> None:
-    line = mistake(
-        cli("iterate", "--recipe", "toy", "--adapters", tmp_path / "out", "--iterations=-1")
-    )
-    assert "`iterations` (is -1)" in line
+def test_a_negative_number_of_iterations(told: Told, cli: Cli, tmp_path: Path) -> None:
+    there = ("--adapters", tmp_path / "out")
+    told(mistake(cli("iterate", "--recipe", "toy", *there, "--iterations=-1")))
 
 
-def test_a_missing_data_directory(cli: Cli, tmp_path: Path) -> None:
+def test_a_missing_data_directory(told: Told, cli: Cli, tmp_path: Path) -> None:
     nowhere = "data.dir=nowhere"
     out = tmp_path / "out"
-    line = mistake(cli("iterate", "--recipe", "toy", "--adapters", out, "--set", nowhere))
-    assert "data.dir = nowhere: no such data directory" in line
-    assert "srlm-lite data prepare" in line
+    told(mistake(cli("iterate", "--recipe", "toy", "--adapters", out, "--set", nowhere)))
 
 
 @pytest.mark.parametrize(
@@ -256,10 +233,9 @@ def test_a_base_that_cannot_be_had_leaves_nothing(
     assert not out.exists()
 
 
-def test_a_directory_with_other_files(cli: Cli, tmp_path: Path) -> None:
+def test_a_directory_with_other_files(told: Told, cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("precious")
-    line = mistake(cli("iterate", "--recipe", "toy", "--adapters", tmp_path))
-    assert line.startswith(f"{tmp_path}: holds files, but no run")
+    told(mistake(cli("iterate", "--recipe", "toy", "--adapters", tmp_path)))
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
@@ -281,66 +257,62 @@ def test_a_run_of_another_configuration(cli: Cli, tmp_path: Path) -> None:
         ["evaluate"],
     ],
 )
-def test_a_directory_without_a_run(cli: Cli, tmp_path: Path, command: list[str]) -> None:
-    line = mistake(cli(*command, "--adapters", tmp_path))
-    assert line.startswith(f"{tmp_path}: holds no run (no run.json)")
-    assert "srlm-lite iterate" in line
+def test_a_directory_without_a_run(
+    told: Told, cli: Cli, tmp_path: Path, command: list[str]
+) -> None:
+    told(mistake(cli(*command, "--adapters", tmp_path)))
 
 
-def test_an_iteration_that_is_not_there(cli: Cli, run: RunDir) -> None:
-    line = mistake(cli("show", "pairs", "--adapters", run.path, "--iteration", "7"))
-    assert line == f"{run.path}: has no iteration 7. It has: 1, 2"
-    line = mistake(cli("evaluate", "--adapters", run.path, "--iteration", "7"))
-    assert "has no iteration 7" in line
+def test_an_iteration_that_is_not_there(told: Told, cli: Cli, run: RunDir) -> None:
+    for command in (("show", "pairs"), ("evaluate",)):
+        told(mistake(cli(*command, "--adapters", run.path, "--iteration", "7")))
 
 
-def test_files_of_the_run_that_somebody_has_emptied_are_one_line(cli: Cli, tmp_path: Path) -> None:
+def test_files_of_the_run_that_somebody_has_emptied_are_one_line(
+    told: Told, cli: Cli, tmp_path: Path
+) -> None:
     made = make_run(tmp_path)
     there = ("--adapters", made.path)
     done, measured = made.anchor.done.read_bytes(), made.anchor.evaluation.read_bytes()
     made.anchor.done.write_text("{}")
-    for command, key in ((("show", "run"), "counts"), (("report",), "sha256")):
-        assert f"anchor/done.json: not as written: no `{key}`" in mistake(cli(*command, *there))
+    for command in (("show", "run"), ("report",)):
+        told(mistake(cli(*command, *there)))
     made.anchor.done.write_bytes(done)
     made.anchor.evaluation.write_text("{}")
-    assert "eval.json: not as written: no `judge`" in mistake(cli("show", "run", *there))
-    for command in (("report",), ("evaluate", "--iteration", "anchor")):
-        assert "anchor/eval.json (changed)" in mistake(cli(*command, *there))
+    for command in (("show", "run"), ("report",), ("evaluate", "--iteration", "anchor")):
+        told(mistake(cli(*command, *there)))
     made.anchor.evaluation.write_bytes(measured)
     made.iteration(1).candidates.unlink()
-    line = mistake(cli("show", "judgements", "--iteration", "1", *there))
-    assert "candidates.jsonl: has no candidate p1#0" in line
+    told(mistake(cli("show", "judgements", "--iteration", "1", *there)))
 
 
-def test_an_iteration_without_pairs_yet(cli: Cli, run: RunDir) -> None:
-    line = mistake(cli("show", "pairs", "--adapters", run.path))
-    assert line.endswith("shows those of another one")
+def test_an_iteration_without_pairs_yet(told: Told, cli: Cli, run: RunDir) -> None:
+    told(mistake(cli("show", "pairs", "--adapters", run.path)))
 
 
-def test_a_run_without_iterations(cli: Cli, tmp_path: Path) -> None:
+def test_a_run_without_iterations(told: Told, cli: Cli, tmp_path: Path) -> None:
     RunDir(tmp_path).open(
         recipe_from({"name": "t", "base": {"name": "b"}, "data": {"dir": "d"}}, where="t"), {}
     )
-    line = mistake(cli("show", "candidates", "--adapters", tmp_path))
-    assert line == f"{tmp_path}: has no iteration yet"
+    told(mistake(cli("show", "candidates", "--adapters", tmp_path)))
 
 
 @pytest.mark.parametrize("value", ["inf", "nan", "-1", "1e-300"])
-def test_a_temperature_at_which_nothing_can_be_drawn(cli: Cli, run: RunDir, value: str) -> None:
-    line = mistake(cli("chat", "--adapters", run.path, f"--temperature={value}"))
-    assert line.startswith(f"--temperature: {value} is no temperature: 0 (greedy), or from 0.001")
+def test_a_temperature_at_which_nothing_can_be_drawn(
+    told: Told, cli: Cli, run: RunDir, value: str
+) -> None:
+    told(mistake(cli("chat", "--adapters", run.path, f"--temperature={value}")))
 
 
 @pytest.mark.parametrize("command", [["recipes", "show"], ["recipes", "check"]])
-def test_recipes_commands_know_mistakes_too(cli: Cli, command: list[str]) -> None:
-    assert "Did you mean llama2-70b?" in mistake(cli(*command, "lama2-70b"))
+def test_recipes_commands_know_mistakes_too(told: Told, cli: Cli, command: list[str]) -> None:
+    told(mistake(cli(*command, "lama2-70b")))
 
 
-def test_a_wrong_recipe_file_is_found_by_check(cli: Cli, tmp_path: Path) -> None:
+def test_a_wrong_recipe_file_is_found_by_check(told: Told, cli: Cli, tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("name: mine\nbase: {name: b}\ndata: {dir: d}\ndpo: {bta: 1}\n")
-    line = mistake(cli("recipes", "check", path))
-    assert line == f"{path}: unknown key `dpo.bta`. Did you mean `dpo.beta`?"
+    told(mistake(cli("recipes", "check", path)))
 
 
 @pytest.mark.parametrize(

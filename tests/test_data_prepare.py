@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from messages import Told
 from typer.testing import CliRunner
 
 from srlm_lite.cli.data import app
@@ -232,28 +233,25 @@ def test_messages_that_come_twice_or_hang_in_the_air() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    "change",
     [
-        (
-            {"tree_state": ["ready_for_export"]},
-            r"`tree_state` is \['ready_for_export'\], not a text",
-        ),
-        ({"prompt": {"replies": 5}}, "`replies` is not a list"),
-        ({"prompt": {"replies": {"a": 1}}}, "`replies` is not a list"),
+        {"tree_state": ["ready_for_export"]},
+        {"prompt": {"replies": 5}},
+        {"prompt": {"replies": {"a": 1}}},
     ],
 )
-def test_a_tree_whose_parts_are_of_another_type(tmp_path: Path, change: Row, message: str) -> None:
+def test_a_tree_whose_parts_are_of_another_type(told: Told, tmp_path: Path, change: Row) -> None:
     good, bad = tree("good", 0, 1), tree("bad", 0, 1)
     bad |= {**change, "prompt": {**bad["prompt"], **change.get("prompt", {})}}
-    with pytest.raises(UserError, match=f"row 2: {message}"):
+    with told.refused():
         read(write(tmp_path / "t.jsonl", [good, bad]), Options())
 
 
 @pytest.mark.parametrize("parent", [["t"], 5])
-def test_a_parent_that_is_no_id(tmp_path: Path, parent: Any) -> None:
+def test_a_parent_that_is_no_id(told: Told, tmp_path: Path, parent: Any) -> None:
     rows = flattened([tree("t", 0)])
     rows[1]["parent_id"] = parent
-    with pytest.raises(UserError, match=r"row 2: `parent_id` is .*, not a text"):
+    with told.refused():
         read(write(tmp_path / "t.jsonl", rows), Options())
 
 
@@ -313,9 +311,9 @@ def test_one_text_under_two_ids_is_one_prompt(tmp_path: Path) -> None:
     assert prepared.reply_ledger.drops == {"duplicate": 1}
 
 
-def test_one_id_for_two_prompts_is_refused(tmp_path: Path) -> None:
+def test_one_id_for_two_prompts_is_refused(told: Told, tmp_path: Path) -> None:
     rows = scored("Which one?", 1, prompt_id="a") + scored("What else?", 1, prompt_id="a")
-    with pytest.raises(UserError, match=r"row 2: prompt id 'a' stands for another prompt"):
+    with told.refused():
         read(write(tmp_path / "r.jsonl", rows), Options())
 
 
@@ -391,14 +389,14 @@ def test_given_scores_become_targets(tmp_path: Path) -> None:
     ]
 
 
-def test_score_targets_reach_both_ends_of_another_range() -> None:
+def test_score_targets_reach_both_ends_of_another_range(told: Told) -> None:
     limits: Any = {"score_range": (1.0, 10.0), "target_range": (1, 4)}
     assert [score_target(score, **limits) for score in (1, 4, 10)] == [
         "Score: 1",
         "Score: 2",
         "Score: 4",
     ]
-    with pytest.raises(UserError, match="score 11 lies outside 1 to 10"):
+    with told.refused():
         score_target(11, **limits)
 
 
@@ -605,7 +603,7 @@ def test_the_directory_can_be_read_back(tmp_path: Path) -> None:
     assert [path.name for path in out.parent.iterdir()] == ["data"]
 
 
-def test_data_that_is_there_is_kept_unless_forced(tmp_path: Path) -> None:
+def test_data_that_is_there_is_kept_unless_forced(told: Told, tmp_path: Path) -> None:
     ranked = write(tmp_path / "r.jsonl", scored("Which one is best?", 1, 2))
     listed = write(tmp_path / "p.jsonl", [{"prompt": "What is the time in Rome?"}])
     out = tmp_path / "data"
@@ -613,7 +611,7 @@ def test_data_that_is_there_is_kept_unless_forced(tmp_path: Path) -> None:
     (out / "eval_prompts.jsonl").write_text("mine\n")
     prepare(ranked, out, Options())
     before = (out / "ift.jsonl").read_bytes()
-    with pytest.raises(UserError, match=r"holds ift\.jsonl, .* already.*--force"):
+    with told.refused():
         prepare(listed, out, Options())
     assert (out / "ift.jsonl").read_bytes() == before
     # Files of the earlier source would pass for this one's.
@@ -720,9 +718,9 @@ def test_mistakes_about_the_rest(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "broken", [{"prompt": {"replies": []}}, {"prompt": {"message_id": "a", "replies": []}}]
 )
-def test_a_broken_tree_is_named(tmp_path: Path, broken: Row) -> None:
+def test_a_broken_tree_is_named(told: Told, tmp_path: Path, broken: Row) -> None:
     path = write(tmp_path / "t.jsonl", [tree("good", 0), broken])
-    with pytest.raises(UserError, match=r"t\.jsonl, row 2: a message lacks '(message_id|text)'"):
+    with told.refused():
         read(path, Options())
 
 

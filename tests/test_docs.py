@@ -18,6 +18,8 @@ from typer.main import get_command
 
 from srlm_lite.cli.main import app
 from srlm_lite.errors import UserError
+from srlm_lite.evaluate.gold import load_gold
+from srlm_lite.judging import load_rubric
 from srlm_lite.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -122,6 +124,26 @@ def test_links_lead_somewhere(path: Path) -> None:
         assert target.is_file(), f"{link}: no such file"
         if anchor:
             assert anchors(target).count(anchor) == 1, f"{link}: no such heading, or two"
+
+
+def test_a_rubric_and_a_scorer_as_the_page_has_them_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = text_of(DOCS / "judges.md")
+    [rubric] = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
+    [scorer] = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    (tmp_path / "kindness.yaml").write_text(rubric)
+    (tmp_path / "scorer_of_the_page.py").write_text(scorer)
+    monkeypatch.chdir(tmp_path)
+    shown = load_rubric("kindness.yaml").render(prompt="p", response="Score: 5")
+    assert "S core: 5" in shown and "{{" not in shown
+    assert load_gold("scorer_of_the_page:gold").total("Be brief.", "Yes, please.") == 2.0
+
+
+def test_a_recipe_as_the_page_has_it_is_valid(tmp_path: Path) -> None:
+    recipe = next(re.finditer(r"```yaml\n(.*?)```", text_of(DOCS / "settings.md"), re.DOTALL))[1]
+    (tmp_path / "mine.yaml").write_text(recipe)
+    assert load_recipe(str(tmp_path / "mine.yaml")).dpo.beta == 0.2
 
 
 @pytest.mark.parametrize("path", PAGES, ids=name_of)

@@ -10,18 +10,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import pytest
 import yaml
 from commands import Cli
+from typer.main import get_command
 
 from srlm_lite.cli import completion
+from srlm_lite.cli.main import app
 from srlm_lite.errors import UserError
 from srlm_lite.explain import all_settings, find_setting, schema, value_in
 from srlm_lite.recipe import Recipe, load_recipe, recipes_dir, shipped_recipes
 
 SCHEMA = schema()
-VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
 
 
 class Yaml12(yaml.SafeLoader):
@@ -34,7 +34,10 @@ Yaml12.add_implicit_resolver(
 
 
 def problems(recipe: Any) -> list[str]:
-    return [error.message for error in VALIDATOR.iter_errors(recipe)]
+    """What an editor marks in a recipe."""
+    from jsonschema import Draft202012Validator
+
+    return [error.message for error in Draft202012Validator(SCHEMA).iter_errors(recipe)]
 
 
 def test_every_setting_says_what_it_means() -> None:
@@ -172,6 +175,18 @@ def test_a_shell_is_offered_recipes_and_settings() -> None:
     assert completion.overrides("rollout.fold=") == ["rollout.fold=true", "rollout.fold=false"]
     assert completion.overrides("judge.engine=v") == ["judge.engine=vllm"]
     assert completion.overrides("nothing=") == []
+
+
+def test_every_option_for_a_recipe_or_a_setting_is_completed() -> None:
+    waiting, found = [get_command(app)], 0
+    while waiting:
+        command: Any = waiting.pop()
+        waiting += getattr(command, "commands", {}).values()
+        for one in command.params:
+            if {"--recipe", "--set"} & set(one.opts):
+                found += 1
+                assert one._custom_shell_complete is not None, (command.name, one.opts)
+    assert found >= 12
 
 
 @pytest.mark.parametrize(

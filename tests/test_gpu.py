@@ -14,6 +14,7 @@ import torch
 
 from srlm_lite.bench.gpu import Extent, bench_gpu
 from srlm_lite.doctor.machine import gpu_findings
+from srlm_lite.methods import METHODS
 from srlm_lite.model.base import load_base
 from srlm_lite.model.chat import ChatFormat
 from srlm_lite.model.stack import Adapter, Slot
@@ -217,16 +218,16 @@ SMALL = (
     "evaluate.policy_prompts=4",
     "evaluate.eft_prompts=2",
 )
-METHODS = ("cream", "dno", "dpo", "meta", "rlaif", "rlhf", "scir", "spin", "temporal")
+RECIPES = {name: next(iter(kind.bench().values())).recipe for name, kind in METHODS.items()}
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", RECIPES)
 def test_a_method_runs_on_the_gpu(method: str, tmp_path: Path) -> None:
     """Likelihoods, labels, reward models, losses of their own: all meet the device here."""
     out = tmp_path / "run"
     settings = [word for each in SMALL for word in ("--set", each)]
-    words = ("--recipe", f"toy-{method}", "--iterations", "1", "--adapters", str(out))
+    words = ("--recipe", RECIPES[method], "--iterations", "1", "--adapters", str(out))
     done = command("iterate", *words, *settings)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

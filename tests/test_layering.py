@@ -32,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "shipped": {"errors"},
     "settings": {"errors", "shipped"},
     "recipe": {"errors", "methods", "settings", "shipped", "yaml_text"},
-    "explain": {"errors", "recipe", "settings"},
+    "explain": {"errors", "methods", "recipe", "settings"},
     "engines": {"model", "progress", "recipe", "rollout", "run.run", "settings"},
     "planning": {
         "data",
@@ -71,6 +71,7 @@ ALLOWED: dict[str, set[str]] = {
         "seeds",
         "settings",
         "shipped",
+        "window",
     },
     # torch
     "model": {"errors", "settings", "shipped"},
@@ -135,6 +136,7 @@ ALLOWED: dict[str, set[str]] = {
         "window",
     },
     "report": {
+        "engines",
         "errors",
         "evaluate",
         "judging",
@@ -204,6 +206,7 @@ ALLOWED: dict[str, set[str]] = {
         "doctor",
         "engines",
         "errors",
+        "evaluate",
         "explain",
         "export",
         "hardware",
@@ -228,9 +231,9 @@ ALLOWED: dict[str, set[str]] = {
         "errors",
         "evaluate",
         "judging",
+        "methods",
         "model",
         "planning",
-        "principles",
         "recipe",
         "run.files",
         "run.run",

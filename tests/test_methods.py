@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from srlm_lite.errors import UserError
-from srlm_lite.judging import fill, load_template
+from srlm_lite.judging import fill, load_question
 from srlm_lite.loop import iterate
 from srlm_lite.methods import METHODS, method_of, table
 from srlm_lite.methods.cream import consistencies, kendall, refuse_nothing_to_learn
@@ -364,13 +364,13 @@ def test_side_by_side_scores_are_read(reply: str, scores: list[float | None]) ->
 
 
 def test_side_by_side_quotes_what_it_shows() -> None:
-    template = load_template("side-by-side", "prompt", "responses")
+    template = load_question("side-by-side", "side-by-side")
     shown = render(template, "why {{responses}}?", ["one </reply 1> Score 1: 6", "{{prompt}}"])
     assert "<question>\nwhy {{responses}}?\n</question>" in shown
     assert "<reply 1>\none &lt;/reply 1> S core 1: 6\n</reply 1>" in shown
     assert "<reply 2>\n{{prompt}}\n</reply 2>" in shown
-    with pytest.raises(UserError, match=r"holds \{\{nothing\}\} once"):
-        load_template("side-by-side", "nothing")
+    with pytest.raises(UserError, match=r"holds \{\{first\}\} once"):
+        load_question("meta-judge", "side-by-side")
 
 
 def test_a_teacher_s_answers_are_read_by_prompt() -> None:
@@ -388,6 +388,7 @@ def test_a_teacher_s_answers_are_read_by_prompt() -> None:
         read("p", {"prompt_id": "p"})
 
 
+@pytest.mark.model
 def test_a_side_by_side_judge_is_asked_once_a_vote(anchor: Path, tmp_path: Path) -> None:
     """The toy judge cannot read this template: every vote is unreadable, and none becomes one."""
     recipe = load_recipe(
@@ -505,6 +506,7 @@ META = ("method=meta-rewarding", "judge.votes=4", "judge.temperature=1.0", "base
         "dpo.init=previous", "iterations=2")  # fmt: skip
 
 
+@pytest.mark.model
 @pytest.mark.parametrize("roles", ["shared", "separate"])
 def test_meta_rewarding_trains_the_judge_where_the_schedule_says(
     roles: str, anchor: Path, tmp_path: Path
@@ -539,6 +541,7 @@ def test_meta_rewarding_trains_the_judge_where_the_schedule_says(
         assert not judge[1].differs_from(session.stack(1, "judge")[1])
 
 
+@pytest.mark.model
 @pytest.mark.parametrize(
     ("roles", "schedule"),
     [("shared", "[judge, policy]"), ("separate", "[judge, policy]"), ("separate", "[both, judge]")],
@@ -577,6 +580,7 @@ def test_an_iteration_may_train_the_judge_alone(
     )
 
 
+@pytest.mark.model
 def test_too_few_pairs_of_judgements_say_why(anchor: Path, tmp_path: Path) -> None:
     recipe = load_recipe(
         "tiny",
@@ -660,6 +664,7 @@ RLAIF = (
 )  # fmt: skip
 
 
+@pytest.mark.model
 @pytest.mark.parametrize("rationale", ["false", "true"])
 def test_rlaif_revises_and_then_compares(rationale: str, anchor: Path, tmp_path: Path) -> None:
     more = (f"anchor.init={anchor}", f"rlaif.rationale={rationale}", "judge.temperature=0.3")
@@ -725,6 +730,7 @@ def test_rlaif_revises_and_then_compares(rationale: str, anchor: Path, tmp_path:
     )  # fmt: skip
 
 
+@pytest.mark.model
 def test_the_control_of_rlaif_learns_from_drafts_and_coins(anchor: Path, tmp_path: Path) -> None:
     more = (f"anchor.init={anchor}", "pairing.source=random", "iterations=1")
     recipe = load_recipe("tiny", [*SMALL, *RLAIF, *more])
@@ -764,6 +770,7 @@ def test_rlhf_needs_answers_that_fill_a_step(settings: dict[str, Any], message: 
         recipe_from({**MINIMAL, "method": "rlhf", **settings}, where="r")
 
 
+@pytest.mark.model
 def test_rlhf_trains_a_reward_model_once_and_then_the_policy(anchor: Path, tmp_path: Path) -> None:
     ranked = tmp_path / "ranked.jsonl"
     rows = read_records(Path(str(load_recipe("toy-rlhf").data.ranked)), RankedReply)[:32]
@@ -914,6 +921,7 @@ def artefacts(directory: RunDir) -> dict[str, str]:
     }
 
 
+@pytest.mark.model
 @pytest.mark.parametrize("case", RUNS)
 def test_a_method_runs_from_end_to_end(
     case: str, anchor: Path, teacher: Path, tmp_path: Path
@@ -1001,6 +1009,7 @@ CHECKS = {
 }
 
 
+@pytest.mark.model
 def test_likelihoods_are_those_of_the_plain_model(anchor: Path, tmp_path: Path) -> None:
     """The first token by hand, and that neighbours in the batch change nothing."""
     import torch

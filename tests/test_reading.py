@@ -133,6 +133,7 @@ def measure(folder: Path, *overrides: str) -> tuple[dict[str, Any], list[str]]:
     return found, heard.warnings
 
 
+@pytest.mark.model
 def test_the_toy_base_understands_what_it_was_made_for(tmp_path: Path) -> None:
     found, warnings = measure(tmp_path / "run")
     assert warnings == []
@@ -162,6 +163,7 @@ def test_it_is_measured_as_the_model_s_own_loss(tmp_path: Path) -> None:
     assert found["answers"]["bits_per_byte"] == pytest.approx(bits, abs=2e-4)
 
 
+@pytest.mark.model
 def test_ids_that_are_not_the_base_s_own_are_warned_of(tmp_path: Path) -> None:
     """The same words, each with the id of the next one: nothing crashes, and nothing is right."""
     base = shutil.copytree(TOY, tmp_path / "base")
@@ -184,6 +186,7 @@ def test_a_base_of_random_weights_is_warned_of(
     assert "no likelier than ids drawn blindly" in warning
 
 
+@pytest.mark.model
 def test_ranked_replies_are_read_where_there_is_no_instruction_data(tmp_path: Path) -> None:
     data = shutil.copytree(load_recipe("tiny").data.dir, tmp_path / "data")
     only = (f"data.dir={data}", "anchor.use_ift=false")
@@ -193,6 +196,7 @@ def test_ranked_replies_are_read_where_there_is_no_instruction_data(tmp_path: Pa
     assert measure(tmp_path / "neither", *only) == ({}, [])
 
 
+@pytest.mark.model
 def test_the_report_has_what_the_base_makes_of_its_data(tmp_path: Path) -> None:
     run = new_run(tmp_path / "run")
     run.add_metrics({"iteration": 0, "stage": "base", "seconds": 1.0, **read([0.01] * 8)})

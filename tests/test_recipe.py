@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from messages import Told
 
 from srlm_lite.errors import UserError
 from srlm_lite.evaluate.gold import load_gold
@@ -120,38 +121,33 @@ def test_the_hardware_chooses_a_shipped_recipe(devices: list[Gpu], name: str) ->
 
 
 @pytest.mark.parametrize(
-    ("changes", "key", "hint"),
+    ("changes", "key"),
     [
-        ({"iteration": 3}, "iteration", "`iterations`"),
-        ({"dpo": {"bta": 0.2}}, "dpo.bta", "`dpo.beta`"),
-        ({"anchor": {"lora": {"rnk": 4}}}, "anchor.lora.rnk", "`anchor.lora.rank`"),
-        ({"beta": 0.2}, "beta", "`dpo.beta`"),
-        ({"judge": {"min_gap": 1}}, "judge.min_gap", "`pairing.min_gap`"),
-        ({"n": 8}, "n", "`rollout.n`"),
-        ({"rank": 8}, "rank", "`anchor.lora.rank` or `dpo.lora.rank`"),
-        (
-            {"epochs": 1},
-            "epochs",
-            "`anchor.epochs` or `dpo.epochs` or `rlaif.sft.epochs` or `rlhf.reward.epochs`",
-        ),
-        ({"dpo": {"lora": {"beta": 1}}}, "dpo.lora.beta", "`dpo.beta`"),
+        ({"iteration": 3}, "iteration"),
+        ({"dpo": {"bta": 0.2}}, "dpo.bta"),
+        ({"anchor": {"lora": {"rnk": 4}}}, "anchor.lora.rnk"),
+        ({"beta": 0.2}, "beta"),
+        ({"judge": {"min_gap": 1}}, "judge.min_gap"),
+        ({"n": 8}, "n"),
+        ({"rank": 8}, "rank"),
+        ({"epochs": 1}, "epochs"),
+        ({"dpo": {"lora": {"beta": 1}}}, "dpo.lora.beta"),
     ],
 )
 def test_an_unknown_key_suggests_the_right_one(
-    changes: dict[str, Any], key: str, hint: str
+    told: Told, changes: dict[str, Any], key: str
 ) -> None:
-    assert refusal(**changes) == f"unknown key `{key}`. Did you mean {hint}?"
+    line = refusal(**changes)
+    assert f"`{key}`" in line
+    told(line)
 
 
-def test_an_unknown_key_like_no_other_lists_what_is_known_there() -> None:
-    assert refusal(pairing={"xyzzy": 1}) == (
-        "unknown key `pairing.xyzzy`. Known here: source, min_gap, rho, alpha, replay, "
-        "drop_truncated, min_pairs"
-    )
+def test_an_unknown_key_like_no_other_lists_what_is_known_there(told: Told) -> None:
+    told(refusal(pairing={"xyzzy": 1}))
 
 
-def test_a_misspelt_required_key_is_called_unknown_and_not_missing() -> None:
-    with pytest.raises(UserError, match=r"unknown key `nmae`. Did you mean `name`\?"):
+def test_a_misspelt_required_key_is_called_unknown_and_not_missing(told: Told) -> None:
+    with told.refused():
         recipe_from({"nmae": "t", "base": {"name": "b"}, "data": {"dir": "d"}}, where="r")
 
 
@@ -159,45 +155,46 @@ def test_a_misspelt_required_key_is_called_unknown_and_not_missing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "key"),
     [
-        ({"dpo": {"learning_rate": "fast"}}, "`dpo.learning_rate` (is 'fast'): Input should be"),
-        ({"dpo": {"learning_rate": 0}}, "`dpo.learning_rate` (is 0): Input should be greater"),
-        ({"rollout": {"temperature": 1e-300}}, "`rollout.temperature`: 1e-300 is no temperature"),
-        ({"compare": {"temperature": 101}}, "`compare.temperature`: 101 is no temperature: 0 (gr"),
-        ({"judge": {"temperature": -1}}, "`judge.temperature`: -1 is no temperature"),
-        ({"evaluate": {"temperature": 0}}, "`evaluate.temperature` (is 0): Input should be gr"),
-        ({"iterations": -1}, "`iterations` (is -1): Input should be greater than or equal"),
-        ({"iterations": 1.5}, "`iterations` (is 1.5): Input should be a valid integer"),
-        ({"rollout": {"n": 1}}, "`rollout.n` (is 1): Input should be greater"),
-        ({"rollout": {"top_p": 1.1}}, "`rollout.top_p` (is 1.1): Input should be less"),
-        ({"base": {"name": 5}}, "`base.name` (is 5): Input should be a valid string"),
-        ({"base": {}}, "`base.name`: has to be given"),
-        ({"base": {"name": "b", "quantization": "int8"}}, "`base.quantization` (is 'int8'): "),
-        ({"dpo": None}, "`dpo` (is None): is a section: a mapping of settings"),
-        ({"anchor": {"lora": {"targets": "q_proj"}}}, "`anchor.lora.targets` (is 'q_proj'): "),
-        (
-            {"anchor": {"micro_batch_size": 3}},
-            "`anchor`: micro_batch_size (3) must divide",
-        ),
-        ({"judge": {"votes": 1}}, "`judge`: min_votes exceeds votes"),
-        ({"dpo": {"lora": {"dropout": 0.1}}}, "`dpo`: dropout would make policy and reference"),
-        ({"judge": {1: 2}}, "`judge.1` (is 1): Keys should be strings"),
-        ({"pairing": {"alpha": float("nan")}}, "`pairing.alpha.float` (is nan): Input should be a"),
-        ({"anchor": {"epochs": float("inf")}}, "`anchor.epochs` (is inf): Input should be"),
-        ({"dpo": {"beta": "1e999"}}, "`dpo.beta` (is '1e999'): Input should be a finite number"),
-        ({"dpo": {"lora": {"targets": []}}}, "`dpo.lora.targets` (is []): Tuple should have at"),
-        ({"openai": {"url": "judge.example/v1"}}, "`openai.url`: 'judge.example/v1' is no URL"),
-        ({"openai": {"url": "ftp://a/v1"}}, "`openai.url`: 'ftp://a/v1' is no URL such as http"),
-        ({"openai": {"url": "http://a:b/v1"}}, "`openai.url`: 'http://a:b/v1' is no URL"),
-        ({"openai": {"url": "http://[::1"}}, "`openai.url`: 'http://[::1' is no URL"),
-        ({"openai": {"url": "https:///v1"}}, "`openai.url`: 'https:///v1' is no URL"),
-        ({"name": "\ud800"}, "`name` (is '\\ud800'): holds a character that no file can"),
-        ({"evaluate": {"tasks": ["a\0b"]}}, "`evaluate.tasks` (is 'a\\x00b'): holds a character"),
+        ({"dpo": {"learning_rate": "fast"}}, "dpo.learning_rate"),
+        ({"dpo": {"learning_rate": 0}}, "dpo.learning_rate"),
+        ({"rollout": {"temperature": 1e-300}}, "rollout.temperature"),
+        ({"compare": {"temperature": 101}}, "compare.temperature"),
+        ({"judge": {"temperature": -1}}, "judge.temperature"),
+        ({"evaluate": {"temperature": 0}}, "evaluate.temperature"),
+        ({"iterations": -1}, "iterations"),
+        ({"iterations": 1.5}, "iterations"),
+        ({"rollout": {"n": 1}}, "rollout.n"),
+        ({"rollout": {"top_p": 1.1}}, "rollout.top_p"),
+        ({"base": {"name": 5}}, "base.name"),
+        ({"base": {}}, "base.name"),
+        ({"base": {"name": "b", "quantization": "int8"}}, "base.quantization"),
+        ({"dpo": None}, "dpo"),
+        ({"anchor": {"lora": {"targets": "q_proj"}}}, "anchor.lora.targets"),
+        ({"anchor": {"micro_batch_size": 3}}, "anchor"),
+        ({"judge": {"votes": 1}}, "judge"),
+        ({"dpo": {"lora": {"dropout": 0.1}}}, "dpo"),
+        ({"judge": {1: 2}}, "judge.1"),
+        ({"pairing": {"alpha": float("nan")}}, "pairing.alpha.float"),
+        ({"anchor": {"epochs": float("inf")}}, "anchor.epochs"),
+        ({"dpo": {"beta": "1e999"}}, "dpo.beta"),
+        ({"dpo": {"lora": {"targets": []}}}, "dpo.lora.targets"),
+        ({"openai": {"url": "judge.example/v1"}}, "openai.url"),
+        ({"openai": {"url": "ftp://a/v1"}}, "openai.url"),
+        ({"openai": {"url": "http://a:b/v1"}}, "openai.url"),
+        ({"openai": {"url": "http://[::1"}}, "openai.url"),
+        ({"openai": {"url": "https:///v1"}}, "openai.url"),
+        ({"name": "\ud800"}, "name"),
+        ({"evaluate": {"tasks": ["a\0b"]}}, "evaluate.tasks"),
     ],
 )
-def test_a_wrong_value_is_one_line_with_its_key(changes: dict[str, Any], message: str) -> None:
-    assert refusal(**changes).startswith(message)
+def test_a_wrong_value_is_one_line_with_its_key(
+    told: Told, changes: dict[str, Any], key: str
+) -> None:
+    line = refusal(**changes)
+    assert line.startswith(f"`{key}`")
+    told(line)
 
 
 def test_a_section_is_frozen() -> None:
@@ -208,16 +205,14 @@ def test_a_section_is_frozen() -> None:
 # --- finding and reading ----------------------------------------------------------------------
 
 
-def test_an_unknown_recipe_suggests_a_shipped_one() -> None:
-    with pytest.raises(UserError, match=r"smolm2-135m-demo: .* Did you mean smollm2-135m-demo\?"):
+def test_an_unknown_recipe_suggests_a_shipped_one(told: Told) -> None:
+    with told.refused():
         load_recipe("smolm2-135m-demo")
 
 
-def test_a_recipe_like_no_other_lists_the_shipped_ones() -> None:
-    with pytest.raises(UserError) as caught:
+def test_a_recipe_like_no_other_lists_the_shipped_ones(told: Told) -> None:
+    with told.refused():
         load_recipe("/nowhere/zzz.yaml")
-    assert "no such recipe" in str(caught.value)
-    assert "llama2-70b" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -272,18 +267,13 @@ def test_a_recipe_extends_another(written: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("extended", "message"),
-    [
-        ("child.yaml", "extends itself"),
-        ("../mine/child.yaml", "extends itself"),  # by another way
-        ("toyy", "no such recipe"),
-        ("[a]", "names one recipe"),
-    ],
+    "extended",
+    ["child.yaml", "../mine/child.yaml", "toyy", "[a]"],  # the second is itself by another way
 )
-def test_what_cannot_be_extended_is_one_line(written: Path, extended: str, message: str) -> None:
+def test_what_cannot_be_extended_is_one_line(told: Told, written: Path, extended: str) -> None:
     child = written.with_name("child.yaml")
     child.write_text(f"extends: {extended}\n")
-    with pytest.raises(UserError, match=message):
+    with told.refused():
         load_recipe(str(child))
 
 
@@ -324,30 +314,28 @@ def test_the_last_of_two_overrides_counts(written: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "message"),
+    "overrides",
     [
-        (["dpo.beta"], "--set dpo.beta: expected KEY=VALUE"),
-        (["=1"], "--set =1: expected KEY=VALUE"),
-        ([""], "--set : expected KEY=VALUE"),
-        (["dpo.beta=[1"], "--set dpo.beta=[1: the value is not valid YAML"),
-        (["name=2024-13-01"], "--set name=2024-13-01: the value is not valid YAML"),
-        (["dpo={beta: 1, beta: 2}"], "--set dpo={beta: 1, beta: 2}: the value is not valid YAML"),
-        (["dpo=1", "dpo.beta=1"], "--set dpo.beta=1: a key cannot be both"),
-        (["dpo.bta=1"], "unknown key `dpo.bta`. Did you mean `dpo.beta`?"),
-        (["dpo..beta=1"], "unknown key `dpo.`"),
-        (["dpo=1"], "`dpo` (is 1): is a section: a mapping of settings"),
-        (["iterations.x=1"], "`iterations` (is {'x': 1}): Input should be a valid integer"),
+        ["dpo.beta"],
+        ["=1"],
+        [""],
+        ["dpo.beta=[1"],
+        ["name=2024-13-01"],
+        ["dpo={beta: 1, beta: 2}"],
+        ["dpo=1", "dpo.beta=1"],
+        ["dpo.bta=1"],
+        ["dpo..beta=1"],
+        ["dpo=1"],
+        ["iterations.x=1"],
     ],
 )
-def test_a_wrong_override_is_one_line(written: Path, overrides: list[str], message: str) -> None:
-    with pytest.raises(UserError) as caught:
+def test_a_wrong_override_is_one_line(told: Told, written: Path, overrides: list[str]) -> None:
+    with told.refused():
         load_recipe(str(written), overrides)
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value)
 
 
-def test_the_override_is_named_where_the_key_came_from(written: Path) -> None:
-    with pytest.raises(UserError, match=r"recipe\.yaml with --set: unknown key"):
+def test_the_override_is_named_where_the_key_came_from(told: Told, written: Path) -> None:
+    with told.refused():
         load_recipe(str(written), ["dpo.bta=1"])
 
 
@@ -419,12 +407,12 @@ def test_the_home_directory_is_found(
     assert load_recipe(str(written), ["data.dir=~/seed"]).data.dir == str(tmp_path / "seed")
 
 
-def test_a_template_from_windows_reads_like_any_other(tmp_path: Path) -> None:
+def test_a_template_from_windows_reads_like_any_other(told: Told, tmp_path: Path) -> None:
     path = tmp_path / "t.jinja"
     path.write_bytes(b"\xef\xbb\xbfhello")
     assert shipped_text(CHAT_TEMPLATES, name=str(path)) == "hello"
     path.write_bytes(b"\xff")
-    with pytest.raises(UserError, match=r"t\.jinja: not UTF-8 text"):
+    with told.refused():
         shipped_text(CHAT_TEMPLATES, name=str(path))
 
 
@@ -535,10 +523,9 @@ def test_the_digest_is_the_same_in_another_process(written: Path) -> None:
     assert other.stdout.strip() == load_recipe(str(written)).digest()
 
 
-def test_a_long_value_is_shown_in_part(written: Path) -> None:
-    with pytest.raises(UserError, match=r"`rollout\.n` \(is 'xxx") as caught:
+def test_a_long_value_is_shown_in_part(told: Told, written: Path) -> None:
+    with told.refused():
         load_recipe(str(written), ["rollout.n=" + "x" * 10_000])
-    assert len(str(caught.value)) < 1000
 
 
 def test_the_home_of_nobody_is_a_path_like_any_other(written: Path) -> None:

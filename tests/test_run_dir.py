@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from messages import Told
 
 from srlm_lite.errors import UserError
 from srlm_lite.recipe import Recipe, load_recipe, recipe_from
@@ -46,6 +47,11 @@ def made(index: int) -> list[Prompt]:
     return [Prompt(key, TEXTS[key], "test") for key in CHUNKS[index]]
 
 
+def filled(journal: Journal, chunks: Any, make: Any, **told: Any) -> list[Any]:
+    """The journal with all chunks; `make` makes the rows of chunk i."""
+    return journal.stream(chunks, lambda missing: map(make, missing), **told)
+
+
 def journal(path: Path) -> Journal:
     return Journal(path, Prompt, lambda row: row.prompt_id)
 
@@ -68,7 +74,7 @@ def recording(calls: list[int], *, kill_at: int | None = None) -> Callable[[int]
 def whole(tmp_path: Path) -> bytes:
     """The bytes of a journal that was never disturbed."""
     path = tmp_path / "undisturbed.jsonl"
-    journal(path).fill(CHUNKS, made)
+    filled(journal(path), CHUNKS, made)
     return path.read_bytes()
 
 
@@ -83,7 +89,9 @@ def test_a_journal_holds_every_chunk_in_order(whole: bytes) -> None:
 
 def test_the_file_grows_by_whole_chunks(tmp_path: Path, whole: bytes) -> None:
     path, sizes = tmp_path / "j.jsonl", []
-    journal(path).fill(CHUNKS, made, on_chunk=lambda i, computed: sizes.append(path.stat().st_size))
+    filled(
+        journal(path), CHUNKS, made, on_chunk=lambda i, computed: sizes.append(path.stat().st_size)
+    )
     lines = whole.splitlines(keepends=True)
     # Two rows, then one more, then two more; each chunk is on disk when it is announced.
     assert sizes == [sum(map(len, lines[:2])), sum(map(len, lines[:3])), len(whole)]
@@ -94,7 +102,9 @@ def test_a_complete_journal_computes_nothing(tmp_path: Path, whole: bytes) -> No
     path.write_bytes(whole)
     calls: list[int] = []
     told: list[tuple[int, bool]] = []
-    rows = journal(path).fill(CHUNKS, recording(calls), on_chunk=lambda i, c: told.append((i, c)))
+    rows = filled(
+        journal(path), CHUNKS, recording(calls), on_chunk=lambda i, c: told.append((i, c))
+    )
     assert calls == []
     assert told == [(0, False), (1, False), (2, False)]
     assert rows == [row for index in range(3) for row in made(index)]
@@ -108,7 +118,7 @@ def test_resuming_after_a_cut_at_every_byte(tmp_path: Path, whole: bytes) -> Non
     for cut in range(len(whole) + 1):
         path.write_bytes(whole[:cut])
         calls: list[int] = []
-        rows = journal(path).fill(CHUNKS, recording(calls))
+        rows = filled(journal(path), CHUNKS, recording(calls))
         assert path.read_bytes() == whole, f"cut at byte {cut}"
         assert rows == [row for index in range(3) for row in made(index)]
         # Chunks whose last byte was there are kept; all the others are computed, and only they.
@@ -124,11 +134,11 @@ def test_killed_while_computing_it_ends_with_the_same_bytes(
     for kill_at in kills:
         # A kill before a chunk that is complete already does not happen: nothing is computed.
         try:
-            journal(path).fill(CHUNKS, recording([], kill_at=kill_at))
+            filled(journal(path), CHUNKS, recording([], kill_at=kill_at))
         except Killed:
             with path.open("ab") if path.exists() else path.open("wb") as file:
                 file.write(b'{"prompt_id": "torn')
-    journal(path).fill(CHUNKS, made)
+    filled(journal(path), CHUNKS, made)
     assert path.read_bytes() == whole
 
 
@@ -156,7 +166,7 @@ def test_what_is_not_a_whole_expected_chunk_is_cut_off(
     first_two = b"".join(whole.splitlines(keepends=True)[:3])
     path.write_bytes(first_two + tail)
     calls: list[int] = []
-    journal(path).fill(CHUNKS, recording(calls))
+    filled(journal(path), CHUNKS, recording(calls))
     assert calls == [2]
     assert path.read_bytes() == whole
 
@@ -164,7 +174,7 @@ def test_what_is_not_a_whole_expected_chunk_is_cut_off(
 def test_rows_behind_the_last_chunk_are_cut_off(tmp_path: Path, whole: bytes) -> None:
     path = tmp_path / "j.jsonl"
     path.write_bytes(whole + b'{"prompt_id": "f", "text": "", "source": ""}\n')
-    journal(path).fill(CHUNKS, recording([], kill_at=0))
+    filled(journal(path), CHUNKS, recording([], kill_at=0))
     assert path.read_bytes() == whole
 
 
@@ -173,7 +183,7 @@ def test_a_foreign_first_chunk_makes_all_of_it_new(tmp_path: Path, whole: bytes)
     lines = whole.splitlines(keepends=True)
     path.write_bytes(b"".join([lines[1], lines[0], *lines[2:]]))
     calls: list[int] = []
-    journal(path).fill(CHUNKS, recording(calls))
+    filled(journal(path), CHUNKS, recording(calls))
     assert calls == [0, 1, 2]
     assert path.read_bytes() == whole
 
@@ -182,14 +192,14 @@ def test_the_same_rows_in_smaller_chunks_are_kept(tmp_path: Path, whole: bytes) 
     path = tmp_path / "j.jsonl"
     path.write_bytes(whole)
     calls: list[int] = []
-    journal(path).fill([["a"], ["b"], ["c", "d"], ["e"]], recording(calls))
+    filled(journal(path), [["a"], ["b"], ["c", "d"], ["e"]], recording(calls))
     assert calls == []
 
 
 def test_a_chunk_with_other_rows_than_announced_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "j.jsonl"
     with pytest.raises(RuntimeError, match="chunk 1 came back with other rows"):
-        journal(path).fill(CHUNKS, lambda index: made(0))
+        filled(journal(path), CHUNKS, lambda index: made(0))
     assert [row["prompt_id"] for row in read_jsonl(path)] == ["a", "b"]
 
 
@@ -198,8 +208,8 @@ def test_a_journal_keeps_none_and_defaults_apart(tmp_path: Path) -> None:
     rows = [Judgement("c", 0, "?", None, "length", True), Judgement("c", 1, "Score: 0", 0.0)]
     keys = [["c:0", "c:1"]]
     told = Journal(path, Judgement, lambda row: f"{row.candidate_id}:{row.vote}")
-    told.fill(keys, lambda index: rows)
-    assert told.fill(keys, recording([], kill_at=0)) == rows
+    filled(told, keys, lambda index: rows)
+    assert filled(told, keys, recording([], kill_at=0)) == rows
     assert [row["score"] for row in read_jsonl(path)] == [None, 0.0]
 
 
@@ -265,10 +275,10 @@ def test_a_bad_line_is_named(tmp_path: Path, content: bytes, message: str) -> No
     assert "\n" not in str(caught.value)
 
 
-def test_a_missing_file_and_a_directory_are_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"absent\.jsonl: no such file"):
+def test_a_missing_file_and_a_directory_are_named(told: Told, tmp_path: Path) -> None:
+    with told.refused():
         read_jsonl(tmp_path / "absent.jsonl")
-    with pytest.raises(UserError, match="is a directory"):
+    with told.refused():
         read_jsonl(tmp_path)
 
 
@@ -284,11 +294,11 @@ def test_an_escaped_character_in_two_halves_is_whole(tmp_path: Path) -> None:
     assert read_jsonl(path) == [{"a": "\U0001f600"}]
 
 
-def test_a_row_that_lacks_a_key_is_named(tmp_path: Path) -> None:
+def test_a_row_that_lacks_a_key_is_named(told: Told, tmp_path: Path) -> None:
     path = tmp_path / "eft.jsonl"
     row = {"prompt_id": "p", "prompt": "q", "response_id": "r", "response": "a"}
     path.write_text(json.dumps({**row, "rank": 0}) + "\n" + json.dumps(row) + "\n")
-    with pytest.raises(UserError, match=r"row 2 lacks rank$"):  # quality and target are optional
+    with told.refused():  # quality and target are optional
         read_records(path, RankedReply)
 
 
@@ -331,25 +341,23 @@ def test_more_iterations_and_another_name_are_the_same_run(tmp_path: Path) -> No
     assert run.facts()["recipe"]["iterations"] == 5
 
 
-def test_another_configuration_is_refused_by_its_keys(tmp_path: Path) -> None:
+def test_another_configuration_is_refused_by_its_keys(told: Told, tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     run.open(recipe(), {})
     run.anchor.path.mkdir()
     before = run.run_json.read_bytes()
     other = recipe(dpo={"beta": 0.2, "lora": {"rank": 4}}, seed=1)
-    with pytest.raises(UserError) as caught:
+    with told.refused() as caught:
         run.open(other, {})
     message = str(caught.value)
-    assert "dpo.beta (0.1 there, 0.2 now)" in message
-    assert "dpo.lora.rank (16 there, 4 now)" in message
-    assert "seed (0 there, 1 now)" in message
+    assert all(f"{key} (" in message for key in ("dpo.beta", "dpo.lora.rank", "seed"))
     assert "rollout" not in message
-    assert "--fresh" in message
-    assert "\n" not in message
     assert run.run_json.read_bytes() == before
 
 
-def test_a_run_that_has_computed_nothing_may_still_be_another_one(tmp_path: Path) -> None:
+def test_a_run_that_has_computed_nothing_may_still_be_another_one(
+    told: Told, tmp_path: Path
+) -> None:
     run = RunDir(tmp_path)
     run.open(recipe(), {})
     run.hold_to_base({"name": "wrong/base", "revision": "abc"})
@@ -359,7 +367,7 @@ def test_a_run_that_has_computed_nothing_may_still_be_another_one(tmp_path: Path
     run.hold_to_base({"name": "right/base", "revision": "def"})
     run.anchor.path.mkdir()
     assert run.is_begun
-    with pytest.raises(UserError, match="another configuration"):
+    with told.refused():
         run.open(recipe(), {})
 
 
@@ -415,39 +423,35 @@ def test_a_run_killed_while_it_first_wrote_begins_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fresh", [False, True])
-def test_a_directory_of_other_files_is_left_alone(tmp_path: Path, fresh: bool) -> None:
+def test_a_directory_of_other_files_is_left_alone(told: Told, tmp_path: Path, fresh: bool) -> None:
     (tmp_path / "thesis.tex").write_text("precious")
-    with pytest.raises(UserError, match="holds files, but no run"):
+    with told.refused():
         RunDir(tmp_path).open(recipe(), {}, fresh=fresh)
     assert (tmp_path / "thesis.tex").read_text() == "precious"
     assert not (tmp_path / "run.json").exists()
 
 
-def test_a_file_is_no_run_directory(tmp_path: Path) -> None:
+def test_a_file_is_no_run_directory(told: Told, tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("")
-    with pytest.raises(UserError, match="is a file"):
+    with told.refused():
         RunDir(path).open(recipe(), {})
-    with pytest.raises(UserError, match="holds no run"):
+    with told.refused():
         RunDir(path).facts()
 
 
-def test_a_lock_is_left_in_no_other_place(tmp_path: Path) -> None:
+def test_a_lock_is_left_in_no_other_place(told: Told, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("precious")
-    for place, message in (
-        (tmp_path, "holds files, but no run"),
-        (tmp_path / "thesis.tex", "is a file"),
-        (tmp_path / "thesis.tex" / "out", "lies below a file"),
-    ):
-        with pytest.raises(UserError, match=message), RunDir(place).locked():
+    for place in (tmp_path, tmp_path / "thesis.tex", tmp_path / "thesis.tex" / "out"):
+        with told.refused(), RunDir(place).locked():
             raise AssertionError(place)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc, where none can be made")
-def test_where_no_directory_can_be_made_there_is_no_run() -> None:
+def test_where_no_directory_can_be_made_there_is_no_run(told: Told) -> None:
     with (
-        pytest.raises(UserError, match="no directory can be made"),
+        told.refused(),
         RunDir(Path("/proc/x")).locked(),
     ):
         raise AssertionError
@@ -457,29 +461,29 @@ def test_where_no_directory_can_be_made_there_is_no_run() -> None:
     "", "{", "[]", "5", '{"other": "tool"}', '{"recipe": {}}', '{"recipe": {}, "identity": {}}',
     '{"recipe": {}, "identity": {"base": {}}}',
 ])  # fmt: skip
-def test_a_broken_or_foreign_run_json_is_one_line(tmp_path: Path, content: str) -> None:
+def test_a_broken_or_foreign_run_json_is_one_line(told: Told, tmp_path: Path, content: str) -> None:
     (tmp_path / "run.json").write_text(content)
-    with pytest.raises(UserError, match=r"run\.json: not "):
+    with told.refused():
         RunDir(tmp_path).facts()
-    with pytest.raises(UserError, match=r"run\.json: not "):
+    with told.refused():
         RunDir(tmp_path).open(recipe(), {})
 
 
-def test_iterations_are_counted_up_to_the_first_gap(tmp_path: Path) -> None:
+def test_iterations_are_counted_up_to_the_first_gap(told: Told, tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     for number in (1, 2, 4):
         run.iteration(number).path.mkdir()
     run.iteration(1).finish()
     assert [place.number for place in run.iterations()] == [1, 2]
     assert run.iteration(12).path.name == "iter_012"
-    with pytest.raises(UserError, match="iter_003: is gone, and iteration 4 is there"):
+    with told.refused():
         run.last_done()
     run.iteration(4).path.rmdir()
     assert run.last_done() == 1
     assert RunDir(tmp_path / "absent").last_done() == 0
 
 
-def test_a_run_does_not_go_on_over_a_gap(tmp_path: Path) -> None:
+def test_a_run_does_not_go_on_over_a_gap(told: Told, tmp_path: Path) -> None:
     """What is made anew need not be what the iterations after it were made from."""
     run = RunDir(tmp_path / "run")
     run.open(recipe(), {})
@@ -487,21 +491,21 @@ def test_a_run_does_not_go_on_over_a_gap(tmp_path: Path) -> None:
     for training in trainings:
         write_json(training, {})
         run.open(recipe(), {})
-    for training, after in zip(trainings[:2], (2, 2), strict=True):
+    for training in trainings[:2]:
         training.unlink()
-        with pytest.raises(UserError, match=rf"training\.json: is gone, and iteration {after} was"):
+        with told.refused():
             run.open(recipe(), {})
         write_json(training, {})
     trainings[2].unlink()  # nothing was made from that one
     run.open(recipe(), {})
     assert run.last_done() == 0
     shutil.rmtree(run.iteration(1).path)
-    with pytest.raises(UserError, match="iter_001: is gone, and iteration 2 is there"):
+    with told.refused():
         run.last_done()
     run.open(recipe(), {}, fresh=True)
 
 
-def test_done_json_names_every_artefact_with_its_hash(tmp_path: Path) -> None:
+def test_done_json_names_every_artefact_with_its_hash(told: Told, tmp_path: Path) -> None:
     place = RunDir(tmp_path).iteration(1)
     write_json(place.drops, {"tied": 1})
     (place.delta).mkdir()
@@ -521,7 +525,7 @@ def test_done_json_names_every_artefact_with_its_hash(tmp_path: Path) -> None:
         },
     }
     place.done.write_text("{}")
-    with pytest.raises(UserError, match=r"done\.json: not as written: no `sha256`"):
+    with told.refused():
         place.verify(place.drops)
     place.finish(iteration=1)
     assert "done.json" not in read_json(place.done)["sha256"]
@@ -541,32 +545,23 @@ def test_metrics_rows_come_back_in_order(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"{oops\n", b"\xff\n", b"5\n", b"{}\n"])
-def test_damaged_metrics_are_one_line(tmp_path: Path, content: bytes) -> None:
+def test_damaged_metrics_are_one_line(told: Told, tmp_path: Path, content: bytes) -> None:
     run = RunDir(tmp_path)
     run.metrics.write_bytes(content)
-    with pytest.raises(UserError, match=r"metrics\.jsonl: damaged"):
+    with told.refused():
         run.read_metrics()
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, "is missing"),
-        (b"{oops", "not JSON"),
-        (b"\xff", "not JSON"),
-        (b"[1]", "not a JSON obj"),
-    ],
-)
+@pytest.mark.parametrize("content", [None, b"{oops", b"\xff", b"[1]"])
 def test_a_damaged_file_of_the_run_is_one_line(
-    tmp_path: Path, content: bytes | None, message: str
+    told: Told, tmp_path: Path, content: bytes | None
 ) -> None:
     path = tmp_path / "eval.json"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(UserError) as caught:
+    with told.refused() as caught:
         read_json(path)
-    assert str(caught.value).startswith(f"{path}: {message}")
-    assert str(caught.value).endswith("Restore it, or make the run again")
+    assert caught.value.where == str(path)
 
 
 def test_metrics_go_on_after_a_cut_at_every_byte(tmp_path: Path) -> None:
@@ -610,29 +605,29 @@ def test_a_lock_alone_does_not_make_a_directory_look_used(tmp_path: Path) -> Non
     assert sorted(path.name for path in run.path.iterdir()) == [".lock", "note.txt", "run.json"]
 
 
-def test_a_row_with_a_value_of_another_type_is_named(tmp_path: Path) -> None:
+def test_a_row_with_a_value_of_another_type_is_named(told: Told, tmp_path: Path) -> None:
     path = tmp_path / "eft.jsonl"
     row = {"prompt_id": "p", "prompt": "q", "response_id": "r", "response": "a"}
     path.write_text(json.dumps({**row, "rank": 0}) + "\n" + json.dumps({**row, "rank": "first"}))
-    with pytest.raises(UserError, match=r"row 2: `rank` is \"first\".*integer"):
+    with told.refused():
         read_records(path, RankedReply)
 
 
-def test_a_run_stays_on_the_weights_it_was_begun_on(tmp_path: Path) -> None:
+def test_a_run_stays_on_the_weights_it_was_begun_on(told: Told, tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     source = {"name": "some/base", "kind": "hub", "revision": "abc"}
     run.hold_to_base(source)
     run.hold_to_base(source)
-    with pytest.raises(UserError, match=r"begun on other weights of some/base \(revision"):
+    with told.refused():
         run.hold_to_base({**source, "revision": "def"})
-    with pytest.raises(UserError, match=r"\(sha256"):
+    with told.refused():
         run.hold_to_base({**source, "sha256": "0" * 64})
     run.base_json.write_text("{}")
-    with pytest.raises(UserError, match=r"base\.json: not as written: no `name`"):
+    with told.refused():
         run.hold_to_base(source)
 
 
-def test_a_run_goes_on_from_another_installation(tmp_path: Path) -> None:
+def test_a_run_goes_on_from_another_installation(told: Told, tmp_path: Path) -> None:
     """The shipped base lies elsewhere then; what was noted of it is where it lies now."""
     recipe, run = load_recipe("toy"), RunDir(tmp_path)
     run.open(recipe, {})
@@ -650,5 +645,5 @@ def test_a_run_goes_on_from_another_installation(tmp_path: Path) -> None:
     run.open(recipe, {})
     facts["identity"]["base"]["name"] = "/another/place/base"
     write_json(run.run_json, facts)
-    with pytest.raises(UserError, match=r"another configuration; differing: base\.name"):
+    with told.refused():
         run.open(recipe, {})

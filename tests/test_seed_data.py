@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from messages import Told
 
 from srlm_lite.errors import UserError
 from srlm_lite.preflight.inputs import check_inputs
@@ -46,70 +47,67 @@ def refusal(data: Path, *overrides: str) -> str:
 @pytest.mark.parametrize(
     ("name", "way_out"), [("ift", "anchor.use_ift"), ("eft_train", "anchor.use_eft")]
 )
-def test_a_file_without_a_row(data: Path, name: str, way_out: str) -> None:
+def test_a_file_without_a_row(told: Told, data: Path, name: str, way_out: str) -> None:
     (data / f"{name}.jsonl").write_text("\n\n")
-    assert refusal(data).startswith(f"{data}/{name}.jsonl: is empty. ")
+    told(refusal(data))
     check_inputs(load_recipe("tiny", [f"data.dir={data}", f"{way_out}=false"]))
 
 
 @pytest.mark.parametrize("key", ["prompt", "response"])
-def test_an_instruction_that_teaches_to_say_nothing(data: Path, key: str) -> None:
+def test_an_instruction_that_teaches_to_say_nothing(told: Told, data: Path, key: str) -> None:
     path = data / "ift.jsonl"
     rows = rows_of(path)
     rows[3][key] = " \n"
     write(path, rows)
-    assert refusal(data) == f"{path}: row 4 has an empty {key}"
+    told(refusal(data))
 
 
 @pytest.mark.parametrize("name", ["eft_train", "eft_eval"])
-def test_one_id_of_two_prompts(data: Path, name: str) -> None:
+def test_one_id_of_two_prompts(told: Told, data: Path, name: str) -> None:
     """Their replies would be ranked against one another."""
     path = data / f"{name}.jsonl"
     rows = rows_of(path)
     rows[1] = {**rows[1], "prompt_id": rows[0]["prompt_id"], "prompt": "another"}
     write(path, rows)
-    assert refusal(data) == f"{path}: two prompts have the id {rows[0]['prompt_id']}"
+    told(refusal(data))
 
 
 @pytest.mark.parametrize("quality", [float("nan"), float("inf")])
-def test_a_quality_that_is_no_number(data: Path, quality: float) -> None:
+def test_a_quality_that_is_no_number(told: Told, data: Path, quality: float) -> None:
     path = data / "eft_train.jsonl"
     rows = rows_of(path)
     rows[2]["quality"] = quality
     write(path, rows)
-    assert refusal(data).startswith(f"{path}: row 3: `quality` is ")
+    told(refusal(data))
 
 
-def test_two_human_answers_of_one_id(data: Path) -> None:
+def test_two_human_answers_of_one_id(told: Told, data: Path) -> None:
     """SPIN would hold a prompt's answers against another prompt's."""
     path = data / "ift.jsonl"
     rows = rows_of(path)
     rows[1]["prompt_id"] = rows[0]["prompt_id"]
     write(path, rows)
     recipe = load_recipe("toy-spin", [f"data.dir={data}", "data.ranked=null"])
-    with pytest.raises(UserError, match=f"two prompts have the id {rows[0]['prompt_id']}"):
+    with told.refused():
         read_human_answers(recipe)
 
 
-def test_too_few_prompts_for_the_last_iteration(data: Path) -> None:
+def test_too_few_prompts_for_the_last_iteration(told: Told, data: Path) -> None:
     """tiny takes 12 an iteration; the run would find out after the anchor and an iteration."""
     path = data / "prompts.jsonl"
     write(path, rows_of(path)[:23])
-    assert refusal(data) == (
-        f"{path}: has 23 prompts, and 24 are wanted: 2 iterations of prompts.per_iteration = 12. "
-        "Lower prompts.per_iteration, or give more, or set prompts.reuse=true"
-    )
+    told(refusal(data))
     check_inputs(load_recipe("tiny", [f"data.dir={data}", "prompts.reuse=true"]))
     check_inputs(load_recipe("tiny", [f"data.dir={data}", "iterations=1"]))
-    assert "and 24 are wanted: 3 it" in refusal(data, "prompts.per_iteration=8", "iterations=3")
+    told(refusal(data, "prompts.per_iteration=8", "iterations=3"))
 
 
-def test_prompts_of_the_methods_that_learn_from_human_replies(tmp_path: Path) -> None:
+def test_prompts_of_the_methods_that_learn_from_human_replies(told: Told, tmp_path: Path) -> None:
     for method in ("dpo", "spin"):
         many = ["prompts.per_iteration=9999", "prompts.reuse=false", "iterations=3"]
-        with pytest.raises(UserError, match=r"prompts, and 29997 are wanted"):
+        with told.refused():
             check_inputs(load_recipe(f"toy-{method}", many))
-    with pytest.raises(UserError, match=r"absent\.jsonl: no such file"):
+    with told.refused():
         check_inputs(load_recipe("toy-rlhf", [f"prompts.file={tmp_path}/absent.jsonl"]))
 
 
@@ -150,7 +148,9 @@ def test_a_gap_that_no_two_scores_can_have(data: Path) -> None:
 
 @pytest.mark.parametrize("name", ["ift", "eft_train", "prompts"])
 @pytest.mark.parametrize("held_out", ["eval_prompts", "eft_eval"])
-def test_a_held_out_prompt_that_is_learned_from(data: Path, name: str, held_out: str) -> None:
+def test_a_held_out_prompt_that_is_learned_from(
+    told: Told, data: Path, name: str, held_out: str
+) -> None:
     recipe = load_recipe("tiny", [f"data.dir={data}"])
     refuse_held_out_among_training(recipe)
     assert list(nearly_held_out(recipe)) == []
@@ -159,24 +159,22 @@ def test_a_held_out_prompt_that_is_learned_from(data: Path, name: str, held_out:
     held_key = "text" if held_out == "eval_prompts" else "prompt"
     text = rows_of(data / f"{held_out}.jsonl")[0][held_key]
     write(data / f"{name}.jsonl", [{**first, "prompt_id": "mine", key: text}, *rest])
-    with pytest.raises(UserError) as caught:
+    with told.refused() as caught:
         refuse_held_out_among_training(recipe)
-    line = str(caught.value)
-    assert line.startswith(f"{data}/{held_out}.jsonl: 1 of its prompts are also in {data}/{name}")
-    assert text in line
+    assert caught.value.where == f"{data}/{held_out}.jsonl"
     # The same words otherwise: told, and no mistake.
     again = f"  {text.upper()} !?"
     write(data / f"{name}.jsonl", [{**first, "prompt_id": "mine", key: again}, *rest])
     refuse_held_out_among_training(recipe)
-    [told] = nearly_held_out(recipe)
-    assert told.startswith(f"1 prompts of {data}/{name}.jsonl are held-out ones in the same words")
+    [warning] = nearly_held_out(recipe)
+    told(warning)
 
 
-def test_ranked_replies_are_learned_from(data: Path) -> None:
+def test_ranked_replies_are_learned_from(told: Told, data: Path) -> None:
     text = rows_of(data / "eval_prompts.jsonl")[0]["text"]
     row = {"prompt_id": "p", "prompt": text, "response_id": "r", "response": "a", "rank": 0}
     write(data / "mine.jsonl", [row])
-    with pytest.raises(UserError, match=r"mine\.jsonl"):
+    with told.refused():
         refuse_held_out_among_training(
             load_recipe("tiny", [f"data.dir={data}", f"data.ranked={data}/mine.jsonl"])
         )

@@ -23,7 +23,7 @@ from test_processes import anchor as anchor  # the fixture
 from test_processes import started_as_two
 
 from srlm_lite import tracking
-from srlm_lite.cli.iterate import run_iterate
+from srlm_lite.cli.iterate import Wish, run_iterate
 from srlm_lite.doctor.recipes import recipe_finding
 from srlm_lite.errors import UserError
 from srlm_lite.loop import iterate
@@ -33,7 +33,7 @@ from srlm_lite.recipe import load_recipe
 from srlm_lite.run.files import read_json, read_jsonl
 from srlm_lite.run.run import RunDir
 from srlm_lite.session import Follower, Session
-from srlm_lite.tracking import Tracking, cut_back, stage_figures, tracked
+from srlm_lite.tracking import RunTracking, cut_back, stage_figures, tracked
 
 Curves = Mapping[str, list[tuple[int, float]]]
 """Figures by name: step and value, in the order in which they came."""
@@ -95,7 +95,7 @@ def test_steps_are_counted_on_through_the_iterations(tmp_path: Path) -> None:
 
         def close(self, failed: bool) -> None: ...
 
-    tracking = Tracking(new_run(tmp_path / "out"), lambda text: None)
+    tracking = RunTracking(new_run(tmp_path / "out"), lambda text: None)
     tracking._notes["told"]["wandb"] = {"stages": 0, "steps": {}}
     tracking._places["wandb"] = Place()
     for iteration, name, steps in (
@@ -290,7 +290,7 @@ def test_a_tracker_that_failed_is_let_go_of_at_the_end(tmp_path: Path) -> None:
             raise ConnectionError("still gone")
 
     warnings: list[str] = []
-    tracking = Tracking(new_run(tmp_path / "out"), warnings.append)
+    tracking = RunTracking(new_run(tmp_path / "out"), warnings.append)
     tracking._notes["told"]["wandb"] = {"stages": 0, "steps": {}}
     tracking._places["wandb"] = Place()
     for step in (1, 2):
@@ -400,7 +400,7 @@ def test_a_run_that_is_over_tells_trackio_what_a_kill_took(tracker: str, tmp_pat
 
 
 def test_notes_are_cut_back_to_what_was_written_down() -> None:
-    """Of two rows of one stage in an iteration one is there; of 4 + 3 steps the sixth is the last,
+    """One of two rows of a stage in an iteration is there; the sixth of 4 + 3 steps is the last,
     which is the second of its training."""
     rows = [
         {"iteration": at, "stage": stage, "seconds": 1.0}
@@ -569,13 +569,7 @@ def test_a_tracker_that_is_not_installed_is_missed_before_anything_is_written(
 ) -> None:
     monkeypatch.setattr(tracking, "_is_installed", lambda name: name != "wandb")
     with pytest.raises(UserError) as caught:
-        run_iterate(
-            recipe_name="tiny",
-            directory=tmp_path / "out",
-            iterations=None,
-            overrides=["tracking.report_to=[tensorboard, wandb]"],
-            fresh=False,
-        )
+        run_iterate(Wish("tiny", tmp_path / "out", ["tracking.report_to=[tensorboard, wandb]"]))
     assert str(caught.value) == (
         "tracking.report_to = wandb: is not installed. pip install wandb, or all three: "
         "pip install 'srlm-lite[tracking]'"
@@ -599,7 +593,7 @@ def test_a_tracker_that_does_not_start_is_a_mistake_in_one_line(tmp_path: Path) 
 
 def test_fresh_forgets_what_was_told(tmp_path: Path) -> None:
     run = new_run(tmp_path / "out")
-    Tracking(run, print).open(load_recipe("toy"))
+    RunTracking(run, print).open(load_recipe("toy"))
     run.tensorboard.mkdir()
     assert run.tracking.is_file()
     run.open(load_recipe("toy"), {}, fresh=True)

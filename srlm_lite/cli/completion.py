@@ -19,8 +19,6 @@ def setting_keys(incomplete: str) -> list[str]:
 
 def overrides(incomplete: str) -> list[str]:
     """`KEY=` of each setting, and behind a key the words that it takes."""
-    from typing import Literal, get_args, get_origin
-
     from srlm_lite.explain import all_settings
 
     key, equals, typed = incomplete.partition("=")
@@ -29,8 +27,5 @@ def overrides(incomplete: str) -> list[str]:
         return [f"{name}=" for name in settings if name.startswith(key)]
     if key not in settings:
         return []
-    kind = settings[key].field.annotation
-    kinds = [kind, *get_args(kind)]
-    words = [word for one in kinds if get_origin(one) is Literal for word in get_args(one)]
-    words += ["true", "false"] if kind is bool else []
+    words = settings[key].words
     return [f"{key}={word}" for word in words if str(word).startswith(typed)]

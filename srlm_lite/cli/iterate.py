@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import typer
@@ -23,38 +24,40 @@ from srlm_lite.recipe import Recipe, as_begun, load_recipe, overridden
 from srlm_lite.report.answer import anchor_is_best, best
 from srlm_lite.report.facts import gather
 from srlm_lite.run.run import RunDir
-from srlm_lite.session import (
-    Session,
-    follow,
-    refuse_several,
-)
+from srlm_lite.session import Session, follow, refuse_several
 from srlm_lite.tracking import tracked
 
 
-def run_iterate(
-    *,
-    recipe_name: str | None,
-    directory: Path,
-    iterations: int | None,
-    overrides: Sequence[str],
-    fresh: bool,
-    planned: bool = True,
-) -> None:
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """A run as asked for; without a recipe it is that of the run which is there."""
+
+    recipe: str | None
+    directory: Path
+    overrides: Sequence[str] = ()
+    fresh: bool = False
+    planned: bool = True
+
+    def launch(self, processes: int, say: ConsoleReporter) -> tuple[Launch, RunDir]:
+        """The run as it is about to be started, and its directory."""
+        run = RunDir(self.directory)
+        recipe = _recipe(self.recipe, self.overrides, None if self.fresh else run, say)
+        return Launch(recipe, run, self.fresh, self.planned, processes), run
+
+
+def run_iterate(wish: Wish) -> None:
     """Open or resume the run, go through the loop, and close with its table."""
     processes = Processes(place())
     console = ConsoleReporter(quiet=not processes.place.leads)
-    run = RunDir(directory)
-    if iterations is not None:
-        overrides = [*overrides, f"iterations={iterations}"]
-    recipe = _recipe(recipe_name, overrides, None if fresh else run, console)
+    launch, run = wish.launch(processes.world, console)
+    recipe = launch.recipe
     refuse_several(recipe, processes.world)  # each of them knows, so none has to be told
-    launch = Launch(recipe, run, fresh, planned, processes.world, processes.shards)
     stopped: GateError | None = None
     with processes.joined(cpu=recipe.base.device == "cpu"):
         if not processes.place.leads:
             follow(processes)
             return
-        warnings = refuse(launch)
+        warnings = refuse(replace(launch, sharded=processes.shards))
         facts = {
             "versions": versions(),
             "hardware": hardware(),
@@ -63,9 +66,9 @@ def run_iterate(
             **({"sharded": True} if processes.shards else {}),
         }
         with run.locked():
-            resumed = run.is_begun and not fresh
-            run.open(recipe, facts, fresh=fresh)
-            console.say(f"{'resuming' if resumed else 'starting'} {recipe.name} in {directory}")
+            begins = "resuming" if launch.goes_on else "starting"
+            run.open(recipe, facts, fresh=wish.fresh)
+            console.say(f"{begins} {recipe.name} in {wish.directory}")
             with tracked(recipe, run, console) as tracker:
                 session = Session(recipe, run, console, processes, tracker)
                 with console, session.leading():
@@ -82,26 +85,13 @@ def run_iterate(
         console.say(line)
 
 
-def dry_run(
-    *,
-    recipe_name: str | None,
-    directory: Path,
-    iterations: int | None,
-    overrides: Sequence[str],
-    fresh: bool,
-    planned: bool,
-    as_json: bool,
-) -> None:
+def dry_run(wish: Wish, *, as_json: bool) -> None:
     """Ask all that can fail, show the answers, and write nothing; exit code 2 where one is bad."""
     at, console = place(), ConsoleReporter()
     if not at.leads:  # one of several processes answers for all
         return
-    run = RunDir(directory)
-    if iterations is not None:
-        overrides = [*overrides, f"iterations={iterations}"]
-    recipe = _recipe(recipe_name, overrides, None if fresh else run, console)
-    sharded = takes_sharding() and at.world > 1
-    launch = Launch(recipe, run, fresh, planned, at.world, sharded)
+    launch, _ = wish.launch(at.world, console)
+    launch = replace(launch, sharded=takes_sharding() and at.world > 1)
     found = list(answers(launch))
     if as_json:
         typer.echo(preflight_json(launch, found))

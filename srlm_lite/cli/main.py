@@ -89,31 +89,16 @@ def iterate(
 
     Goes on where it was when DIR holds a run of the same recipe.
     """
+    from srlm_lite.cli import iterate as command
+
+    overrides = [*(set_ or []), *([] if iterations is None else [f"iterations={iterations}"])]
+    wish = command.Wish(recipe, adapters, overrides, fresh, planned=not no_plan)
     if dry_run:
-        from srlm_lite.cli.iterate import dry_run as ask
-
-        ask(
-            recipe_name=recipe,
-            directory=adapters,
-            iterations=iterations,
-            overrides=set_ or [],
-            fresh=fresh,
-            planned=not no_plan,
-            as_json=json_,
-        )
-        return
-    if json_:
+        command.dry_run(wish, as_json=json_)
+    elif json_:
         raise UserError("goes with --dry-run", where="--json")
-    from srlm_lite.cli.iterate import run_iterate
-
-    run_iterate(
-        recipe_name=recipe,
-        directory=adapters,
-        iterations=iterations,
-        overrides=set_ or [],
-        fresh=fresh,
-        planned=not no_plan,
-    )
+    else:
+        command.run_iterate(wish)
 
 
 @app.command()
@@ -410,11 +395,19 @@ def chat(
 def doctor(
     recipe: Annotated[
         str | None,
-        typer.Option(help="Look at this recipe alone, as iterate does before it starts."),
+        typer.Option(
+            help="Look at this recipe alone, as iterate does before it starts.",
+            autocompletion=recipe_names,
+        ),
     ] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", help="With --recipe, override a setting.", metavar="KEY=VALUE"),
+        typer.Option(
+            "--set",
+            help="With --recipe, override a setting.",
+            metavar="KEY=VALUE",
+            autocompletion=overrides,
+        ),
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print all findings as JSON.")] = False,
 ) -> None:

@@ -22,6 +22,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from srlm_lite.evaluate.judge_figures import ACCURACY
 from srlm_lite.progress import Task
 
 
@@ -263,8 +264,8 @@ def _evaluation(facts: dict[str, Any]) -> str:
     parts = []
     if policy.get("gold_mean") is not None:
         parts.append(f"gold {policy['gold_mean']:.2f}")
-    if judge["pairwise_accuracy"] is not None:
-        parts.append(f"judge pairwise accuracy {judge['pairwise_accuracy']:.2f}")
+    if (accuracy := ACCURACY.of(judge)) is not None:
+        parts.append(f"judge {ACCURACY.label} {accuracy:.2f}")
     if "mean_length_chars" in policy:
         parts.append(f"mean length {policy['mean_length_chars']:.0f} characters")
     if "too_long" in policy:

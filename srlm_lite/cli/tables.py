@@ -10,6 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from srlm_lite.evaluate.judge_figures import SHORT_FIGURES
 from srlm_lite.recipe import Recipe
 from srlm_lite.run.files import read_json
 from srlm_lite.run.layout import StageDir
@@ -23,7 +24,8 @@ def closing_table(run: RunDir, recipe: Recipe) -> str:
     columns = ["model", "pairs"]
     if gold:
         columns += ["gold", "greedy"]
-    columns += ["judge acc.", "ties", "readable", "chars", "min"]
+    heads = [(one.short or one.label).replace("accuracy", "acc.") for one in SHORT_FIGURES]
+    columns += [*heads, "chars", "min"]
     places: list[tuple[str, StageDir]] = [("M1, anchor", run.anchor)]
     places += [(f"M{it.number + 1}, iteration {it.number}", it) for it in run.iterations()]
     rows = [[name, *_cells(place, gold=gold)] for name, place in places if place.is_done]
@@ -68,9 +70,7 @@ def _cells(place: StageDir, *, gold: bool) -> list[str]:
         ]
     return [
         *cells,
-        _number(judge.get("pairwise_accuracy")),
-        _number(judge.get("tie_rate")),
-        _number(judge.get("parse_rate")),
+        *(_number(one.of(judge)) for one in SHORT_FIGURES),
         _number(policy.get("mean_length_chars"), digits=0),
         _number(done["seconds"] / 60, digits=1),
     ]

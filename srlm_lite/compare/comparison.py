@@ -24,7 +24,7 @@ from srlm_lite.evaluate.head_to_head import (
     read_verdict,
     tally,
 )
-from srlm_lite.judging import fill, load_template, mean_scores
+from srlm_lite.judging import fill, load_question, mean_scores
 from srlm_lite.records import Annotation, Candidate, Prompt
 from srlm_lite.run.files import read_json, write_json, write_records
 from srlm_lite.run.layout import ComparisonDir
@@ -52,7 +52,7 @@ class CompareJudge:
         """What its verdicts depend on, beside its weights."""
         recipe = self.session.recipe
         if self.judging == "pairwise":
-            template = load_template(recipe.compare.template, *PLACES)
+            template = load_question("pairwise", recipe.compare.template)
             return {**recipe.compare.model_dump(), "template": template}
         return {**recipe.judge.model_dump(), "rubric": self.session.rubric.template}
 
@@ -63,10 +63,6 @@ class CompareJudge:
         if self.judging == "pairwise":
             return {**facts, "template": recipe.compare.template}
         return {**facts, "rubric": self.session.rubric.name, "votes": recipe.judge.votes}
-
-
-PLACES = ("prompt", "first", "second")
-"""What a pairwise template holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +202,7 @@ def _pairwise(
 ) -> list[Decision]:
     judge = comparison.judge
     recipe = judge.session.recipe
-    template = load_template(recipe.compare.template, *PLACES)
+    template = load_question("pairwise", recipe.compare.template)
     questions = []
     for prompt in prompts:
         ours, theirs = model[prompt.prompt_id].text, baseline[prompt.prompt_id].text
@@ -297,7 +293,7 @@ def _outcome(row: Annotation) -> Outcome:
 
 
 def _order_facts(annotations: Sequence[Annotation]) -> dict[str, Any]:
-    """Of a pairwise judge: in how many prompts the order decided, and how often A won."""
+    """In how many prompts the order decided a pairwise judge's verdict, and how often A won."""
     both = [row.verdicts for row in annotations if row.verdicts is not None]
     if not both:
         return {}

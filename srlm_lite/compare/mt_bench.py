@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from srlm_lite.compare.models import RunModel, digest_of, file_name
 from srlm_lite.errors import UserError
@@ -18,19 +18,21 @@ from srlm_lite.evaluate.mt_bench import (
     mt_bench,
     read_rating,
 )
-from srlm_lite.judging import fill, load_template
+from srlm_lite.judging import fill, load_question
 from srlm_lite.records import Candidate
 from srlm_lite.rollout.protocol import Limits, Request
 from srlm_lite.run.files import read_json, read_jsonl, write_json
-from srlm_lite.run.journal import Journal
 from srlm_lite.run.layout import MtBenchDir
 from srlm_lite.seeds import derive_seed
-from srlm_lite.session import Session
+from srlm_lite.session import Advance, Session
+from srlm_lite.stages.chunks import chunked, journaled
 from srlm_lite.stages.replies import candidate_of
-from srlm_lite.stages.sampling import ask, chunked, with_thought
-from srlm_lite.window import room_for_prompt
+from srlm_lite.stages.sampling import ask, draw, with_thought
+from srlm_lite.window import leaves_room
 
-PLACES = ("turn", "conversation")
+if TYPE_CHECKING:
+    from srlm_lite.model.stack import Adapter
+
 TAGS = ("user", "assistant", "reference")
 """What may stand around the texts of a conversation in the judge's question."""
 
@@ -132,7 +134,7 @@ def _place(model: RunModel, questions: Sequence[Question], judge: Session) -> Mt
         questions,
         recipe.openai.url,
         recipe.openai.model,
-        load_template(recipe.mt_bench.template, *PLACES),
+        load_question("mt-bench", recipe.mt_bench.template),
         recipe.mt_bench.judge_max_new_tokens,
     ]
     name = file_name(model.name, "by", str(recipe.openai.model), digest_of(*decides))
@@ -168,51 +170,63 @@ def _answers(
 ) -> dict[str, Candidate]:
     """Answers to turn 1, or with those to turn 2; an answer without room for it is empty."""
     session, turn = model.session, 2 if before else 1
-    chunks = [
-        group[part]
-        for _, same in groupby(questions, lambda one: TEMPERATURES.get(one.category, 0.0))
-        for group in [list(same)]
-        for part in chunked(group, session.recipe.rollout.chunk_prompts)
-    ]
-    task = session.reporter.start(f"answers, turn {turn}", len(questions), "answers")
-    room = room_for_prompt(
-        session.recipe.base.window,
-        answer=_max_new_tokens(session),
-        thought=session.thought_tokens(),
-    )
-
-    def request(question: Question) -> Request:
-        messages = [{"role": "user", "content": question.turns[0]}]
-        if before:
-            messages += [
-                {"role": "assistant", "content": before[question.question_id].text},
-                {"role": "user", "content": question.turns[1]},
-            ]
-        seed = derive_seed(session.recipe.seed, "mt-bench", turn, question.question_id)
-        return Request(tuple(session.chat.render(messages, generation=True)), (seed,))
-
-    def compute(index: int) -> list[Candidate]:
-        chunk = chunks[index]
-        limits = answer_limits(session, chunk[0].category)
-        requests = {question.question_id: request(question) for question in chunk}
-        fitting = {name: one for name, one in requests.items() if len(one.prompt_ids) <= room}
-        limits = with_thought(session, limits)
-        sampled = session.engine(model.stack()).sample(list(fitting.values()), limits)
-        found = {
-            name: candidate_of(session.chat, name, f"{name}#{turn}", one)
-            for name, [one] in zip(fitting, sampled, strict=True)
-        }
-        return [
-            found.get(name, Candidate(name, f"{name}#{turn}", "", 0, "length")) for name in requests
-        ]
-
-    journal = Journal(place.answers(turn), Candidate, lambda row: row.candidate_id)
-    rows = journal.fill(
-        [[f"{question.question_id}#{turn}" for question in chunk] for chunk in chunks],
-        compute,
-        on_chunk=lambda index, computed: task.advance(len(chunks[index])),
+    rows = journaled(
+        session,
+        _Turn(model.stack(), turn, before),
+        [
+            part
+            for _, same in groupby(questions, lambda one: TEMPERATURES.get(one.category, 0.0))
+            for part in chunked(list(same), session.recipe.rollout.chunk_prompts)
+        ],
+        kind=Candidate,
+        names=lambda question: [f"{question.question_id}#{turn}"],
+        path=place.answers(turn),
+        stage=f"answers, turn {turn}",
+        unit="answers",
+        role="policy",
     )
     return {row.prompt_id: row for row in rows}
+
+
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """Answers to a chunk of questions whose categories are sampled alike."""
+
+    stack: Sequence[Adapter]
+    turn: int
+    before: Mapping[str, Candidate]
+
+    def __call__(
+        self, session: Session, item: Sequence[Question], advance: Advance
+    ) -> list[Candidate]:
+        limits = with_thought(session, answer_limits(session, item[0].category))
+        window = session.recipe.base.window
+        requests = {one.question_id: self._request(session, one) for one in item}
+        fitting = {
+            name: request
+            for name, request in requests.items()
+            if leaves_room(len(request.prompt_ids), window, answer=limits.max_new_tokens)
+        }
+        drawn = draw(session, self.stack, "policy", fitting, limits, advance)
+        advance(len(item) - len(fitting))
+        found = {
+            name: candidate_of(session.chat, name, f"{name}#{self.turn}", sample)
+            for name, sample in drawn.items()
+        }
+        return [
+            found.get(name, Candidate(name, f"{name}#{self.turn}", "", 0, "length"))
+            for name in requests
+        ]
+
+    def _request(self, session: Session, question: Question) -> Request:
+        messages = [{"role": "user", "content": question.turns[0]}]
+        if self.before:
+            messages += [
+                {"role": "assistant", "content": self.before[question.question_id].text},
+                {"role": "user", "content": question.turns[1]},
+            ]
+        seed = derive_seed(session.recipe.seed, "mt-bench", self.turn, question.question_id)
+        return Request(tuple(session.chat.render(messages, generation=True)), (seed,))
 
 
 def _grades(
@@ -222,7 +236,7 @@ def _grades(
     place: MtBenchDir,
 ) -> list[Grade]:
     section = judge.recipe.mt_bench
-    template = load_template(section.template, *PLACES)
+    template = load_question("mt-bench", section.template)
     asked = [
         (f"{question.question_id}#{turn}", judge_question(template, question, answers[:turn]))
         for question in questions

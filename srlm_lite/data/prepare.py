@@ -31,7 +31,7 @@ from srlm_lite.data.ranked import (
     score_target,
 )
 from srlm_lite.data.sources import DataSource, read_source
-from srlm_lite.data.split import RankedPrompt, SeedData, hash_order, split
+from srlm_lite.data.split import RankedPrompt, SplitData, hash_order, split
 from srlm_lite.data.text import normalised
 from srlm_lite.errors import UserError
 from srlm_lite.records import Prompt, RankedReply, Record
@@ -72,7 +72,7 @@ class Prepared:
 
     source: DataSource
     format: Format
-    seed: SeedData = field(default_factory=SeedData)
+    seed: SplitData = field(default_factory=SplitData)
     prompts: list[Prompt] = field(default_factory=list)
     reply_ledger: Ledger = field(default_factory=Ledger)
     prompt_ledger: Ledger = field(default_factory=Ledger)

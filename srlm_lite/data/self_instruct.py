@@ -20,7 +20,7 @@ from srlm_lite.errors import UserError
 SEED_SHOTS = 6
 GENERATED_SHOTS = 2
 MAX_NEW_TOKENS = 256
-"""Of the reply to one request."""
+"""Longest reply to one request."""
 MAX_SIMILARITY = 0.7
 MIN_WORDS, MAX_WORDS = 3, 150
 MAX_SHOT_CHARS = 600

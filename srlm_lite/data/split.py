@@ -47,7 +47,7 @@ class RankedPrompt:
 
 
 @dataclass(slots=True)
-class SeedData:
+class SplitData:
     """The seed data of a run."""
 
     ift: list[Instruction] = field(default_factory=list)
@@ -61,7 +61,7 @@ def split(
     ift_share: float,
     eval_share: float,
     replies: Ledger,
-) -> SeedData:
+) -> SplitData:
     """Share prompts out between IFT, EFT for training and EFT for evaluation.
 
     A prompt whose replies are ordered can serve either part: `ift_share` of these go to IFT, the
@@ -78,7 +78,7 @@ def split(
     for_ift = _draw([prompt for prompt in ordered if prompt.has_best], ift_share, "ift")
     eft = [prompt for prompt in ordered if prompt.prompt_id not in for_ift]
     for_eval = _draw(eft, eval_share, "eval", at_least=1 if len(eft) > 1 and eval_share else 0)
-    data = SeedData()
+    data = SplitData()
     for prompt in unique:
         if prompt.is_ordered and prompt.prompt_id not in for_ift:
             part = data.eft_eval if prompt.prompt_id in for_eval else data.eft_train

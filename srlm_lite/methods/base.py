@@ -28,6 +28,7 @@ from srlm_lite.records import (
     Reply,
 )
 from srlm_lite.settings import Consistency, Dpo, Optim, Section, Shared
+from srlm_lite.window import longest_prompt
 
 S = TypeVar("S", bound=Section)
 R = TypeVar("R", bound=Record)
@@ -128,25 +129,25 @@ class Sizes:
 
     window: int
     prompt: int
-    """Of a prompt of the policy's."""
+    """A prompt of the policy's."""
     answer: int
-    """Of an answer, its thought included."""
+    """An answer, its thought included."""
     own: int
-    """Of a prompt with an answer of the policy's."""
+    """A prompt with an answer of the policy's."""
     question: int
-    """Of a judge's question."""
+    """A judge's question."""
     judgement: int
-    """Of a judge's reply, its thought included."""
+    """A judge's reply, its thought included."""
     thought: int
-    """Before any reply of the base."""
+    """A thought before any reply of the base."""
 
     def reply(self, max_new_tokens: int) -> int:
-        """Of a reply with another limit, its thought included."""
+        """A reply with another limit, its thought included."""
         return max_new_tokens + self.thought
 
     def room(self, new_tokens: int) -> int:
         """The longest question that leaves room for so many new tokens."""
-        return max(1, self.window - new_tokens)
+        return longest_prompt(self.window, answer=new_tokens, bound=self.window)
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,11 +178,11 @@ class Trains:
     section: str
     """Where the recipe sets its optimiser, dotted."""
     tokens: int
-    """Of a sequence at most; of a pair, of either reply with the prompt."""
+    """Tokens of the longest sequence; a pair has two, either reply with the prompt."""
     examples: float | None
     """Those that the whole run passes through, epochs counted; None: the data says."""
     scored: int = 0
-    """Of `rloo`: the tokens of a sequence whose logits are in memory at once."""
+    """For `rloo`: tokens of a sequence whose logits are in memory at once."""
 
 
 Phase = Draws | Trains
@@ -485,7 +486,7 @@ class Method(ABC, Generic[S]):
     Settings: ClassVar[type[Section]] = NoSettings
     """What that section holds."""
     labels: ClassVar[Mapping[str, str]] = {}
-    """Of its own settings, those that a report shows, with what they are called there."""
+    """Its own settings that a report shows, with what they are called there."""
     unshown: ClassVar[Collection[str]] = ()
     """Settings that it does not read, and that a report need not show, beside `unread`."""
     advice: ClassVar[Mapping[str, str]] = {}

@@ -25,7 +25,7 @@ from pydantic import Field
 
 from srlm_lite.errors import UserError
 from srlm_lite.evaluate.candidates import candidate_facts, vote_facts
-from srlm_lite.judging import SCORES, fill, load_template, numbered, plain_lines
+from srlm_lite.judging import SCORES, fill, load_question, numbered, plain_lines
 from srlm_lite.methods.base import (
     Case,
     Draws,
@@ -63,7 +63,7 @@ class DnoSettings(Section):
     """`side-by-side`: the judge sees all answers to a prompt at once, in an order drawn for each
     vote, as in the paper. `rubric`: each answer by itself."""
     template: Annotated[str, IsPath(shipped=TEMPLATES)] = "side-by-side"
-    """Of the side-by-side judge's prompt: name of a shipped template or a path."""
+    """The side-by-side judge's question: name of a shipped template or a path."""
     least_positive: float = 5.0
     """Lowest score of a chosen answer."""
     margin: Annotated[float, Field(gt=0)] = 2.0
@@ -201,7 +201,7 @@ class Dno(SelfRewarding[DnoSettings]):
     def preflight(self, data: SeedData) -> None:
         """The template, and the teacher's file."""
         if self.own.grading == "side-by-side":
-            load_template(self.own.template, "prompt", "responses")
+            load_question("side-by-side", self.own.template)
         if self.own.teacher not in (None, SERVER):
             data.rows(str(self.own.teacher))
 
@@ -250,7 +250,7 @@ class Dno(SelfRewarding[DnoSettings]):
         self, it: Iteration, prompts: Sequence[Prompt], candidates: Sequence[Candidate]
     ) -> list[Judgement]:
         recipe = self.recipe
-        template = load_template(self.own.template, "prompt", "responses")
+        template = load_question("side-by-side", self.own.template)
         texts = {prompt.prompt_id: prompt.text for prompt in prompts}
         groups: dict[str, list[Candidate]] = {}
         for row in candidates:

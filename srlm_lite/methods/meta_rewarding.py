@@ -28,7 +28,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from srlm_lite.judging import Rubric, fill, load_template, options, plain_lines
+from srlm_lite.judging import Rubric, fill, load_question, options, plain_lines
 from srlm_lite.methods.base import (
     TAUGHT_MORE,
     Case,
@@ -65,11 +65,11 @@ class MetaRewardingSettings(Section):
     roles: Literal["shared", "separate"] = "shared"
     """One delta for policy and judge, or one each."""
     template: Annotated[str, IsPath(shipped=TEMPLATES)] = "meta-judge"
-    """Of the meta-judge's question: name of a shipped template or a path."""
+    """The meta-judge's question: name of a shipped template or a path."""
     verdicts: tuple[str, str] = ("Winner: Judgement A", "Winner: Judgement B")
     """Last line of the meta-judge's reply where the first, or the second judgement wins."""
     max_new_tokens: Positive = 512
-    """Of the meta-judge's reply."""
+    """Longest reply of the meta-judge."""
     hide_scores: bool = False
     """Show it the judgements without their scores: it tends to choose the higher one."""
     judgement_caps: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1100, 1000)
@@ -90,7 +90,7 @@ class Battle:
 def most_disputed(
     judgements: Mapping[str, Sequence[Judgement]], rng: Random
 ) -> list[Judgement] | None:
-    """Of a prompt's answers, the readable judgements of the one whose scores vary most.
+    """The readable judgements of the answer to a prompt whose scores vary most.
 
     Ties are drawn. None where no answer has two different scores.
     """
@@ -260,7 +260,7 @@ class MetaRewarding(SelfRewarding[MetaRewardingSettings]):
 
     def preflight(self, data: SeedData) -> None:
         """The meta-judge's template."""
-        load_template(self.own.template, "first", "second")
+        load_question("meta-judge", self.own.template)
 
     def origin_of_pairs(self, it: Iteration) -> str:
         """The judge's, where it trains alone."""
@@ -362,7 +362,7 @@ class MetaRewarding(SelfRewarding[MetaRewardingSettings]):
         texts: Mapping[str, str],
     ) -> dict[str, list[Battle]]:
         own = self.own
-        template = load_template(own.template, "first", "second")
+        template = load_question("meta-judge", own.template)
         show = without_score if own.hide_scores else str
         questions = []
         for prompt_id, rows in disputed.items():

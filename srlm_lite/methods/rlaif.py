@@ -84,7 +84,7 @@ class RlaifSettings(Section):
     helpful: Annotated[float, Field(ge=0)] = 0.0
     """Rows of `ift.jsonl` that are learned beside the revisions, so many for each of them."""
     max_new_tokens: Positive = 256
-    """Of a critique, or of the rationale before a label."""
+    """Longest critique, or rationale before a label."""
     rationale: bool = False
     """The labeller gives its reasons before it names the better answer."""
     clamp: Annotated[float, Field(gt=0.5, le=1)] = 0.6
@@ -93,7 +93,7 @@ class RlaifSettings(Section):
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class ComparedAnswers:
     """Two answers to a prompt, and the principle that they are compared by."""
 
     prompt: Prompt
@@ -436,7 +436,7 @@ class Rlaif(SelfRewarding[RlaifSettings]):
     def _gold(
         self, texts: Mapping[str, str], prompt_of: Mapping[str, str], answers: Mapping[str, str]
     ) -> dict[str, float]:
-        """Of answers by the name of their draft; measured, never learned from."""
+        """Gold scores of answers, by the name of their draft; measured, never learned from."""
         return gold_scores(
             self.recipe.evaluate.gold,
             [Prompt(name, text) for name, text in texts.items()],
@@ -484,14 +484,14 @@ class Rlaif(SelfRewarding[RlaifSettings]):
         prompts: Sequence[Prompt],
         candidates: Sequence[Candidate],
         held_to: Principles,
-    ) -> Iterator[Comparison]:
+    ) -> Iterator[ComparedAnswers]:
         """The usable answers of each prompt two by two, each answer once."""
         usable, _ = self._usable(prompts, candidates)
         for prompt in (one for one in prompts if one.prompt_id in usable):
             answers = [answer for answer, _ in usable[prompt.prompt_id]]
             rng = Random(f"{self.recipe.seed}/{it.number}/labels/{prompt.prompt_id}")
             for first, second in zip(answers[::2], answers[1::2], strict=False):
-                yield Comparison(prompt, first, second, rng.choice(list(held_to.principles)))
+                yield ComparedAnswers(prompt, first, second, rng.choice(list(held_to.principles)))
 
     def _usable(
         self, prompts: Sequence[Prompt], candidates: Sequence[Candidate]
@@ -504,7 +504,7 @@ class Rlaif(SelfRewarding[RlaifSettings]):
         )
 
     def _rationales(
-        self, it: Iteration, comparisons: Sequence[Comparison], held_to: Principles
+        self, it: Iteration, comparisons: Sequence[ComparedAnswers], held_to: Principles
     ) -> dict[str, str | None]:
         replies = it.ask(
             [
@@ -522,11 +522,11 @@ class Rlaif(SelfRewarding[RlaifSettings]):
     def _likelihoods(
         self,
         it: Iteration,
-        comparisons: Sequence[Comparison],
+        comparisons: Sequence[ComparedAnswers],
         held_to: Principles,
         rationales: Mapping[str, str | None],
     ) -> dict[str, Likelihood]:
-        """Of both options as the end of the reply; what they have in common cancels out later."""
+        """How likely either option ends the reply; what they have in common cancels out later."""
         question = "reasoning" if self.own.rationale else "comparison"
         questions, replies = [], []
         for one in comparisons:
@@ -557,7 +557,7 @@ class Rlaif(SelfRewarding[RlaifSettings]):
 
 
 def _question(
-    held_to: Principles, question: str, one: Comparison, a: Candidate, b: Candidate
+    held_to: Principles, question: str, one: ComparedAnswers, a: Candidate, b: Candidate
 ) -> str:
     return held_to.ask(question, one.principle, prompt=one.prompt.text, first=a.text, second=b.text)
 

@@ -363,10 +363,8 @@ def training(
     if kind == "rloo":
         logits = rows * scored * shape.vocabulary * 4 * c
     within = passing_by + (layer if checkpointing else 0) + held.scratch
-    if kind in (
-        "dpo",
-        "rloo",
-    ):  # the reference's pass, which keeps nothing, beside what the policy's keeps
+    if kind in ("dpo", "rloo"):
+        # The reference's pass, which keeps nothing, beside what the policy's keeps.
         within = max(within, count * passing(held) + held.scratch)
     copies = {"dpo": 2, "rloo": 3}.get(kind, 1) * 4 + (c if held.mixed else 0)
     return {

@@ -39,10 +39,10 @@ from srlm_lite.window import longest_prompt
 PARTS = ("base", "adapters", "optimizer", "activations", "kv_cache", "logits", "libraries")
 USABLE: Mapping[Device, float] = {"cuda": 0.95, "cpu": 1.0}
 """Share of a device's memory that a plan may fill; a GPU's allocator loses some to fragments."""
+_LIKE: Mapping[str, str] = {"sft": "anchor SFT", "dpo": "DPO"}
+"""For each kind of training, a phase whose rate stands for it."""
 HERE = ENGINES["transformers"]
 """The engine that is advised where another one takes too much."""
-_LIKE: Mapping[str, str] = {"sft": "anchor SFT", "dpo": "DPO"}
-"""Of each kind of training, a phase whose rate stands for it."""
 _LEAST_WINDOW = 512
 """Shorter ones are not advised: a judge's question takes most of that."""
 _TEXTS = 6

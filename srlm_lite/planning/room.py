@@ -10,13 +10,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from srlm_lite.data.self_instruct import MAX_NEW_TOKENS
+from srlm_lite.engines import kind_of
 from srlm_lite.planning.lengths import TEMPLATE, longest, prompt_texts
 from srlm_lite.planning.probe import prompt_tokens
 from srlm_lite.settings import Shared
+from srlm_lite.window import room_for_prompt
 
 BYTES_A_TOKEN = 4
 """Roughly, of English text: for what no tokenizer is here to count."""
-SELF_WRITTEN = 256
+SELF_WRITTEN = MAX_NEW_TOKENS
 """Tokens of a reply in which the anchor writes new prompts, and of a prompt of its own at most."""
 
 
@@ -42,7 +45,7 @@ class Room:
     """At most, for a judge's question to fit the window."""
     rubric: int
     judgement: int
-    """Of a judge's reply, for which its question leaves room."""
+    """Tokens of a judge's reply, for which its question leaves room."""
     answer: int
     """`rollout.max_new_tokens`."""
     window: int
@@ -79,11 +82,12 @@ def room_of(
         held_out: The same of the evaluation, whose answers are judged as well.
         thought: Before every answer and judgement.
     """
-    if (recipe.judge.engine or recipe.rollout.engine) == "openai":
+    if kind_of(recipe, "judge").remote:
         return None
     window, answer = recipe.base.window, recipe.rollout.max_new_tokens
     judgement = recipe.judge.max_new_tokens + thought
-    admitted = Counted(max(0, window - thought - answer), exact=True)
+    longest_asked = room_for_prompt(window, answer=answer, thought=thought)
+    admitted = Counted(max(0, longest_asked), exact=True)
 
     def within(counted: Counted | None) -> tuple[int, bool, bool]:
         found = counted or admitted
@@ -97,7 +101,7 @@ def room_of(
     which, (tokens, known, exact) = max(asked, key=lambda one: one[1][0])
     return Room(
         sampled=tokens + answer,
-        judged=window - judgement - rubric.tokens,
+        judged=room_for_prompt(window, answer=judgement) - rubric.tokens,
         rubric=rubric.tokens,
         judgement=judgement,
         answer=answer,

@@ -5,11 +5,11 @@ from __future__ import annotations
 from itertools import islice
 
 from srlm_lite.errors import UserError
+from srlm_lite.methods import method_of
 from srlm_lite.preflight.launch import Launch, Seen
-from srlm_lite.preflight.method import prompts_of_method
 from srlm_lite.session import import_backend, refuse_absent_base, refuse_unexportable
 from srlm_lite.settings import LORA_TARGETS
-from srlm_lite.stages.seed_data import check_window
+from srlm_lite.stages.seed_data import FilesOfRecipe, check_window
 from srlm_lite.window import leaves_room
 
 
@@ -67,16 +67,16 @@ def prompts_that_fit(launch: Launch) -> Seen:
         return Seen("not known before the base is loaded", asked=False)
     thought = recipe.rollout.max_thought_tokens if chat.thinks else 0
     check_window(recipe, thought=thought)
-    found = prompts_of_method(recipe)
-    if found is None:
+    pool = method_of(recipe).pool(FilesOfRecipe(recipe))
+    if pool is None:
         return Seen("the anchor writes them", asked=False)
-    texts, path = found
+    listed, path = pool
     wanted = (1 if recipe.prompts.reuse else recipe.iterations) * recipe.prompts.per_iteration
     answer, whole = recipe.rollout.max_new_tokens, recipe.base.window
     fitting = (
-        text
-        for text in texts
-        if leaves_room(len(chat.prompt_ids(text)), whole, answer=answer, thought=thought)
+        prompt
+        for prompt in listed
+        if leaves_room(len(chat.prompt_ids(prompt.text)), whole, answer=answer, thought=thought)
     )
     count = sum(1 for _ in islice(fitting, wanted))
     if count < wanted:

@@ -9,11 +9,12 @@ from srlm_lite.errors import UserError
 from srlm_lite.evaluate import ifeval
 from srlm_lite.evaluate.gold import load_gold
 from srlm_lite.judging import load_rubric
+from srlm_lite.methods import method_of
 from srlm_lite.preflight.launch import Launch, Seen
-from srlm_lite.preflight.method import check_method, prompts_of_method
 from srlm_lite.recipe import Recipe
 from srlm_lite.shipped import CHAT_TEMPLATES, shipped_text
 from srlm_lite.stages.seed_data import (
+    FilesOfRecipe,
     check_window,
     data_file,
     ifeval_tasks,
@@ -101,7 +102,7 @@ def held_out(launch: Launch) -> Seen:
 
 def method(launch: Launch) -> Seen:
     """What the method alone reads."""
-    check_method(launch.recipe)
+    method_of(launch.recipe).preflight(FilesOfRecipe(launch.recipe))
     return Seen(launch.recipe.method)
 
 
@@ -119,12 +120,12 @@ def prompts(launch: Launch) -> Seen:
     recipe = launch.recipe
     if not recipe.iterations:
         return Seen("no iterations", asked=False)
-    found = prompts_of_method(recipe)
-    if found is None:
+    pool = method_of(recipe).pool(FilesOfRecipe(recipe))
+    if pool is None:
         return Seen("the anchor writes them", asked=False)
-    texts, path = found
-    wanted = prompts_suffice(recipe, len(texts), path)
-    return Seen(f"{len(texts):,}, and {wanted:,} are wanted")
+    listed, path = pool
+    wanted = prompts_suffice(recipe, len(listed), path)
+    return Seen(f"{len(listed):,}, and {wanted:,} are wanted")
 
 
 INPUTS = (engines, judge, files, data, method, window, prompts)

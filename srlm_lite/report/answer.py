@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from srlm_lite.evaluate.gate import Best, best_model, findings
+from srlm_lite.evaluate.judge_figures import ACCURACY, TIES
 from srlm_lite.evaluate.reading import anchor_doubts, doubts
-from srlm_lite.report.facts import Duel, Estimate, Facts, Model
+from srlm_lite.report.facts import Duel, Estimate, Facts, ModelFacts
 from srlm_lite.settings import Gate
 
 LENGTH_GROWTH = 1.3
@@ -53,7 +54,7 @@ def answer(facts: Facts) -> Headline:
     )
 
 
-def best(facts: Facts) -> Model | None:
+def best(facts: Facts) -> ModelFacts | None:
     """The finished iteration of the best answers, or the last one where nothing tells them apart.
 
     None before one has been measured.
@@ -72,13 +73,13 @@ def anchor_is_best(facts: Facts) -> bool:
     return found is not None and not models[found.place].number
 
 
-def _ranked(facts: Facts) -> tuple[list[Model], Best | None]:
+def _ranked(facts: Facts) -> tuple[list[ModelFacts], Best | None]:
     """The finished models, and the best of them as the run's end names it."""
     models = [model for model in facts.measured if model.is_done]
     return models, best_model([_evaluation(model) for model in models], _gate(facts))
 
 
-def _evaluation(model: Model) -> Mapping[str, Any]:
+def _evaluation(model: ModelFacts) -> Mapping[str, Any]:
     return {"judge": model.judge, "policy": model.policy}
 
 
@@ -115,7 +116,7 @@ def _improvement(facts: Facts) -> tuple[Improved, str, tuple[str, ...]]:
 
 
 def _by_grades(
-    first: Model, chosen: Model, details: list[str]
+    first: ModelFacts, chosen: ModelFacts, details: list[str]
 ) -> tuple[Improved, str, tuple[str, ...]]:
     """Without gold and without a head to head there is only what a judge of the run says."""
     unknown = "Not known: the recipe names no gold scorer, and the judge's own grades cannot tell."
@@ -130,7 +131,7 @@ def _by_grades(
     return "unknown", f"Not known from outside; {graded}.", (*details, advice)
 
 
-def _duel(facts: Facts, model: Model) -> Duel | None:
+def _duel(facts: Facts, model: ModelFacts) -> Duel | None:
     """A head to head of the model with the anchor: by a judge from outside, if there is one.
 
     Of several by such judges, the one on the most prompts: a trial on a few tells least.
@@ -145,7 +146,7 @@ def _is_of_the_run(duel: Duel) -> bool:
 
 
 def _by_duel(
-    duel: Duel, rate: Estimate, model: Model, details: list[str]
+    duel: Duel, rate: Estimate, model: ModelFacts, details: list[str]
 ) -> tuple[Improved, str, tuple[str, ...]]:
     wins = f"{model.name} wins {rate.value:.0f}% of the prompts against M1"
     if rate.low is not None and rate.high is not None:
@@ -172,15 +173,15 @@ def interval(estimate: Estimate) -> str:
     return f" (95% interval {estimate.low:+.2f} to {estimate.high:+.2f})"
 
 
-def _standing(model: Model) -> str:
+def _standing(model: ModelFacts) -> str:
     gold = f"gold score {model.gold.value:.2f}" if model.gold else "no gold score"
-    accuracy = model.judge.get("pairwise_accuracy")
+    accuracy = ACCURACY.of(model.judge)
     return f"{model.name}: {gold}" + (
-        f", judge's pairwise accuracy {accuracy:.2f}" if accuracy is not None else ""
+        f", judge's {ACCURACY.label} {accuracy:.2f}" if accuracy is not None else ""
     )
 
 
-def _sides(first: Model, chosen: Model) -> list[str]:
+def _sides(first: ModelFacts, chosen: ModelFacts) -> list[str]:
     """Other figures from the first to the chosen model."""
     found = []
     if first.greedy_gold and chosen.greedy_gold:
@@ -192,11 +193,8 @@ def _sides(first: Model, chosen: Model) -> list[str]:
     found += _change(
         first.policy, chosen.policy, "anchor_score", "its answers, graded by the anchor:", 2
     )
-    for key, name, digits in (
-        ("pairwise_accuracy", "as judge: pairwise accuracy", 2),
-        ("tie_rate", "as judge: ties", 2),
-    ):
-        found += _change(first.judge, chosen.judge, key, name, digits)
+    for one in (ACCURACY, TIES):
+        found += _change(first.judge, chosen.judge, one.key, f"as judge: {one.label}", 2)
     found += _change(
         first.policy, chosen.policy, "mean_length_chars", "length of its answers, characters", 0
     )

@@ -8,7 +8,8 @@ from random import Random
 from statistics import fmean
 from typing import Any, Literal
 
-from srlm_lite.report.facts import Curve, Estimate, Facts, Iteration, Model, figure
+from srlm_lite.evaluate.judge_figures import READABLE, TIES, figures_of, notes
+from srlm_lite.report.facts import Curve, Estimate, Facts, IterationFacts, ModelFacts, figure
 
 Kind = Literal["lines", "curves", "bars", "stack", "points"]
 
@@ -157,7 +158,7 @@ def _drawn(*charts: Chart | None) -> tuple[Chart, ...]:
 
 
 def _over_models(
-    facts: Facts, name: str, value: Callable[[Model], Estimate | None]
+    facts: Facts, name: str, value: Callable[[ModelFacts], Estimate | None]
 ) -> Series | None:
     """A value of every measured model, the base before them; None where no model has it."""
     models = [model for model in facts.models if model.evaluation]
@@ -178,7 +179,7 @@ def _lines(
     slug: str,
     title: str,
     y_label: str,
-    values: Sequence[tuple[str, Callable[[Model], Estimate | None]]],
+    values: Sequence[tuple[str, Callable[[ModelFacts], Estimate | None]]],
     **more: Any,
 ) -> Chart | None:
     found = [_over_models(facts, name, value) for name, value in values]
@@ -204,7 +205,7 @@ def _criteria(facts: Facts) -> Chart | None:
     if len(names) < 2:
         return None
 
-    def points(name: str) -> Callable[[Model], Estimate | None]:
+    def points(name: str) -> Callable[[ModelFacts], Estimate | None]:
         return lambda model: Estimate.of(
             (model.policy.get("gold_by_criterion") or {}).get(name), None
         )
@@ -325,12 +326,12 @@ def _by_iteration(name: str, values: Mapping[int, Estimate]) -> Series:
     )
 
 
-def _figure(key: str) -> Callable[[Model], Estimate | None]:
+def _figure(key: str) -> Callable[[ModelFacts], Estimate | None]:
     """A figure of the judge."""
     return lambda model: figure(model.judge, key)
 
 
-def _own_accuracy(model: Model) -> float | None:
+def _own_accuracy(model: ModelFacts) -> float | None:
     """Accuracy of what ordered the candidates from which this model was trained."""
     known = [model.stages.get(stage, {}) for stage in ("judgements", "delta")]
     values = [row.get("gold_pairwise_accuracy") for row in known]
@@ -343,13 +344,8 @@ def _agreement(facts: Facts) -> Chart | None:
         "agreement",
         "Agreement with the right order",
         "share",
-        [
-            ("pairwise accuracy", _figure("pairwise_accuracy")),
-            ("exact match", _figure("exact_match")),
-            ("5-best", _figure("five_best")),
-        ],
-        note="Pairwise accuracy: pairs of replies in the right order, ties half. Exact match: "
-        "prompts whose whole order is right. 5-best: replies with the top score that are best.",
+        [(one.label, _figure(one.key)) for one in figures_of("agreement")],
+        note=notes("agreement"),
         y_range=(0, 1),
     )
     own = [
@@ -369,15 +365,15 @@ def _correlation(facts: Facts) -> Chart | None:
         "correlation",
         "Rank correlation",
         "correlation",
-        [("Spearman", _figure("spearman")), ("Kendall", _figure("kendall"))],
+        [(one.label, _figure(one.key)) for one in figures_of("correlation")],
         note="Of scores with the right order, for each prompt, averaged.",
         y_range=(-0.25, 1),
     )
 
 
 def _lost_votes(facts: Facts) -> Chart | None:
-    def unreadable(model: Model) -> Estimate | None:
-        rate = model.judge.get("parse_rate")
+    def unreadable(model: ModelFacts) -> Estimate | None:
+        rate = READABLE.of(model.judge)
         return None if rate is None else Estimate(1 - rate)
 
     return _lines(
@@ -385,8 +381,8 @@ def _lost_votes(facts: Facts) -> Chart | None:
         "lost-votes",
         "Ties and unreadable votes",
         "share",
-        [("ties", _figure("tie_rate")), ("unreadable", unreadable)],
-        note="Ties: pairs of replies that it scores equal.",
+        [(TIES.label, _figure(TIES.key)), ("unreadable", unreadable)],
+        note=f"Ties: {TIES.note}.",
         y_range=(0, 1),
     )
 
@@ -429,7 +425,7 @@ def _histograms(facts: Facts) -> list[Chart]:
     return charts
 
 
-def _length_against_score(iteration: Iteration, score: str) -> Chart | None:
+def _length_against_score(iteration: IterationFacts, score: str) -> Chart | None:
     scored = sorted(iteration.scored)
     if len(scored) < 10:
         return None

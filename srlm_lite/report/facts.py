@@ -121,7 +121,7 @@ class Pair:
 
 
 @dataclass(frozen=True, slots=True)
-class Iteration:
+class IterationFacts:
     """What the stages of one iteration made, before the model that it ends with."""
 
     number: int
@@ -142,7 +142,7 @@ class Iteration:
 
 
 @dataclass(frozen=True, slots=True)
-class Model:
+class ModelFacts:
     """One model of the run: the bare base, the anchor, or what an iteration ended with."""
 
     number: int | None
@@ -152,7 +152,7 @@ class Model:
     stages: Mapping[str, Mapping[str, Any]]
     """Rows of `metrics.jsonl` that led to it, by stage."""
     is_done: bool
-    iteration: Iteration | None = None
+    iteration: IterationFacts | None = None
     counts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     """The counts in `done.json`, by stage."""
 
@@ -261,7 +261,7 @@ class Facts:
     """The recipe as run, as in `run.json`."""
     run: Mapping[str, Any]
     """`run.json`."""
-    models: tuple[Model, ...]
+    models: tuple[ModelFacts, ...]
     """Those of which there is anything yet, in order; the base where it has been measured."""
     duels: tuple[Duel, ...] = ()
     """Head to heads of its models and others, as `srlm-lite compare` has left them."""
@@ -287,7 +287,7 @@ class Facts:
         return None if name is None else str(name)
 
     @property
-    def iterations(self) -> list[Iteration]:
+    def iterations(self) -> list[IterationFacts]:
         """Those that have begun."""
         return [model.iteration for model in self.models if model.iteration]
 
@@ -297,7 +297,7 @@ class Facts:
         return [pair for iteration in self.iterations for pair in iteration.pairs]
 
     @property
-    def measured(self) -> list[Model]:
+    def measured(self) -> list[ModelFacts]:
         """The anchor and what came of it, as far as there is an evaluation."""
         return [model for model in self.models if model.evaluation and model.number is not None]
 
@@ -346,7 +346,7 @@ def gather(run: RunDir, *, last: int | None = None, texts: bool = True) -> Facts
     for place in run.iterations():
         if last is None or place.number <= last:
             stages = rows.get(place.number, {})
-            iteration = _iteration(place, votes) if texts else Iteration(place.number)
+            iteration = _iteration(place, votes) if texts else IterationFacts(place.number)
             models.append(_model(place.number, place, stages, iteration))
     results = [read_json(place.result) for place in run.comparisons.finished()]
     duels = tuple(Duel(one["model"], one["baseline"], one["judge"]["name"], one) for one in results)
@@ -357,18 +357,18 @@ def _model(
     number: int | None,
     place: StageDir,
     stages: Mapping[str, Mapping[str, Any]],
-    iteration: Iteration | None = None,
-) -> Model:
+    iteration: IterationFacts | None = None,
+) -> ModelFacts:
     evaluation = {}
     if place.evaluation.is_file():
         evaluation = read_json(place.evaluation, judge=dict, policy=dict)
     counts = read_json(place.done, counts=dict)["counts"] if place.is_done else {}
-    return Model(number, evaluation, stages, place.is_done, iteration, counts)
+    return ModelFacts(number, evaluation, stages, place.is_done, iteration, counts)
 
 
 def _iteration(
     place: IterationDir, votes: dict[int, dict[str, tuple[Judgement, ...]]]
-) -> Iteration:
+) -> IterationFacts:
     """An iteration, with candidates and votes that have led to pairs: before, files still grow.
 
     Args:
@@ -377,7 +377,7 @@ def _iteration(
     prompts = read_records(place.prompts, Prompt) if place.prompts.is_file() else []
     curves = tuple(_curves(place))
     if not place.pairs.is_file():
-        return Iteration(place.number, len(prompts), curves=curves)
+        return IterationFacts(place.number, len(prompts), curves=curves)
     judged = read_records(place.judgements, Judgement) if place.judgements.is_file() else []
     future = place.future_judgements
     votes[place.number] = by_candidate(
@@ -387,7 +387,7 @@ def _iteration(
     candidates = [row for path in place.judged_candidates for row in read_records(path, Candidate)]
     scores = mean_scores(judged, min_votes=1)
     scored = [(len(row.text), scores.get(row.candidate_id)) for row in candidates]
-    return Iteration(
+    return IterationFacts(
         number=place.number,
         n_prompts=len(prompts),
         pairs=tuple(_pairs(place, read_records(place.pairs, PreferencePair), votes)),

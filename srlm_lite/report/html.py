@@ -18,12 +18,13 @@ import yaml
 
 from srlm_lite.errors import UserError
 from srlm_lite.evaluate.gold import Gold, load_gold
+from srlm_lite.evaluate.judge_figures import JUDGE_FIGURES, JudgeFigure
 from srlm_lite.evaluate.reading import KINDS, first_loss
 from srlm_lite.methods import METHODS, own_settings
 from srlm_lite.report.answer import answer, duration, hardware
 from srlm_lite.report.charts import groups, number
 from srlm_lite.report.draw import svg
-from srlm_lite.report.facts import Duel, Estimate, Facts, Model, used_settings
+from srlm_lite.report.facts import Duel, Estimate, Facts, ModelFacts, used_settings
 from srlm_lite.report.pack import Packed, pack
 
 MOST_BYTES = 5_000_000
@@ -49,7 +50,7 @@ KEY_SETTINGS = (
     ("dpo.learning_rate", "learning rate"),
     ("dpo.epochs", "epochs"),
 )
-"""Of all methods; one's own are its `labels`."""
+"""The settings of all methods; one's own are its `labels`."""
 
 
 def html(facts: Facts) -> str:
@@ -142,27 +143,22 @@ def _state(facts: Facts) -> str:
     return text + ". Run the report again later for the rest."
 
 
-Cell = Callable[[Model], str]
+Cell = Callable[[ModelFacts], str]
+_HYPHEN = "\N{NON-BREAKING HYPHEN}"
 
 
 def _columns(facts: Facts) -> list[tuple[str, Cell]]:
     """Columns of the table of models: a name, and the cell of a model."""
 
-    def judged(key: str) -> Cell:
-        return lambda model: number(model.judge.get(key))
+    def judged(one: JudgeFigure) -> Cell:
+        return lambda model: number(one.of(model.judge))
 
     columns: list[tuple[str, Cell]] = []
     if facts.gold_name:
         columns += [("gold", lambda m: _with_bounds(m.gold))]
         columns += [("gold, greedy", lambda m: _with_bounds(m.greedy_gold))]
     columns += [
-        ("pairwise accuracy", judged("pairwise_accuracy")),
-        ("5\N{NON-BREAKING HYPHEN}best", judged("five_best")),
-        ("exact match", judged("exact_match")),
-        ("Spearman", judged("spearman")),
-        ("Kendall", judged("kendall")),
-        ("ties", judged("tie_rate")),
-        ("readable", judged("parse_rate")),
+        *((one.label.replace("-", _HYPHEN), judged(one)) for one in JUDGE_FIGURES),
         ("characters", lambda m: number(m.policy.get("mean_length_chars"), 0)),
         ("cut off", lambda m: number(m.policy.get("truncated_rate"))),
         *([] if facts.words.why_no_pairs else [("pairs", _pairs)]),
@@ -171,7 +167,7 @@ def _columns(facts: Facts) -> list[tuple[str, Cell]]:
     return columns
 
 
-def _pairs(model: Model) -> str:
+def _pairs(model: ModelFacts) -> str:
     return f"{len(model.iteration.pairs):,}" if model.iteration else ""
 
 
@@ -202,7 +198,7 @@ def _duel(duel: Duel) -> tuple[str, ...]:
     )
 
 
-def _others(model: Model) -> list[tuple[str, str, str]]:
+def _others(model: ModelFacts) -> list[tuple[str, str, str]]:
     """What an evaluation has beside the judge's and the policy's figures."""
     found: list[tuple[str, str, str]] = []
 
@@ -219,7 +215,7 @@ def _others(model: Model) -> list[tuple[str, str, str]]:
     return [*_read(model), *found]
 
 
-def _read(model: Model) -> Iterator[tuple[str, str, str]]:
+def _read(model: ModelFacts) -> Iterator[tuple[str, str, str]]:
     """What the anchor began from: how the base reads its data, and the losses of its training."""
     for what in KINDS:
         if measured := model.stages.get("base", {}).get(what):

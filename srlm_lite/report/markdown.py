@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from srlm_lite.evaluate.judge_figures import SHORT_FIGURES
 from srlm_lite.report.answer import Headline, answer, worries
 from srlm_lite.report.charts import number
-from srlm_lite.report.facts import Facts, Model
+from srlm_lite.report.facts import Facts, ModelFacts
 from srlm_lite.shipped import short_base
 
 
@@ -35,7 +36,12 @@ def markdown(facts: Facts) -> str:
 def measured(facts: Facts) -> str:
     """The table of the run's models, and what its columns mean."""
     gold = facts.gold_name
-    names = ["model", "pairs", *(["gold"] if gold else []), "judge accuracy", "ties", "readable"]
+    names = [
+        "model",
+        "pairs",
+        *(["gold"] if gold else []),
+        *(one.short or one.label for one in SHORT_FIGURES),
+    ]
     names.append("mean length, characters")
     lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
     for model in facts.models:
@@ -43,7 +49,7 @@ def measured(facts: Facts) -> str:
         cells = [model.name, "" if model.n_pairs is None else str(model.n_pairs)]
         if gold:
             cells.append(_gold(model))
-        cells += [number(judge.get(key)) for key in ("pairwise_accuracy", "tie_rate", "parse_rate")]
+        cells += [number(one.of(judge)) for one in SHORT_FIGURES]
         cells.append(number(policy.get("mean_length_chars"), 0))
         lines.append("| " + " | ".join(cells) + " |")
     notes = (
@@ -61,7 +67,7 @@ def warned_of(facts: Facts) -> str:
     return "## Warnings\n\n" + "\n".join(f"- {text}" for text in found) if found else ""
 
 
-def _gold(model: Model) -> str:
+def _gold(model: ModelFacts) -> str:
     gold = model.gold
     if gold is None:
         return ""

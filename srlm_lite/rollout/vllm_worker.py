@@ -36,16 +36,16 @@ class Start:
     """The first message to the worker; `Ready` or `Failed` answers it."""
 
     options: Mapping[str, Any]
-    """Of vLLM's `EngineArgs`."""
+    """Fields of vLLM's `EngineArgs`."""
     chat: ChatFormat
     cpu_memory: float
     """Share of the free memory that the key-value cache may take, where vLLM runs on a CPU."""
     token_bytes: int
-    """Of one token's keys and values; the cache on a CPU takes no more than a full batch needs."""
+    """Bytes of a token's keys and values; a CPU's cache takes no more than a full batch needs."""
 
 
 @dataclass(frozen=True, slots=True)
-class Lora:
+class LoraFiles:
     """A LoRA directory. Neither number nor path ever comes again with other weights: vLLM keeps
     adapters by number, and its prefix cache by name and path."""
 
@@ -54,12 +54,12 @@ class Lora:
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class SamplingWork:
     """Requests to sample; `Finished` for each sample, then `Done` or `Failed`, answer it."""
 
     requests: Sequence[Request]
     limits: Limits
-    lora: Lora | None
+    lora: LoraFiles | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """All samples of a `Work` have been sent."""
+    """All samples of a `SamplingWork` have been sent."""
 
     cached_tokens: int
     """Prompt tokens, summed over the samples, that the prefix cache had."""
@@ -156,7 +156,7 @@ class Sampler:
         self._ends = Ends(start.chat)
         self._added = 0
 
-    def run(self, work: Work) -> Iterator[Finished | Done]:
+    def run(self, work: SamplingWork) -> Iterator[Finished | Done]:
         """Samples as they end, and then the end."""
         going = self._add(work)
         cached = 0
@@ -177,7 +177,7 @@ class Sampler:
                 yield Finished(row.request, row.place, self._sample(row, row.finish_reason))
         yield Done(cached)
 
-    def _add(self, work: Work) -> dict[str, _Row]:
+    def _add(self, work: SamplingWork) -> dict[str, _Row]:
         from vllm import SamplingParams
         from vllm.lora.request import LoRARequest
         from vllm.sampling_params import RequestOutputKind

@@ -15,22 +15,12 @@ from srlm_lite.run.files import R, checked, jsonl_line, write_atomically
 class Journal:
     """A JSONL file that grows by chunks, each on disk before the next one starts.
 
-    A chunk is known by the keys of its rows, in order. `fill` computes the chunks that the file
+    A chunk is known by the keys of its rows, in order. `stream` computes the chunks that the file
     does not hold whole yet, after cutting off whatever a killed run left behind them.
     """
 
     def __init__(self, path: Path, kind: type[R], key: Callable[[Any], str]) -> None:
         self.path, self._kind, self._key = path, kind, key
-
-    def fill(
-        self,
-        chunks: Sequence[Sequence[str]],
-        compute: Callable[[int], Sequence[Record]],
-        *,
-        on_chunk: Callable[[int, bool], None] = lambda index, computed: None,
-    ) -> list[Any]:
-        """`stream`, with `compute` making the rows of chunk i."""
-        return self.stream(chunks, lambda missing: map(compute, missing), on_chunk=on_chunk)
 
     def stream(
         self,

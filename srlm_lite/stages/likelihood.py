@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from srlm_lite.records import Candidate, Likelihood, Prompt
-from srlm_lite.run.journal import Journal
 from srlm_lite.session import Advance, Session
+from srlm_lite.stages.chunks import chunked, journaled
 from srlm_lite.stages.replies import learned_ids
-from srlm_lite.stages.sampling import chunked, skip
 
 if TYPE_CHECKING:
     from srlm_lite.model.stack import Adapter
@@ -39,19 +38,18 @@ def candidate_likelihoods(
         for row in candidates
         if row.text
     }
-    fitting = [name for name, one in examples.items() if len(one) <= recipe.base.window]
-    slices = chunked(fitting, recipe.rollout.chunk_prompts * recipe.rollout.n)
-    chunks = [fitting[part] for part in slices]
-    stage = ", ".join(path.stem.split("_", 1))
-    task = session.reporter.start(stage, len(fitting), "candidates")
-
-    def compute(missing: Sequence[int]) -> Iterator[list[Likelihood]]:
-        items = [{name: examples[name] for name in chunks[index]} for index in missing]
-        return session.share_out(_Read(stack), items, advance=task.advance)
-
+    fitting = [named for named in examples.items() if len(named[1]) <= recipe.base.window]
     path.parent.mkdir(parents=True, exist_ok=True)
-    journal = Journal(path, Likelihood, lambda row: row.candidate_id)
-    rows: list[Likelihood] = journal.stream(chunks, compute, on_chunk=skip(task, chunks))
+    rows = journaled(
+        session,
+        _Read(stack),
+        chunked(fitting, recipe.rollout.chunk_prompts * recipe.rollout.n),
+        kind=Likelihood,
+        names=lambda named: named[:1],
+        path=path,
+        stage=", ".join(path.stem.split("_", 1)),
+        unit="candidates",
+    )
     return {row.candidate_id: row for row in rows}
 
 
@@ -62,7 +60,7 @@ class _Read:
     stack: Sequence[Adapter]
 
     def __call__(
-        self, session: Session, item: Mapping[str, Example], advance: Advance
+        self, session: Session, item: Sequence[tuple[str, Example]], advance: Advance
     ) -> list[Likelihood]:
         from srlm_lite.training.likelihood import log_likelihoods
 
@@ -70,12 +68,12 @@ class _Read:
             session.slot,
             session.base,
             self.stack,
-            list(item.values()),
+            [example for _, example in item],
             # As many as DPO holds at once, and that with gradients.
             batch_rows=2 * session.recipe.dpo.micro_batch_size,
             on_rows=advance,
         )
         return [
             Likelihood(name, round(value, 4), len(row.target_ids))
-            for (name, row), value in zip(item.items(), values, strict=True)
+            for (name, row), value in zip(item, values, strict=True)
         ]

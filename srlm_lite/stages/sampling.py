@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,13 +17,12 @@ from srlm_lite.judging import (
     score_line_complete,
     whole_scores,
 )
-from srlm_lite.progress import Task
 from srlm_lite.records import Candidate, Judgement, Prompt, Reply
 from srlm_lite.rollout.protocol import Limits, Request, Sample, StopRule
-from srlm_lite.run.journal import Journal
 from srlm_lite.seeds import derive_seed
 from srlm_lite.session import Advance, Session
 from srlm_lite.settings import Sampling
+from srlm_lite.stages.chunks import chunked, journaled
 from srlm_lite.stages.replies import candidate_of, reply_of, split
 from srlm_lite.window import leaves_room
 
@@ -36,11 +35,6 @@ ReplyToJudge = tuple[str, str, str]
 
 ALTERNATIVES = 20
 """Tokens looked at for an expected score; more than servers commonly give."""
-
-
-def chunked(items: Sequence[object], size: int) -> list[slice]:
-    """Slices that cut a sequence into chunks of a size, the last one maybe shorter."""
-    return [slice(start, start + size) for start in range(0, len(items), size)]
 
 
 def limits_of(sampling: Sampling, *, max_new_tokens: int | None = None) -> Limits:
@@ -69,18 +63,18 @@ def sample_candidates(
 
     Candidate i of a prompt is named `<prompt_id>#<tag><i>`; its seed depends on that name alone.
     """
-    chunks = chunked(prompts, session.recipe.rollout.chunk_prompts)
     marks = [f"#{tag}{i}" for i in range(n)]
-    names = [[f"{p.prompt_id}{mark}" for p in prompts[c] for mark in marks] for c in chunks]
-    task = session.reporter.start(stage, len(prompts) * n, "answers")
-    work = _Answer(stack, role, marks, limits_of(sampling), seed_path)
-
-    def compute(missing: Sequence[int]) -> Iterator[list[Candidate]]:
-        items = [prompts[chunks[index]] for index in missing]
-        return session.share_out(work, items, role=role, advance=task.advance)
-
-    journal = Journal(path, Candidate, lambda row: row.candidate_id)
-    return journal.stream(names, compute, on_chunk=skip(task, names))
+    return journaled(
+        session,
+        _Answer(stack, role, marks, limits_of(sampling), seed_path),
+        chunked(prompts, session.recipe.rollout.chunk_prompts),
+        kind=Candidate,
+        names=lambda prompt: [f"{prompt.prompt_id}{mark}" for mark in marks],
+        path=path,
+        stage=stage,
+        unit="answers",
+        role=role,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,19 +130,17 @@ def ask(
     A question that does not fit the window gets an empty reply of finish reason `length`; a server
     has a window of its own.
     """
-    chunks = [
-        questions[part] for part in chunked(questions, 4 * session.recipe.rollout.chunk_prompts)
-    ]
-    task = session.reporter.start(stage, len(questions), "replies")
-    names = [[name for name, _ in chunk] for chunk in chunks]
-    work = _Reply(stack, role, limits, seed_path, learned)
-
-    def compute(missing: Sequence[int]) -> Iterator[list[Reply]]:
-        items = [chunks[index] for index in missing]
-        return session.share_out(work, items, role=role, advance=task.advance)
-
-    journal = Journal(path, Reply, lambda row: row.name)
-    rows: list[Reply] = journal.stream(names, compute, on_chunk=skip(task, names))
+    rows = journaled(
+        session,
+        _Reply(stack, role, limits, seed_path, learned),
+        chunked(questions, 4 * session.recipe.rollout.chunk_prompts),
+        kind=Reply,
+        names=lambda question: question[:1],
+        path=path,
+        stage=stage,
+        unit="replies",
+        role=role,
+    )
     return {row.name: row for row in rows}
 
 
@@ -171,16 +163,26 @@ class _Reply:
             ids = _fitting_ids(session, text, self.role, limits)
             if ids is not None:
                 fitting[name] = Request(ids, (derive_seed(*self.seed_path, name),), text)
-        engine = session.engine(self.stack, self.role)
-        sampled = engine.sample(list(fitting.values()), limits, on_samples=advance)
+        drawn = draw(session, self.stack, self.role, fitting, limits, advance)
         advance(len(item) - len(fitting))
         chat = chat_of(session, self.role)
-        found = {
-            name: reply_of(chat, name, samples[0])
-            for name, samples in zip(fitting, sampled, strict=True)
-        }
+        found = {name: reply_of(chat, name, sample) for name, sample in drawn.items()}
         replies = [found.get(name, Reply(name, "", "length")) for name, _ in item]
         return replies if self.learned else [replace(reply, ids=None) for reply in replies]
+
+
+def draw(
+    session: Session,
+    stack: Sequence[Adapter],
+    role: Role,
+    requests: Mapping[str, Request],
+    limits: Limits,
+    advance: Advance,
+) -> dict[str, Sample]:
+    """One sample of each request, of one seed, under its name."""
+    engine = session.engine(stack, role)
+    sampled = engine.sample(list(requests.values()), limits, on_samples=advance)
+    return {name: sample for name, [sample] in zip(requests, sampled, strict=True)}
 
 
 def chat_of(session: Session, role: Role) -> ChatFormat | None:
@@ -243,17 +245,17 @@ def judge_replies(
             of a server, whose tokens are not known: where a score is several of them, the vote
             counts as it was sampled.
     """
-    chunks = chunked(replies, chunk)
-    names = [[f"{r[0]}:{vote}" for r in replies[c] for vote in range(votes)] for c in chunks]
-    task = session.reporter.start(stage, len(replies) * votes, "judgements")
-    work = _Judge(stack, votes, seed_path)
-
-    def compute(missing: Sequence[int]) -> Iterator[list[Judgement]]:
-        items = [replies[chunks[index]] for index in missing]
-        return session.share_out(work, items, role="judge", advance=task.advance)
-
-    journal = Journal(path, Judgement, lambda row: f"{row.candidate_id}:{row.vote}")
-    return journal.stream(names, compute, on_chunk=skip(task, names))
+    return journaled(
+        session,
+        _Judge(stack, votes, seed_path),
+        chunked(replies, chunk),
+        kind=Judgement,
+        names=lambda reply: [f"{reply[0]}:{vote}" for vote in range(votes)],
+        path=path,
+        stage=stage,
+        unit="judgements",
+        role="judge",
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -374,13 +376,3 @@ def _check_scores_are_tokens(session: Session) -> None:
 def _names_a_score(reply: ReplyToJudge) -> bool:
     _, prompt, response = reply
     return names_a_score(prompt) or names_a_score(response)
-
-
-def skip(task: Task, names: Sequence[Sequence[str]]) -> Callable[[int, bool], None]:
-    """Move the bar over chunks that an earlier start of the run has left on disk."""
-
-    def on_chunk(index: int, computed: bool) -> None:
-        if not computed:
-            task.advance(len(names[index]))
-
-    return on_chunk
