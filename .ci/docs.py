@@ -201,6 +201,13 @@ def methods_page() -> str:
     return _with_parts("methods.md", f"{table()}\n")
 
 
+def readme() -> str:
+    """The README with the same table."""
+    from srlm_lite.methods import table
+
+    return _with_parts("../README.md", f"{table()}\n")
+
+
 def _with_parts(name: str, parts: str) -> str:
     """A page that is written by hand, but for one part."""
     before, rest = (DOCS / name).read_text(encoding="utf-8").split(BEGIN)
@@ -273,6 +280,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "bases.md": bases_page,
     "architecture.md": architecture_page,
     "methods.md": methods_page,
+    "../README.md": readme,
 }
 """The pages by file name, and what writes them."""
 

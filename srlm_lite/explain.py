@@ -20,8 +20,6 @@ from srlm_lite.methods import METHODS
 from srlm_lite.recipe import Recipe, layers_of, load_recipe
 from srlm_lite.settings import Before, DecidesNothing, IsPath, Section, known_temperature
 
-METHOD = "method"
-"""The setting whose words are the methods that there are."""
 NOTHING = "null"
 """How a recipe writes that there is no value."""
 
@@ -48,16 +46,12 @@ class Setting:
     @property
     def takes(self) -> str:
         """What it may be, in words."""
-        if self.key == METHOD:
-            return _either(self.words)
         return _words(self.field.annotation, self.field.metadata)
 
     @property
     def words(self) -> tuple[Any, ...]:
         """The words that it takes; empty where it takes others too."""
         kind = self.field.annotation
-        if self.key == METHOD:
-            return tuple(METHODS)
         if kind is bool:
             return ("true", "false")
         kinds = (kind, *get_args(kind))
@@ -169,7 +163,6 @@ def schema() -> dict[str, Any]:
         **made["properties"],
     }
     # Where a validator takes more than the type says, or less.
-    made["properties"][METHOD]["enum"] = list(METHODS)
     trackers = made["$defs"]["Tracking"]["properties"]["report_to"]
     names = trackers["items"]["enum"]
     made["$defs"]["Tracking"]["properties"]["report_to"] = {

@@ -20,8 +20,8 @@ FILES = frozenset({
     "anchor_targets", "cli", "compare", "data_prepare", "dealing", "doctor", "engines", "english",
     "explain", "house_style", "human_targets", "ifeval", "judge_metrics", "judging", "kept_ids",
     "layering", "length_control", "messages", "methods", "mt_bench", "pairing", "planning_shapes",
-    "policy_metrics", "preflight", "principles", "quoting", "reading", "readme", "recipe",
-    "report", "room", "run_dir", "seed_data", "self_instruct", "settings", "warnings", "window",
+    "policy_metrics", "preflight", "principles", "quoting", "reading", "readme", "recipe", "room",
+    "run_dir", "seed_data", "self_instruct", "settings", "warnings", "window",
 })
 # fmt: on
 """The files, without the `test_` before their names."""

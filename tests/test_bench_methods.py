@@ -125,13 +125,13 @@ def test_the_plot_names_every_case_in_the_panel_of_its_group() -> None:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from srlm_lite.bench.methods import Settings, _workers
+from srlm_lite.bench.methods import MethodsBench, _workers
 
 def worker(reporter):
     return os.getpid()
 
 if __name__ == "__main__":
-    with _workers(Settings(Path("unused"), jobs=2), None) as begin:
+    with _workers(MethodsBench(Path("unused"), jobs=2), None) as begin:
         print(begin(worker)(), flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
 """

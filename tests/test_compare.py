@@ -229,6 +229,7 @@ def only(run: RunDir, pattern: str) -> Path:
     return path
 
 
+@pytest.mark.model
 def test_the_runs_own_judge_decides_by_its_scores(compare: Any, toy: RunDir) -> None:
     """The result is what follows from the files beside it."""
     found = compare("--adapters", toy.path, "2", "anchor")
@@ -268,6 +269,7 @@ def test_the_runs_own_judge_decides_by_its_scores(compare: Any, toy: RunDir) -> 
     assert found["gold"]["model"] == pytest.approx(sum(ours_gold) / 12, abs=1e-4)
 
 
+@pytest.mark.model
 def test_a_comparison_that_is_done_is_read_and_a_model_answers_once(
     compare: Any, fresh: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -288,6 +290,7 @@ def test_a_comparison_that_is_done_is_read_and_a_model_answers_once(
     assert compare("--adapters", fresh.path, "2", "anchor") == first
 
 
+@pytest.mark.model
 def test_a_stopped_comparison_ends_with_the_same_bytes(compare: Any, fresh: RunDir) -> None:
     compare("--adapters", fresh.path, "2", "anchor")
     whole = files_of(fresh)
@@ -301,12 +304,14 @@ def test_a_stopped_comparison_ends_with_the_same_bytes(compare: Any, fresh: RunD
     assert files_of(fresh) == whole
 
 
+@pytest.mark.model
 def test_a_model_against_itself_is_a_tie_throughout(compare: Any, toy: RunDir) -> None:
     found = compare("--adapters", toy.path, "2", "2", "--limit", "5")
     assert found["ties"]["count"] == found["prompts"] == found["identical"] == 5
     assert found["win_rate"]["value"] == 50.0
 
 
+@pytest.mark.model
 def test_base_file_and_another_run_can_be_compared(
     compare: Any, toy: RunDir, tmp_path: Path
 ) -> None:
@@ -327,6 +332,7 @@ def test_base_file_and_another_run_can_be_compared(
     assert found["identical"] == 4  # the same base, the same adapter, the same seeds
 
 
+@pytest.mark.model
 def test_own_judge_can_be_asked_pairwise_and_is_not_guessed_at(compare: Any, toy: RunDir) -> None:
     """The toy model knows no verdicts: all of them are unreadable, and none is a tie."""
     found = compare("--adapters", toy.path, "2", "anchor", "--judging", "pairwise", "--limit", "4")
@@ -353,6 +359,7 @@ def shorter(number: int, body: dict[str, Any]) -> Reply:
     return completion(f"By length.\nWinner: {'A' if len(a) < len(b) else 'B'}")
 
 
+@pytest.mark.model
 def test_a_server_sees_both_orders_and_its_verdicts_count(
     compare: Any, fresh: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -377,6 +384,7 @@ def test_a_server_sees_both_orders_and_its_verdicts_count(
     assert KEY.encode() not in everything
 
 
+@pytest.mark.model
 def test_a_judge_that_goes_by_position_decides_nothing(compare: Any, fresh: RunDir) -> None:
     with scripted(lambda number, body: completion("Winner: A")) as server:
         found = compare("--adapters", fresh.path, "2", "1", "--judge", f"openai:j@{server.url}")
@@ -385,6 +393,7 @@ def test_a_judge_that_goes_by_position_decides_nothing(compare: Any, fresh: RunD
     assert found["first_wins"] == 1.0
 
 
+@pytest.mark.model
 def test_what_a_server_says_unclearly_is_left_out(compare: Any, fresh: RunDir) -> None:
     """Every third question is answered without a verdict; a tie is not made of it."""
 
@@ -403,6 +412,7 @@ def test_what_a_server_says_unclearly_is_left_out(compare: Any, fresh: RunDir) -
     assert counted == found["prompts"] - len(unread)
 
 
+@pytest.mark.model
 def test_a_server_that_goes_away_loses_nothing(compare: Any, cli: Cli, fresh: RunDir) -> None:
     """Down from its ninth question on; the second start asks only what was not answered."""
     sets = ["--set", "openai.parallel=1", "--set", "openai.retries=0"]
@@ -423,6 +433,7 @@ def test_a_server_that_goes_away_loses_nothing(compare: Any, cli: Cli, fresh: Ru
     assert found["unreadable"] == 0
 
 
+@pytest.mark.model
 def test_a_real_server_answers_and_noise_is_no_verdict(
     compare: Any, fresh: RunDir, served: tuple[str, Path]
 ) -> None:
@@ -441,6 +452,7 @@ def test_a_real_server_answers_and_noise_is_no_verdict(
 # --- mistakes ---------------------------------------------------------------------------------
 
 
+@pytest.mark.model
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -470,6 +482,7 @@ def test_mistakes_are_one_line(
     assert message in compare("--adapters", toy.path, *args)
 
 
+@pytest.mark.model
 def test_prompts_that_no_model_has_room_for_are_counted(
     compare: Any, toy: RunDir, tmp_path: Path
 ) -> None:
@@ -482,6 +495,7 @@ def test_prompts_that_no_model_has_room_for_are_counted(
     assert "none of the prompts fits the window of both models" in line
 
 
+@pytest.mark.model
 def test_what_people_see(toy: RunDir, cli: Cli) -> None:
     done = cli("compare", "--adapters", toy.path, "2", "anchor")
     assert done.returncode == 0, done.stderr

@@ -212,6 +212,7 @@ def test_a_proof_that_fails_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch)
 # --- the command ------------------------------------------------------------------------------
 
 
+@pytest.mark.model
 def test_the_command(cli: Cli) -> None:
     done = cli("doctor", "--json")
     assert done.returncode == 0, done.stderr

@@ -17,7 +17,7 @@ from srlm_lite.errors import ProofError, UserError
 from srlm_lite.model.base import LoadedBase, load_base
 from srlm_lite.model.chat import ChatFormat
 from srlm_lite.model.stack import Adapter, Slot
-from srlm_lite.settings import Anchor, Base, Dpo, Lora, Scir
+from srlm_lite.settings import Anchor, Base, Consistency, Dpo, Lora
 from srlm_lite.training import dpo as dpo_module
 from srlm_lite.training.arguments import (
     early_mean,
@@ -297,7 +297,7 @@ def test_the_loss_of_a_weighted_and_smoothed_pair() -> None:
 def test_the_consistency_loss_by_hand() -> None:
     # p = 0.8, q = 0.5: 0.3 ln(0.8 / 0.5) - 0.3 ln(0.2 / 0.5) = 0.141001 + 0.274887 = 0.415888.
     # H(0.8) + H(0.5) = 0.500402 + 0.693147 = 1.193549. DPO at m = ln 3: 0.287682.
-    scir = Scir(consistency_weight=0.5, confidence_weight=0.1, threshold=0.6)
+    scir = Consistency(consistency_weight=0.5, confidence_weight=0.1, threshold=0.6)
     both = 0.5 * 0.415888 + 0.1 * 1.193549
     # The implicit reward contradicts, q = 0.25: (0.55)(ln 3.2) - 0.55 ln(0.2 / 0.75); H 0.562335.
     against = 0.5 * 0.55 * (1.163151 + 1.321756) + 0.1 * (0.500402 + 0.562335)
@@ -331,7 +331,7 @@ def test_the_consistency_terms_teach_where_dpo_may_not(
             reference=[anchor],
             pairs=[replace(pair, smoothing=1 - preference) for pair in pairs(base, 4)],
             dpo=DPO.model_copy(update={"epochs": 2}),
-            consistency=Scir(consistency_weight=1.0, confidence_weight=0.0),
+            consistency=Consistency(consistency_weight=1.0, confidence_weight=0.0),
             scratch=tmp_path,
             seed=2,
         )[1]

@@ -218,7 +218,7 @@ SMALL = (
     "evaluate.policy_prompts=4",
     "evaluate.eft_prompts=2",
 )
-RECIPES = {name: next(iter(kind.bench().values())).recipe for name, kind in METHODS.items()}
+RECIPES = {name: kind.shipped_recipe() for name, kind in METHODS.items()}
 
 
 @pytest.mark.gpu

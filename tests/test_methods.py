@@ -94,9 +94,10 @@ def test_every_method_has_a_recipe_and_an_unknown_one_is_told() -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_says_what_it_is(method: str) -> None:
     kind = METHODS[method]
-    assert kind.sources and kind.learns_from and kind.made_by
+    assert {"name", "learns_from", "made_by"} <= vars(kind).keys()
     assert set(kind.labels) <= set(kind.Settings.model_fields)
-    assert f"| `{method}` | `" in table()
+    assert f"| `{kind.shipped_recipe()}` | `{method}`" in table()
+    assert load_recipe(kind.shipped_recipe()).method == method
 
 
 def test_scir_needs_a_model_that_has_moved_from_the_anchor() -> None:

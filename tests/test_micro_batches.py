@@ -14,10 +14,11 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from srlm_lite.errors import UserError
+from srlm_lite.methods.rlhf import RewardSection
 from srlm_lite.model.base import LoadedBase, load_base
 from srlm_lite.model.chat import ChatFormat
 from srlm_lite.model.stack import Adapter, Slot
-from srlm_lite.settings import Anchor, Base, Dpo, Lora, RewardSection, Rollout, Scir
+from srlm_lite.settings import Anchor, Base, Consistency, Dpo, Lora, Rollout
 from srlm_lite.training import arguments
 from srlm_lite.training.dpo import PairExample, train_dpo
 from srlm_lite.training.dropout import Masks
@@ -127,14 +128,14 @@ SMALL_STEPS = {"learning_rate": 1e-6, "batch_size": BATCH, "max_grad_norm": 1e9}
         (PAIRS, {}, None),
         (PAIRS, {"nll_weight": 0.7}, None),
         (WEIGHTED, {"nll_weight": 0.7, "label_smoothing": 0.1, "ld_alpha": 0.4}, None),
-        (WEIGHTED, {"gradient_checkpointing": True}, Scir(consistency_weight=0.5)),
+        (WEIGHTED, {"gradient_checkpointing": True}, Consistency(consistency_weight=0.5)),
     ],
     ids=["plain", "nll", "weighted", "scir"],
 )
 def test_dpo(
     pairs: list[PairExample],
     settings: dict[str, Any],
-    consistency: Scir | None,
+    consistency: Consistency | None,
     base: LoadedBase,
     slot: Slot,
     tmp_path: Path,

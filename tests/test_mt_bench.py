@@ -199,6 +199,7 @@ def by_reference(number: int, body: dict[str, Any]) -> Reply:
     return completion(f"So be it.\nRating: [[{9 if '<reference answer' in text else 3}]]")
 
 
+@pytest.mark.model
 def test_two_turns_are_answered_and_graded(command: Any, run: RunDir) -> None:
     with scripted(by_reference) as server:
         found = command("--judge", f"openai:org/judge@{server.url}", "--json")
@@ -229,6 +230,7 @@ def test_two_turns_are_answered_and_graded(command: Any, run: RunDir) -> None:
     assert any(first["111"].text in text for text in asked)
 
 
+@pytest.mark.model
 def test_answers_are_drawn_as_in_mt_bench_s_own_program(run: RunDir) -> None:
     """FastChat: 1,024 tokens, and a top-p of 1; a window of this size has room for half of it."""
     named = load_recipe("tiny")
@@ -250,6 +252,7 @@ def test_answers_are_drawn_as_in_mt_bench_s_own_program(run: RunDir) -> None:
     assert answer_limits(old, "math").max_new_tokens == named.rollout.max_new_tokens
 
 
+@pytest.mark.model
 def test_a_stopped_one_goes_on_with_the_same_bytes(command: Any, run: RunDir) -> None:
     with scripted(by_reference) as server:
         judge = f"openai:judge@{server.url}"
@@ -266,6 +269,7 @@ def test_a_stopped_one_goes_on_with_the_same_bytes(command: Any, run: RunDir) ->
         assert len(server.bodies) == asked
 
 
+@pytest.mark.model
 def test_what_people_see(command: Any) -> None:
     def unclear(number: int, body: dict[str, Any]) -> Reply:
         return completion("Hm.") if number == 1 else by_reference(number, body)
@@ -280,6 +284,7 @@ def test_what_people_see(command: Any) -> None:
     assert "turn 2" in out and "reasoning" in out and "answers cut off" in out
 
 
+@pytest.mark.model
 def test_a_real_server_grades_and_noise_is_no_rating(
     command: Any, run: RunDir, served: tuple[str, Path]
 ) -> None:
@@ -294,6 +299,7 @@ def test_a_real_server_grades_and_noise_is_no_rating(
     assert found["unreadable"] == found["grades"] == 4 and found["score"] is None
 
 
+@pytest.mark.model
 @pytest.mark.parametrize(
     ("args", "message"),
     [

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from srlm_lite.errors import UserError
 from srlm_lite.methods import METHODS
+from srlm_lite.methods.rlhf import RewardSection
 from srlm_lite.planning.lengths import lengths_of, longest
 from srlm_lite.planning.machine import plan_for, settings_that_fit, shortfall, spread
 from srlm_lite.planning.memory import ROUNDING, Held, holes, sampling, training
@@ -30,7 +31,7 @@ from srlm_lite.planning.rates import known_rates, remember
 from srlm_lite.planning.shapes import config_of
 from srlm_lite.recipe import Recipe, load_recipe
 from srlm_lite.rollout.sizes import leaf_room
-from srlm_lite.settings import Anchor, Base, Dpo, Lora, RewardSection
+from srlm_lite.settings import Anchor, Base, Dpo, Lora
 
 RANK = 8
 GB = 10**9
@@ -610,7 +611,7 @@ def test_the_phases_of_every_method_by_hand(case: str) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_has_phases(method: str) -> None:
     """With its own recipe: something trains beside the anchor, and no phase stands twice."""
-    recipe = load_recipe(next(iter(METHODS[method].bench().values())).recipe)
+    recipe = load_recipe(METHODS[method].shipped_recipe())
     plan = plan_for(recipe, parse_gpus("24GB"), lengths=longest(recipe))
     names = [phase.name for phase in plan.phases]
     assert len(set(names)) == len(names)

@@ -144,6 +144,7 @@ def test_the_toy_base_understands_what_it_was_made_for(tmp_path: Path) -> None:
     assert reading(Session(again, RunDir(tmp_path / "run")))[1] == found
 
 
+@pytest.mark.model
 def test_it_is_measured_as_the_model_s_own_loss(tmp_path: Path) -> None:
     import torch
 

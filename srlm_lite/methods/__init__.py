@@ -106,12 +106,11 @@ def own_settings(kind: type[Method[Any]], settings: Mapping[str, Any]) -> Sectio
 
 def table() -> str:
     """The methods with their recipes and sources, as a table in Markdown."""
-    rows = ["| method | recipe | learns from | source |", "|---|---|---|---|"]
+    rows = ["| recipe | method | learns from | source |", "|---|---|---|---|"]
     for kind in METHODS.values():
-        remark = f"; {kind.remark}" if kind.remark else ""
-        recipe = next(iter(kind.bench().values())).recipe
+        name = f"`{kind.name}`, {kind.remark}" if kind.remark else f"`{kind.name}`"
         source = kind.cited() or "its own"
-        rows.append(f"| `{kind.name}` | `{recipe}` | {kind.learns_from}{remark} | {source} |")
+        rows.append(f"| `{kind.shipped_recipe()}` | {name} | {kind.learns_from} | {source} |")
     return "\n".join(rows)
 
 

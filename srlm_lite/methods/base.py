@@ -481,6 +481,8 @@ class Method(ABC, Generic[S]):
     """What to know of it beside that, for the table of methods."""
     made_by: ClassVar[str]
     """For a model card; ends the sentence "n iterations followed, of"."""
+    recipe_name: ClassVar[str]
+    """The shipped recipe that shows it, where that is not `toy-NAME`."""
     section: ClassVar[str | None] = None
     """The recipe's section with its own settings."""
     Settings: ClassVar[type[Section]] = NoSettings
@@ -498,7 +500,7 @@ class Method(ABC, Generic[S]):
     one_process: ClassVar[bool] = False
     """Whether it cannot be trained in several processes."""
     cases: ClassVar[Mapping[str, Case]] = {}
-    """Runs of the bench of methods, by name; without any of its own: its recipe `toy-NAME`."""
+    """Runs of the bench of methods, by name; without any of its own: its recipe."""
 
     def __init__(self, recipe: Shared, own: S) -> None:
         self.recipe, self.own = recipe, own
@@ -513,7 +515,13 @@ class Method(ABC, Generic[S]):
     @classmethod
     def bench(cls) -> Mapping[str, Case]:
         """Its runs of `srlm-lite bench methods`."""
-        return vars(cls).get("cases") or {cls.name: Case(f"toy-{cls.name}")}
+        return vars(cls).get("cases") or {cls.name: Case(cls.shipped_recipe())}
+
+    @classmethod
+    def shipped_recipe(cls) -> str:
+        """The shipped recipe that shows it."""
+        named: str = vars(cls).get("recipe_name", f"toy-{cls.name}")
+        return named
 
     @classmethod
     def words(cls, own: S) -> Words:

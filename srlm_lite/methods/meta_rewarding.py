@@ -213,6 +213,7 @@ class MetaRewarding(SelfRewarding[MetaRewardingSettings]):
         "answering prompts, grading its own answers, comparing its own grades, and DPO on the "
         "pairs of both"
     )
+    recipe_name = "toy-meta"
     section = "meta_rewarding"
     Settings = MetaRewardingSettings
     advice = {

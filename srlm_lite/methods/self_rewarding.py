@@ -53,6 +53,7 @@ class SelfRewarding(Method[S]):
     )
     learns_from = "its own grades"
     made_by = "answering prompts, grading its own answers and DPO on the pairs"
+    recipe_name = "toy-paper"
     cases = {
         "self-rewarding": Case("toy", group=CONTROLS),
         "init: anchor": Case("toy", ("dpo.init=anchor",), group=CONTROLS),
