@@ -297,7 +297,7 @@ def test_the_loss_of_a_weighted_and_smoothed_pair() -> None:
 def test_the_consistency_loss_by_hand() -> None:
     # p = 0.8, q = 0.5: 0.3 ln(0.8 / 0.5) - 0.3 ln(0.2 / 0.5) = 0.141001 + 0.274887 = 0.415888.
     # H(0.8) + H(0.5) = 0.500402 + 0.693147 = 1.193549. DPO at m = ln 3: 0.287682.
-    scir = Consistency(consistency_weight=0.5, confidence_weight=0.1, threshold=0.6)
+    terms = Consistency(consistency_weight=0.5, confidence_weight=0.1, threshold=0.6)
     both = 0.5 * 0.415888 + 0.1 * 1.193549
     # The implicit reward contradicts, q = 0.25: (0.55)(ln 3.2) - 0.55 ln(0.2 / 0.75); H 0.562335.
     against = 0.5 * 0.55 * (1.163151 + 1.321756) + 0.1 * (0.500402 + 0.562335)
@@ -306,7 +306,7 @@ def test_the_consistency_loss_by_hand() -> None:
         implicit=torch.tensor([0.0, 0.0, -math.log(3)]),
         weight=torch.tensor([1.0, 2.0, 1.0]),
         smoothing=torch.tensor([0.2, 0.2, 0.2]),
-        scir=scir,
+        terms=terms,
     )
     assert mask.tolist() == [1, 1, 0]
     assert loss.tolist() == pytest.approx(
@@ -314,7 +314,7 @@ def test_the_consistency_loss_by_hand() -> None:
     )
     # A judge that is not sure enough keeps a pair from DPO as well.
     _, mask = dpo_module.consistency_loss(
-        torch.zeros(1), torch.zeros(1), torch.ones(1), torch.tensor([0.45]), scir
+        torch.zeros(1), torch.zeros(1), torch.ones(1), torch.tensor([0.45]), terms
     )
     assert mask.tolist() == [0]
 
