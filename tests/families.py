@@ -605,6 +605,8 @@ def _build(family: Family, folder: Path, tokenizer: Any) -> None:
     torch.manual_seed(0)
     hf: Any = transformers
     config = _config(family, hf)
+    if tokenizer is None and config.model_type == "qwen2":
+        tokenizer = _qwen2_tokenizer(hf)
     if tokenizer is None:
         ends = _ENDS
         for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
@@ -621,6 +623,37 @@ def _build(family: Family, folder: Path, tokenizer: Any) -> None:
     _draw(model)
     model.generation_config = hf.GenerationConfig(**ends)
     model.to(torch.bfloat16).save_pretrained(folder)
+
+
+def _qwen2_tokenizer(hf: Any) -> Any:
+    """Qwen's way of cutting, with tokens of the toy data: transformers opens no other beside this
+    model type."""
+    from tokenizers import pre_tokenizers, trainers
+
+    from srlm_lite.shipped import recipes_dir
+
+    toy = recipes_dir() / "toy"
+    tokenizer = hf.Qwen2Tokenizer()
+    special = ["<pad>", "<unk>", "<bos>", "<eos>", "<user>", "<assistant>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = (toy / "data" / "eft_train.jsonl").read_text(encoding="utf-8").splitlines()
+    trained = tokenizer.backend_tokenizer
+    trained.train_from_iterator(texts, trainer)
+    pad, unk, bos, eos, *marks = special
+    return hf.PreTrainedTokenizerFast(
+        tokenizer_object=trained,
+        pad_token=pad,
+        unk_token=unk,
+        bos_token=bos,
+        eos_token=eos,
+        additional_special_tokens=marks,
+        chat_template=(toy / "base" / "chat_template.jinja").read_text(encoding="utf-8"),
+    )
 
 
 def _config(family: Family, hf: Any) -> Any:

@@ -567,7 +567,10 @@ def test_smollm2_under_qwen3s_template(qwen3: Path, tmp_path: Path) -> None:
         demo(qwen3, "base.chat_template_kwargs={enable_thinking: false}"), tmp_path / "off"
     )
     assert not off.session.chat.thinks
-    assert not any("think>" in text or "think>" in one.text for text, one in off.asked)
+    # The template's empty block is before every reply, and a judge taught under another template
+    # may copy its end into a judgement; no question holds one, and nothing that may be learned.
+    assert not any("think>" in text for text, _ in off.asked)
+    assert not any("think>" in row.text or row.thought for row in candidates(off))
     assert read_records(off.place.iteration(1).pairs, PreferencePair)
 
     data = tmp_path / "data"
