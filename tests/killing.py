@@ -62,7 +62,7 @@ def kill_often(out: Path, words: list[str], times: int) -> int:
         while size(out) == before and not over:
             time.sleep(0.02)
             over = is_over(pid)
-        time.sleep(rng.uniform(0, 1.5))
+        time.sleep(rng.uniform(0, 0.8))
         if over or is_over(pid):
             return killed
         os.kill(pid, signal.SIGKILL)
@@ -72,5 +72,5 @@ def kill_often(out: Path, words: list[str], times: int) -> int:
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    words = ["iterate", "--recipe", "tiny", "--adapters", str(folder)]
+    words = ["iterate", "--recipe", "tiny", "--adapters", str(folder), *sys.argv[2:]]
     print(kill_often(folder, words, times=10))
