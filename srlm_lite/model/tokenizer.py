@@ -27,8 +27,10 @@ SAMPLES = (
     "One line.\nAnother one,\twith a tab.\n\nA third: x = (y + 10) * 42;",
     "Café, naïve, 北京 and Москва; ½ of it is 100% true",
 )
-"""Texts with what ways of cutting treat apart: digits, line ends, contractions, scripts. None begins with a space or follows a special
-token: there Llama's tokenizers of before and after transformers 5 differ on purpose."""
+"""Texts with what ways of cutting treat apart: digits, line ends, contractions, scripts.
+
+None begins with a space or follows a special token: there Llama's tokenizers of before and after
+transformers 5 differ on purpose."""
 
 
 def open_tokenizer(folder: str, revision: str | None = None) -> PreTrainedTokenizerBase:
