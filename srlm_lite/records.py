@@ -5,9 +5,15 @@ from __future__ import annotations
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, ClassVar, Literal, Self
 
+from srlm_lite.conversation import Asked, Message
+
 FinishReason = Literal["stop", "length"]
 """Why sampling ended: the end-of-sequence token or the stop rule, or the token limit."""
 
+
+Messages = tuple[Message, ...]
+"""The turns before a reply. A record has them only beyond one user turn, and then its prompt's text
+is their transcript: what a judge and a reader see."""
 
 Ids = tuple[int, ...]
 """Token ids of a whole reply as it was sampled, thought included, with the end of its turn unless
@@ -62,11 +68,19 @@ def _names(kind: type[Record]) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 @dataclass(frozen=True, slots=True)
 class Prompt(Record):
-    """An instruction the policy answers."""
+    """What the policy answers: a user turn's text, or a conversation with its transcript as text."""
+
+    omitted = frozenset({"messages"})
 
     prompt_id: str
     text: str
     source: str = ""
+    messages: Messages | None = None
+
+    @property
+    def asked(self) -> Asked:
+        """What is sampled and learned after."""
+        return self.messages or self.text
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +134,7 @@ class PreferencePair(Record):
     see `Ids`.
     """
 
-    omitted = frozenset({"chosen_ids", "rejected_ids"})
+    omitted = frozenset({"chosen_ids", "rejected_ids", "messages"})
 
     prompt_id: str
     prompt: str
@@ -135,6 +149,12 @@ class PreferencePair(Record):
     origin: str = ""
     chosen_ids: Ids | None = None
     rejected_ids: Ids | None = None
+    messages: Messages | None = None
+
+    @property
+    def asked(self) -> Asked:
+        """What both replies answer."""
+        return self.messages or self.prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,16 +259,24 @@ class Label(Record):
 class Instruction(Record):
     """A row of `ift.jsonl`: an answer to learn from."""
 
+    omitted: ClassVar[frozenset[str]] = frozenset({"messages"})
+
     prompt_id: str
     prompt: str
     response: str
+    messages: Messages | None = None
+
+    @property
+    def asked(self) -> Asked:
+        """What it answers."""
+        return self.messages or self.prompt
 
 
 @dataclass(frozen=True, slots=True)
 class SampledInstruction(Instruction):
     """An answer to learn from that this run's model wrote; no file of data has its `ids`."""
 
-    omitted = frozenset({"ids"})
+    omitted = frozenset({"ids", "messages"})
 
     ids: Ids | None = None
 
@@ -261,6 +289,8 @@ class RankedReply(Record):
     whole reply to learn from, or None when the IFT-only model is to write it.
     """
 
+    omitted: ClassVar[frozenset[str]] = frozenset({"messages"})
+
     prompt_id: str
     prompt: str
     response_id: str
@@ -268,12 +298,18 @@ class RankedReply(Record):
     rank: int
     quality: float | None = None
     target: str | None = None
+    messages: Messages | None = None
+
+    @property
+    def asked(self) -> Asked:
+        """What it answers."""
+        return self.messages or self.prompt
 
 
 @dataclass(frozen=True, slots=True)
 class SampledTarget(RankedReply):
     """A row of `eft_targets.jsonl`; a run that is given the file reads the target's text alone."""
 
-    omitted = frozenset({"target_ids"})
+    omitted = frozenset({"target_ids", "messages"})
 
     target_ids: Ids | None = None

@@ -20,7 +20,8 @@ FILES = sorted(
 ALLOWED: dict[str, set[str]] = {
     # plain values
     "errors": set(),
-    "records": set(),
+    "conversation": set(),
+    "records": {"conversation"},
     "seeds": set(),
     "progress": set(),
     "hardware": set(),
@@ -54,7 +55,7 @@ ALLOWED: dict[str, set[str]] = {
     "run.journal": {"records", "run.files"},
     "run.layout": {"errors", "run.files"},
     "run.run": {"errors", "recipe", "run.files", "run.layout"},
-    "data": {"errors", "records", "run.files"},
+    "data": {"conversation", "errors", "records", "run.files"},
     # pure: from judgements to pairs and figures
     "judging": {"errors", "records", "shipped", "yaml_text"},
     "pairing": {"records", "settings"},
@@ -62,6 +63,7 @@ ALLOWED: dict[str, set[str]] = {
     "principles": {"errors", "judging", "shipped", "yaml_text"},
     # what a method is: it knows no recipe, no session, no run and no stage
     "methods": {
+        "conversation",
         "errors",
         "evaluate",
         "judging",
@@ -74,11 +76,20 @@ ALLOWED: dict[str, set[str]] = {
         "window",
     },
     # torch
-    "model": {"errors", "settings", "shipped"},
-    "rollout": {"errors", "hardware", "model", "processes", "records", "settings"},
+    "model": {"conversation", "errors", "settings", "shipped"},
+    "rollout": {
+        "conversation",
+        "errors",
+        "hardware",
+        "model",
+        "processes",
+        "records",
+        "settings",
+    },
     "training": {"errors", "model", "processes", "seeds", "settings", "shipped"},
     # the run
     "session": {
+        "conversation",
         "engines",
         "errors",
         "judging",
@@ -94,6 +105,7 @@ ALLOWED: dict[str, set[str]] = {
         "window",
     },
     "stages": {
+        "conversation",
         "data",
         "engines",
         "errors",
@@ -118,6 +130,7 @@ ALLOWED: dict[str, set[str]] = {
         "window",
     },
     "compare": {
+        "conversation",
         "data",
         "engines",
         "errors",
@@ -136,6 +149,7 @@ ALLOWED: dict[str, set[str]] = {
         "window",
     },
     "report": {
+        "conversation",
         "engines",
         "errors",
         "evaluate",
