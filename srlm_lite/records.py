@@ -68,7 +68,7 @@ def _names(kind: type[Record]) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 @dataclass(frozen=True, slots=True)
 class Prompt(Record):
-    """What the policy answers: a user turn's text, or a conversation with its transcript as text."""
+    """What the policy answers: a user turn, or a conversation with its transcript as text."""
 
     omitted = frozenset({"messages"})
 
@@ -81,6 +81,11 @@ class Prompt(Record):
     def asked(self) -> Asked:
         """What is sampled and learned after."""
         return self.messages or self.text
+
+    @classmethod
+    def of(cls, row: Instruction | RankedReply, source: str = "") -> Self:
+        """The prompt that a row of data has replies to."""
+        return cls(row.prompt_id, row.prompt, source, row.messages)
 
 
 @dataclass(frozen=True, slots=True)
