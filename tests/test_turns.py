@@ -59,6 +59,7 @@ from srlm_lite.stages.pairs import pair_example
 from srlm_lite.stages.reward import ranked_pairs
 from srlm_lite.stages.seed_data import FilesOfRecipe, policy_prompts, read_ift, read_ranked
 from srlm_lite.training import dpo as dpo_module
+from srlm_lite.training import likelihood as likelihood_module
 from srlm_lite.training import sft as sft_module
 
 SYSTEM = {"role": "system", "content": "Answer in a single line."}
@@ -465,6 +466,29 @@ def test_pairs_of_judgements_and_rows_as_they_stand(run: tuple[Session, Looked])
     row = Instruction("p", "Which?", "This.")
     [standing] = ift_examples(session, [row], as_they_stand=True)
     assert standing.prompt_ids == tuple(chat.prompt_ids("Which?"))
+
+
+def test_likelihoods_are_of_what_was_asked(
+    run: tuple[Session, Looked], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a prompt, under the system message; of a method's own question, as it is put."""
+    session, _ = run
+    read: list[Any] = []
+    right = likelihood_module.log_likelihoods
+
+    def noted(slot: Any, base: Any, stack: Any, examples: Any, **kwargs: Any) -> Any:
+        read.extend(examples)
+        return right(slot, base, stack, examples, **kwargs)
+
+    monkeypatch.setattr(likelihood_module, "log_likelihoods", noted)
+    rows = [Candidate("p0", "p0#0", "elm", 1, "stop")]
+    it = AtWork(session, RunDir(tmp_path).iteration(1))
+    it.likelihoods(ASKED, rows, by=it.base, name="answers")
+    it.likelihoods(ASKED, rows, by=it.base, name="options", questions=True)
+    assert [one.prompt_ids for one in read] == [
+        under_system(session, ASKED[0]),
+        tuple(session.chat.render(TURNS, generation=True)),
+    ]
 
 
 def test_it_is_shown_turn_by_turn(run: tuple[Session, Looked], cli: Cli) -> None:
