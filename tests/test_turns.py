@@ -499,7 +499,7 @@ def test_pairs_of_judgements_and_rows_as_they_stand(run: tuple[Session, Looked])
 def test_likelihoods_are_of_what_was_asked(
     run: tuple[Session, Looked], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a prompt, under the system message; of a method's own question, as it is put."""
+    """A prompt is read under the system message, a method's own question as it is put."""
     session, _ = run
     read: list[Any] = []
     right = likelihood_module.log_likelihoods
