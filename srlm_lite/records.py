@@ -82,6 +82,11 @@ class Prompt(Record):
         """What is sampled and learned after."""
         return self.messages or self.text
 
+    @classmethod
+    def of(cls, row: Instruction | RankedReply, source: str = "") -> Self:
+        """The prompt that a row of data has replies to."""
+        return cls(row.prompt_id, row.prompt, source, row.messages)
+
 
 @dataclass(frozen=True, slots=True)
 class Candidate(Record):

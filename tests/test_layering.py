@@ -36,6 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "explain": {"errors", "methods", "recipe", "settings"},
     "engines": {"model", "progress", "recipe", "rollout", "run.run", "settings"},
     "planning": {
+        "conversation",
         "data",
         "engines",
         "errors",
@@ -44,6 +45,7 @@ ALLOWED: dict[str, set[str]] = {
         "methods",
         "model",
         "recipe",
+        "records",
         "rollout",
         "settings",
         "training",
@@ -216,6 +218,7 @@ ALLOWED: dict[str, set[str]] = {
     "cli": {
         "bench",
         "compare",
+        "conversation",
         "data",
         "doctor",
         "engines",

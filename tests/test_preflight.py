@@ -147,7 +147,7 @@ def test_a_chat_template_that_fails(cli: Cli, out: Path, tmp_path: Path) -> None
     path.write_text("{% for m in messages %}{{ m.content")
     answer = asked(cli, out, f"base.chat_template={path}")
     assert answer["chat template"].startswith("bad: ")
-    assert answer["prompts that fit"] == "not asked: see chat template"
+    assert answer["prompts that fit"] == "not asked: see chat template, conversations"
 
 
 def test_what_cannot_fit_the_memory(cli: Cli, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:

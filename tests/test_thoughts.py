@@ -208,7 +208,7 @@ def run_of(recipe: Recipe, out: Path) -> Run:
     ) -> list[list[Sample]]:
         samples = sample(self, requests, limits, **more)
         for request, group in zip(requests, samples, strict=True):
-            found.asked += [(request.text, one) for one in group]
+            found.asked += [(request.messages[0]["content"], one) for one in group]
         return samples
 
     with pytest.MonkeyPatch.context() as patch:
@@ -443,7 +443,10 @@ def test_a_servers_thought_is_no_judgement(
     class Says:
         def sample(self, requests: Any, limits: Limits, **_: Any) -> list[list[Sample]]:
             assert limits.max_thought_tokens == 0
-            return [[self._one(said[one.text.split("\n")[1]], limits)] for one in requests]
+            return [
+                [self._one(said[one.messages[0]["content"].split("\n")[1]], limits)]
+                for one in requests
+            ]
 
         def _one(self, text: str, limits: Limits) -> Sample:
             ends = [at + 1 for at, character in enumerate(text) if character == "\n"]

@@ -84,6 +84,7 @@ class Launch:
             tokenizer,
             template=section.chat_template,
             settings=section.chat_template_kwargs,
+            system=section.system,
             stop_ids=ends,
         )
 

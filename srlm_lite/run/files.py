@@ -67,9 +67,21 @@ def read_records(path: Path, kind: type[R], *, growing: bool = False) -> list[R]
     Raises:
         UserError: As `read_jsonl`; or a row lacks a key or has a value of another type.
     """
+    return records_of(read_jsonl(path, growing=growing), kind, path)
+
+
+def records_of(rows: Iterable[dict[str, Any]], kind: type[R], path: Path) -> list[R]:
+    """The rows of a JSONL file as records.
+
+    Args:
+        path: For messages.
+
+    Raises:
+        UserError: A row lacks a key or has a value of another type.
+    """
     check = checked(kind)
     records = []
-    for number, row in enumerate(read_jsonl(path, growing=growing), start=1):
+    for number, row in enumerate(rows, start=1):
         try:
             records.append(check.validate_python(kind.known(row)))
         except KeyError as error:
