@@ -849,7 +849,7 @@ SMALL = (
     "anchor.ift_limit=4",
     "prompts.per_iteration=6",
     "prompts.reuse=true",
-    "rollout.chunk_prompts=3",
+    "rollout.chunk_prompts=6",
     "rollout.max_new_tokens=24",
     "pairing.drop_truncated=false",
     "pairing.min_pairs=1",
@@ -914,9 +914,7 @@ def recipe_of(case: str, anchor: Path) -> Recipe:
     method = next(name for name in sorted(METHODS, key=len, reverse=True) if case.startswith(name))
     ranked = load_recipe("toy-dpo").data.ranked
     given = [f"method={method}", f"anchor.init={anchor}", f"data.ranked={ranked}"]
-    # One that is to go on within a journal wants two chunks of it.
-    chunks = [] if case in INTERRUPTED else ["rollout.chunk_prompts=6"]
-    return load_recipe("tiny", [*SMALL, *given, *chunks, *RUNS[case]])
+    return load_recipe("tiny", [*SMALL, *given, *RUNS[case]])
 
 
 def artefacts(directory: RunDir) -> dict[str, str]:
@@ -965,7 +963,10 @@ def _goes_on_with_the_same_bytes(
     keep: Sequence[Path] = (),
     lost: Sequence[Path] = (),
 ) -> None:
-    """As if killed within a journal (that of the last iteration's candidates), `keep` before it."""
+    """As if killed within a journal (that of the last iteration's candidates), `keep` before it.
+
+    Its one chunk is then made anew; that whole ones are kept, the tests of the loop show.
+    """
     before = artefacts(directory)
     last = directory.iteration(recipe.iterations)
     cut = within or last.candidates

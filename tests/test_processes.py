@@ -195,11 +195,15 @@ def same_as_alone(two: RunDir, alone: RunDir) -> None:
     assert distance(*deltas) < 1e-3
 
 
-def test_two_processes_that_share_a_base_do_what_one_does(anchor: Path, tmp_path: Path) -> None:
-    """The whole loop on an NF4 base that neither of them holds (FSDP2)."""
+@pytest.mark.parametrize("more", [(), pytest.param((NF4,), marks=pytest.mark.slow)])
+def test_two_processes_that_share_a_base_do_what_one_does(
+    more: tuple[str, ...], alone: RunDir, anchor: Path, tmp_path: Path
+) -> None:
+    """The whole loop on a base that neither of them holds (FSDP2)."""
     out = tmp_path / "out"
-    both = started_as_two(*arguments(out, anchor, NF4), told=SHARDING)
-    alone = run_alone(tmp_path / "alone", anchor, NF4)
+    both = started_as_two(*arguments(out, anchor, *more), told=SHARDING)
+    if more:
+        alone = run_alone(tmp_path / "alone", anchor, *more)
     said = [process.communicate() for process in both]
     assert [process.returncode for process in both] == [0, 0], said
     assert read_json(RunDir(out).run_json)["sharded"] is True
