@@ -16,12 +16,13 @@ import pytest
 import yaml
 from commands import Cli, Done
 from messages import Told
+from rich.progress import Progress
 from safetensors import SafetensorError
 from typer.main import get_command
 
 from srlm_lite import __version__
 from srlm_lite.cli import iterate, main
-from srlm_lite.cli.progress import ConsoleReporter, _duration, summary
+from srlm_lite.cli.progress import ConsoleReporter, Pace, _Bar, _duration, _Eta, summary
 from srlm_lite.cli.tables import closing_table
 from srlm_lite.errors import UserError
 from srlm_lite.preflight.inputs import check_inputs
@@ -662,11 +663,46 @@ def test_a_log_file_is_told_now_and_then_how_far_a_long_stage_is(
         for _ in range(2):  # 200 s are under a tenth of the 53 minutes so far
             task.advance(50)
     assert capsys.readouterr().err.splitlines() == [
-        # 550 in the last 60 s, as far as that is known here
-        "    judgements: 550/1000 judgements after 1:00 min, ETA 49.1 s",
-        "    judgements: 650/1000 judgements after 2:10 min, ETA 4:05 min",
-        "    judgements: 800/1000 judgements after 50:00 min, ETA 1:03 h, loss 0.500",
+        # 150 in 59.9 s: what was on disk took no time
+        "    judgements: 550/1000 judgements after 1:00 min, ETA 3:00 min",
+        "    judgements: 650/1000 judgements after 2:10 min, ETA 3:02 min",
+        "    judgements: 800/1000 judgements after 50:00 min, ETA 25:00 min, loss 0.500",
     ]
+
+
+def test_the_rest_is_told_of_steps_that_take_minutes() -> None:
+    pace = Pace(10, 0.0)
+    assert pace.left(100.0) is None
+    pace.advance(2, 0.5)  # on disk already
+    assert pace.left(150.0) is None
+    pace.advance(1, 200.5)
+    assert pace.left(200.5) == 7 * 200
+    assert pace.left(300.5) == 7 * 200 - 100
+    assert pace.left(900.5) == 6 * 200  # late: at any moment
+    for step in range(1, 6):
+        pace.advance(1, 200.5 + 100 * step)  # quicker than before
+    assert pace.left(700.5) == pytest.approx(2 * 700 / 6)
+
+
+def test_the_rest_is_told_by_the_newest_units() -> None:
+    pace = Pace(2000, 0.0)
+    for second in range(1, 301):
+        pace.advance(1, float(second))
+    for second in range(301, 501):  # longer texts
+        pace.advance(2, float(second))
+    assert pace.left(500.0) == pytest.approx(1300 / 2)
+
+
+def test_a_bar_shows_the_rest_of_slow_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("srlm_lite.cli.progress.time.monotonic", lambda: now)
+    progress = Progress(_Eta(), disable=True)
+    pace = Pace(4, now)
+    task = progress.add_task("DPO", total=4, pace=pace)
+    assert str(_Eta().render(progress.tasks[0])) == "-"
+    now = 90.0
+    _Bar(progress, task, pace).advance()
+    assert str(_Eta().render(progress.tasks[0])) == "4:30 min"
 
 
 @pytest.mark.parametrize(
