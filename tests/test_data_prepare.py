@@ -794,6 +794,22 @@ def test_a_hub_that_refuses_is_one_line(
         read_source("a/b")
 
 
+def test_a_hub_dataset_of_several_configurations(
+    told: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load_dataset(name: str, config: str | None, *, split: str) -> None:
+        raise ValueError(
+            "Config name is missing.\nPlease pick one among the available configs: ['a', 'b']\n"
+            "Example of usage:\n\t`load_dataset('o/n', 'a')`"
+        )
+
+    fake = types.SimpleNamespace(load_dataset=load_dataset)
+    monkeypatch.setitem(sys.modules, "datasets", fake)  # type: ignore[arg-type]
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with told.refused():
+        read_source("o/n")
+
+
 # The command
 
 

@@ -363,6 +363,25 @@ def test_the_account_of_several_sources_fits_a_terminal(cli: Cli, tmp_path: Path
     assert max(map(len, (*lines, *done.stderr.splitlines()))) <= 80
 
 
+def test_what_was_held_out_before_goes_with_the_rest(tmp_path: Path) -> None:
+    source, out = write(tmp_path / "b.jsonl", ROWS), tmp_path / "out"
+    held = write(tmp_path / "e.jsonl", [{"prompt": "What is a lawn good for"}])
+    prepare(source, out, Options(eval=held))
+    assert (out / "eval_prompts.jsonl").is_file()
+    prepare(source, out, Options(), force=True)
+    assert not (out / "eval_prompts.jsonl").exists()
+
+
+def test_an_array_in_one_long_line(tmp_path: Path) -> None:
+    """It is read piece by piece, wherever the pieces end."""
+    rows = [{"prompt": f"What is {n}?", "response": "word " * n, "score": n} for n in range(1, 400)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    assert list(read_source(str(tmp_path / "rows.json")).rows) == rows
+    (tmp_path / "rows.json").write_text(json.dumps(rows).replace('"What is 300?"', "oops"))
+    with pytest.raises(UserError, match=r"item 300: not JSON \(Expecting value\)"):
+        list(read_source(str(tmp_path / "rows.json")).rows)
+
+
 def test_nothing_stays_behind_when_it_fails(tmp_path: Path) -> None:
     source = write(tmp_path / "r.jsonl", [*ROWS, {"prompt": ["Why?"], "response": "a", "score": 1}])
     (tmp_path / "r.jsonl").open("a").write("{oops\n")

@@ -269,7 +269,7 @@ def _naming(table: Table, shelf: Shelf) -> Name:
         "SELECT 1 FROM said WHERE source = ? AND body <> '' "
         "GROUP BY {} HAVING COUNT(DISTINCT {}) > 1 LIMIT 1"
     )
-    if shelf.one(doubles.format("reply", "prompt || char(0) || text"), table.number) is None:
+    if shelf.one(doubles.format("reply", "prompt || '-' || text"), table.number) is None:
         return lambda key, reply, text: reply
     if shelf.one(doubles.format("prompt, reply", "text"), table.number) is None:
         return lambda key, reply, text: f"{key}-{reply}"

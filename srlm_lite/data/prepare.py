@@ -54,7 +54,7 @@ from srlm_lite.data.text import words_of
 from srlm_lite.errors import UserError
 from srlm_lite.progress import Reporter, Silent
 from srlm_lite.records import Prompt, RankedReply, Record
-from srlm_lite.run.files import jsonl_line, write_json
+from srlm_lite.run.files import jsonl_line, read_json, write_json
 
 FILES = ("ift.jsonl", "eft_train.jsonl", "eft_eval.jsonl", "prompts.jsonl")
 HELD_OUT = "eval_prompts.jsonl"
@@ -222,7 +222,7 @@ def prepare(
     """
     _check_out(out, force=force, held_out=options.eval is not None)
     with read(source, options, near=_existing(out), reporter=reporter or Silent()) as prepared:
-        return _write(out, prepared, force=force)
+        return _write(out, prepared)
 
 
 @contextmanager
@@ -316,7 +316,7 @@ def _use(
     several: bool,
 ) -> Use:
     seen = Seen(source.where, source.profile(), options.columns, frozenset(options.ignore))
-    check_given(seen, elsewhere=everywhere if several else _within(seen))
+    check_given(seen, elsewhere={*(everywhere if several else ()), *_within(seen)})
     table = _recognised(purpose, source, seen, options)
     # A list that goes with replies keeps its own ids, as do the replies.
     alone = not several or purpose == "prompts" or number == 0
@@ -602,7 +602,7 @@ def _existing(out: Path) -> Path:
     return next(one for one in out.absolute().parents if one.is_dir())
 
 
-def _write(out: Path, prepared: Prepared, *, force: bool) -> dict[str, Any]:
+def _write(out: Path, prepared: Prepared) -> dict[str, Any]:
     """Write all files beside the directory, then move them in; the report moves last."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -615,13 +615,22 @@ def _write(out: Path, prepared: Prepared, *, force: bool) -> dict[str, Any]:
         facts = {**prepared.summary(counts), "options": asdict(prepared.options)}
         write_json(draft / REPORT, facts)
         out.mkdir(exist_ok=True)
-        for stale in (REPORT, *FILES):
+        for stale in (*_held_out_before(out), *FILES, REPORT):
             (out / stale).unlink(missing_ok=True)
         for name in (*files, REPORT):
             (draft / name).replace(out / name)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return facts
+
+
+def _held_out_before(out: Path) -> list[str]:
+    """Held-out prompts that an earlier call wrote; others are the user's own."""
+    try:
+        written = read_json(out / REPORT, files=dict)["files"]
+    except UserError:
+        return []
+    return [HELD_OUT] if HELD_OUT in written else []
 
 
 def _write_rows(path: Path, rows: Iterable[Record]) -> int:

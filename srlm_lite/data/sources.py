@@ -38,6 +38,7 @@ BATCH = 500
 SAMPLES = 200
 LOOKED_AT = 2000
 LARGEST_CELL = 1 << 27
+CHUNK = 1 << 16
 
 Row = dict[str, Any]
 Watch = Callable[[int], None]
@@ -272,18 +273,30 @@ def _lines(text: IO[str], where: str) -> Iterator[Row]:
     return ({"text": line.removesuffix("\n")} for line in text)
 
 
-def _jsonl(text: Iterable[str], where: str) -> Iterator[Row]:
-    started = False
-    for number, line in enumerate(text, start=1):
-        if not line.strip():
-            continue
-        if not started and isinstance(text, io.TextIOBase):
-            array = re.match(r"\s*\[\s*(?:\{|$)", line)  # under another name than its own
-            if array is not None:
-                yield from _array(line, text, where)
-                return
-        started = True
-        yield _object(line, f"{where}:{number}", "JSON Lines is expected: one object a line")
+def _jsonl(text: IO[str], where: str) -> Iterator[Row]:
+    """JSON lines; or an array of objects under a name that is not its own."""
+    number, first = _first_line(text)
+    if re.match(r"\s*\[\s*(?:\{|$)", first):
+        return _array(first, text, where)
+    return _objects(chain([first + _rest_of_line(first, text)], text), where, number)
+
+
+def _first_line(text: IO[str]) -> tuple[int, str]:
+    """Number and beginning of the first line that is not blank: a line may be the whole file."""
+    number = 1
+    while (line := text.readline(CHUNK)) and not line.strip():
+        number += 1
+    return number, line
+
+
+def _rest_of_line(line: str, text: IO[str]) -> str:
+    return "" if line.endswith("\n") else text.readline()
+
+
+def _objects(lines: Iterable[str], where: str, number: int) -> Iterator[Row]:
+    for place, line in enumerate(lines, start=number):
+        if line.strip():
+            yield _object(line, f"{where}:{place}", "JSON Lines is expected: one object a line")
 
 
 def _object(line: str, where: str, way_out: str) -> Row:
@@ -299,31 +312,22 @@ def _object(line: str, where: str, way_out: str) -> Row:
 
 def _json(text: IO[str], where: str) -> Iterator[Row]:
     """JSON lines, an array of objects, or an object that holds the rows as its one list."""
-    first = text.readline()
-    while first and not first.strip():
-        first = text.readline()
-    try:
-        json.loads(first)
-    except (ValueError, RecursionError):
-        if first.lstrip().startswith("{") and len(first.strip()) < 200:
-            yield from _document(first, text, where)
-            return
-    rest = chain([first], text)
-    if first.lstrip().startswith("[") and not first.strip().startswith("[["):
+    number, first = _first_line(text)
+    if first.lstrip().startswith("["):
         yield from _array(first, text, where)
-    else:
-        found = _jsonl(rest, where)
-        row = next(found, None)
-        second = next(found, None)
-        if row is not None:
-            yield from [row] if second is not None else _rows_within(row)
-        if second is not None:
-            yield second
-            yield from found
-
-
-def _document(first: str, text: IO[str], where: str) -> Iterator[Row]:
-    return iter(_rows_within(_object(first + text.read(), where, READ)))
+        return
+    first += _rest_of_line(first, text)
+    second = text.readline()
+    if second.strip() and not second.lstrip().startswith("{"):  # one object over many lines
+        yield from _rows_within(_object(first + second + text.read(), where, READ))
+        return
+    found = _objects(chain([first, second], text), where, number)
+    row = next(found, None)
+    following = next(found, None)
+    if following is None:
+        yield from _rows_within(row) if row else ()
+        return
+    yield from chain([row or {}, following], found)
 
 
 def _rows_within(document: Row) -> Sequence[Row]:
@@ -340,40 +344,32 @@ def _rows_within(document: Row) -> Sequence[Row]:
 
 def _array(first: str, text: IO[str], where: str) -> Iterator[Row]:
     """The objects of an array, one after another: it may be larger than memory."""
-    decoder = json.JSONDecoder()
-    buffer, number = first.lstrip()[1:], 0
-    separator = re.compile(r"[\s,]*")
+    decoder, between = json.JSONDecoder(), re.compile(r"[\s,]*")
+    buffer, place, number, size = first, first.index("[") + 1, 1, CHUNK
     while True:
-        start = separator.match(buffer).end()  # type: ignore[union-attr]
-        buffer = buffer[start:]
-        if buffer.startswith("]"):
+        if (found := between.match(buffer, place)) is not None:
+            place = found.end()
+        if buffer.startswith("]", place):
             return
-        wanted = 1 << 16
-        while True:
-            try:
-                row, end = decoder.raw_decode(buffer)
-                break
-            except (ValueError, RecursionError) as error:
-                more = text.read(wanted) if isinstance(error, ValueError) else ""
-                buffer += more
-                wanted *= 2
-                if not buffer.strip() or (not more and isinstance(error, ValueError)):
-                    told = getattr(error, "msg", str(error))
-                    what = f"not JSON ({told})" if buffer.strip() else "the array does not end"
-                    raise UserError(what, where=f"{where}, item {number + 1}") from error
-                if not isinstance(error, ValueError):
-                    raise UserError(
-                        f"not JSON ({error})", where=f"{where}, item {number + 1}"
-                    ) from error
-                if start := separator.match(buffer).end():  # type: ignore[union-attr]
-                    buffer = buffer[start:]
-                if buffer.startswith("]"):
-                    return
-        number += 1
+        at = f"{where}, item {number}"
+        try:
+            row, place = decoder.raw_decode(buffer, place)
+        except RecursionError as error:
+            raise UserError(f"not JSON ({error})", where=at) from error
+        except json.JSONDecodeError as error:
+            # Is it wrong, or does it only go on? An open string is told of by where it begins.
+            cut = error.pos >= len(buffer) - 64 or error.msg.startswith("Unterminated string")
+            more = text.read(size) if cut else ""
+            if not more:
+                ended = not buffer[place:].strip()
+                what = "the array does not end" if ended else f"not JSON ({error.msg})"
+                raise UserError(what, where=at) from error
+            buffer, place, size = buffer[place:] + more, 0, 2 * size
+            continue
         if not isinstance(row, dict):
-            raise UserError("not a JSON object", where=f"{where}, item {number}")
+            raise UserError("not a JSON object", where=at)
         yield row
-        buffer = buffer[end:]
+        number, size = number + 1, CHUNK
 
 
 def _csv(text: IO[str], where: str, delimiter: str = "") -> Iterator[Row]:
