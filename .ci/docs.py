@@ -204,6 +204,13 @@ def methods_page() -> str:
     return _with_parts("methods.md", f"{table()}\n")
 
 
+def data_page() -> str:
+    """The page with the shapes of tables and the names of columns that are found."""
+    from srlm_lite.data.shapes import names_table, table
+
+    return _with_parts("data.md", f"{table()}\n{names_table()}")
+
+
 def readme() -> str:
     """The README with the same table."""
     from srlm_lite.methods import table
@@ -283,6 +290,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "bases.md": bases_page,
     "architecture.md": architecture_page,
     "methods.md": methods_page,
+    "data.md": data_page,
     "../README.md": readme,
 }
 """The pages by file name, and what writes them."""
