@@ -57,7 +57,7 @@ ALLOWED: dict[str, set[str]] = {
     "run.journal": {"records", "run.files"},
     "run.layout": {"errors", "run.files"},
     "run.run": {"errors", "recipe", "run.files", "run.layout"},
-    "data": {"conversation", "errors", "records", "run.files"},
+    "data": {"conversation", "errors", "progress", "records", "run.files"},
     # pure: from judgements to pairs and figures
     "judging": {"errors", "records", "shipped", "yaml_text"},
     "pairing": {"records", "settings"},

@@ -16,6 +16,8 @@ from srlm_lite.records import Record
 
 R = TypeVar("R", bound=Record)
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False)
+
 
 def read_jsonl(path: Path, *, growing: bool = False) -> list[dict[str, Any]]:
     """All rows of a JSONL file.
@@ -168,7 +170,7 @@ def write_records(path: Path, records: Iterable[Record]) -> None:
 
 def jsonl_line(record: Record) -> str:
     """A record as a row of a JSONL file, with its end."""
-    return json.dumps(record.to_row(), ensure_ascii=False) + "\n"
+    return _ENCODER.encode(record.to_row()) + "\n"
 
 
 def sha256_file(path: Path) -> str:
