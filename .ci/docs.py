@@ -58,8 +58,11 @@ dpo:
   defaults filled in.
 - On the command line `--set dpo.beta=0.2` overrides a setting of any recipe; the value is YAML, so
   a list is `--set 'tracking.report_to=[tensorboard, wandb]'`.
-- Relative paths in a recipe start at its own directory, or else at the working directory; those in
-  `--set` at the working directory.
+- Relative paths in a recipe start at its own directory, or else at the working directory, or else at
+  that of the shipped recipes, so a copy of one of those runs; those in `--set` at the working
+  directory.
+- `srlm-lite recipes new mine.yaml --from NAME` begins one: what it extends, and every setting of that
+  as a comment to change.
 - `srlm-lite recipes explain dpo.beta` says in a terminal what this page says of it, and with
   `--recipe NAME` what that recipe has there and which file says so.
 - What a method does not read is refused, rather than passed over.

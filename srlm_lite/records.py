@@ -69,7 +69,7 @@ def _names(kind: type[Record]) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 @dataclass(frozen=True, slots=True)
 class Prompt(Record):
-    """What the policy answers: a user turn's text, or a conversation with its transcript as text."""
+    """What the policy answers: a user turn's text, or a conversation and its transcript."""
 
     omitted = frozenset({"messages"})
 

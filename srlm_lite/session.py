@@ -160,13 +160,26 @@ class Session:
                 f"the base's experts lie fused in memory, where no adapter reaches them: "
                 f"{', '.join(left_out)} are adapted in its other layers alone"
             )
-        return Slot(
+        slot = Slot(
             self.base.model,
             targets=recipe.targets,
             rank=rank + recipe.dpo.lora.rank,
             fold=recipe.rollout.fold,
             backend=recipe.base.backend,
         )
+        if shipped is not None:
+            slot.load((shipped,))  # refused here if it does not fit the base
+        return slot
+
+    def settle(self) -> None:
+        """From here on this is the run of its directory: it has its base, its stack and its data.
+
+        Raises:
+            UserError: The stack does not fit the base.
+        """
+        if not self.run.is_settled:
+            _ = self.slot
+            self.run.settle()
 
     @cached_property
     def shipped_anchor(self) -> Adapter | None:

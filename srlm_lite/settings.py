@@ -63,8 +63,8 @@ class Before:
 class IsPath:
     """Marks a setting that may be a path.
 
-    A relative one starts at the recipe's own directory, or else at the working directory; what is
-    in neither stays as it is.
+    A relative one starts at the recipe's own directory, or else at the working directory, or else
+    at that of the shipped recipes; what is in none of them stays as it is.
     """
 
     words: tuple[str, ...] = ()

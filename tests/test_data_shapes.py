@@ -15,7 +15,7 @@ from srlm_lite.data.columns import NAMES, Columns, digest
 from srlm_lite.data.ledger import REASONS
 from srlm_lite.data.order import places_of
 from srlm_lite.data.prepare import Options
-from srlm_lite.data.shapes import SHAPES, Seen, shape_of
+from srlm_lite.data.shapes import SHAPES, SeenColumns, shape_of
 from srlm_lite.data.sources import read_source
 from srlm_lite.data.turns import Unusable, turns_in
 
@@ -296,7 +296,7 @@ def test_one_row_gives_an_order(
     found = prepared(tmp_path, row)
     assert in_order(found) == expected
     source = read_source(str(tmp_path / "rows.jsonl"))
-    told = shape_of(Seen("x", source.profile(), Columns()), {one.format for one in SHAPES})
+    told = shape_of(SeenColumns("x", source.profile(), Columns()), {one.format for one in SHAPES})
     assert told is not None and told[0].name == shape
 
 

