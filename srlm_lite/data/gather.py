@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -22,6 +23,8 @@ from srlm_lite.errors import UserError
 from srlm_lite.records import Messages, Prompt
 
 TICK = 500
+HALF_A_CHARACTER = re.compile("[\ud800-\udfff]")
+"""What no file of UTF-8 can hold."""
 
 TABLES = (
     "TABLE said (n INTEGER PRIMARY KEY, source INT, prompt TEXT, line INT, asked TEXT, "
@@ -178,8 +181,10 @@ def _problem_of(reply: GivenReply) -> str | None:
     problem = text_problem(reply.text)
     if problem is None and reply.place is None:
         problem = "no_score"
-    if problem is None and reply.target is not None and not TARGET_END.search(reply.target):
-        problem = "bad_target"
+    target = reply.target
+    if problem is None and target is not None:
+        whole = HALF_A_CHARACTER.search(target) is None
+        problem = None if whole and TARGET_END.search(target) else "bad_target"
     return problem
 
 
@@ -320,8 +325,10 @@ def _of_pairs(key: str, asked: Asked, said: Sequence[Any], replies: Ledger) -> R
             if quality.get(text) is None:
                 quality[text] = score
     replies.drop("other_order", lost)
+    same = sum(better == worse and better in places for better, worse, *_ in pairs.values())
+    replies.drop("duplicate", same)
     # A reply of several pairs is one reply.
-    replies.drop("repeated", 2 * len(pairs) - lost - len(ids))
+    replies.drop("repeated", 2 * len(pairs) - lost - same - len(ids))
     if not places:
         return None
     placed = tuple(

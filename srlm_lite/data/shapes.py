@@ -982,6 +982,8 @@ def _may_be_reply(name: str, column: Column) -> bool:
 
 def _may_be_score(name: str, column: Column) -> bool:
     low = name.lower()
+    if any(low in NAMES[role] for role in ("score", "scores", "rank", "ranks")):
+        return True
     if low in NO_SCORES or re.search(r"(?:^|_)(?:id|ids|idx|index|count|len|length|tokens)$", low):
         return False
     return all(
