@@ -27,9 +27,9 @@ from srlm_lite.data.ledger import REASONS, Ledger
 from srlm_lite.data.oasst import read_trees
 from srlm_lite.data.prepare import Options, prepare
 from srlm_lite.data.ranked import score_target
-from srlm_lite.data.shelf import Shelf
+from srlm_lite.data.row_store import RowStore
 from srlm_lite.data.sources import DataSource, read_source
-from srlm_lite.data.split import PlacedReply, RankedPrompt, Split
+from srlm_lite.data.split import PlacedReply, RankedPrompt, Sharing
 from srlm_lite.data.text import is_garbled, is_repetitive, normalised, prompt_problem
 from srlm_lite.errors import UserError
 from srlm_lite.records import Instruction, Prompt, RankedReply
@@ -98,12 +98,12 @@ def scored(prompt: str, *scores: Any, **more: Any) -> list[Row]:
 
 
 def shared_out(prompts: list[RankedPrompt], ledger: Ledger, **shares: float) -> Seed:
-    with Shelf() as shelf:
-        split = Split(shelf, ledger)
-        split.add(prompts)
-        split.decide(**shares)
-        parts = (list(split.ranked(part)) for part in ("eft_train", "eft_eval"))
-        return Seed(list(split.instructions()), *parts)
+    with RowStore() as store:
+        sharing = Sharing(store, ledger)
+        sharing.add(prompts)
+        sharing.decide(**shares)
+        parts = (list(sharing.ranked(part)) for part in ("eft_train", "eft_eval"))
+        return Seed(list(sharing.instructions()), *parts)
 
 
 def check_accounts(prepared: Loaded) -> None:

@@ -14,8 +14,8 @@ from srlm_lite.conversation import digest_of, transcript
 from srlm_lite.data.columns import NAMES, Columns, digest
 from srlm_lite.data.ledger import REASONS
 from srlm_lite.data.order import places_of
-from srlm_lite.data.prepare import Options
-from srlm_lite.data.shapes import SHAPES, Seen, shape_of
+from srlm_lite.data.prepare import Options, prepare
+from srlm_lite.data.shapes import SHAPES, SeenColumns, shape_of
 from srlm_lite.data.sources import read_source
 from srlm_lite.data.turns import Unusable, turns_in
 
@@ -296,7 +296,7 @@ def test_one_row_gives_an_order(
     found = prepared(tmp_path, row)
     assert in_order(found) == expected
     source = read_source(str(tmp_path / "rows.jsonl"))
-    told = shape_of(Seen("x", source.profile(), Columns()), {one.format for one in SHAPES})
+    told = shape_of(SeenColumns("x", source.profile(), Columns()), {one.format for one in SHAPES})
     assert told is not None and told[0].name == shape
 
 
@@ -436,6 +436,23 @@ def test_pairs_that_no_order_joins(tmp_path: Path) -> None:
     assert prepared(tmp_path, *rows).reply_ledger.drops == {"other_order": 2}
 
 
+def test_a_pair_of_the_same_reply_is_an_answer(tmp_path: Path) -> None:
+    found = prepared(tmp_path, {"prompt": Q, "chosen": GOOD, "rejected": GOOD})
+    assert [one.response for one in found.seed.ift] == [GOOD]
+    assert found.reply_ledger.summary() == {"seen": 2, "kept": 1, "dropped": {"duplicate": 1}}
+
+
+def test_what_no_file_can_hold_is_dropped(tmp_path: Path) -> None:
+    """An id, which is made whole; and a target, whose other half nobody knows."""
+    half = {"prompt_id": "a\ud83d", "prompt": Q, "response": POOR, "score": 0}
+    rows = [{**half, "response": GOOD, "score": 1}, half]
+    rows += [{**half, "response": WORST, "target": "So \ud83d.\nScore: 1"}]
+    source = write(tmp_path / "rows.jsonl", rows)
+    facts = prepare(source, tmp_path / "out", Options(ift_share=0.0))
+    assert facts["replies"]["dropped"] == {"bad_target": 1}
+    assert '"a?"' in (tmp_path / "out" / "eft_train.jsonl").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     ("pairs", "places"),
     [
@@ -448,7 +465,9 @@ def test_pairs_that_no_order_joins(tmp_path: Path) -> None:
         (["ab", "cd"], {"a": 0, "b": 1}),
         (["ab", "ba"], {}),
         (["ab", "bc", "ca"], {"a": 0, "b": 1}),
-        (["aa"], {}),
+        (["aa"], {"a": 0}),
+        (["aa", "ab"], {"a": 0, "b": 1}),
+        ([], {}),
     ],
 )
 def test_places_say_no_more_than_pairs(pairs: list[str], places: dict[str, int]) -> None:
@@ -477,6 +496,7 @@ def test_a_score_of_a_side_is_its_quality_where_it_is_named(tmp_path: Path) -> N
         ({"prompt": Q, "input": ["It", "leaks"], "response": GOOD}, {"ignore": ("input",)}),
         ({"prompt": Q, "response_0": GOOD, "response_1": POOR, "label": 3}, None),
         ({"prompt": Q, "response": POOR, "is_safe": False}, {"ignore": ("is_safe",)}),
+        ({"prompt": Q, "response": POOR, "rank": "first"}, {"ignore": ("rank",)}),
         ({"prompt": Q, "chosen": GOOD, "rejected": POOR, "completion": WORST},
          {"ignore": ("completion",)}),
         ({"trajectory": [user(Q)], "chosen": GOOD, "rejected": POOR},

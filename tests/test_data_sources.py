@@ -159,7 +159,7 @@ def test_a_text_that_looks_like_a_date_stays_one(tmp_path: Path, text: str) -> N
 
 
 def test_dialogues_of_an_older_dataset(tmp_path: Path) -> None:
-    """Of a sequence of objects `datasets` makes an object of sequences, in its files too."""
+    """A sequence of objects is an object of sequences to `datasets`, in its files too."""
     import datasets
 
     said = {"role": ["user", "assistant"], "content": ["How do I look after it?", "Wash it."]}
@@ -398,7 +398,7 @@ def test_nothing_stays_behind_when_it_fails(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
-    """Of what eight times the rows hold more, a part is in memory: the database's own."""
+    """Eight times the rows take no more than what the database itself keeps."""
     few, many = measured(4_000, tmp_path), measured(32_000, tmp_path)
     assert (few["rows"], many["rows"]) == (4_000, 32_000)
     assert few["libraries"] == many["libraries"] == []

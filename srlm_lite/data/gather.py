@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -12,8 +13,8 @@ from srlm_lite.data.columns import digest, id_of, is_foreign, reused_id
 from srlm_lite.data.ledger import Ledger
 from srlm_lite.data.order import places_of
 from srlm_lite.data.ranked import TARGET_END
-from srlm_lite.data.shapes import Found, Order, Reply, Said, Shape, replies_in
-from srlm_lite.data.shelf import Shelf, packed, unpacked
+from srlm_lite.data.row_store import RowStore, packed, unpacked
+from srlm_lite.data.shapes import Found, GivenReply, Order, Said, TableShape, replies_in
 from srlm_lite.data.sources import DataSource, Row
 from srlm_lite.data.split import PlacedReply, RankedPrompt
 from srlm_lite.data.text import is_garbled
@@ -22,6 +23,8 @@ from srlm_lite.errors import UserError
 from srlm_lite.records import Messages, Prompt
 
 TICK = 500
+HALF_A_CHARACTER = re.compile("[\ud800-\udfff]")
+"""What no file of UTF-8 can hold."""
 
 TABLES = (
     "TABLE said (n INTEGER PRIMARY KEY, source INT, prompt TEXT, line INT, asked TEXT, "
@@ -38,12 +41,12 @@ class Table:
 
     Attributes:
         order: How far places of replies compare.
-        number: Tells sources apart on the shelf.
+        number: Tells sources apart on the store.
         prefix: Goes before ids that a column gives, where several sources could give the same.
     """
 
     source: DataSource
-    shape: Shape
+    shape: TableShape
     at: Found
     order: Order
     number: int = 0
@@ -94,7 +97,7 @@ def read_asked(
 
 
 def put_by(
-    table: Table, shelf: Shelf, *, lang: str | None, replies: Ledger, tick: Callable[[int], None]
+    table: Table, store: RowStore, *, lang: str | None, replies: Ledger, tick: Callable[[int], None]
 ) -> None:
     """Read all rows of a table with replies and put them by.
 
@@ -119,11 +122,11 @@ def put_by(
             continue
         replies.seen += _counted(table, len(said.replies))
         if table.order == "first":
-            _put_pairs(table, shelf, said, line, replies)
+            _put_pairs(table, store, said, line, replies)
         else:
-            _put_replies(table, shelf, row, said, line, replies)
+            _put_replies(table, store, row, said, line, replies)
     if table.prompt_id is not None:
-        _refuse_reused_ids(table, shelf)
+        _refuse_reused_ids(table, store)
 
 
 def _counted(table: Table, replies: int) -> int:
@@ -131,22 +134,22 @@ def _counted(table: Table, replies: int) -> int:
     return 2 * (replies - 1) if table.order == "first" else replies
 
 
-def _put_pairs(table: Table, shelf: Shelf, said: Said, line: int, replies: Ledger) -> None:
+def _put_pairs(table: Table, store: RowStore, said: Said, line: int, replies: Ledger) -> None:
     problem = next(filter(None, (text_problem(reply.text) for reply in said.replies)), None)
     if problem is not None:
         replies.drop(problem, _counted(table, len(said.replies)))
         return
     key = id_of_asked(said.asked)
-    _put_asked(table, shelf, key, said.asked, answered=True)
+    _put_asked(table, store, key, said.asked, answered=True)
     best, *others = said.replies
     for other in others:
         texts = (transcript(said.asked), best.text, other.text)
         body = packed([best.text, other.text, best.quality, other.quality])
-        shelf.put("said", None, table.number, key, line, key, digest(*texts), "", body)
+        store.put("said", None, table.number, key, line, key, digest(*texts), "", body)
 
 
 def _put_replies(
-    table: Table, shelf: Shelf, row: Row, said: Said, line: int, replies: Ledger
+    table: Table, store: RowStore, row: Row, said: Said, line: int, replies: Ledger
 ) -> None:
     given = id_of(row, table.prompt_id)
     asked = id_of_asked(said.asked)
@@ -161,25 +164,27 @@ def _put_replies(
         name = digest(reply.text)
         reply_id = f"{table.prefix}{reply.id}" if reply.id else _id_by_text(key, reply.text)
         body = packed([reply.text, reply.place, reply.quality, reply.target, reply.good])
-        shelf.put("said", None, table.number, key, line, asked, reply_id, name, body)
+        store.put("said", None, table.number, key, line, asked, reply_id, name, body)
     if not answered and given:  # that an id is one prompt's is asked of all rows
-        shelf.put("said", None, table.number, key, line, asked, None, "", "")
-    _put_asked(table, shelf, key, said.asked, answered=answered)
+        store.put("said", None, table.number, key, line, asked, None, "", "")
+    _put_asked(table, store, key, said.asked, answered=answered)
 
 
-def _put_asked(table: Table, shelf: Shelf, key: str, asked: Asked, *, answered: bool) -> None:
+def _put_asked(table: Table, store: RowStore, key: str, asked: Asked, *, answered: bool) -> None:
     messages = None if isinstance(asked, str) else packed(messages_of(asked))
     text = packed(transcript(asked))
-    shelf.put("asked", table.number, key, text, messages, answered)
+    store.put("asked", table.number, key, text, messages, answered)
 
 
-def _problem_of(reply: Reply) -> str | None:
+def _problem_of(reply: GivenReply) -> str | None:
     """Why a reply is dropped, if it is."""
     problem = text_problem(reply.text)
     if problem is None and reply.place is None:
         problem = "no_score"
-    if problem is None and reply.target is not None and not TARGET_END.search(reply.target):
-        problem = "bad_target"
+    target = reply.target
+    if problem is None and target is not None:
+        whole = HALF_A_CHARACTER.search(target) is None
+        problem = None if whole and TARGET_END.search(target) else "bad_target"
     return problem
 
 
@@ -194,8 +199,8 @@ def _id_by_text(prompt_id: str, text: str) -> str:
     return f"{prompt_id}-{digest(text)}"
 
 
-def _refuse_reused_ids(table: Table, shelf: Shelf) -> None:
-    found = shelf.one(
+def _refuse_reused_ids(table: Table, store: RowStore) -> None:
+    found = store.one(
         "SELECT s.line, s.prompt FROM said s JOIN (SELECT prompt, asked, MIN(n) FROM said "
         "WHERE source = ?1 GROUP BY prompt) f ON f.prompt = s.prompt "
         "WHERE s.source = ?1 AND s.asked <> f.asked ORDER BY s.n LIMIT 1",
@@ -209,12 +214,12 @@ def _refuse_reused_ids(table: Table, shelf: Shelf) -> None:
 # Reading them back by prompt
 
 
-def index(shelf: Shelf) -> None:
+def index(store: RowStore) -> None:
     """Make ready for reading by prompt, once all is put by."""
-    shelf.make("INDEX said_by_prompt ON said (source, prompt, n)")
+    store.make("INDEX said_by_prompt ON said (source, prompt, n)")
 
 
-def ranked_prompts(table: Table, shelf: Shelf, replies: Ledger) -> Iterator[RankedPrompt]:
+def ranked_prompts(table: Table, store: RowStore, replies: Ledger) -> Iterator[RankedPrompt]:
     """The prompts with their replies, each prompt once, in the order of their keys.
 
     Ids of replies are unique over the source, as whoever reads the data needs them: where a column
@@ -223,8 +228,8 @@ def ranked_prompts(table: Table, shelf: Shelf, replies: Ledger) -> Iterator[Rank
     Args:
         replies: Is told of replies that no order joins with the others of their prompt.
     """
-    name = _naming(table, shelf)
-    rows = shelf.run(
+    name = _naming(table, store)
+    rows = store.run(
         "SELECT s.prompt, s.line, s.reply, s.body, a.text, a.messages FROM said s "
         "JOIN asked a ON a.source = s.source AND a.prompt = s.prompt AND a.answered = 1 "
         "WHERE s.source = ? AND s.body <> '' ORDER BY s.prompt, s.n",
@@ -242,9 +247,9 @@ def ranked_prompts(table: Table, shelf: Shelf, replies: Ledger) -> Iterator[Rank
             yield found
 
 
-def spare_prompts(table: Table, shelf: Shelf) -> Iterator[Prompt]:
+def spare_prompts(table: Table, store: RowStore) -> Iterator[Prompt]:
     """The prompts to which no reply could be placed."""
-    rows = shelf.run(
+    rows = store.run(
         "SELECT prompt, text, messages FROM asked a WHERE source = ?1 AND answered = 0 AND NOT "
         "EXISTS (SELECT 1 FROM asked b WHERE b.source = ?1 AND b.prompt = a.prompt AND b.answered)",
         table.number,
@@ -257,7 +262,7 @@ def spare_prompts(table: Table, shelf: Shelf) -> Iterator[Prompt]:
 Name = Callable[[str, str, str], str]
 
 
-def _naming(table: Table, shelf: Shelf) -> Name:
+def _naming(table: Table, store: RowStore) -> Name:
     """What makes an id of a prompt's, a reply's and a text's, so that each is one reply's alone.
 
     All ids are made in the same way: as they are, else by prompt, else by text, which a column that
@@ -269,9 +274,9 @@ def _naming(table: Table, shelf: Shelf) -> Name:
         "SELECT 1 FROM said WHERE source = ? AND body <> '' "
         "GROUP BY {} HAVING COUNT(DISTINCT {}) > 1 LIMIT 1"
     )
-    if shelf.one(doubles.format("reply", "prompt || '-' || text"), table.number) is None:
+    if store.one(doubles.format("reply", "prompt || '-' || text"), table.number) is None:
         return lambda key, reply, text: reply
-    if shelf.one(doubles.format("prompt, reply", "text"), table.number) is None:
+    if store.one(doubles.format("prompt, reply", "text"), table.number) is None:
         return lambda key, reply, text: f"{key}-{reply}"
     return lambda key, reply, text: _id_by_text(key, text)
 
@@ -320,8 +325,10 @@ def _of_pairs(key: str, asked: Asked, said: Sequence[Any], replies: Ledger) -> R
             if quality.get(text) is None:
                 quality[text] = score
     replies.drop("other_order", lost)
+    same = sum(better == worse and better in places for better, worse, *_ in pairs.values())
+    replies.drop("duplicate", same)
     # A reply of several pairs is one reply.
-    replies.drop("repeated", 2 * len(pairs) - lost - len(ids))
+    replies.drop("repeated", 2 * len(pairs) - lost - same - len(ids))
     if not places:
         return None
     placed = tuple(

@@ -22,8 +22,8 @@ def places_of(pairs: Iterable[Pair]) -> dict[str, int]:
     for better, worse in given:
         if better != worse and (worse, better) not in given:
             below[better][worse] = None
-    if not below:
-        return {}
+    if not below:  # a reply beside itself has no order, and is a reply still
+        return next(({better: 0} for better, worse in given if better == worse), {})
     beaten = {worse for each in below.values() for worse in each}
     if beaten.isdisjoint(below):  # no reply is both: the common case, and quick
         if len(below) == 1 or all(set(each) == beaten for each in below.values()):

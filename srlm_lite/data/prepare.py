@@ -37,9 +37,10 @@ from srlm_lite.data.ledger import REASONS, Ledger
 from srlm_lite.data.oasst import read_trees
 from srlm_lite.data.prompts import PromptList
 from srlm_lite.data.ranked import score_target
+from srlm_lite.data.row_store import RowStore
 from srlm_lite.data.shapes import (
     Format,
-    Seen,
+    SeenColumns,
     check_given,
     has_replies,
     order_of,
@@ -47,9 +48,8 @@ from srlm_lite.data.shapes import (
     shape_of,
     unused,
 )
-from srlm_lite.data.shelf import Shelf
 from srlm_lite.data.sources import DataSource, read_source
-from srlm_lite.data.split import Part, Purpose, RankedPrompt, Split
+from srlm_lite.data.split import Part, Purpose, RankedPrompt, Sharing
 from srlm_lite.data.text import words_of
 from srlm_lite.errors import UserError
 from srlm_lite.progress import Reporter, Silent
@@ -77,7 +77,7 @@ class Options:
     """What to make of the sources."""
 
     format: Format | Literal["auto"] = "auto"
-    """Of the source that is shared out."""
+    """What the source that is shared out may hold."""
     prompts: str | None = None
     """A source of prompts for `prompts.jsonl`."""
     hub_split: str = "train"
@@ -130,11 +130,11 @@ class Use:
 
 @dataclass(slots=True)
 class Prepared:
-    """Rows for the files, and the account of them; good while the shelf is open."""
+    """Rows for the files, and the account of them; good while the store is open."""
 
     uses: Sequence[Use]
     format: Format
-    split: Split
+    sharing: Sharing
     listed: PromptList
     options: Options
     reply_ledger: Ledger = field(default_factory=Ledger)
@@ -146,16 +146,16 @@ class Prepared:
         ift, train, held, prompts = FILES
         found: dict[str, Callable[[], Iterator[Record]]] = {}
         if not all(map(_only_asks, self.uses)):
-            found[ift] = self.split.instructions
+            found[ift] = self.sharing.instructions
             found[train] = partial(self._targeted, "eft_train")
-            found[held] = partial(self.split.ranked, "eft_eval")
+            found[held] = partial(self.sharing.ranked, "eft_eval")
         found[prompts] = self.listed.chosen
-        if self.split.count("eval_prompts"):
-            found[HELD_OUT] = self.split.held_out
+        if self.sharing.count("eval_prompts"):
+            found[HELD_OUT] = self.sharing.held_out
         return found
 
     def _targeted(self, part: Literal["eft_train"]) -> Iterator[RankedReply]:
-        rows = self.split.ranked(part)
+        rows = self.sharing.ranked(part)
         return _with_targets(rows, self._limits(), self.options) if self._scored else rows
 
     @property
@@ -163,7 +163,7 @@ class Prepared:
         return self.options.given_scores
 
     def _limits(self) -> tuple[float, float]:
-        limits = self.options.score_range or self.split.qualities
+        limits = self.options.score_range or self.sharing.qualities
         if limits is None:
             raise UserError("the source has no scores", where="--given-scores")
         return limits
@@ -185,7 +185,7 @@ class Prepared:
         """How many prompts a file has."""
         if name == "prompts.jsonl":
             return self.prompt_ledger.kept
-        return self.split.count(PARTS[name])
+        return self.sharing.count(PARTS[name])
 
     def summary(self, rows: dict[str, int]) -> dict[str, Any]:
         """As JSON: rows and prompts of each file, and both ledgers."""
@@ -241,13 +241,15 @@ def read(
     reporter = reporter or Silent()
     uses = _uses(source, options, reporter)
     format = _format(uses)
-    with Shelf(near) as shelf:
+    with RowStore(near) as store:
         replies, prompts = Ledger(), Ledger()
         limits = {"min_chars": options.min_prompt_chars, "max_chars": options.max_prompt_chars}
-        listed = PromptList(shelf, prompts, **limits)
-        prepared = Prepared(uses, format, Split(shelf, replies), listed, options, replies, prompts)
+        listed = PromptList(store, prompts, **limits)
+        prepared = Prepared(
+            uses, format, Sharing(store, replies), listed, options, replies, prompts
+        )
         prepared.notes += [note for use in uses for note in use.notes]
-        _share_out(prepared, shelf, reporter)
+        _share_out(prepared, store, reporter)
         prepared.check_targets()
         _refuse_nothing(prepared)
         _warn(prepared)
@@ -315,7 +317,7 @@ def _use(
     *,
     several: bool,
 ) -> Use:
-    seen = Seen(source.where, source.profile(), options.columns, frozenset(options.ignore))
+    seen = SeenColumns(source.where, source.profile(), options.columns, frozenset(options.ignore))
     check_given(seen, elsewhere={*(everywhere if several else ()), *_within(seen)})
     table = _recognised(purpose, source, seen, options)
     # A list that goes with replies keeps its own ids, as do the replies.
@@ -334,7 +336,7 @@ def _use(
     return Use(purpose, table, tuple(f"{about}{note}" for note in notes), left)
 
 
-def _within(seen: Seen) -> set[str]:
+def _within(seen: SeenColumns) -> set[str]:
     """Keys of objects in lists: scores stand there too."""
     return {
         key
@@ -347,7 +349,7 @@ def _within(seen: Seen) -> set[str]:
     }
 
 
-def _recognised(purpose: Given, source: DataSource, seen: Seen, options: Options) -> Table:
+def _recognised(purpose: Given, source: DataSource, seen: SeenColumns, options: Options) -> Table:
     """The source with the shape that it is read by.
 
     Raises:
@@ -393,7 +395,7 @@ def _recognised(purpose: Given, source: DataSource, seen: Seen, options: Options
     )
 
 
-def _ends_in_replies(seen: Seen, at: Any) -> bool:
+def _ends_in_replies(seen: SeenColumns, at: Any) -> bool:
     """Whether the column of the prompt holds dialogues, with their replies."""
     cells = seen.columns[at["prompt"][0]].cells
     return any(not isinstance(cell, str) for cell in cells) and shape_of(seen, ("ift",)) is not None
@@ -447,13 +449,13 @@ def _format(uses: Sequence[Use]) -> Format:
 # Sharing out
 
 
-def _share_out(prepared: Prepared, shelf: Shelf, reporter: Reporter) -> None:
+def _share_out(prepared: Prepared, store: RowStore, reporter: Reporter) -> None:
     """Read all rows, and say what becomes of each."""
-    options, split = prepared.options, prepared.split
+    options, sharing = prepared.options, prepared.sharing
     lists = [use for use in prepared.uses if _only_asks(use)]
     replied = [use for use in prepared.uses if not _only_asks(use)]
     for table in TABLES:
-        shelf.make(table)
+        store.make(table)
     spare: list[Callable[[], Iterable[Prompt]]] = []
     trees: dict[int, list[RankedPrompt]] = {}
     for use in replied:
@@ -467,26 +469,26 @@ def _share_out(prepared: Prepared, shelf: Shelf, reporter: Reporter) -> None:
         else:
             put_by(
                 use.table,
-                shelf,
+                store,
                 lang=options.lang,
                 replies=prepared.reply_ledger,
                 tick=task.advance,
             )
             if use.purpose != "eval":
-                spare.append(partial(spare_prompts, use.table, shelf))
-    index(shelf)
+                spare.append(partial(spare_prompts, use.table, store))
+    index(store)
     for use in replied:
         found: Iterable[RankedPrompt] = trees.pop(use.table.number, [])
         if use.table.shape.format != "oasst-trees":
-            found = ranked_prompts(use.table, shelf, prepared.reply_ledger)
+            found = ranked_prompts(use.table, store, prepared.reply_ledger)
         if use.purpose == "eval" and use.table.order == "none":
             _hold_out(prepared, (_as_prompt(one, use) for one in found))
         else:
-            split.add(found, use.purpose, use.table.source.label)  # type: ignore[arg-type]
+            sharing.add(found, use.purpose, use.table.source.label)
     for use in lists:
         if use.purpose == "eval":
             _hold_out(prepared, _asked(use, prepared, reporter))
-    split.decide(ift_share=options.ift_share, eval_share=options.eval_share)
+    sharing.decide(ift_share=options.ift_share, eval_share=options.eval_share)
     _choose_prompts(prepared, lists, spare, reporter)
 
 
@@ -509,7 +511,7 @@ def _hold_out(prepared: Prepared, prompts: Iterable[Prompt]) -> None:
                 seen.add(words)
                 yield prompt
 
-    prepared.split.hold_out(once())
+    prepared.sharing.hold_out(once())
 
 
 def _asked(use: Use, prepared: Prepared, reporter: Reporter) -> Iterator[Prompt]:
@@ -541,7 +543,7 @@ def _choose_prompts(
     if not own:
         for found in spare:
             prepared.listed.add(found())
-        prepared.listed.add(prepared.split.asked())
+        prepared.listed.add(prepared.sharing.asked())
     prepared.listed.decide(shuffled=not own)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from srlm_lite.data.columns import reused_id
 from srlm_lite.data.ledger import Ledger
-from srlm_lite.data.shelf import Shelf, packed, unpacked
+from srlm_lite.data.row_store import RowStore, packed, unpacked
 from srlm_lite.data.sources import DataSource
 from srlm_lite.data.split import hash_order, short
 from srlm_lite.data.text import normalised, prompt_problem, words_of
@@ -20,11 +20,11 @@ class PromptList:
         ledger: Is told of every prompt.
     """
 
-    def __init__(self, shelf: Shelf, ledger: Ledger, *, min_chars: int, max_chars: int) -> None:
-        self._shelf, self._ledger = shelf, ledger
+    def __init__(self, store: RowStore, ledger: Ledger, *, min_chars: int, max_chars: int) -> None:
+        self._store, self._ledger = store, ledger
         self._min_chars, self._max_chars = min_chars, max_chars
         self._count = 0
-        shelf.make(
+        store.make(
             "TABLE asks (n INTEGER PRIMARY KEY, id TEXT, exact BLOB, same BLOB, words BLOB, "
             "ift INT, by_order BLOB, problem TEXT, body TEXT)"
         )
@@ -35,7 +35,7 @@ class PromptList:
             self._count += 1
             text = prompt.text
             problem = prompt_problem(text, min_chars=self._min_chars, max_chars=self._max_chars)
-            self._shelf.put(
+            self._store.put(
                 "asks",
                 self._count,
                 prompt.prompt_id,
@@ -54,7 +54,7 @@ class PromptList:
         Raises:
             UserError: One stands for two.
         """
-        found = self._shelf.one(
+        found = self._store.one(
             "SELECT a.n, a.id FROM asks a JOIN (SELECT id, exact, MIN(n) FROM asks GROUP BY id) f "
             "ON f.id = a.id WHERE a.exact <> f.exact ORDER BY a.n LIMIT 1"
         )
@@ -68,7 +68,7 @@ class PromptList:
             shuffled: They are left over from replies: those that IFT does not use come first, in
                 an order that does not hang on the source's. Else they keep their order.
         """
-        run = self._shelf.run
+        run = self._store.run
         if shuffled:
             run("UPDATE asks SET ift = id IN (SELECT id FROM facts WHERE part = 'ift')")
         eft = "SELECT same FROM facts WHERE part IN ('eft_train', 'eft_eval')"
@@ -91,7 +91,7 @@ class PromptList:
 
     def chosen(self) -> Iterator[Prompt]:
         """The prompts that a run can use."""
-        rows = self._shelf.run(
+        rows = self._store.run(
             f"SELECT body FROM asks WHERE problem IS NULL ORDER BY {self._order}"
         )
         for row in unpacked(rows):

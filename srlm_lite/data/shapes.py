@@ -45,7 +45,7 @@ each other one of its row, or not at all."""
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
+class GivenReply:
     """A reply in a row.
 
     Attributes:
@@ -66,11 +66,11 @@ class Said:
     """What a row says: what was asked, and the replies; none where it only asks."""
 
     asked: Asked
-    replies: tuple[Reply, ...] = ()
+    replies: tuple[GivenReply, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class SeenColumns:
     """The columns of a table, and what the user says of them."""
 
     where: str
@@ -103,7 +103,7 @@ class Seen:
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class TableShape:
     """One way in which people lay out such data."""
 
     name: str
@@ -114,7 +114,7 @@ class Shape:
     gives: str
     like: str
     """Published data of this shape."""
-    find: Callable[[Seen], Found | None]
+    find: Callable[[SeenColumns], Found | None]
     read: Callable[[Row, Found], Said]
 
 
@@ -204,10 +204,10 @@ COMMON: dict[str, Callable[[Any], bool]] = {
 def needing(
     needs: Mapping[str, Callable[[Any], bool]],
     *takes: str,
-) -> Callable[[Seen], dict[str, tuple[str, ...]] | None]:
+) -> Callable[[SeenColumns], dict[str, tuple[str, ...]] | None]:
     """Finds a shape by the columns that it cannot do without."""
 
-    def find(seen: Seen) -> dict[str, tuple[str, ...]] | None:
+    def find(seen: SeenColumns) -> dict[str, tuple[str, ...]] | None:
         found: dict[str, tuple[str, ...]] = {}
         for role, fits in needs.items():
             column = seen.find(role, fits)
@@ -227,7 +227,7 @@ TAKEN: dict[str, Callable[[Any], bool]] = {
 
 
 def _with_common(
-    seen: Seen, found: dict[str, tuple[str, ...]], takes: Iterable[str] = ()
+    seen: SeenColumns, found: dict[str, tuple[str, ...]], takes: Iterable[str] = ()
 ) -> dict[str, tuple[str, ...]]:
     for role in (*takes, *COMMON):
         fits = TAKEN.get(role) or COMMON[role]
@@ -237,17 +237,17 @@ def _with_common(
     return found
 
 
-def _find_ordered(seen: Seen) -> Found | None:
+def _find_ordered(seen: SeenColumns) -> Found | None:
     """One reply a row, with a rank or score."""
     base = needing({"prompt": _is_asked, "response": _is_asked}, "id", "target")(seen)
     return _with_order(seen, base)
 
 
-def _find_graded_dialogue(seen: Seen) -> Found | None:
+def _find_graded_dialogue(seen: SeenColumns) -> Found | None:
     return _with_order(seen, needing({"dialogue": _is_dialogue_here}, "id", "target")(seen))
 
 
-def _with_order(seen: Seen, base: dict[str, tuple[str, ...]] | None) -> Found | None:
+def _with_order(seen: SeenColumns, base: dict[str, tuple[str, ...]] | None) -> Found | None:
     """An order that is given is the only one: with `score` given, `rank` is not looked for."""
     if base is None:
         return None
@@ -259,7 +259,7 @@ def _with_order(seen: Seen, base: dict[str, tuple[str, ...]] | None) -> Found | 
     return base | ({"score": (score,)} if score else {})
 
 
-def _find_pairs(seen: Seen) -> Found | None:
+def _find_pairs(seen: SeenColumns) -> Found | None:
     found = needing({"chosen": _is_reply, "rejected": _is_reply}, "prompt")(seen)
     if found is None:
         return None
@@ -283,7 +283,7 @@ def _is_whole(cell: Any) -> bool:
     return is_transcript(cell) or (is_dialogue(cell) and len(turns) > 1)
 
 
-def _pair_scores(seen: Seen) -> dict[str, tuple[str, ...]]:
+def _pair_scores(seen: SeenColumns) -> dict[str, tuple[str, ...]]:
     """The scores of both sides, where the user names either."""
     if (score := seen.named("score")) is None:
         return {}
@@ -293,7 +293,7 @@ def _pair_scores(seen: Seen) -> dict[str, tuple[str, ...]]:
     return {}
 
 
-def _find_against(seen: Seen) -> Found | None:
+def _find_against(seen: SeenColumns) -> Found | None:
     """A dialogue that ends in the chosen reply, and the rejected one."""
     return needing({"dialogue": _is_dialogue_here, "rejected": _is_text})(seen)
 
@@ -306,7 +306,7 @@ SIGNED = ("overall_preference", "preference_strength")
 """Columns in which a negative number prefers the first of two, as HelpSteer's do."""
 
 
-def _sides(seen: Seen) -> tuple[str, ...]:
+def _sides(seen: SeenColumns) -> tuple[str, ...]:
     """Columns that hold one reply each: `response_0`, `response_1`, perhaps more."""
     by_stem: dict[str, list[str]] = {}
     for name, column in seen.columns.items():
@@ -323,7 +323,7 @@ def _suffix(name: str) -> str:
     return match[2].lower() if match else ""
 
 
-def _find_sides(seen: Seen) -> Found | None:
+def _find_sides(seen: SeenColumns) -> Found | None:
     sides = _sides(seen)
     if not sides:
         return None
@@ -352,7 +352,7 @@ def _find_sides(seen: Seen) -> Found | None:
     return _with_common(seen, found)
 
 
-def _of_side(seen: Seen, name: str, side: str) -> str | None:
+def _of_side(seen: SeenColumns, name: str, side: str) -> str | None:
     """The column of that name for one side, such as `score_0` for `response_0`."""
     lower = {column.lower(): column for column in seen.columns}
     suffix = _suffix(side)
@@ -360,7 +360,7 @@ def _of_side(seen: Seen, name: str, side: str) -> str | None:
     return next((lower[one.lower()] for one in tries if one.lower() in lower), None)
 
 
-def _refuse_unclear_choice(seen: Seen, column: str, sides: tuple[str, ...]) -> None:
+def _refuse_unclear_choice(seen: SeenColumns, column: str, sides: tuple[str, ...]) -> None:
     for cell in seen.columns[column].cells:
         try:
             _choice(cell, column, sides)
@@ -406,7 +406,7 @@ def _choice(cell: Any, column: str, sides: Sequence[str]) -> int | None:
     raise Unusable("no_score")
 
 
-def _find_list(seen: Seen) -> Found | None:
+def _find_list(seen: SeenColumns) -> Found | None:
     """A list of replies, with scores or ranks beside it or within."""
     replies = seen.named("response")
     cells = seen.columns[replies].cells if replies else []
@@ -441,7 +441,7 @@ def _find_list(seen: Seen) -> Found | None:
     return _with_common(seen, found) if len(found) > 2 else None
 
 
-def _find_good(seen: Seen) -> Found | None:
+def _find_good(seen: SeenColumns) -> Found | None:
     """Replies that people marked as good or not."""
     base = needing({"prompt": _is_asked, "response": _is_asked})(seen)
     base = base or needing({"dialogue": _is_dialogue_here})(seen)
@@ -451,7 +451,7 @@ def _find_good(seen: Seen) -> Found | None:
     return {**base, "good": (good,)}
 
 
-def _find_tree(seen: Seen) -> Found | None:
+def _find_tree(seen: SeenColumns) -> Found | None:
     cells = seen.columns["prompt"].cells if "prompt" in seen.columns else []
     nested = bool(cells) and isinstance(cells[0], Mapping) and "replies" in cells[0]
     flat = {"message_id", "parent_id", "text", "role"}
@@ -528,7 +528,7 @@ def _read_pair(row: Row, at: Found) -> Said:
     return Said(
         sides[0][0],
         tuple(
-            Reply(text, float(place > 0), score)
+            GivenReply(text, float(place > 0), score)
             for place, ((_, text), score) in enumerate(zip(sides, quality, strict=True))
         ),
     )
@@ -550,7 +550,7 @@ MARKS = {"true": True, "1": True, "1.0": True, "yes": True, "good": True} | {
 """What may stand in a column that says whether a reply is good."""
 
 
-def _graded(row: Row, at: Found, text: str) -> Reply:
+def _graded(row: Row, at: Found, text: str) -> GivenReply:
     quality = number_of(_cell(row, at, "score")) if "score" in at else None
     place: float | None = 0.0
     if "rank" in at:
@@ -563,7 +563,7 @@ def _graded(row: Row, at: Found, text: str) -> Reply:
         quality = None if good is None else float(good)
         place = None if quality is None else -quality
     ids = {role: at.get(role, (None,))[0] for role in ("id", "target")}
-    return Reply(
+    return GivenReply(
         text, place, quality, id_of(row, ids["id"]), text_of(row, ids["target"]) or None, good
     )
 
@@ -581,7 +581,7 @@ def _read_against(row: Row, at: Found) -> Said:
     if not said.replies:
         raise Unusable("unanswerable")
     other = text_of(row, at["rejected"][0])
-    return Said(said.asked, (Reply(said.replies[0].text), Reply(other, 1.0)))
+    return Said(said.asked, (GivenReply(said.replies[0].text), GivenReply(other, 1.0)))
 
 
 def _read_transcript(row: Row, at: Found) -> Said:
@@ -622,7 +622,7 @@ def _read_sides(row: Row, at: Found) -> Said:
     return Said(
         exchanges[0][0],
         tuple(
-            Reply(text, *_place(_at(ranks, number), _at(scores, number), bool(ranks)))
+            GivenReply(text, *_place(_at(ranks, number), _at(scores, number), bool(ranks)))
             for number, text in enumerate(texts)
         ),
     )
@@ -639,11 +639,11 @@ def _place(
     return rank if by_rank else None if score is None else -score, score
 
 
-def _best_first(texts: Sequence[str], best: int | None) -> tuple[Reply, ...]:
+def _best_first(texts: Sequence[str], best: int | None) -> tuple[GivenReply, ...]:
     if best is None or not 0 <= best < len(texts):
         raise Unusable("tied")
     others = (text for place, text in enumerate(texts) if place != best)
-    return (Reply(texts[best]), *(Reply(text, 1.0) for text in others))
+    return (GivenReply(texts[best]), *(GivenReply(text, 1.0) for text in others))
 
 
 def _better(row: Row, at: Found) -> int | None:
@@ -671,7 +671,7 @@ def _read_list(row: Row, at: Found) -> Said:
         rank = _nth(row, at, "ranks", number)
         if "rank within" in at:
             rank = number_of(within.get(at["rank within"][0]))
-        replies.append(Reply(text.strip(), *_place(rank, score, by_rank)))
+        replies.append(GivenReply(text.strip(), *_place(rank, score, by_rank)))
     if "best" in at:
         best = number_of(_cell(row, at, "best"))
         texts = [reply.text for reply in replies]
@@ -703,7 +703,7 @@ def _read_tree(row: Row, at: Found) -> Said:
 
 
 SHAPES = (
-    Shape(
+    TableShape(
         "trees",
         "oasst-trees",
         "all",
@@ -713,7 +713,7 @@ SHAPES = (
         _find_tree,
         _read_tree,
     ),
-    Shape(
+    TableShape(
         "pairs",
         "ranked",
         "first",
@@ -724,7 +724,7 @@ SHAPES = (
         _find_pairs,
         _read_pair,
     ),
-    Shape(
+    TableShape(
         "dialogues against",
         "ranked",
         "first",
@@ -734,7 +734,7 @@ SHAPES = (
         _find_against,
         _read_against,
     ),
-    Shape(
+    TableShape(
         "sides",
         "ranked",
         "row",
@@ -745,7 +745,7 @@ SHAPES = (
         _find_sides,
         _read_sides,
     ),
-    Shape(
+    TableShape(
         "list",
         "ranked",
         "row",
@@ -755,7 +755,7 @@ SHAPES = (
         _find_list,
         _read_list,
     ),
-    Shape(
+    TableShape(
         "marked",
         "ranked",
         "all",
@@ -765,7 +765,7 @@ SHAPES = (
         _find_good,
         lambda row, at: (_read_dialogue if "dialogue" in at else _read_one)(row, at),
     ),
-    Shape(
+    TableShape(
         "graded",
         "ranked",
         "all",
@@ -775,7 +775,7 @@ SHAPES = (
         _find_ordered,
         _read_one,
     ),
-    Shape(
+    TableShape(
         "graded dialogues",
         "ranked",
         "all",
@@ -785,7 +785,7 @@ SHAPES = (
         _find_graded_dialogue,
         _read_dialogue,
     ),
-    Shape(
+    TableShape(
         "dialogues",
         "ift",
         "none",
@@ -796,7 +796,7 @@ SHAPES = (
         needing({"dialogue": _is_dialogue_here}),
         _read_dialogue,
     ),
-    Shape(
+    TableShape(
         "instructions",
         "ift",
         "none",
@@ -806,7 +806,7 @@ SHAPES = (
         needing({"prompt": _is_asked, "response": _is_asked}, "id", "target"),
         _read_one,
     ),
-    Shape(
+    TableShape(
         "transcripts",
         "ift",
         "none",
@@ -816,7 +816,7 @@ SHAPES = (
         needing({"transcript": is_transcript}),
         _read_transcript,
     ),
-    Shape(
+    TableShape(
         "prompts",
         "prompts",
         "none",
@@ -830,7 +830,7 @@ SHAPES = (
 """In the order in which they are tried."""
 
 
-def shape_of(seen: Seen, formats: Iterable[str]) -> tuple[Shape, Found] | None:
+def shape_of(seen: SeenColumns, formats: Iterable[str]) -> tuple[TableShape, Found] | None:
     """The first shape of these formats that finds its columns."""
     for shape in SHAPES:
         if shape.format in formats and (found := shape.find(seen)) is not None:
@@ -840,12 +840,12 @@ def shape_of(seen: Seen, formats: Iterable[str]) -> tuple[Shape, Found] | None:
     return None
 
 
-def has_replies(seen: Seen) -> bool:
+def has_replies(seen: SeenColumns) -> bool:
     """Whether a column has a name and cells as replies have."""
     return any(_may_be_reply(name, column) for name, column in seen.columns.items())
 
 
-def order_of(shape: Shape, at: Found) -> Order:
+def order_of(shape: TableShape, at: Found) -> Order:
     """How far places of replies compare, with the columns that were found."""
     if {"better", "best"} & set(at):
         return "first"
@@ -873,7 +873,7 @@ def replies_in(row: Row, at: Found) -> int:
 _LOST_ROLES = ("system", "input", "past")
 
 
-def check_given(seen: Seen, *, elsewhere: Iterable[str] = ()) -> None:
+def check_given(seen: SeenColumns, *, elsewhere: Iterable[str] = ()) -> None:
     """That the columns that the user names are there, in this table or in another one.
 
     Raises:
@@ -886,13 +886,15 @@ def check_given(seen: Seen, *, elsewhere: Iterable[str] = ()) -> None:
             raise no_such_column(name, seen.columns, where=seen.where, option=OPTIONS[field.name])
 
 
-def unused(seen: Seen, at: Found) -> list[str]:
+def unused(seen: SeenColumns, at: Found) -> list[str]:
     """The columns that say something and are not read, `lang` apart, which is looked at."""
     used = {name for names in at.values() for name in names} | {"lang"}
     return [name for name, column in seen.columns.items() if name not in used and column.filled]
 
 
-def refuse_losses(seen: Seen, shape: Shape, at: Found, *, only_asks: bool = False) -> None:
+def refuse_losses(
+    seen: SeenColumns, shape: TableShape, at: Found, *, only_asks: bool = False
+) -> None:
     """That no reply, only score, input or system message stands in a column that is not read.
 
     Args:
@@ -933,7 +935,7 @@ def refuse_losses(seen: Seen, shape: Shape, at: Found, *, only_asks: bool = Fals
 _WHAT = {"system": "a system message", "input": "a part of the prompt", "past": "earlier turns"}
 
 
-def _loss(seen: Seen, name: str, what: str, option: str | None) -> UserError:
+def _loss(seen: SeenColumns, name: str, what: str, option: str | None) -> UserError:
     say = f"Say {option} {name}, or leave it out with " if option else "Leave it out with "
     return UserError(
         f"column {name!r} {what}, and would be lost",
@@ -942,8 +944,9 @@ def _loss(seen: Seen, name: str, what: str, option: str | None) -> UserError:
     )
 
 
-def _reply_loss(seen: Seen, at: Found, name: str) -> UserError:
+def _reply_loss(seen: SeenColumns, at: Found, name: str) -> UserError:
     cells = seen.columns[name].cells
+    option: str | None
     if any(map(_is_list_of_replies, cells)):
         what, option = (
             "holds lists of replies that nothing orders",
@@ -979,6 +982,8 @@ def _may_be_reply(name: str, column: Column) -> bool:
 
 def _may_be_score(name: str, column: Column) -> bool:
     low = name.lower()
+    if any(low in NAMES[role] for role in ("score", "scores", "rank", "ranks")):
+        return True
     if low in NO_SCORES or re.search(r"(?:^|_)(?:id|ids|idx|index|count|len|length|tokens)$", low):
         return False
     return all(
@@ -996,7 +1001,7 @@ def _may_be_mark(name: str, column: Column) -> bool:
     return bool(_MARK.search(name.lower())) and all(map(_is_flag, column.cells))
 
 
-def _repeats(seen: Seen, at: Found, name: str) -> bool:
+def _repeats(seen: SeenColumns, at: Found, name: str) -> bool:
     """Whether a column says again what is read, as far as it was looked at."""
     known = {
         text

@@ -39,6 +39,7 @@ SAMPLES = 200
 LOOKED_AT = 2000
 LARGEST_CELL = 1 << 27
 CHUNK = 1 << 16
+MEGABYTE = 1 << 20
 
 Row = dict[str, Any]
 Watch = Callable[[int], None]
@@ -112,7 +113,7 @@ class DataSource:
 
 
 @dataclass(frozen=True, slots=True)
-class _Rows:
+class _RowsAnew:
     """Rows that a function reads anew each time."""
 
     read: Callable[[], Iterator[Row]]
@@ -197,11 +198,13 @@ def _unpacked(raw: IO[bytes], packing: str) -> IO[bytes]:
     if packing == ".zst":
         import pyarrow
 
-        return io.BufferedReader(_Read(pyarrow.CompressedInputStream(raw, "zstd")), 1 << 20)
+        return io.BufferedReader(
+            _PyarrowStream(pyarrow.CompressedInputStream(raw, "zstd")), 1 << 20
+        )
     return raw
 
 
-class _Read(io.RawIOBase):
+class _PyarrowStream(io.RawIOBase):
     """A stream of pyarrow's, as Python's own buffers want it."""
 
     def __init__(self, stream: Any) -> None:
@@ -220,7 +223,7 @@ class _Watched(io.BufferedReader):
     """A file that says how much of it was read."""
 
     def __init__(self, raw: Any, watch: Watch) -> None:
-        super().__init__(raw, 1 << 20)
+        super().__init__(raw, MEGABYTE)
         self._watch = watch
 
     def read(self, size: int | None = -1, /) -> bytes:
@@ -265,7 +268,7 @@ def _text(opened: Opened, where: str, label: str, kind: str) -> DataSource:
             newline = "" if kind in (".csv", ".tsv") else "\n"
             yield from reader(io.TextIOWrapper(raw, encoding="utf-8-sig", newline=newline), where)
 
-    return DataSource(where, label, _Rows(read), is_lines=kind == ".txt")
+    return DataSource(where, label, _RowsAnew(read), is_lines=kind == ".txt")
 
 
 def _lines(text: IO[str], where: str) -> Iterator[Row]:
@@ -434,7 +437,7 @@ def _table(path: Path, kind: str) -> DataSource:
             count = parquet.read_metadata(path).num_rows
         except (ArrowException, OSError) as error:
             raise UserError(f"not a whole {kind} file ({error})", where=where) from error
-    return DataSource(where, _label(path.name), _Rows(read), is_typed=True, count=count)
+    return DataSource(where, _label(path.name), _RowsAnew(read), is_typed=True, count=count)
 
 
 # Folders
@@ -522,7 +525,7 @@ def _joined(
     return DataSource(
         where,
         label,
-        _Rows(read),
+        _RowsAnew(read),
         is_lines=parts[0].is_lines,
         # Files of a table need not have the same columns.
         is_typed=parts[0].is_typed and len(parts) == 1,
@@ -562,7 +565,7 @@ def _saved(path: Path, split: str) -> DataSource:
                 yield from batch.to_pylist()
 
     count = sum(one.num_rows for one in chosen)
-    return DataSource(where, path.resolve().name, _Rows(read), is_typed=True, count=count)
+    return DataSource(where, path.resolve().name, _RowsAnew(read), is_typed=True, count=count)
 
 
 # The Hub
@@ -623,4 +626,4 @@ def _hub(name: str, *, split: str, config: str | None) -> DataSource:
             for one in chosen:
                 yield from (dict(row) for row in one)
 
-    return DataSource(name, name, _Rows(read), is_typed=True)
+    return DataSource(name, name, _RowsAnew(read), is_typed=True)

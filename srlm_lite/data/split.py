@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from srlm_lite.data.ledger import Ledger
-from srlm_lite.data.shelf import Shelf, packed, unpacked
+from srlm_lite.data.row_store import RowStore, packed, unpacked
 from srlm_lite.data.text import normalised, words_of
 from srlm_lite.records import Instruction, Messages, Prompt, RankedReply
 
@@ -55,7 +55,7 @@ class RankedPrompt:
         return len({reply.place for reply in self.replies}) > 1
 
 
-class Split:
+class Sharing:
     """Prompts of all sources, shared out between the parts of the seed data.
 
     A prompt whose replies are ordered can serve IFT or EFT: of those that have no part of their own
@@ -68,17 +68,17 @@ class Split:
         replies: Is told of the replies kept and dropped.
     """
 
-    def __init__(self, shelf: Shelf, replies: Ledger) -> None:
-        self._shelf, self._replies = shelf, replies
+    def __init__(self, store: RowStore, replies: Ledger) -> None:
+        self._store, self._replies = store, replies
         self._purposes: set[Purpose] = set()
         self.qualities: tuple[float, float] | None = None
         """The lowest and the highest; None without any."""
-        shelf.make(
+        store.make(
             "TABLE facts (n INTEGER PRIMARY KEY, purpose TEXT, id TEXT, same BLOB, words BLOB, "
             "given INT, replies INT, ordered INT, best INT, by_order BLOB, by_ift BLOB, "
             "by_eval BLOB, part TEXT)"
         )
-        shelf.make("TABLE bodies (n INTEGER PRIMARY KEY, body TEXT)")
+        store.make("TABLE bodies (n INTEGER PRIMARY KEY, body TEXT)")
         self._count = 0
 
     def add(
@@ -94,7 +94,7 @@ class Split:
                 by_text.setdefault(reply.text, reply)
                 self._see(reply.quality)
             places = {reply.place for reply in by_text.values()}
-            self._shelf.put(
+            self._store.put(
                 "facts",
                 self._count,
                 purpose,
@@ -113,7 +113,7 @@ class Split:
                 for one in by_text.values()
             ]
             whole = [prompt.prompt_id, prompt.text, prompt.messages, label, body]
-            self._shelf.put("bodies", self._count, packed(whole))
+            self._store.put("bodies", self._count, packed(whole))
 
     def _see(self, quality: float | None) -> None:
         if quality is not None:
@@ -126,7 +126,7 @@ class Split:
             self._count += 1
             key, words = short(normalised(prompt.text)), short(words_of(prompt.text))
             order = _hashed(prompt.prompt_id, "order")
-            self._shelf.put(
+            self._store.put(
                 "facts",
                 self._count,
                 "eval",
@@ -136,13 +136,13 @@ class Split:
                 *(0, 0, 0, 0, order, order, order, "eval_prompts"),
             )
             body = packed([prompt.prompt_id, prompt.text, prompt.messages, prompt.source, []])
-            self._shelf.put("bodies", self._count, body)
+            self._store.put("bodies", self._count, body)
 
     def decide(self, *, ift_share: float, eval_share: float) -> None:
         """Say of every prompt which part it goes to, once all are there."""
-        run = self._shelf.run
-        self._shelf.make("INDEX facts_same ON facts (same)")
-        self._shelf.make("INDEX facts_words ON facts (words)")
+        run = self._store.run
+        self._store.make("INDEX facts_same ON facts (same)")
+        self._store.make("INDEX facts_words ON facts (words)")
         self._drop_doubles("purpose")
         self._replies.drop("duplicate", self._sum("part IS NULL", "given - replies"))
         free = "part IS NULL AND ordered"
@@ -188,13 +188,13 @@ class Split:
 
     def _drop(self, reason: str, where: str, count: str = "replies") -> None:
         self._replies.drop(reason, self._sum(where, count))
-        self._shelf.run(f"UPDATE facts SET part = '{reason}' WHERE {where}")
+        self._store.run(f"UPDATE facts SET part = '{reason}' WHERE {where}")
 
     def _sum(self, where: str, of: str) -> int:
-        return int(self._shelf.one(f"SELECT SUM({of}) FROM facts WHERE {where}") or 0)
+        return int(self._store.one(f"SELECT SUM({of}) FROM facts WHERE {where}") or 0)
 
     def _number(self, where: str) -> int:
-        return int(self._shelf.one(f"SELECT COUNT(*) FROM facts WHERE {where}"))
+        return int(self._store.one(f"SELECT COUNT(*) FROM facts WHERE {where}"))
 
     def _draw(self, where: str, share: float, purpose: str, *, at_least: int = 0) -> str:
         """What selects a share of the prompts, rounded half up."""
@@ -234,7 +234,7 @@ class Split:
 
     def asked(self) -> Iterator[Prompt]:
         """All prompts with replies that no source gave to be held out."""
-        rows = self._shelf.run(
+        rows = self._store.run(
             "SELECT body FROM facts JOIN bodies USING (n) WHERE purpose <> 'eval' ORDER BY n"
         )
         for prompt_id, text, messages, label, _ in unpacked(rows):
@@ -242,7 +242,7 @@ class Split:
 
     def _bodies(self, part: Part) -> Iterator[Any]:
         return unpacked(
-            self._shelf.run(
+            self._store.run(
                 "SELECT body FROM facts JOIN bodies USING (n) WHERE part = ? ORDER BY by_order, n",
                 part,
             )

@@ -9,7 +9,7 @@ GARBLED = re.compile(
     "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\uf8ff\ufffd"
     "\U000f0000-\U000ffffd\U00100000-\U0010fffd]"
 )
-"""Of Unicode's categories Cc, Cs and Co all but tab and line breaks, and U+FFFD."""
+"""Unicode's categories Cc, Cs and Co, all but tab and line breaks, and U+FFFD."""
 
 CHAT_MARKERS = re.compile(
     r"<\|[^|<>\n]{1,40}\|>|\[/?INST\]|<</?SYS>>|</s>|<s>|<(?:start|end)_of_turn>"

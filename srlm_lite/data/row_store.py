@@ -18,7 +18,7 @@ BATCH = 2000
 _ENCODER = json.JSONEncoder(separators=(",", ":"))
 
 
-class Shelf:
+class RowStore:
     """A folder with a database that is gone with the context, whatever ends it.
 
     Args:
