@@ -488,6 +488,10 @@ def test_a_score_of_a_side_is_its_quality_where_it_is_named(tmp_path: Path) -> N
     assert [row.quality for row in found.seed.eft_train] == [None, None]
     left = "id, source, chosen_model, rejected_model, messages, score_chosen, score_rejected"
     assert f"not used: {left}" in found.notes
+    within = [{**one, "votes": 3} for one in NECTAR["answers"]]
+    found = prepared(tmp_path, {**NECTAR, "answers": within})
+    left = "turns, num_responses, source, good_natured, answers.model, answers.votes"
+    assert f"not used: {left}" in found.notes
     found = prepared(tmp_path, BINARIZED, columns=Columns(score="score_chosen"))
     assert [row.quality for row in found.seed.eft_train] == [8.0, 3.0]
 

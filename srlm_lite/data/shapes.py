@@ -890,6 +890,18 @@ def unused(seen: SeenColumns, at: Found) -> list[str]:
     return [name for name, column in seen.columns.items() if name not in used and column.filled]
 
 
+def unused_within(seen: SeenColumns, at: Found) -> list[str]:
+    """The keys of replies' objects that are not read, such as a second score."""
+    if "replies" not in at:
+        return []
+    [replies] = at["replies"]
+    cells = (parsed(cell) for cell in seen.columns[replies].cells)
+    entries = [one for cell in cells if isinstance(cell, list) for one in cell[:1]]
+    keys = dict.fromkeys(key for one in entries if isinstance(one, Mapping) for key in one)
+    used = {name for names in at.values() for name in names} | set(REPLY_KEYS)
+    return [f"{replies}.{key}" for key in keys if key not in used]
+
+
 def refuse_losses(
     seen: SeenColumns, shape: TableShape, at: Found, *, only_asks: bool = False
 ) -> None:
