@@ -71,7 +71,7 @@ def test_rows_lengths_and_repetition_are_counted(tmp_path: Path) -> None:
         answer(1, "What is tea?", "x" * 10),
         answer(2, "what  IS tea", "y" * 30),
         answer(3, "Why?", "X" * 10),
-        answer(4, "<conversation>…</conversation>", "z" * 20, messages=talk),
+        {"prompt_id": "p4", "messages": talk, "response": "z" * 20},
     ]
     _, files = seen(write(tmp_path, ift=rows))
     ift = files["ift"]
@@ -163,9 +163,8 @@ def test_what_a_run_would_refuse_stands_out(
         '{"prompt_id": "a", "prompt": "x"}',
         '{"prompt_id": "a", "prompt": "x", "response": 3}',
         '{"prompt_id": "a", "prompt": "x", "response": "\\ud800"}',
-        '{"prompt_id": "a", "prompt": "x", "response": "y", "messages": [{"role": "user"}]}',
-        '{"prompt_id": "a", "prompt": "x", "response": "y", "messages": '
-        '[{"role": "assistant", "content": "z"}]}',
+        '{"prompt_id": "a", "response": "y", "messages": [{"role": "user"}]}',
+        '{"prompt_id": "a", "response": "y", "messages": [{"role": "assistant", "content": "z"}]}',
     ],
 )
 def test_a_broken_row_is_one_line_with_its_place(
@@ -267,7 +266,7 @@ def page(tmp_path: Path, cli: Cli) -> Path:
     talk.append({"role": "user", "content": f"last {HURT}"})
     write(
         tmp_path,
-        ift=[answer(1, HURT, HURT, messages=talk)],
+        ift=[{"prompt_id": "p1", "messages": talk, "response": HURT}],
         eft_train=[reply(1, 0, 40, quality=2.0, target=HURT), reply(1, 1, 20, quality=1.0)],
     )
     out = tmp_path / "data.html"
@@ -284,7 +283,7 @@ def test_the_page_shows_samples_and_has_no_script(page: Path, cli: Cli) -> None:
         and "http://" not in text.replace("http://www.w3.org", "")
     )
     assert "script-src" not in text and "default-src &#39;none&#39;" in text
-    assert text.count("<h4>User</h4>") == 3 and "<h4>Assistant</h4>" in text
+    assert text.count("<h4>The user</h4>") == 3 and "<h4>The assistant</h4>" in text
     assert "Rank 0" in text and "quality 2, 40 characters" in text
     assert cli("data", "show", page.parent, "--html", page).returncode == 0  # replaces its own
 

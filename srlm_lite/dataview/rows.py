@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from srlm_lite.conversation import Asked, problem_of
+from srlm_lite.conversation import Asked, with_both_faces
 from srlm_lite.errors import UserError
 from srlm_lite.records import Instruction, Messages, Prompt, RankedReply, Record
 from srlm_lite.run.files import checked, in_short, parsed_row
@@ -112,8 +112,15 @@ def rows_of(path: Path, kind: Kind, on_bytes: OnBytes = lambda count: None) -> I
     check = checked(_KINDS[kind])
     for line, raw in _objects(path, on_bytes):
         where = f"{path}:{line}"
+        key = "prompt"
         if kind == "prompts":
-            raw = _as_prompt(raw, f"{path.stem}-{line}")
+            key = next((key for key in _PROMPT_KEYS if key in raw), "text")
+        try:
+            raw = with_both_faces(raw, key)
+        except ValueError as error:
+            raise UserError(str(error), where=where) from error
+        if kind == "prompts":
+            raw = _as_prompt(raw, key, f"{path.stem}-{line}")
         try:
             record: Any = check.validate_python(_KINDS[kind].known(raw))
         except KeyError as error:
@@ -125,17 +132,11 @@ def rows_of(path: Path, kind: Kind, on_bytes: OnBytes = lambda count: None) -> I
             raise UserError(what, where=where) from error
         if (quality := getattr(record, "quality", None)) and not math.isfinite(quality):
             raise UserError(f"`quality` is {quality}", where=where)
-        yield _row(line, record, where)
+        yield _row(line, record)
 
 
-def _row(line: int, record: Any, where: str) -> DataRow:
+def _row(line: int, record: Any) -> DataRow:
     messages: Messages | None = record.messages
-    if messages is not None:
-        for number, one in enumerate(messages, start=1):
-            if "role" not in one or "content" not in one:
-                raise UserError(f"message {number} lacks a role or a content", where=where)
-        if problem := problem_of(messages):
-            raise UserError(f"the conversation {problem}", where=where)
     if isinstance(record, Prompt):
         return DataRow(line, record.prompt_id, record.text, messages)
     if isinstance(record, Instruction):
@@ -153,10 +154,9 @@ def _row(line: int, record: Any, where: str) -> DataRow:
     )
 
 
-def _as_prompt(raw: dict[str, Any], default_id: str) -> dict[str, Any]:
+def _as_prompt(raw: dict[str, Any], key: str, default_id: str) -> dict[str, Any]:
     """A row of a prompt list as runs read it: under other names, or without an id."""
-    key = next((key for key in _PROMPT_KEYS if key in raw), None)
-    text = {} if key is None else {"text": raw[key]}
+    text = {"text": raw[key]} if key in raw else {}
     named = raw.get("prompt_id")
     return {**raw, **text, "prompt_id": default_id if named is None else str(named), "source": ""}
 

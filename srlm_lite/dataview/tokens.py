@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from srlm_lite.conversation import messages_of
 from srlm_lite.dataview.rows import DataFile, DataRow
 from srlm_lite.engines import kind_of
 from srlm_lite.judging import load_rubric
@@ -33,7 +32,7 @@ class RecipeTokens:
 
     def prompt(self, row: DataRow) -> int:
         """See `Tokens.prompt`."""
-        return len(self._chat.render(messages_of(row.asked), generation=True))
+        return len(self._chat.policy_ids(row))
 
     def reply(self, row: DataRow) -> int:
         """See `Tokens.reply`."""
@@ -66,5 +65,8 @@ def _chat(recipe: Recipe) -> ChatFormat:
 
     section = recipe.base
     return ChatFormat(
-        tokenizer_of(section), template=section.chat_template, settings=section.chat_template_kwargs
+        tokenizer_of(section),
+        template=section.chat_template,
+        settings=section.chat_template_kwargs,
+        system=section.system,
     )

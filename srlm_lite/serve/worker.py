@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING
 
-from srlm_lite.conversation import Asked, messages_of, with_system
+from srlm_lite.conversation import Asked, with_system
 from srlm_lite.errors import UserError
 from srlm_lite.records import Reply
 from srlm_lite.rollout.protocol import Limits, Request, Sample, StopRule, Token
@@ -217,8 +217,8 @@ class Worker:
         """As in the run: by the base's template, under the recipe's system message."""
         asked: Asked = ask.messages
         if not ask.bare:
-            asked = with_system(asked, getattr(self._session.recipe.base, "system", None))
-        return self._session.chat.render(messages_of(asked), generation=True)
+            asked = with_system(asked, self._session.chat.system)
+        return self._session.chat.prompt_ids(asked)
 
     def _shown(self, job: Job, request: Request, limits: Limits) -> list[Sample]:
         """Its replies one after the other, each shown as it grows: a line or more at a time."""
