@@ -166,6 +166,7 @@ def test_what_a_run_would_refuse_stands_out(
         '{"prompt_id": "a", "response": "y", "messages": [{"role": "user"}]}',
         '{"prompt_id": "a", "response": "y", "messages": [{"role": "assistant", "content": "z"}]}',
     ],
+    ids=["no JSON", "no object", "no reply", "a number", "half a letter", "no turns", "no user"],
 )
 def test_a_broken_row_is_one_line_with_its_place(
     tmp_path: Path, cli: Cli, told: Told, line: str
@@ -176,7 +177,7 @@ def test_a_broken_row_is_one_line_with_its_place(
     done = cli("data", "show", tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert "ift.jsonl:3: " in done.stderr
-    told(done.stderr)
+    told(done.stderr.strip())
 
 
 def test_other_directories_and_options_are_refused(tmp_path: Path, cli: Cli, told: Told) -> None:
@@ -192,7 +193,7 @@ def test_other_directories_and_options_are_refused(tmp_path: Path, cli: Cli, tol
     ):
         done = cli("data", "show", *args)
         assert (done.returncode, done.stdout) == (2, "")
-        told(done.stderr)
+        told(done.stderr.strip())
 
 
 def test_bytes_that_are_no_text_are_told_by_their_line(tmp_path: Path) -> None:

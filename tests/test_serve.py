@@ -472,4 +472,4 @@ def test_what_cannot_be_served_is_one_line(run: RunDir, cli: Cli, told: Told) ->
     for args in (["--iteration", "9"], ["--api-key", "clé"]):
         done = cli("serve", "--adapters", run.path, *args)
         assert (done.returncode, done.stdout) == (2, "")
-        told(done.stderr.replace(str(run.path), "RUN"))
+        told(done.stderr.strip().replace(str(run.path), "RUN"))
