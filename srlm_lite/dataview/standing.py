@@ -75,7 +75,8 @@ def _broken(one: FileFigures) -> Iterator[Standout]:
     name = one.file.name
     if not one.rows:
         level: Literal["refused", "warning"] = "warning" if one.file.held_out else "refused"
-        yield Standout(level, f"{name} is empty", "Give it rows, or leave the file out")
+        needed = f"; it is needed {one.file.needed}" if one.file.needed else ", or delete it"
+        yield Standout(level, f"{name} is empty", f"Give it rows{needed}")
     if one.empty:
         yield Standout(
             "refused",
@@ -103,8 +104,13 @@ def _broken(one: FileFigures) -> Iterator[Standout]:
 
 def _again(one: FileFigures) -> Iterator[Standout]:
     for what, again, whole, learned in (
-        ("prompts", one.same_prompts, one.prompts if one.order else one.rows, "count double"),
-        ("replies", one.same_replies, one.rows, "teach little"),
+        (
+            "prompts",
+            one.same_prompts,
+            one.prompts if one.order else one.rows,
+            "it is learned or asked twice",
+        ),
+        ("replies", one.same_replies, one.rows, "it teaches little more"),
     ):
         if again.first and again.rows >= AGAIN * whole:
             later, earlier = again.first
@@ -112,7 +118,7 @@ def _again(one: FileFigures) -> Iterator[Standout]:
                 "warning",
                 f"{again.rows:,} of {whole:,} {what} in {one.file.name} ({again.rows / whole:.0%}) "
                 f"are in the words of another one, such as {earlier} and {later}",
-                f"Leave out what comes again, unless it is meant to {learned}",
+                f"Leave out what comes again: {learned}",
             )
 
 
