@@ -54,9 +54,8 @@ def run_serve(wish: ServeWish) -> None:
         console.say(f"serving {', '.join(stacks)} of {run.path} at {server.url}; Ctrl-C ends it")
         thread = threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True)
         thread.start()
-        signal.signal(
-            signal.SIGTERM, signal.default_int_handler
-        )  # as whoever started it may end it
+        # Whoever has started it in the background ends it so.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             while thread.is_alive():
                 thread.join(0.5)
