@@ -489,7 +489,7 @@ def _share_out(prepared: Prepared, store: RowStore, reporter: Reporter) -> None:
             found = ranked_prompts(use.table, store, prepared.reply_ledger)
         if use.purpose == "eval" and use.table.order == "none":
             _hold_out(prepared, (_as_prompt(one, use) for one in found))
-        else:
+        elif use.purpose != "prompts":
             sharing.add(found, use.purpose, use.table.source.label)
     for use in lists:
         if use.purpose == "eval":
