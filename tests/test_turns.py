@@ -238,7 +238,9 @@ def test_who_asks_the_base_how() -> None:
     assert asking == {
         "model/chat.py",
         "planning/probe.py",  # a judge's question
-        "preflight/base.py",  # of what has its system message already
+        "preflight/base.py",  # what has its system message already
+        "serve/worker.py",  # the same
+        "dataview/tokens.py",  # a judge's question
         "stages/sampling.py",  # judges' and methods' questions
         "stages/self_instruct.py",  # the request for new prompts
         "stages/likelihood.py",  # of a method's questions, where it says so
