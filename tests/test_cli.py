@@ -22,7 +22,7 @@ from typer.main import get_command
 
 from srlm_lite import __version__
 from srlm_lite.cli import iterate, main
-from srlm_lite.cli.progress import ConsoleReporter, Pace, _Bar, _duration, _Eta, summary
+from srlm_lite.cli.progress import ConsoleReporter, TimeLeft, _Bar, _duration, _Eta, summary
 from srlm_lite.cli.tables import closing_table
 from srlm_lite.errors import UserError
 from srlm_lite.preflight.inputs import check_inputs
@@ -703,37 +703,37 @@ def test_a_log_file_is_told_now_and_then_how_far_a_long_stage_is(
 
 
 def test_the_rest_is_told_of_steps_that_take_minutes() -> None:
-    pace = Pace(10, 0.0)
-    assert pace.left(100.0) is None
-    pace.advance(2, 0.5)  # on disk already
-    assert pace.left(150.0) is None
-    pace.advance(1, 200.5)
-    assert pace.left(200.5) == 7 * 200
-    assert pace.left(300.5) == 7 * 200 - 100
-    assert pace.left(900.5) == 6 * 200  # late: at any moment
+    time_left = TimeLeft(10, 0.0)
+    assert time_left.left(100.0) is None
+    time_left.advance(2, 0.5)  # on disk already
+    assert time_left.left(150.0) is None
+    time_left.advance(1, 200.5)
+    assert time_left.left(200.5) == 7 * 200
+    assert time_left.left(300.5) == 7 * 200 - 100
+    assert time_left.left(900.5) == 6 * 200  # late: at any moment
     for step in range(1, 6):
-        pace.advance(1, 200.5 + 100 * step)  # quicker than before
-    assert pace.left(700.5) == pytest.approx(2 * 700 / 6)
+        time_left.advance(1, 200.5 + 100 * step)  # quicker than before
+    assert time_left.left(700.5) == pytest.approx(2 * 700 / 6)
 
 
 def test_the_rest_is_told_by_the_newest_units() -> None:
-    pace = Pace(2000, 0.0)
+    time_left = TimeLeft(2000, 0.0)
     for second in range(1, 301):
-        pace.advance(1, float(second))
+        time_left.advance(1, float(second))
     for second in range(301, 501):  # longer texts
-        pace.advance(2, float(second))
-    assert pace.left(500.0) == pytest.approx(1300 / 2)
+        time_left.advance(2, float(second))
+    assert time_left.left(500.0) == pytest.approx(1300 / 2)
 
 
 def test_a_bar_shows_the_rest_of_slow_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr("srlm_lite.cli.progress.time.monotonic", lambda: now)
     progress = Progress(_Eta(), disable=True)
-    pace = Pace(4, now)
-    task = progress.add_task("DPO", total=4, pace=pace)
+    time_left = TimeLeft(4, now)
+    task = progress.add_task("DPO", total=4, time_left=time_left)
     assert str(_Eta().render(progress.tasks[0])) == "-"
     now = 90.0
-    _Bar(progress, task, pace).advance()
+    _Bar(progress, task, time_left).advance()
     assert str(_Eta().render(progress.tasks[0])) == "4:30 min"
 
 

@@ -29,7 +29,7 @@ from srlm_lite.evaluate.judge_figures import ACCURACY
 from srlm_lite.progress import Task
 
 
-class Pace:
+class TimeLeft:
     """How long the rest of a stage takes, by its newest units; times are in seconds.
 
     The newest are those of the last two minutes, or the last ten times that some were done: a step
@@ -69,17 +69,17 @@ class _Eta(ProgressColumn):
     """Rich's own column knows nothing of steps that take over half a minute."""
 
     def render(self, task: RichTask) -> Text:
-        pace: Pace = task.fields["pace"]
-        left = pace.left(time.monotonic())
+        time_left: TimeLeft = task.fields["time_left"]
+        left = time_left.left(time.monotonic())
         return Text("-" if left is None else _duration(left), style="progress.remaining")
 
 
 class _Bar:
-    def __init__(self, progress: Progress, task: TaskID, pace: Pace) -> None:
-        self._progress, self._task, self._pace = progress, task, pace
+    def __init__(self, progress: Progress, task: TaskID, time_left: TimeLeft) -> None:
+        self._progress, self._task, self._time_left = progress, task, time_left
 
     def advance(self, count: int = 1) -> None:
-        self._pace.advance(count, time.monotonic())
+        self._time_left.advance(count, time.monotonic())
         self._progress.advance(self._task, count)
 
     def note(self, text: str) -> None:
@@ -93,18 +93,18 @@ class _Lines:
         self._say, self._stage, self._unit = say, stage, unit
         self._note = ""
         self._started = self._last = time.monotonic()
-        self._pace = Pace(total, self._started)
+        self._time_left = TimeLeft(total, self._started)
 
     def advance(self, count: int = 1) -> None:
-        now, pace = time.monotonic(), self._pace
-        pace.advance(count, now)
-        if not count or pace.done >= pace.total:
+        now, time_left = time.monotonic(), self._time_left
+        time_left.advance(count, now)
+        if not count or time_left.done >= time_left.total:
             return
         if now - self._last < max(60, (now - self._started) / 10):
             return
-        left = pace.left(now)
+        left = time_left.left(now)
         self._say(
-            f"    {self._stage}: {pace.done}/{pace.total} {self._unit} after "
+            f"    {self._stage}: {time_left.done}/{time_left.total} {self._unit} after "
             f"{_duration(now - self._started)}"
             f"{'' if left is None else f', ETA {_duration(left)}'}"
             f"{self._note and f', {self._note}'}"
@@ -161,9 +161,9 @@ class ConsoleReporter:
             return _Lines(self.say, stage, total, unit)
         for task in self._progress.task_ids:
             self._progress.remove_task(task)
-        pace = Pace(total, time.monotonic())
-        shown = self._progress.add_task(stage, total=total, unit=unit, note="", pace=pace)
-        return _Bar(self._progress, shown, pace)
+        time_left = TimeLeft(total, time.monotonic())
+        shown = self._progress.add_task(stage, total=total, unit=unit, note="", time_left=time_left)
+        return _Bar(self._progress, shown, time_left)
 
     def finish(self, iteration: int, stage: str, facts: dict[str, Any], seconds: float) -> None:
         """See `Reporter.finish`."""

@@ -48,7 +48,7 @@ def show(name: Name) -> None:
 
 @app.command()
 def new(
-    file: Annotated[Path, typer.Argument(help="The file to write.", metavar="FILE")],
+    file: Annotated[Path, typer.Argument(help="The file to write.", metavar="PATH")],
     from_: Annotated[
         str,
         typer.Option(
