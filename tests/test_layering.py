@@ -167,6 +167,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "export": {
         "errors",
+        "hardware",
         "methods",
         "model",
         "progress",
@@ -193,6 +194,7 @@ ALLOWED: dict[str, set[str]] = {
     "bench": {
         "errors",
         "evaluate",
+        "export",
         "hardware",
         "judging",
         "loop",
