@@ -226,7 +226,7 @@ def test_a_dry_run_lists_and_touches_nothing(
         ("me/model", "", "there is no token for the Hub"),
         ("me/model", "hf_wrong", "the Hub does not accept the token"),
         ("model", TOKEN, "expected ORG/NAME"),
-        ("a b", TOKEN, "max length is 96: 'a b'"),  # all that the client says
+        ("a b", TOKEN, "maximum length is 96: 'a b'"),  # all that the client says
         ("me/mo--del", TOKEN, "Cannot have -- or .. in repo_id"),
     ],
 )

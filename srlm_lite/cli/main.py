@@ -73,7 +73,8 @@ def iterate(
         ),
     ] = None,
     fresh: Annotated[
-        bool, typer.Option("--fresh", help="Delete the run in DIR and start over.")
+        bool,
+        typer.Option("--fresh", help="Start over. The run in DIR goes once the new one has begun."),
     ] = False,
     no_plan: Annotated[
         bool, typer.Option("--no-plan", help="Start even if the plan says it cannot fit.")
@@ -410,6 +411,37 @@ def chat(
     from srlm_lite.cli.chat import run_chat
 
     run_chat(directory=adapters, which=iteration, temperature=temperature)
+
+
+@app.command()
+def serve(
+    adapters: Adapters,
+    iteration: Annotated[
+        str | None,
+        typer.Option(
+            help="Serve this model alone: a number, `anchor`, `base`, or `last`. Default: all.",
+            show_default=False,
+        ),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0: any that is free.", min=0, max=65535)] = 8000,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            help="Ask each request for this key. Default: the environment's SRLM_API_KEY; without "
+            "one, none is asked for.",
+            metavar="KEY",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Serve the models of a run to OpenAI's clients, all of them on the one base in memory.
+
+    The name of a model is `base`, `anchor` or the number of its iteration. Ctrl-C ends it.
+    """
+    from srlm_lite.cli.serve import ServeWish, run_serve
+
+    run_serve(ServeWish(adapters, iteration, host, port, api_key))
 
 
 @app.command()

@@ -31,8 +31,6 @@ from srlm_lite.progress import Reporter
 from srlm_lite.run.files import read_json, write_json
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from srlm_lite.model.gguf_read import GgufModel
     from srlm_lite.model.gguf_write import GgufFile
     from srlm_lite.model.merge import MergePlan
@@ -205,7 +203,7 @@ class GgufExport(Export):
             template=go_template(self._render, bos=bos if self._adds_bos else ""),
             stops=tokenizer.convert_ids_to_tokens(list(self.chat.stop_ids)),
             window=section.window,
-            system=getattr(section, "system", None),
+            system=section.system,
         )
         (folder / MODELFILE).write_text(text, encoding="utf-8")
         write_card(
@@ -359,7 +357,7 @@ class GgufExport(Export):
 
     def _compare_read(
         self, export: GgufModel, texts: Sequence[Sequence[int]]
-    ) -> tuple[dict[str, Any], Tensor]:
+    ) -> tuple[dict[str, Any], Any]:
         """The file as it is read here, beside the stack: the row, and the file's logits."""
         from srlm_lite.model import parity
         from srlm_lite.model.gguf_read import GgufCheck
@@ -408,7 +406,7 @@ class GgufExport(Export):
         )
 
     def _ask_llama_cpp(
-        self, file: Path, texts: Sequence[Sequence[int]], logits: Tensor
+        self, file: Path, texts: Sequence[Sequence[int]], logits: Any
     ) -> dict[str, Any] | None:
         """llama.cpp beside the file's logits; None: it is not installed, or has no room for it.
 
@@ -431,7 +429,7 @@ class GgufExport(Export):
                 f"llama.cpp cannot answer from the written file ({error}). Nothing was kept"
             ) from error
 
-    def _held_to(self, answer: llama_cpp.Answer, logits: Tensor) -> dict[str, Any]:
+    def _held_to(self, answer: llama_cpp.Answer, logits: Any) -> dict[str, Any]:
         """What llama.cpp says of the last token of each text, beside (texts, V) logits."""
         from srlm_lite.model import parity
 

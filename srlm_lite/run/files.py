@@ -16,6 +16,8 @@ from srlm_lite.records import Record
 
 R = TypeVar("R", bound=Record)
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False)
+
 
 def read_jsonl(path: Path, *, growing: bool = False) -> list[dict[str, Any]]:
     """All rows of a JSONL file.
@@ -41,21 +43,30 @@ def read_jsonl(path: Path, *, growing: bool = False) -> list[dict[str, Any]]:
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            told = getattr(error, "msg", str(error))
-            raise UserError(f"not JSON ({told})", where=f"{path}:{number}") from error
-        if _has_lone_surrogate(line, row):
-            raise UserError(
-                "holds half a character (a lone surrogate)",
-                where=f"{path}:{number}",
-                way_out="Write the file again as UTF-8, or leave the row out",
-            )
-        if not isinstance(row, dict):
-            raise UserError("expected a JSON object", where=f"{path}:{number}")
-        rows.append(row)
+        rows.append(parsed_row(line, where=f"{path}:{number}"))
     return rows
+
+
+def parsed_row(line: str, *, where: str) -> dict[str, Any]:
+    """The JSON object of a line of a JSONL file.
+
+    Raises:
+        UserError: It is none, or holds half a character.
+    """
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        told = getattr(error, "msg", str(error))
+        raise UserError(f"not JSON ({told})", where=where) from error
+    if _has_lone_surrogate(line, row):
+        raise UserError(
+            "holds half a character (a lone surrogate)",
+            where=where,
+            way_out="Write the file again as UTF-8, or leave the row out",
+        )
+    if not isinstance(row, dict):
+        raise UserError("expected a JSON object", where=where)
+    return row
 
 
 def read_records(path: Path, kind: type[R], *, growing: bool = False) -> list[R]:
@@ -67,9 +78,21 @@ def read_records(path: Path, kind: type[R], *, growing: bool = False) -> list[R]
     Raises:
         UserError: As `read_jsonl`; or a row lacks a key or has a value of another type.
     """
+    return records_of(read_jsonl(path, growing=growing), kind, path)
+
+
+def records_of(rows: Iterable[dict[str, Any]], kind: type[R], path: Path) -> list[R]:
+    """The rows of a JSONL file as records.
+
+    Args:
+        path: For messages.
+
+    Raises:
+        UserError: A row lacks a key or has a value of another type.
+    """
     check = checked(kind)
     records = []
-    for number, row in enumerate(read_jsonl(path, growing=growing), start=1):
+    for number, row in enumerate(rows, start=1):
         try:
             records.append(check.validate_python(kind.known(row)))
         except KeyError as error:
@@ -156,7 +179,7 @@ def write_records(path: Path, records: Iterable[Record]) -> None:
 
 def jsonl_line(record: Record) -> str:
     """A record as a row of a JSONL file, with its end."""
-    return json.dumps(record.to_row(), ensure_ascii=False) + "\n"
+    return _ENCODER.encode(record.to_row()) + "\n"
 
 
 def sha256_file(path: Path) -> str:
