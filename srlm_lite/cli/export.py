@@ -132,7 +132,7 @@ def _say_onto(console: ConsoleReporter, export: Export) -> None:
     if export.wish.form == "adapter":
         return
     if isinstance(export, GgufExport):
-        console.say(f"  from {export.precision} to {export.quantize}, rounded once")
+        console.say(f"  {export.rounding}")
     if export.files.kind == "gguf":
         console.say(
             f"  onto dequantized: {Path(recipe.name).name} is a GGUF file, so there is no 16-bit "

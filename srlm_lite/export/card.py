@@ -136,8 +136,6 @@ def _lineage(
     )
     kind = {"hub": "on the Hub", "gguf": "a GGUF file", "directory": "a directory"}[base["kind"]]
     weights = "one LoRA, " if form == "adapter" else f"merged onto the {onto} weights, "
-    if form == "gguf":
-        weights += "rounded once, "
     rows = [
         ("base", f"{_base_name(base)} ({kind}), {commit}{quantization}"),
         ("stack", _stack(source)),

@@ -45,15 +45,16 @@ _COMPUTES = (
 """Settings that decide what a model of these families computes, frequencies apart."""
 _SAME = 2e-4
 """Relative: two numbers are one. A file has them in float32."""
+_F32: Any = gguf.GGMLQuantizationType.F32
 _ORDERED: dict[Any, float] = {
-    gguf.GGMLQuantizationType.F32: 1e-4,
+    _F32: 1e-4,
     gguf.GGMLQuantizationType.F16: 1e-4,
     gguf.GGMLQuantizationType.BF16: 4e-4,
     gguf.GGMLQuantizationType.Q8_0: 5e-4,
 }
 """How far a right tensor may be from its rounded sum, as a share of its norm: sums in another order
 move a few numbers over to the next step of the type. Gemma's norms lose digits to the 1 in them."""
-_ROUNDED = set(TYPES.values())
+_ROUNDED: set[Any] = set(TYPES.values())
 _OTHER_TYPES = 0.25
 """The same for types of few bits, from the sum itself: 4 bits move a tensor by .08."""
 
@@ -186,8 +187,15 @@ class GgufCheck:
     row, and has to be what the file has. Of other types only the distance can be told.
     """
 
-    def __init__(self, export: GgufModel, stack: Sequence[Adapter]) -> None:
+    def __init__(self, export: GgufModel, stack: Sequence[Adapter], *, exact: bool) -> None:
+        """
+        Args:
+            exact: Each number was rounded once. llama-quantize rounds what `f16` has left, and has
+                roundings of its own.
+        """
         self._export, self._stack = export, stack
+        self._rounded = _ROUNDED if exact else set()
+        self._allowed = _ORDERED if exact else {_F32: _ORDERED[_F32]}
         self._left = dict.fromkeys(export.parameters)
         self.worst, self.error = "", -1.0
         """The parameter furthest from what it should be, and how far, as a share of its norm."""
@@ -232,7 +240,7 @@ class GgufCheck:
                 if module in adapter.factors:
                     a, b = adapter.factors[module]
                     right += adapter.scaling * (b[part] @ a)
-            if kind in _ROUNDED:
+            if kind in self._rounded:
                 made = gguf.quants.dequantize(rounded(right.numpy(), kind), kind)
                 right = torch.from_numpy(np.array(made, dtype=np.float32)).view(right.shape)
             squares += float((found[part] - right).square().sum())
@@ -240,7 +248,7 @@ class GgufCheck:
         self._note(name, kind, math.sqrt(squares / norm))
 
     def _note(self, name: str, kind: Any, apart: float) -> None:
-        allowed = _ORDERED.get(kind, _OTHER_TYPES)
+        allowed = self._allowed.get(kind, _OTHER_TYPES)
         self.right &= apart <= allowed
         if is_further(apart / allowed, self.error / self.tolerance):
             self.worst, self.error, self.tolerance = name, apart, allowed
