@@ -355,7 +355,8 @@ def test_llama_cpps_own_tools_write_the_same_model(
 ) -> None:
     if TOOLS is None:
         pytest.skip(f"llama.cpp is not here (set {llama_cpp.SETTING})")
-    run = run_on(File("llama").spm().weights().write(tmp_path / "tiny.gguf"), tmp_path)
+    file = File("llama").spm().weights().write(tmp_path / "tiny.gguf")
+    run = run_on(file, tmp_path, chat_template="chatml")
     monkeypatch.setenv(llama_cpp.SETTING, TOOLS)
     row = export(run, tmp_path / "out", quantize=quantize)
     assert row["written_by"].startswith(llama_cpp.CONVERTER)
