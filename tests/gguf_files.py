@@ -252,7 +252,7 @@ class LlamaCpp:
     def __init__(self, address: str) -> None:
         self._address = address
 
-    def _post(self, path: str, **body: Any) -> Any:
+    def post(self, path: str, **body: Any) -> Any:
         headers = {"Content-Type": "application/json"}
         request = urllib.request.Request(
             self._address + path, json.dumps(body).encode(), headers=headers
@@ -261,13 +261,13 @@ class LlamaCpp:
             return json.load(answer)
 
     def ids(self, text: str, *, bos: bool = False) -> list[int]:
-        said = self._post("/tokenize", content=text, add_special=bos, parse_special=True)
+        said = self.post("/tokenize", content=text, add_special=bos, parse_special=True)
         ids: list[int] = said["tokens"]
         return ids
 
     def log_probabilities(self, ids: Sequence[int], vocabulary: int) -> np.ndarray[Any, Any]:
         """The log-probability of every token after these."""
-        said = self._post(
+        said = self.post(
             "/completion",
             prompt=list(ids),
             n_predict=1,

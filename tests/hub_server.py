@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 from xet_server import Cas, XetFile
 
-LARGE = (".safetensors",)
+LARGE = (".safetensors", ".gguf")
 """Files that do not go into a commit themselves."""
 
 

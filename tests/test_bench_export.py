@@ -11,6 +11,8 @@ import pytest
 from commands import Cli
 
 from srlm_lite.bench import export as bench
+from srlm_lite.bench import gguf
+from srlm_lite.export import llama_cpp
 from srlm_lite.model.checkpoint import Checkpoint
 from srlm_lite.progress import Silent
 
@@ -95,3 +97,28 @@ def test_nothing_is_left_behind(
         math.prod(i.shape) for s in Checkpoint(base).shards.values() for i in s
     )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_llama_cpp_beside_the_stack(
+    tiny_base_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 16 bits nothing shows in 8 places; what a base without a tokenizer has is nothing."""
+    monkeypatch.setattr(gguf, "QUESTIONS", gguf.QUESTIONS[:2])
+    monkeypatch.setattr(gguf, "TOKENS", 4)
+    paths = []
+    for seed in (0, 1):
+        paths.append(tmp_path / str(seed))
+        bench.random_adapter(tiny_base_dir, seed=seed, share=0.05).save(paths[-1], base_name="x")
+    row = gguf.bench_gguf(tiny_base_dir, paths, tmp_path, Silent())
+    assert row is not None and (row["prompts"], row["tokens"]) == (2, 8)
+    assert {"f16", "bf16", "q8_0"} <= row["types"].keys()
+    f16 = row["types"]["f16"]
+    assert f16["bytes"] == (tmp_path / "f16.gguf").stat().st_size
+    assert f16["read"]["top1_agreement"] == 1 and f16["read"]["mean_kl"] < 1e-5
+    assert row["types"]["q8_0"]["read"]["mean_kl"] > f16["read"]["mean_kl"]
+    if llama_cpp.installed():
+        assert f16["llama_cpp"]["top1_agreement"] == 1
+
+
+def test_a_base_without_a_tokenizer_has_no_gguf_file(base: Path, tmp_path: Path) -> None:
+    assert gguf.bench_gguf(base, (), tmp_path, Silent()) is None

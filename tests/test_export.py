@@ -18,8 +18,8 @@ import pytest
 import torch
 import yaml
 from conftest import CHATML
-from exporting import TARGETS, make_run, random_adapter
-from peft import PeftModel
+from exporting import TARGETS, as_the_card_says, make_run, random_adapter
+from gguf_files import File
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -29,7 +29,7 @@ from srlm_lite.export.export import Export, ExportWish
 from srlm_lite.export.source import find_source
 from srlm_lite.methods import METHODS
 from srlm_lite.model import merge, parity
-from srlm_lite.model.base import load_base, skeleton
+from srlm_lite.model.base import base_files, load_base, skeleton
 from srlm_lite.model.chat import ChatFormat
 from srlm_lite.model.checkpoint import Checkpoint, ShardWriter, TensorInfo, write_shard
 from srlm_lite.model.layout import Layout
@@ -215,16 +215,35 @@ def test_a_run_in_nf4_can_be_merged_onto_either_base(tiny_base_dir: Path, tmp_pa
     assert "against_nf4" not in dequantized
 
 
-def test_the_adapter_is_one_lora_that_peft_loads(run: RunDir, tmp_path: Path) -> None:
+def test_the_adapter_is_one_lora_that_peft_loads(
+    run: RunDir, tiny_base_dir: Path, tmp_path: Path
+) -> None:
     row = export(run, tmp_path / "out", form="adapter")
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["r"] == 2 + 4  # the ranks of the anchor and of the second delta
-    base = AutoModelForCausalLM.from_pretrained(config["base_model_name_or_path"])
-    model = PeftModel.from_pretrained(base, tmp_path / "out")
+    assert config["base_model_name_or_path"] == tiny_base_dir.name  # no path of this machine
+    model = as_the_card_says(tmp_path / "out", base=str(tiny_base_dir))
     with torch.inference_mode():
         logits = model(input_ids=IDS).logits
     assert torch.allclose(logits, stack_logits(run, ["anchor", "iter_002/delta"]), atol=1e-4)
     assert row["max_abs_logit_diff"] < 1e-3
+
+
+def test_an_adapter_on_a_gguf_file_loads_as_its_card_says(tmp_path: Path) -> None:
+    """The file divides frequencies, which transformers alone would not read."""
+    made = File("llama").gpt2("llama-bpe").weights()
+    made.divided(8.0, context=700, low=1.0, high=4.0)
+    file = made.write(tmp_path / "tiny.gguf")
+    stack = [random_adapter(base_files(Base(name=str(file))).folder, seed=0)]
+    run = make_run(tmp_path / "run", file, adapters=stack, dtype="float32", chat_template="chatml")
+    export(run, tmp_path / "out", form="adapter")
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "what that file expands to" in text and str(tmp_path) not in text
+    model = as_the_card_says(tmp_path / "out", base=str(file)).float()
+    with torch.inference_mode():
+        logits = model(input_ids=IDS).logits
+    right = stack_logits(run, ["anchor"])
+    assert torch.allclose(logits, right, atol=0.01 * float(right.abs().max()))
 
 
 def test_plain_transformers_chats_with_it(run: RunDir, tmp_path: Path) -> None:

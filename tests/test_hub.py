@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from srlm_lite.errors import UserError
 from srlm_lite.model.base import base_files, load_base
 from srlm_lite.model.checkpoint import Checkpoint
+from srlm_lite.model.stack import Slot
 from srlm_lite.recipe import recipe_from
 from srlm_lite.run.files import read_json
 from srlm_lite.run.run import RunDir
@@ -224,6 +226,8 @@ def test_a_dry_run_lists_and_touches_nothing(
         ("me/model", "", "there is no token for the Hub"),
         ("me/model", "hf_wrong", "the Hub does not accept the token"),
         ("model", TOKEN, "expected ORG/NAME"),
+        ("a b", TOKEN, "maximum length is 96: 'a b'"),  # all that the client says
+        ("me/mo--del", TOKEN, "Cannot have -- or .. in repo_id"),
     ],
 )
 def test_what_the_hub_would_refuse_is_one_line(
@@ -234,6 +238,54 @@ def test_what_the_hub_would_refuse_is_one_line(
     assert done.returncode == 2
     assert said in done.stderr.splitlines()[-1]
     assert not token or token not in done.stderr
+
+
+@pytest.mark.usefixtures("without_xet")
+def test_gguf_files_of_two_types_lie_side_by_side(hub: Hub, push: Cli, tmp_path: Path) -> None:
+    for kind in ("f16", "q8_0"):
+        out = ("--out", str(tmp_path / kind))
+        done = push("me/model", "--as", "gguf", "--quantize", kind, *out)
+        assert done.returncode == 0, done.stderr
+        assert f"by-hand-m2-{kind}.gguf, " in done.stderr  # each large one is told of
+    names = {name for name in hub.repos["me/model"].files if name.endswith(".gguf")}
+    assert names == {"by-hand-m2-f16.gguf", "by-hand-m2-q8_0.gguf"}
+    assert len(hub.puts()) == 2
+
+
+@pytest.mark.usefixtures("at_the_server", "without_xet")
+def test_an_adapter_loads_from_the_hub_as_its_card_says(
+    base: Path, hub: Hub, command: Cli, tmp_path: Path
+) -> None:
+    """The base at the commit of the run, though the Hub's model has moved on to another one."""
+    hub.publish("org/base", base)
+    folder = base_files(Base(name="org/base")).folder
+    adapters = [random_adapter(folder, seed=seed) for seed in (0, 1)]
+    run = make_run(tmp_path / "run", "org/base", adapters=adapters, dtype="float32")
+    commit = hub.repos["org/base"].revision
+    local = make_run(tmp_path / "local", folder, adapters=adapters, dtype="float32")
+    options = ("--as", "adapter", "--push-to-hub")
+    given = ("--base-id", f"org/base@{commit}")
+    for made, repo, more in ((run, "me/one", ()), (local, "me/two", given)):
+        out = ("--out", tmp_path / repo)
+        done = command("--adapters", made.path, *out, *options, repo, *more)
+        assert done.returncode == 0, done.stderr
+        assert "nobody else finds" not in done.stderr
+    slot = Slot(
+        load_base(Base(name=str(folder), dtype="float32")).model, targets=exporting.TARGETS, rank=8
+    )
+    slot.load(adapters)
+    other = tmp_path / "other"
+    shutil.copytree(base, other)
+    (other / "config.json").write_text((base / "config.json").read_text().replace("silu", "relu"))
+    hub.publish("org/base", other)
+    ids = torch.tensor([[5, 17, 99, 3, 42, 25, 7, 7, 61, 12]])
+    with torch.inference_mode():
+        right = slot.model(input_ids=ids).logits
+        for repo in ("me/one", "me/two"):
+            config = json.loads(hub.repos[repo].files["adapter_config.json"])
+            assert config["base_model_name_or_path"] == "org/base" and config["revision"] == commit
+            found = exporting.as_the_card_says(tmp_path / repo)(input_ids=ids).logits
+            assert torch.allclose(found, right, atol=1e-4)
 
 
 @pytest.mark.usefixtures("at_the_server")

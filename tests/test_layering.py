@@ -169,6 +169,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "export": {
         "errors",
+        "hardware",
         "methods",
         "model",
         "progress",
@@ -221,6 +222,7 @@ ALLOWED: dict[str, set[str]] = {
     "bench": {
         "errors",
         "evaluate",
+        "export",
         "hardware",
         "judging",
         "loop",

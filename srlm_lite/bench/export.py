@@ -31,6 +31,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from srlm_lite.bench.gguf import bench_gguf
 from srlm_lite.bench.machine import apart, resident_peak
 from srlm_lite.errors import UserError
 from srlm_lite.model import parity
@@ -77,7 +78,13 @@ class ExportJob:
 
 
 def bench_export(
-    base: str, *, update: float, four_bit: bool, reporter: Reporter, shape: dict[str, Any] = LARGE
+    base: str,
+    *,
+    update: float,
+    four_bit: bool,
+    reporter: Reporter,
+    shape: dict[str, Any] = LARGE,
+    gguf: bool = False,
 ) -> dict[str, Any]:
     """Measure every way on one base.
 
@@ -86,6 +93,7 @@ def bench_export(
         update: Norm of both updates together, as a share of the weight's.
         four_bit: Measure merges on an NF4 base too.
         shape: Settings of the random base.
+        gguf: Hold llama.cpp on GGUF files against the stack too.
     """
     with tempfile.TemporaryDirectory(prefix="srlm-lite-bench-") as temporary:
         scratch = Path(temporary)
@@ -114,6 +122,7 @@ def bench_export(
             measured[name] = apart(way, job)
             shutil.rmtree(job.out)
             task.advance()
+        served = bench_gguf(folder, paths, scratch, reporter) if gguf else None
         shards = Checkpoint(folder).shards
         sizes = [sum(info.nbytes for info in infos) for infos in shards.values()]
         return {
@@ -125,6 +134,7 @@ def bench_export(
             "rank": RANK,
             "threads": torch.get_num_threads(),
             "ways": measured,
+            "gguf": served,
         }
 
 

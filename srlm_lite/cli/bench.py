@@ -309,18 +309,27 @@ def export(
     four_bit: Annotated[
         bool, typer.Option("--four-bit/--no-four-bit", help="Merge on an NF4 base too.")
     ] = True,
+    gguf: Annotated[
+        bool,
+        typer.Option(
+            "--gguf/--no-gguf",
+            help="Ask llama.cpp for the stack's next tokens, from a GGUF file of each type.",
+        ),
+    ] = True,
     json_: Json = False,
 ) -> None:
     """Merging two adapters into the base's files, beside PEFT's merge and save and a plain copy.
 
-    What is left of the update: W_exported - W_base against the true one.
+    What is left of the update: W_exported - W_base against the true one. Of GGUF files: how often
+    the most probable token is the stack's, by the file's weights in float32 and by llama.cpp, over
+    20 answers of 30 tokens; `--json` has it in `gguf.types`, or null where none can be written.
     """
     from srlm_lite.bench.export import bench_export
     from srlm_lite.cli.progress import ConsoleReporter
 
     console = ConsoleReporter()
     with console:
-        result = bench_export(base, update=update, four_bit=four_bit, reporter=console)
+        result = bench_export(base, update=update, four_bit=four_bit, reporter=console, gguf=gguf)
     show("export", result, _export_text, as_json=json_)
 
 
@@ -498,8 +507,34 @@ def _export_text(result: dict[str, Any]) -> str:
             f"{result['largest_shard_bytes'] / 1e9:.2f} GB; update {result['update']:g} of the "
             f"weights' norm, two adapters of rank {result['rank']}; {result['threads']} threads",
             plain_table(columns, rows),
+            *_gguf_lines(result["gguf"]),
         ]
     )
+
+
+def _gguf_lines(served: dict[str, Any] | None) -> list[str]:
+    from srlm_lite.cli.tables import plain_table
+
+    if served is None:
+        return []
+    rows = []
+    for kind, row in served["types"].items():
+        theirs = row["llama_cpp"]
+        rows.append(
+            [
+                kind,
+                f"{row['bytes'] / 1e6:.0f}",
+                f"{row['write_s']:.1f}",
+                f"{row['read']['top1_agreement']:.1%}",
+                f"{row['read']['mean_kl']:.2g}",
+                "-" if theirs is None else f"{theirs['top1_agreement']:.1%}",
+            ]
+        )
+    columns = ["GGUF", "MB", "s", "same token, as read", "KL, nats", "by llama.cpp"]
+    head = (
+        f"the stack's most probable token, {served['prompts']} answers, {served['tokens']} places"
+    )
+    return [head, plain_table(columns, rows)]
 
 
 def show(

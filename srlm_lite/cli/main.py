@@ -327,8 +327,12 @@ def export(
     out: Annotated[Path, typer.Option(help="Directory to write.", metavar="DIR")],
     iteration: Annotated[str, typer.Option(help="Number, `anchor`, or `last`.")] = "last",
     as_: Annotated[
-        Literal["merged", "adapter"],
-        typer.Option("--as", help="Full weights, or the stack as one LoRA."),
+        Literal["merged", "adapter", "gguf"],
+        typer.Option(
+            "--as",
+            help="Full weights for transformers and vLLM, the stack as one LoRA, or one file for "
+            "llama.cpp and Ollama.",
+        ),
     ] = "merged",
     onto: Annotated[
         Literal["original", "dequantized"] | None,
@@ -341,6 +345,21 @@ def export(
         Literal["auto", "bfloat16", "float16", "float32"],
         typer.Option(help="Of the weights; `auto`: the base's own, an adapter's float32."),
     ] = "auto",
+    quantize: Annotated[
+        Literal["f16", "bf16", "q8_0", "q4_k_m"] | None,
+        typer.Option(
+            help="Type of the weights with `--as gguf`; default: the base's 16 bits. q4_k_m needs "
+            "llama.cpp's llama-quantize."
+        ),
+    ] = None,
+    base_id: Annotated[
+        str | None,
+        typer.Option(
+            help="With `--as adapter`: where others find the base, if the run had it from a "
+            "directory or a GGUF file.",
+            metavar="ORG/NAME[@REVISION]",
+        ),
+    ] = None,
     push_to_hub: Annotated[
         str | None, typer.Option(help="Upload it, to a private repository.", metavar="ORG/NAME")
     ] = None,
@@ -365,6 +384,8 @@ def export(
             form=as_,
             onto=onto,
             dtype=dtype,
+            quantize=quantize,
+            base_id=base_id,
         ),
         push_to=push_to_hub,
         public=public,

@@ -30,9 +30,18 @@ def write_card(
     onto: str,
     dtype: str,
     rank: int,
+    named: tuple[str, str | None] | None = None,
+    file: str = "",
 ) -> None:
-    """Write the card and the recipe beside the weights."""
-    text = card(source, base=base, form=form, onto=onto, dtype=dtype, rank=rank)
+    """Write the card and the recipe beside the weights.
+
+    Args:
+        named: Of an adapter, the base's name and commit on the Hub; None: nobody finds it there.
+        file: The GGUF file's name.
+    """
+    text = card(
+        source, base=base, form=form, onto=onto, dtype=dtype, rank=rank, named=named, file=file
+    )
     (folder / CARD).write_text(text, encoding="utf-8")
     settings = yaml.safe_dump(public_recipe(source.recipe), sort_keys=False, allow_unicode=True)
     (folder / RECIPE).write_text(settings, encoding="utf-8")
@@ -48,17 +57,27 @@ def public_recipe(recipe: Recipe) -> dict[str, Any]:
 
 
 def card(
-    source: FinishedModel, *, base: dict[str, Any], form: str, onto: str, dtype: str, rank: int
+    source: FinishedModel,
+    *,
+    base: dict[str, Any],
+    form: str,
+    onto: str,
+    dtype: str,
+    rank: int,
+    named: tuple[str, str | None] | None = None,
+    file: str = "",
 ) -> str:
     """The card as Markdown, with the Hub's metadata on top."""
+    libraries = {"adapter": "peft", "merged": "transformers", "gguf": "gguf"}
     head: dict[str, Any] = {
-        "library_name": "peft" if form == "adapter" else "transformers",
+        "library_name": libraries[form],
         "pipeline_tag": "text-generation",
         "tags": _tags(source, form),
     }
-    if base["kind"] == "hub":
+    on_hub = named[0] if named else base["location"] if base["kind"] == "hub" else None
+    if on_hub is not None:
         relation = "adapter" if form == "adapter" else "finetune"
-        head |= {"base_model": base["location"], "base_model_relation": relation}
+        head |= {"base_model": on_hub, "base_model_relation": relation}
     facts = gather(source.run, last=source.iteration, texts=False)
     parts = [
         "---\n" + yaml.safe_dump(head, sort_keys=False) + "---",
@@ -69,7 +88,8 @@ def card(
     ]
     if warned := warned_of(facts):
         parts.append(warned)
-    parts.append("## Use\n\n" + _use(form, rank))
+    use = _use_gguf(source, file) if form == "gguf" else _use(source, base, form, rank, named)
+    parts.append("## Use\n\n" + use)
     return "\n\n".join(parts) + "\n"
 
 
@@ -77,7 +97,7 @@ def _tags(source: FinishedModel, form: str) -> list[str]:
     method = METHODS[source.recipe.method]
     tags = ["self-rewarding"] if method.is_self_rewarding else []
     tags += [method.trainer] if source.iteration else ["sft"]
-    return [*tags, *(["lora"] if form == "adapter" else [])]
+    return [*tags, *{"adapter": ["lora"], "gguf": ["gguf"]}.get(form, [])]
 
 
 def _about(source: FinishedModel, base: dict[str, Any]) -> str:
@@ -174,16 +194,19 @@ def _nf4(recipe: Recipe) -> str:
     return recipe.base.quantization.upper()
 
 
-def _use(form: str, rank: int) -> str:
+def _use(
+    source: FinishedModel,
+    base: dict[str, Any],
+    form: str,
+    rank: int,
+    named: tuple[str, str | None] | None,
+) -> str:
     if form == "adapter":
         room = next(size for size in (8, 16, 32, 64, 128, 256, 320, 512, rank) if size >= rank)
         return (
-            "```python\nfrom peft import AutoPeftModelForCausalLM\n\n"
-            f"{_PLACE}model = AutoPeftModelForCausalLM.from_pretrained(place)\n```\n\n"
+            f"{_load_adapter(base, named)}\n\n"
             "Its layers are named as `AutoModelForCausalLM` names them, whatever the base's files "
-            "say; of a base with vision, that may be the text model alone. `adapter_config.json` "
-            "says where the base was: a local path is that of the machine it was trained on, for a "
-            "GGUF file the directory that it was converted into.\n\n"
+            "say; of a base with vision, that may be the text model alone.\n\n"
             f"Its rank is {rank}: vLLM needs `max_lora_rank={room}`."
         )
     return (
@@ -191,4 +214,53 @@ def _use(form: str, rank: int) -> str:
         f'{_PLACE}chat = pipeline("text-generation", place)\n'
         'print(chat([{"role": "user", "content": "Hello"}])[0]["generated_text"][-1]["content"])\n'
         "```"
+    )
+
+
+def _load_adapter(base: dict[str, Any], named: tuple[str, str | None] | None) -> str:
+    """What loads an adapter on its base, and what is to be said of the base."""
+    if named is not None:
+        said = (
+            "The base is the one that `adapter_config.json` names, at the commit there."
+            if named[1]
+            else "The base is the one that `adapter_config.json` names; no commit of it is known."
+        )
+        if base["kind"] != "hub":
+            said += (
+                f" The run had it from {_local(base)}; that these are the same weights was said, "
+                "not looked at."
+            )
+        return (
+            "```python\nfrom peft import AutoPeftModelForCausalLM\n\n"
+            f"{_PLACE}model = AutoPeftModelForCausalLM.from_pretrained(place)\n```\n\n{said}"
+        )
+    imports = "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n"
+    opened, more = "base", ""
+    if base["kind"] == "gguf":
+        imports += (
+            "\nfrom srlm_lite.model.base import base_files\nfrom srlm_lite.settings import Base\n"
+        )
+        opened = "base_files(Base(name=base)).folder"
+        more = (
+            " It was trained on what that file expands to, which srlm-lite makes a directory of; "
+            "on the 16-bit weights that the file was made from it answers a little otherwise."
+        )
+    return (
+        f'```python\n{imports}\nbase = "..."  # where you have {short_base(base["name"])}\n'
+        f"{_PLACE}model = AutoModelForCausalLM.from_pretrained({opened})\n"
+        "model = PeftModel.from_pretrained(model, place)\n```\n\n"
+        f"The base was {_local(base)}.{more} `adapter_config.json` has its name alone, by which no "
+        "library finds it."
+    )
+
+
+def _local(base: dict[str, Any]) -> str:
+    return f"`{short_base(base['name'])}` with the sha256 `{base['sha256']}`"
+
+
+def _use_gguf(source: FinishedModel, file: str) -> str:
+    return (
+        f"```\nllama-server --model {file}\nollama create {source.name.lower()} -f Modelfile\n"
+        "```\n\nThe chat template and the tokens that end a reply are in the file; for Ollama, in "
+        "`Modelfile`."
     )

@@ -28,6 +28,7 @@ from srlm_lite.export.hub import files_of
 from srlm_lite.export.source import FinishedModel
 from srlm_lite.progress import Reporter, Silent, Task
 from srlm_lite.run.files import read_json, write_json
+from srlm_lite.shipped import short_base
 
 if TYPE_CHECKING:
     from srlm_lite.model.base import BaseFiles
@@ -36,11 +37,12 @@ if TYPE_CHECKING:
     from srlm_lite.model.merge import MergePlan, Onto, Weights
     from srlm_lite.model.stack import Adapter
 
-Form = Literal["merged", "adapter"]
+Form = Literal["merged", "adapter", "gguf"]
+Quantize = Literal["f16", "bf16", "q8_0", "q4_k_m"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 
 PARITY = "parity.json"
-_STATE = ".export.json"
+STATE = ".export.json"
 _TOKENS = 48
 """Length of each text that stack and export are compared on."""
 _SLACK = 64 << 20
@@ -55,6 +57,10 @@ class ExportWish:
     form: Form = "merged"
     onto: Onto | None = None
     dtype: Dtype = "auto"
+    quantize: Quantize | None = None
+    """Of a GGUF file; None: the 16 bits that the base has."""
+    base_id: str | None = None
+    """Where others find an adapter's base: ORG/NAME on the Hub, or ORG/NAME@REVISION."""
 
 
 class Export:
@@ -70,7 +76,7 @@ class Export:
         self.files: BaseFiles = source.base_files()
         self.stack: list[Adapter] = source.stack()
         self.onto = self._onto()
-        self._progress = _Megabytes(Silent().start("parity", 0, "MB"))
+        self._progress = megabytes(Silent(), "parity", 0)
 
     def _onto(self) -> Onto:
         if self.files.kind != "gguf":
@@ -113,6 +119,25 @@ class Export:
 
         return generation_config(self.files.folder, self._skeleton[0], self.chat)
 
+    @property
+    def public_base(self) -> tuple[str, str | None]:
+        """By which name, and commit, others find the base; no path of this machine.
+
+        Of a base that is not from the Hub, that is what `--base-id` says, else a name alone.
+        """
+        if self.wish.base_id is not None:
+            name, _, revision = self.wish.base_id.partition("@")
+            return name, revision or None
+        source = self.files.source
+        if source["kind"] == "hub":
+            return source["location"], source["revision"]
+        return short_base(source["name"]), None
+
+    @property
+    def names_a_base(self) -> bool:
+        """Whether loading the adapter finds the base by itself."""
+        return self.wish.base_id is not None or self.files.kind == "hub"
+
     @cached_property
     def placing(self) -> dict[str, Any]:
         """How the adapter's settings name its modules for PEFT."""
@@ -134,7 +159,7 @@ class Export:
     @cached_property
     def weights(self) -> Weights:
         """The base's tensors, as they are merged onto."""
-        return self._weights(nf4=self.onto == "dequantized" and self.wish.form == "merged")
+        return self._weights(nf4=self.onto == "dequantized" and self.wish.form != "adapter")
 
     @cached_property
     def plan(self) -> MergePlan:
@@ -150,6 +175,10 @@ class Export:
             return self.plan.nbytes
         numbers = sum(f.numel() for a in self.stack for pair in a.factors.values() for f in pair)
         return numbers * int(self._dtype.itemsize)
+
+    def _needed(self) -> int:
+        """Bytes on the disk while the weights are written."""
+        return self.nbytes
 
     def listing(self) -> list[tuple[str, int | None]]:
         """Name and bytes of every file that it is made of; None: not known before it is made."""
@@ -176,6 +205,9 @@ class Export:
     @property
     def digest(self) -> str:
         """What makes two exports the same export."""
+        return self._digest(**({"base_id": self.wish.base_id} if self.wish.base_id else {}))
+
+    def _digest(self, **more: str) -> str:
         return hashlib.sha256(
             json.dumps(
                 {
@@ -185,6 +217,7 @@ class Export:
                     "onto": self.onto,
                     "dtype": self.wish.dtype,
                     "template": self.chat.portable_template,
+                    **more,
                 }
             ).encode()
         ).hexdigest()
@@ -214,7 +247,7 @@ class Export:
                 where=str(out),
                 way_out="Choose another --out, or delete it",
             )
-        needed = self.nbytes  # planned before anything is written: the plan may refuse
+        needed = self._needed()  # planned before anything is written: the plan may refuse
         if self.wish.form == "adapter":
             _ = self.placing
         with self._draft() as draft, _disk_errors(out):
@@ -226,7 +259,7 @@ class Export:
             except ProofError:
                 shutil.rmtree(draft)
                 raise
-            (draft / _STATE).unlink()
+            (draft / STATE).unlink()
             write_json(draft / PARITY, row)
             draft.rename(out)
         return row
@@ -251,8 +284,9 @@ class Export:
             base=self.files.source,
             form=self.wish.form,
             onto=self.onto,
-            dtype=str(self._dtype).removeprefix("torch."),
+            dtype=self.dtype_name,
             rank=sum(adapter.rank for adapter in self.stack),
+            named=self.public_base if self.names_a_base else None,
         )
 
     def _weights(self, *, nf4: bool) -> Weights:
@@ -291,10 +325,13 @@ class Export:
         lock = os.open(draft, os.O_RDONLY)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            state = draft / _STATE
+            state = draft / STATE
             if not state.is_file() or read_json(state).get("export") != self.digest:
                 for file in draft.iterdir():
-                    file.unlink()
+                    if file.is_dir():
+                        shutil.rmtree(file)
+                    else:
+                        file.unlink()
                 write_json(state, {"export": self.digest})
             yield draft
         except BlockingIOError as error:
@@ -303,7 +340,9 @@ class Export:
             os.close(lock)
 
     def _check_space(self, draft: Path, nbytes: int) -> None:
-        there = sum(file.stat().st_size for file in draft.glob("*.safetensors"))
+        endings = (".safetensors", ".gguf")
+        files = [file for file in draft.rglob("*") if file.suffix in endings]
+        there = sum(file.stat().st_size for file in files)
         needed, free = nbytes - there + _SLACK, shutil.disk_usage(draft).free
         if needed > free:
             kept = f"; what an earlier start has written is kept in {draft}" if there else ""
@@ -319,17 +358,16 @@ class Export:
         if self.wish.form == "merged":
             from srlm_lite.model.merge import write
 
-            task = _Megabytes(self._reporter.start("merge", self.plan.nbytes // 10**6, "MB"))
+            task = megabytes(self._reporter, "merge", self.plan.nbytes)
             write(self.plan, self.weights, draft, on_bytes=task.add)
             return
         from srlm_lite.model.stack import fuse
 
-        source = self.files.source
+        base_name, revision = self.public_base
         fuse(self.stack).save(
             draft,
-            # Of a GGUF file, the directory that it was converted into: PEFT opens no .gguf path.
-            base_name=str(self.files.folder) if self.files.kind == "gguf" else source["location"],
-            revision=source.get("revision"),
+            base_name=base_name,
+            revision=revision,
             dtype=self._dtype,
             placing=self.placing,
         )
@@ -353,7 +391,7 @@ class Export:
         row = self._row(ours, without, theirs)
         if not row["max_abs_logit_diff"] <= row["tolerance"]:
             worst, share = parity.most_different_module(stacks[2][0], self.stack)
-            raise _broken(row, worst, share)
+            raise broken(row, worst, share)
         return row
 
     def _compare_merged(self, draft: Path, texts: Sequence[Sequence[int]]) -> dict[str, Any]:
@@ -383,7 +421,7 @@ class Export:
             row["max_abs_logit_diff"] <= row["tolerance"]
             and check.error <= row["tensors"]["tolerance"]
         ):
-            raise _broken(row, check.worst, check.error, allowed=row["tensors"]["tolerance"])
+            raise broken(row, check.worst, check.error, allowed=row["tensors"]["tolerance"])
         if passes == 3:
             read = self._counting(self._weights(nf4=True).read)
             (evaluated,) = parity.logits(model, read, texts, stacks=[self.stack])
@@ -395,12 +433,23 @@ class Export:
 
         return {
             **parity.compare(ours, theirs).to_row(),
-            "tolerance": parity.tolerance(self._dtype, ours),
+            "tolerance": self._tolerance(ours),
             "last_adapter_mean_abs_logit_diff": parity.compare(ours, without).mean_abs_logit_diff,
             "form": self.wish.form,
-            "dtype": str(self._dtype).removeprefix("torch."),
+            "dtype": self.dtype_name,
             "export": self.digest,
         }
+
+    def _tolerance(self, stack: Any) -> float:
+        """How far rounding may move any of the stack's logits."""
+        from srlm_lite.model import parity
+
+        return parity.tolerance(self._dtype, stack)
+
+    @property
+    def dtype_name(self) -> str:
+        """What the weights are rounded to, in a word."""
+        return str(self._dtype).removeprefix("torch.")
 
     def _texts(self) -> list[list[int]]:
         texts = []
@@ -413,8 +462,7 @@ class Export:
     def _counting(self, read: Read, *, passes: int = 0) -> Read:
         """A reader that moves the bar; with `passes`, a bar for so many readings begins."""
         if passes:
-            total = passes * self.nbytes // 10**6
-            self._progress = _Megabytes(self._reporter.start("parity", total, "MB"))
+            self._progress = megabytes(self._reporter, "parity", passes * self.nbytes)
         progress = self._progress
 
         def counted(name: str) -> Any:
@@ -425,7 +473,12 @@ class Export:
         return counted
 
 
-class _Megabytes:
+def megabytes(reporter: Reporter, name: str, nbytes: int) -> Megabytes:
+    """A bar for so many bytes."""
+    return Megabytes(reporter.start(name, nbytes // 10**6, "MB"))
+
+
+class Megabytes:
     """A bar in megabytes, told in bytes."""
 
     def __init__(self, task: Task) -> None:
@@ -437,7 +490,7 @@ class _Megabytes:
         self._task.advance(self._bytes // 10**6 - before)
 
 
-def _broken(row: dict[str, Any], worst: str, share: float, *, allowed: float = 0.0) -> ProofError:
+def broken(row: dict[str, Any], worst: str, share: float, *, allowed: float = 0.0) -> ProofError:
     """Why an export is not kept; `share` is the error of its worst tensor."""
     if not row["tolerance"]:
         why = "the stack's own logits are not all finite"

@@ -26,28 +26,48 @@ from huggingface_hub.utils.tqdm import (
 
 from srlm_lite.errors import UserError
 
+LARGE = (".safetensors", ".gguf")
+"""Ends of names of the files that go up one by one, before the commit."""
 _WEIGHTS = (".safetensors", ".bin", ".index.json", "adapter_config.json")
 """Ends of names of files that decide what loading a repository gives."""
 
 
-def check_repo(repo: str) -> None:
+def check_repo(repo: str, *, needs_token: bool = True) -> None:
     """Make sure, before any work, that an upload can be tried.
+
+    Args:
+        needs_token: Not for a list of what would go up.
 
     Raises:
         UserError: Not a repository's name, or there is no token.
     """
+    where = f"--push-to-hub {repo}"
+    _check_name(repo, where)
+    if needs_token and get_token() is None:
+        raise UserError(
+            "there is no token for the Hub",
+            where=where,
+            way_out="Run `hf auth login`, or set HF_TOKEN",
+        )
+
+
+def check_base_id(name: str) -> None:
+    """Make sure that an adapter's base is named as the Hub names models: ORG/NAME[@REVISION].
+
+    Raises:
+        UserError: It is not, such as a path of this machine.
+    """
+    _check_name(name.partition("@")[0], f"--base-id {name}")
+
+
+def _check_name(repo: str, where: str) -> None:
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise UserError(str(error).split(".")[0], where=f"--push-to-hub {repo}") from error
+        said = str(error).removesuffix(".")
+        raise UserError(said, where=where, way_out="Choose another name") from error
     if repo.count("/") != 1:
-        raise UserError("expected ORG/NAME", where=f"--push-to-hub {repo}")
-    if get_token() is None:
-        raise UserError(
-            "there is no token for the Hub",
-            where=f"--push-to-hub {repo}",
-            way_out="Run `hf auth login`, or set HF_TOKEN",
-        )
+        raise UserError("expected ORG/NAME", where=where)
 
 
 def files_of(folder: Path) -> list[tuple[str, int]]:
@@ -93,7 +113,7 @@ def push(
             for name, size in files:
                 addition = CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name)
                 additions.append(addition)
-                if name.endswith(_WEIGHTS[0]):
+                if name.endswith(LARGE):
                     on_file(name, size)
                     api.preupload_lfs_files(repo, [addition])
             # One commit, unlike `upload_folder`, which may split it.

@@ -93,6 +93,36 @@ def compare(stack: Tensor, export: Tensor) -> Parity:
     )
 
 
+def beside(logits: Tensor, likely: Sequence[Sequence[tuple[int, float]]]) -> tuple[float, float]:
+    """Mean KL, and share of agreement on the most probable token, of what another engine says.
+
+    Args:
+        logits: (P, V).
+        likely: For each of the P places, tokens and their log-probabilities, the likeliest first.
+    """
+    divergence, agreed = 0.0, 0
+    for row, said in zip(logits, likely, strict=True):
+        ours = row.double().log_softmax(-1)
+        theirs = torch.tensor([value for _, value in said], dtype=torch.float64)
+        places = torch.tensor([token for token, _ in said])
+        divergence += float((theirs.exp() * (theirs - ours[places])).sum())
+        agreed += said[0][0] == int(ours.argmax())
+    return divergence / len(logits), agreed / len(logits)
+
+
+def spread(likely: Sequence[Sequence[tuple[int, float]]], size: int) -> Tensor:
+    """The same log-probabilities as (P, V); of a token that is not among them, next to nothing."""
+    rows = torch.full((len(likely), size), -100.0)
+    for row, said in zip(rows, likely, strict=True):
+        row[[token for token, _ in said]] = torch.tensor([value for _, value in said])
+    return rows
+
+
+def last_of(logits: Tensor, texts: Sequence[Sequence[int]]) -> Tensor:
+    """Of the logits of whole texts, those at the end of each."""
+    return torch.stack([part[-1] for part in torch.split(logits, [len(text) for text in texts])])
+
+
 def tolerance(dtype: torch.dtype, stack: Tensor) -> float:
     """The largest `max_abs_logit_diff` that rounding to the dtype explains.
 
