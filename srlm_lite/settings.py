@@ -590,6 +590,11 @@ class Shared(Section):
     """All that is drawn at random follows from it."""
     iterations: Annotated[int, Field(ge=0), DECIDES_NOTHING] = 3
     """Rounds of the loop after the anchor. A longer run continues a shorter one."""
+    checkpoint_minutes: Annotated[float, Field(ge=0), DECIDES_NOTHING] = 10.0
+    """Minutes of a training after which it is kept on disk as it is, and then again and again: a
+    killed run goes on from there, with the same bytes. The folder takes three times what the
+    adapters take in float32, twice that while it is replaced, and is deleted when the training
+    has ended. 0: only when Ctrl-C or SIGTERM ends the run, which keeps it always."""
     base: Base
     data: Data
     anchor: Anchor = Anchor()

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -175,6 +176,18 @@ def test_an_interruption_says_how_to_go_on(
     done = cli("iterate", "--adapters", tmp_path / "out", *options)
     assert (done.returncode, done.stdout) == (130, "")
     told(done.stderr)
+
+
+def test_sigterm_ends_a_command_as_ctrl_c_does(
+    told: Told, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Slurm ends a job; the exit code is a shell's, 128 + 15."""
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(iterate, "run_iterate", lambda wish: os.kill(os.getpid(), signal.SIGTERM))
+    done = cli("iterate", "--adapters", tmp_path / "out")
+    assert (done.returncode, done.stdout) == (143, "")
+    told(done.stderr)
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_working_directory_that_is_gone_is_one_line(told: Told, tmp_path: Path) -> None:

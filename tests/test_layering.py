@@ -27,7 +27,8 @@ ALLOWED: dict[str, set[str]] = {
     "hardware": set(),
     "tasks": set(),
     "window": set(),
-    "processes": {"errors"},
+    "stopping": {"errors"},
+    "processes": {"errors", "stopping"},
     # what a run is to do
     "yaml_text": {"errors"},
     "shipped": {"errors"},
@@ -86,7 +87,17 @@ ALLOWED: dict[str, set[str]] = {
         "records",
         "settings",
     },
-    "training": {"errors", "model", "processes", "seeds", "settings", "shipped"},
+    "training": {
+        "errors",
+        "model",
+        "processes",
+        "run.files",
+        "run.layout",
+        "seeds",
+        "settings",
+        "shipped",
+        "stopping",
+    },
     # the run
     "session": {
         "conversation",
@@ -126,6 +137,7 @@ ALLOWED: dict[str, set[str]] = {
         "session",
         "settings",
         "shipped",
+        "stopping",
         "training",
         "window",
     },
@@ -238,6 +250,7 @@ ALLOWED: dict[str, set[str]] = {
         "session",
         "settings",
         "stages",
+        "stopping",
         "tracking",
     },
     "preflight": {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
@@ -19,6 +19,7 @@ from srlm_lite.model.base import LoadedBase
 from srlm_lite.model.heap import is_out_of_memory
 from srlm_lite.processes import place
 from srlm_lite.settings import Optim
+from srlm_lite.training.checkpoint import Kept
 from srlm_lite.training.dealing import Deal
 
 A = TypeVar("A", bound=Any)
@@ -121,21 +122,36 @@ class Listener(TrainerCallback):
         self._on_step = on_step
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if logs is None or "loss" not in logs:
-            return
+        if logs is not None and "loss" in logs:
+            self._take(state.global_step, state.max_steps, logs)
+
+    def replay(self, history: Sequence[Mapping[str, Any]], steps: int) -> None:
+        """Pass on what was logged of the steps that are done (`TrainerState.log_history`)."""
+        for logs in history:
+            if "loss" in logs:
+                told = {key: value for key, value in logs.items() if key != "step"}
+                self._take(int(logs["step"]), steps, told)
+
+    def _take(self, step: int, steps: int, logs: Mapping[str, Any]) -> None:
         row = {key: float(value) for key, value in logs.items() if isinstance(value, int | float)}
         self.rows.append(row)
-        self._on_step(state.global_step, state.max_steps, row)
+        self._on_step(step, steps, row)
 
 
-def run_training(trainer: Any, optim: Optim) -> None:
+def run_training(trainer: Any, optim: Optim, kept: Kept | None = None) -> None:
     """`Trainer.train`.
+
+    Args:
+        kept: Keeps it on disk while it goes on, and goes on with what is there of it.
 
     Raises:
         UserError: Memory does not suffice; says with what the run may go on.
     """
     try:
-        trainer.train()
+        if kept is None:
+            trainer.train()
+        else:
+            kept.train(trainer)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise

@@ -20,6 +20,7 @@ from accelerate.data_loader import SeedableRandomSampler
 from torch.utils.data import DataLoader, Dataset
 
 from srlm_lite.processes import Place
+from srlm_lite.training.checkpoint import Resumable
 
 Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]
 
@@ -88,11 +89,11 @@ class Deal:
 class _Dealt(Iterable[list[DrawnExample]]):
     """Epoch after epoch of one process's share, as a batch sampler."""
 
-    def __init__(self, deal: Deal, n_examples: int, seed: int) -> None:
+    def __init__(self, deal: Deal, n_examples: int, seed: int, epoch: int = 0) -> None:
         self._deal, self._n_examples = deal, n_examples
         # The sampler that Trainer and accelerate use for one process, and its seed.
         self._order = SeedableRandomSampler(range(n_examples), data_seed=seed)
-        self._epoch = 0
+        self._epoch = epoch
 
     def __len__(self) -> int:
         return self._deal.passes_of_epoch(self._n_examples)
@@ -135,7 +136,7 @@ def carrying(collate: Collate, columns: Sequence[str]) -> Collate:
     return carried
 
 
-class Dealt:
+class Dealt(Resumable):
     """A trainer whose batches are dealt out, and carry `COLUMNS`; before TRL's in the bases.
 
     `deal` and `tokens`, what each example has of the tokens that a step's mean is taken over, are
@@ -153,7 +154,7 @@ class Dealt:
         rows = self.train_dataset
         return DataLoader(
             _Rows(rows, self.tokens),
-            batch_sampler=_Dealt(self.deal, len(rows), self.args.data_seed),
+            batch_sampler=_Dealt(self.deal, len(rows), self.args.data_seed, self.epochs_done),
             collate_fn=carrying(self.data_collator, COLUMNS),
             pin_memory=self.args.dataloader_pin_memory,
         )

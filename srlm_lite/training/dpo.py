@@ -34,6 +34,7 @@ from srlm_lite.training.arguments import (
     run_training,
     share_adapters,
 )
+from srlm_lite.training.checkpoint import Checkpoints
 from srlm_lite.training.dealing import Dealt, carrying
 from srlm_lite.training.tokens import IGNORED, TargetTokens, prove_own
 
@@ -207,6 +208,7 @@ def train_dpo(
     scratch: Path,
     seed: int,
     on_step: OnStep = lambda step, steps, logs: None,
+    checkpoints: Checkpoints | None = None,
 ) -> tuple[Adapter, dict[str, float]]:
     """Train a delta on top of a frozen anchor.
 
@@ -217,6 +219,7 @@ def train_dpo(
         pairs: Pairs that fit the window.
         consistency: Terms that pull the implicit reward towards the judge's preference, which is
             1 - smoothing of each pair.
+        checkpoints: Where it is kept while it goes on; None: nowhere.
 
     Returns:
         The trained delta, and the facts of the training: `step0_loss`, `step0_margin`, steps, the
@@ -275,7 +278,22 @@ def train_dpo(
             proof = _DpoProof(trainer, slot, scores, base.dtype, reference=reference, stack=stack)
             trainer.add_callback(proof)
             with scores.answering():
-                run_training(trainer, dpo)
+                run_training(
+                    trainer,
+                    dpo,
+                    None
+                    if checkpoints is None
+                    else checkpoints.keep(
+                        base,
+                        dpo,
+                        seed=seed,
+                        keeper=listener,
+                        proof=proof,
+                        examples=pairs,
+                        adapters=(*anchor, delta, *reference),
+                        consistency=consistency and consistency.model_dump(mode="json"),
+                    ),
+                )
             trained = slot.read(start, delta.rank, list(delta.factors))
             slot.assert_unchanged(anchor)
     finally:

@@ -32,6 +32,7 @@ from srlm_lite.training.arguments import (
     one_device,
     run_training,
 )
+from srlm_lite.training.checkpoint import Checkpoints
 from srlm_lite.training.dealing import Dealt
 from srlm_lite.training.dpo import PairExample
 from srlm_lite.training.sft import Example
@@ -145,6 +146,7 @@ def train_reward(
     scratch: Path,
     seed: int,
     on_step: OnStep = lambda step, steps, logs: None,
+    checkpoints: Checkpoints | None = None,
 ) -> tuple[RewardModel, dict[str, float]]:
     """Train a reward model on pairs: the loss is -log sigmoid(r(chosen) - r(rejected)).
 
@@ -154,6 +156,7 @@ def train_reward(
         anchor: The frozen part of the stack below the adapter.
         adapter: Where training starts.
         pairs: Pairs that fit the window.
+        checkpoints: Where it is kept while it goes on; None: nowhere.
 
     Returns:
         The reward model, and the facts of the training: steps, the first step's loss, and loss,
@@ -189,7 +192,20 @@ def train_reward(
         trainer.remove_callback(PrinterCallback)
         trainer.deal = deal_of(optim, len(pairs))
         trainer.tokens = [1] * len(pairs)  # no mean is over tokens
-        run_training(trainer, optim)
+        run_training(
+            trainer,
+            optim,
+            None
+            if checkpoints is None
+            else checkpoints.keep(
+                base,
+                optim,
+                seed=seed,
+                keeper=listener,
+                examples=pairs,
+                adapters=(*anchor, adapter),
+            ),
+        )
         trained = slot.read(start, adapter.rank, list(adapter.factors))
         slot.assert_unchanged(anchor)
     if not trained.differs_from(adapter):

@@ -31,6 +31,7 @@ from srlm_lite.training.arguments import (
     run_training,
     share_adapters,
 )
+from srlm_lite.training.checkpoint import Checkpoints
 from srlm_lite.training.dealing import Dealt
 from srlm_lite.training.dropout import Masks, SequenceDropout
 from srlm_lite.training.tokens import IGNORED, TargetTokens, prove_own
@@ -84,11 +85,13 @@ def train_sft(
     scratch: Path,
     seed: int,
     on_step: OnStep = lambda step, steps, logs: None,
+    checkpoints: Checkpoints | None = None,
 ) -> tuple[Adapter, dict[str, float]]:
     """Train an adapter on examples that fit the window.
 
     Args:
         below: The frozen part of the stack under the adapter.
+        checkpoints: Where it is kept while it goes on; None: nowhere.
 
     Returns:
         The trained adapter, and the facts of the training: `step0_nll`, which is the first step's
@@ -152,7 +155,22 @@ def train_sft(
         proof = _SftProof(trainer, scores, base.dtype)
         trainer.add_callback(proof)
         with scores.answering():
-            run_training(trainer, optim)
+            run_training(
+                trainer,
+                optim,
+                None
+                if checkpoints is None
+                else checkpoints.keep(
+                    base,
+                    optim,
+                    seed=seed,
+                    keeper=listener,
+                    proof=proof,
+                    examples=examples,
+                    adapters=(*below, adapter),
+                    dropout=dropout,
+                ),
+            )
     trained = slot.read(start, adapter.rank, list(adapter.factors))
     slot.assert_unchanged(below)
     if not trained.differs_from(adapter):
