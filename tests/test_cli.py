@@ -653,6 +653,38 @@ def test_recipes_show_prints_the_file_and_check_fills_in_defaults(cli: Cli) -> N
     assert recipe_from(checked, where="stdout").name == "llama2-70b"
 
 
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_what_show_prints_and_new_begins_is_the_same_recipe(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shipped = load_recipe(name)
+    Path("shown.yaml").write_text(cli("recipes", "show", name).stdout)
+    assert load_recipe("shown.yaml") == shipped
+    done = cli("recipes", "new", "mine.yaml", "--from", name)
+    assert (done.returncode, done.stderr) == (0, "next: srlm-lite recipes check mine.yaml\n")
+    assert load_recipe("mine.yaml") == shipped.model_copy(update={"name": "mine"})
+    # Every setting of the file stands there to change; those of what it extends are of that file.
+    lines = Path("mine.yaml").read_text().splitlines()
+    whole = "\n".join(line.removeprefix("# ") for line in lines if line not in lines[:4])
+    own = yaml.safe_load((recipes_dir() / f"{name}.yaml").read_text())
+    own = {key: value for key, value in own.items() if key not in ("name", "description")}
+    assert yaml.safe_load(whole) == own
+
+
+def test_new_replaces_no_file_and_begins_with_shipped_recipes_alone(
+    told: Told, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text("precious")
+    told(mistake(cli("recipes", "new", "mine.yaml", "--from", "toy")))
+    told(mistake(cli("recipes", "new", "other.yaml", "--from", "mine.yaml")))
+    told(mistake(cli("recipes", "new", "other.yaml", "--from", "tooy")))
+    told(mistake(cli("recipes", "new", "no/where.yaml", "--from", "toy")))
+    assert Path("mine.yaml").read_text() == "precious"
+    assert not Path("other.yaml").exists()
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [(0.04, "0.0 s"), (59.9, "59.9 s"), (60, "1:00 min"), (3599, "59:59 min"), (7260, "2:01 h")],

@@ -37,6 +37,7 @@ ALLOWED: dict[str, set[str]] = {
     "explain": {"errors", "methods", "recipe", "settings"},
     "engines": {"model", "progress", "recipe", "rollout", "run.run", "settings"},
     "planning": {
+        "conversation",
         "data",
         "engines",
         "errors",
@@ -45,6 +46,7 @@ ALLOWED: dict[str, set[str]] = {
         "methods",
         "model",
         "recipe",
+        "records",
         "rollout",
         "settings",
         "training",
@@ -56,7 +58,7 @@ ALLOWED: dict[str, set[str]] = {
     "run.journal": {"records", "run.files"},
     "run.layout": {"errors", "run.files"},
     "run.run": {"errors", "recipe", "run.files", "run.layout"},
-    "data": {"conversation", "errors", "records", "run.files"},
+    "data": {"conversation", "errors", "progress", "records", "run.files"},
     # pure: from judgements to pairs and figures
     "judging": {"errors", "records", "shipped", "yaml_text"},
     "pairing": {"records", "settings"},
@@ -228,6 +230,7 @@ ALLOWED: dict[str, set[str]] = {
     "cli": {
         "bench",
         "compare",
+        "conversation",
         "data",
         "doctor",
         "engines",

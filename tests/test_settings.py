@@ -62,6 +62,7 @@ def test_settings_that_came_later() -> None:
     assert {name: mark.value for name, mark in marked(Shared, Before)} == {
         "base.attention": "sdpa",
         "base.chat_template_kwargs": {},
+        "base.system": None,
         "rollout.max_thought_tokens": 1024,
         "mt_bench.top_p": None,
     }
