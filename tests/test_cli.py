@@ -715,6 +715,16 @@ def test_a_log_file_is_told_now_and_then_how_far_a_long_stage_is(
     ]
 
 
+def test_the_rest_of_a_training_that_goes_on_is_told_by_its_own_steps() -> None:
+    """Four of ten steps were there; the fifth takes two seconds, so five more take ten."""
+    pace = Pace(10, 0.0)
+    pace.advance(4, 3.0)
+    pace.restart(3.0)
+    assert pace.left(3.5) is None
+    pace.advance(1, 5.0)
+    assert pace.left(5.0) == 10.0
+
+
 def test_the_rest_is_told_of_steps_that_take_minutes() -> None:
     pace = Pace(10, 0.0)
     assert pace.left(100.0) is None
