@@ -86,7 +86,7 @@ ALLOWED: dict[str, set[str]] = {
         "records",
         "settings",
     },
-    "training": {"errors", "model", "processes", "seeds", "settings", "shipped"},
+    "training": {"errors", "model", "processes", "rollout", "seeds", "settings", "shipped"},
     # the run
     "session": {
         "conversation",
@@ -210,6 +210,7 @@ ALLOWED: dict[str, set[str]] = {
         "seeds",
         "session",
         "settings",
+        "shipped",
         "stages",
         "training",
     },
