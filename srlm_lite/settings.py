@@ -226,6 +226,12 @@ class Optim(Section):
     """Sequences (or pairs) in one optimiser step."""
     micro_batch_size: Annotated[Positive, DECIDES_NOTHING] = 4
     """Sequences (or pairs) in memory at once; divides `batch_size`."""
+    micro_batch_tokens: Annotated[Positive | Literal["auto"], Before("auto"), DECIDES_NOTHING] = (
+        "auto"
+    )
+    """Tokens in memory at once; `auto`: what `micro_batch_size` of the longest sequences (or pairs)
+    of the training can have at most. What several have in common counts once. One that alone has
+    more is computed by itself. Halved by itself when memory runs out."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """A longer gradient is cut to this length before a step."""
     gradient_checkpointing: Annotated[bool, DECIDES_NOTHING] = False

@@ -1,4 +1,4 @@
-"""What both trainers are told alike."""
+"""What all trainers are told alike."""
 
 from __future__ import annotations
 
@@ -17,10 +17,8 @@ from transformers import TrainerCallback
 from srlm_lite.errors import UserError
 from srlm_lite.model.base import LoadedBase
 from srlm_lite.model.heap import is_out_of_memory
-from srlm_lite.processes import place
 from srlm_lite.settings import Optim
 from srlm_lite.training.checkpoint import Kept
-from srlm_lite.training.dealing import Deal
 
 A = TypeVar("A", bound=Any)
 
@@ -38,23 +36,15 @@ def total_steps(n_examples: int, optim: Optim) -> int:
     return max(1, math.ceil(round(of_epoch * optim.epochs, 6)))
 
 
-def deal_of(optim: Optim, n_examples: int) -> Deal:
-    """How a training's batches are shared out to the processes there are."""
-    micro_batch = min(optim.micro_batch_size, n_examples)
-    per_step = max(1, math.ceil(min(optim.batch_size, n_examples) / micro_batch))
-    return Deal(micro_batch, per_step, place())
-
-
 def common_arguments(
     optim: Optim, base: LoadedBase, *, n_examples: int, scratch: Path, seed: int
 ) -> dict[str, Any]:
-    """Keyword arguments for `SFTConfig` and `DPOConfig`."""
-    deal = deal_of(optim, n_examples)
+    """Keyword arguments for `TrainingArguments`, and for what TRL makes of them."""
     steps = total_steps(n_examples, optim)
     return {
         "output_dir": str(scratch),
-        "per_device_train_batch_size": deal.largest,
-        "gradient_accumulation_steps": deal.passes(deal.micro_batch * deal.per_step),
+        "per_device_train_batch_size": 1,  # a batch of ours is a step
+        "gradient_accumulation_steps": 1,
         "max_steps": steps,
         "learning_rate": optim.learning_rate,
         "warmup_steps": round(steps * optim.warmup_ratio),
@@ -75,6 +65,16 @@ def common_arguments(
         # Every trainable weight is in every forward pass.
         "ddp_find_unused_parameters": False,
         **schedule_of(optim),
+    }
+
+
+def batches_of_trl(optim: Optim, n_examples: int) -> dict[str, int]:
+    """How a trainer of TRL's, in one process, cuts a step: into micro-batches of so many."""
+    micro_batch = min(optim.micro_batch_size, n_examples)
+    per_step = max(1, math.ceil(min(optim.batch_size, n_examples) / micro_batch))
+    return {
+        "per_device_train_batch_size": micro_batch,
+        "gradient_accumulation_steps": per_step,
     }
 
 

@@ -30,6 +30,7 @@ from srlm_lite.training.arguments import (
     NO_ROUTER_LOSS,
     Listener,
     OnStep,
+    batches_of_trl,
     common_arguments,
     early_mean,
     late_mean,
@@ -212,6 +213,7 @@ def train_rloo(
     )
     answers = answers_of_epoch(len(prompts), optim, rollout)
     arguments = common_arguments(optim, base, n_examples=answers, scratch=scratch, seed=seed)
+    arguments |= batches_of_trl(optim, answers)
     stack = [*anchor, delta]
     start = sum(adapter.rank for adapter in anchor)
     slot.load(reference, train=True)
