@@ -210,7 +210,7 @@ class Processes:
         return bool(flag.item())
 
     def wait_for_the_end(self) -> None:
-        """Of another process than the first, which is about to say why it stops, and ends all.
+        """Wait, in another process than the first, until that has said why it stops and ends all.
 
         Raises:
             SrlmError: It has not.

@@ -39,6 +39,7 @@ from srlm_lite.training.dpo import PairExample, train_dpo
 from srlm_lite.training.reward import RewardModel, train_reward
 from srlm_lite.training.rloo import train_rloo
 from srlm_lite.training.sft import Example, train_sft
+from srlm_lite.training.steps import StepTrainer
 
 SCRIPT = Path(__file__).with_name("stopped.py")
 EXAMPLES = [Example(tokens(i), tokens(100 + i)) for i in range(7)]
@@ -241,6 +242,26 @@ def test_what_memory_allows_may_change(slot: Slot, base: LoadedBase, tmp_path: P
     assert checkpoint.differing(told[0], told[1]) == []
     assert checkpoint.differing(told[0], told[2]) == ["learning_rate"]
     assert checkpoint.differing({"a": None}, {}) == checkpoint.differing({}, {"a": None}) == ["a"]
+
+
+def test_a_budget_that_was_halved_stays_so(
+    slot: Slot, base: LoadedBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory runs out in the second step; what goes on from there cuts its steps as before."""
+    learned, before = StepTrainer._learned, list[int]()
+
+    def short(self: StepTrainer, model: Any, step: Any) -> Any:
+        if self.state.global_step == 1 and not before:
+            before.append(self.budget)
+            raise MemoryError
+        return learned(self, model, step)
+
+    monkeypatch.setattr(StepTrainer, "_learned", short)
+    expected = Training(slot, base, tmp_path / "alone").run()
+    facts, _ = json.loads(expected[1])
+    assert facts["tokens_at_once"] < before.pop()
+    assert Training(slot, base, tmp_path / "stopped").resumed(3) == expected
+    assert len(before) == 1
 
 
 def test_what_goes_on_is_proven_to_be_what_was_kept(

@@ -40,6 +40,7 @@ def test_settings_that_decide_nothing() -> None:
     trainings = ("anchor", "dpo")
     assert {name for name, _ in marked(Shared, DecidesNothing)} == {
         "name",
+        "checkpoint_minutes",
         "description",
         "iterations",
         "tracking",

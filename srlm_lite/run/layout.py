@@ -177,12 +177,12 @@ class CheckpointDir:
 
     @staticmethod
     def state(folder: Path) -> Path:
-        """Of a folder: all that is no tensor."""
+        """The file in a folder that has all but the tensors."""
         return folder / "state.json"
 
     @staticmethod
     def tensors(folder: Path) -> Path:
-        """Of a folder: weights, and the optimiser's."""
+        """The file in a folder that has the weights, and the optimiser's state."""
         return folder / "tensors.safetensors"
 
     def newest(self) -> Path | None:

@@ -38,7 +38,7 @@ from srlm_lite.settings import DecidesNothing, Optim, marked
 from srlm_lite.stopping import Stop, deferred
 
 FORMAT = 1
-"""Of the files; one of another is not used."""
+"""A checkpoint whose files have another form is not used."""
 
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes")
 """Those whose version decides what a step computes."""
