@@ -83,7 +83,7 @@ class Gradients(TrainerCallback):
 def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gradients]:
     seen = Gradients()
 
-    def run(trainer: Any, optim: Any) -> None:
+    def run(trainer: Any, optim: Any, kept: Any = None) -> None:
         trainer.add_callback(seen)
         trainer.train()
 
