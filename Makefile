@@ -9,11 +9,11 @@ VENV      := .venv
 BIN       := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEMO      := out/demo
-PYTEST     = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal \
-		-m "not gpu and not vllm and not unsloth and not browser"
+PYTEST     = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+HERE      := not gpu and not vllm and not unsloth and not browser
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test quick docs gpu wheels lint wheel clean
+.PHONY: help install demo test slow quick docs gpu wheels lint wheel clean
 
 help:  ## List the targets.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,11 +23,14 @@ install: $(INSTALLED)  ## Make .venv with the pinned versions (the other targets
 demo: $(INSTALLED)  ## Two iterations on SmolLM2-135M, in out/demo; goes on where it stopped. Anew: ARGS=--fresh
 	$(BIN)/srlm-lite iterate --recipe smollm2-135m-demo --adapters $(DEMO) $(ARGS)
 
-test: $(INSTALLED)  ## All tests that need neither a GPU nor an extra. One file: ARGS=tests/test_pairing.py
-	$(PYTEST) $(ARGS)
+test: $(INSTALLED)  ## Tests that need neither a GPU nor an extra, without the slow. One file: ARGS=tests/test_pairing.py
+	$(PYTEST) -m "$(HERE) and not slow" $(ARGS)
+
+slow: $(INSTALLED)  ## The slow ones: longer runs on SmolLM2, more kills, families a second way.
+	$(PYTEST) -m "$(HERE) and slow" $(ARGS)
 
 quick: $(INSTALLED)  ## Those of them that compute with no model, or for a moment: under 90 seconds.
-	$(PYTEST) --quick $(ARGS)
+	$(PYTEST) --quick -m "$(HERE) and not slow" $(ARGS)
 
 docs: $(INSTALLED)  ## Write the pages that the code says, and build all of docs/ as a site in site/.
 	$(BIN)/python .ci/docs.py

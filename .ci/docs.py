@@ -58,8 +58,11 @@ dpo:
   defaults filled in.
 - On the command line `--set dpo.beta=0.2` overrides a setting of any recipe; the value is YAML, so
   a list is `--set 'tracking.report_to=[tensorboard, wandb]'`.
-- Relative paths in a recipe start at its own directory, or else at the working directory; those in
-  `--set` at the working directory.
+- Relative paths in a recipe start at its own directory, or else at the working directory, or else
+  at that of the shipped recipes, so a copy of one of those runs; those in `--set` at the working
+  directory.
+- `srlm-lite recipes new mine.yaml --from NAME` begins one: what it extends, and every setting of
+  that as a comment to change.
 - `srlm-lite recipes explain dpo.beta` says in a terminal what this page says of it, and with
   `--recipe NAME` what that recipe has there and which file says so.
 - What a method does not read is refused, rather than passed over.
@@ -201,6 +204,13 @@ def methods_page() -> str:
     return _with_parts("methods.md", f"{table()}\n")
 
 
+def data_page() -> str:
+    """The page with the shapes of tables and the names of columns that are found."""
+    from srlm_lite.data.shapes import names_table, table
+
+    return _with_parts("data.md", f"{table()}\n{names_table()}")
+
+
 def readme() -> str:
     """The README with the same table."""
     from srlm_lite.methods import table
@@ -280,6 +290,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "bases.md": bases_page,
     "architecture.md": architecture_page,
     "methods.md": methods_page,
+    "data.md": data_page,
     "../README.md": readme,
 }
 """The pages by file name, and what writes them."""

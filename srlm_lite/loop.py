@@ -47,6 +47,7 @@ def make_anchor(session: Session) -> None:
     check_prompts(session, method_of(session.recipe).pool)
     log = StageLog(session, directory, iteration=0)
     log.run("base", lambda: reading(session))
+    session.settle()
     log.run("anchor", lambda: anchor.anchor(session))
     log.run("evaluation", lambda: evaluation.evaluation(session, directory, session.stack(0)))
     log.finish()

@@ -180,6 +180,7 @@ def pair(prompt: Prompt, chosen: Scored, rejected: Scored) -> PreferencePair:
         rejected_score=rejected[1],
         chosen_ids=chosen[0].ids,
         rejected_ids=rejected[0].ids,
+        messages=prompt.messages,
     )
 
 

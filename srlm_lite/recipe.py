@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
 from pathlib import Path
@@ -240,8 +241,8 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe, apply `section.key=value` overrides and resolve its paths.
 
     A file that says `extends: NAME|PATH` is that recipe with what it says itself on top. Paths in
-    a file are looked for beside it, then in the working directory; paths in overrides in the
-    working directory.
+    a file are looked for beside it, in the working directory, and among the shipped recipes, so
+    that a copy of one of those finds what it found; paths in overrides in the working directory.
 
     Raises:
         UserError: Not found, not YAML, an unknown key, or a value out of range.
@@ -264,6 +265,27 @@ def overridden(raw: Mapping[str, Any], overrides: Sequence[str], *, where: str) 
     return recipe_from(_merged(raw, given), where=f"{where} with --set" if given else where)
 
 
+def begun_from(name: str, *, called: str) -> str:
+    """The text of a recipe that extends a shipped one, all of whose settings stand in it to change.
+
+    Raises:
+        UserError: There is no shipped recipe of that name.
+    """
+    path = recipes_dir() / f"{name}.yaml"
+    if not path.is_file():
+        find_recipe(name)  # tells of one that is near
+        raise UserError("no shipped recipe", where=name, way_out="srlm-lite recipes list")
+    said = path.read_text(encoding="utf-8").splitlines()
+    first = next(at for at, line in enumerate(said) if not line.startswith("#") and line.strip())
+    settings = [line for line in said[first:] if not re.match(r"(name|description):", line)]
+    body = "\n".join(f"# {line}".rstrip() if line.strip() else "" for line in settings).strip()
+    return (
+        f"# The recipe {name}, but for what stands here without a `#`. What a setting means:\n"
+        "#   srlm-lite recipes explain KEY\n"
+        f"extends: {name}\nname: {json.dumps(called, ensure_ascii=False)}\n\n{body}\n"
+    )
+
+
 def layers_of(name_or_path: str) -> list[tuple[Path, dict[str, Any]]]:
     """What each file of a recipe says, with its paths resolved: first what is extended.
 
@@ -277,7 +299,7 @@ def _layers(path: Path, *above: Path) -> list[tuple[Path, dict[str, Any]]]:
     raw = read_yaml(path)
     if not isinstance(raw, dict):
         raise UserError("a recipe is a mapping of sections", where=str(path))
-    _resolve_paths(raw, path.parent, Path.cwd())
+    _resolve_paths(raw, path.parent, Path.cwd(), recipes_dir())
     extended = raw.pop("extends", None)
     if extended is None:
         return [(path, raw)]

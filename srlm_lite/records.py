@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any, ClassVar, Literal, Self
 
 from srlm_lite.conversation import Asked, Message
@@ -29,7 +29,8 @@ class Record:
 
     def to_row(self) -> dict[str, Any]:
         """The JSON object of this record, keys in the order of the fields."""
-        row = asdict(self)
+        # What it holds is shared, not copied: a record is not changed, and copying takes longest.
+        row = {name: getattr(self, name) for name in _names(type(self))[0]}
         return {key: row[key] for key in row if row[key] is not None or key not in self.omitted}
 
     @classmethod
@@ -68,7 +69,7 @@ def _names(kind: type[Record]) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 @dataclass(frozen=True, slots=True)
 class Prompt(Record):
-    """What the policy answers: a user turn's text, or a conversation with its transcript as text."""
+    """What the policy answers: a user turn's text, or a conversation and its transcript."""
 
     omitted = frozenset({"messages"})
 
@@ -81,6 +82,11 @@ class Prompt(Record):
     def asked(self) -> Asked:
         """What is sampled and learned after."""
         return self.messages or self.text
+
+    @classmethod
+    def of(cls, row: Instruction | RankedReply, source: str = "") -> Self:
+        """The prompt that a row of data has replies to."""
+        return cls(row.prompt_id, row.prompt, source, row.messages)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from srlm_lite.conversation import Answerable, key_of
 from srlm_lite.engines import ENGINES, EngineKind, Role, kind_of
 from srlm_lite.errors import ProofError, UserError
 from srlm_lite.judging import Rubric, load_rubric
@@ -68,16 +69,18 @@ class Session:
         self._conversion: int | None = None
         self.pace: Pace | None = None
         """What keeps the processes of a sharded base in step, once it is loaded."""
-        self._prompt_lengths: dict[str, int] = {}
-        """Tokens of prompts, by text: every iteration goes through the whole list again."""
+        self._prompt_lengths: dict[object, int] = {}
+        """Tokens of prompts, by what is asked: every iteration goes through the whole list again.
+        """
         import_backend(recipe)
 
-    def leaves_room(self, prompt: str) -> bool:
+    def leaves_room(self, prompt: Answerable) -> bool:
         """Whether the window has room for an answer after this prompt."""
-        if prompt not in self._prompt_lengths:
-            self._prompt_lengths[prompt] = len(self.chat.prompt_ids(prompt))
+        asked = key_of(prompt.asked)
+        if asked not in self._prompt_lengths:
+            self._prompt_lengths[asked] = len(self.chat.policy_ids(prompt))
         return leaves_room(
-            self._prompt_lengths[prompt],
+            self._prompt_lengths[asked],
             self.recipe.base.window,
             answer=self.recipe.rollout.max_new_tokens,
             thought=self.thought_tokens(),
@@ -143,7 +146,10 @@ class Session:
 
         section = self.recipe.base
         return ChatFormat.of(
-            self.base, template=section.chat_template, settings=section.chat_template_kwargs
+            self.base,
+            template=section.chat_template,
+            settings=section.chat_template_kwargs,
+            system=section.system,
         )
 
     @cached_property
@@ -160,13 +166,26 @@ class Session:
                 f"the base's experts lie fused in memory, where no adapter reaches them: "
                 f"{', '.join(left_out)} are adapted in its other layers alone"
             )
-        return Slot(
+        slot = Slot(
             self.base.model,
             targets=recipe.targets,
             rank=rank + recipe.dpo.lora.rank,
             fold=recipe.rollout.fold,
             backend=recipe.base.backend,
         )
+        if shipped is not None:
+            slot.load((shipped,))  # refused here if it does not fit the base
+        return slot
+
+    def settle(self) -> None:
+        """From here on this is the run of its directory: it has its base, its stack and its data.
+
+        Raises:
+            UserError: The stack does not fit the base.
+        """
+        if not self.run.is_settled:
+            _ = self.slot
+            self.run.settle()
 
     @cached_property
     def shipped_anchor(self) -> Adapter | None:

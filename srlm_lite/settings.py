@@ -63,8 +63,8 @@ class Before:
 class IsPath:
     """Marks a setting that may be a path.
 
-    A relative one starts at the recipe's own directory, or else at the working directory; what is
-    in neither stays as it is.
+    A relative one starts at the recipe's own directory, or else at the working directory, or else
+    at that of the shipped recipes; what is in none of them stays as it is.
     """
 
     words: tuple[str, ...] = ()
@@ -152,6 +152,10 @@ class Base(Section):
     Needed by bases that have none, such as Llama-2."""
     chat_template_kwargs: Annotated[dict[str, bool | int | float | str], Before({})] = {}
     """Variables that the template reads, such as `enable_thinking: false` or `reasoning_effort`."""
+    system: Annotated[str | None, Field(min_length=1, pattern=r"\S"), Before(None)] = None
+    """A system message before every prompt, wherever the policy answers or learns to: in sampling,
+    pairs, instruction data, evaluation, comparisons and `srlm-lite chat`. A prompt's own system
+    message stands in its place. What a judge is asked has none, nor have rows of `data.extra`."""
     window: Positive = 2048
     """Longest sequence in tokens that training and judging may see."""
 
@@ -196,7 +200,7 @@ class Data(Section):
     at once, behind the empty thought that the template writes there, if it writes one."""
     extra: Annotated[str | None, IsPath()] = None
     """More rows of the form of `ift.jsonl` for the anchor, such as a method's own questions with
-    the replies that it hopes for."""
+    the replies that it hopes for. They are learned as they stand, without `base.system`."""
     ranked: Annotated[str | None, IsPath()] = None
     """Replies that humans ranked, a file of the form of `eft_train.jsonl`, for the methods that
     learn from them (`dpo`, `rlhf`: default `eft_train.jsonl`; `spin`: default `ift.jsonl`)."""

@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -58,10 +59,28 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    keep_together(items)
     if config.getoption("quick"):
         longer = [item for item in items if item.get_closest_marker("model")]
         config.hook.pytest_deselected(items=longer)
         items[:] = [item for item in items if item not in longer]
+
+
+def keep_together(items: list[pytest.Item]) -> None:
+    """With `--dist loadgroup`, give the tests of a file that share a fixture to one process.
+
+    Of a fixture of the module each process would make its own, and some take half a minute.
+    """
+    sharing = {item.path for item in items if shares_a_fixture(item)}
+    for item in items:
+        if item.path in sharing:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
+def shares_a_fixture(item: pytest.Item) -> bool:
+    info = getattr(item, "_fixtureinfo", None)
+    known = info.name2fixturedefs.values() if info else ()
+    return any(found[-1].scope == "module" for found in known)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -75,9 +94,28 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 
 
 def pytest_collection_finish() -> None:
-    """Spare the garbage collector the libraries: each of its rounds would walk through them all."""
-    gc.collect()
-    gc.freeze()
+    Spared.of_the_collector()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown() -> None:
+    Spared.of_the_collector()
+
+
+class Spared:
+    """The libraries, hidden from the garbage collector: its rounds would walk through all of them.
+
+    Such a round takes half a second, and each training calls for several. A test may import more.
+    """
+
+    modules = 0
+
+    @classmethod
+    def of_the_collector(cls) -> None:
+        if len(sys.modules) > cls.modules + 100:
+            cls.modules = len(sys.modules)
+            gc.collect()
+            gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -697,12 +697,13 @@ _HEAD = """# Bases
 
 <!-- Written by `make docs`; do not edit. -->
 
-What srlm-lite does with the model families of today. Each row is a test that runs on every commit,
-on a CPU, in NF4: a tiny base of random weights with the family's shape goes through an iteration
-with both proofs (the anchor's first loss is the model's own, DPO's is ln 2 at a margin of 0), is
-exported, loaded by transformers alone, and held against PEFT's model of the same adapter on the
-base. So a row says that the code of the family is served, not how well a published model of it
-learns; the real models that are named have that architecture in transformers {version}.
+What srlm-lite does with the model families of today. Each row is a test, on a CPU, in NF4: a tiny
+base of random weights with the family's shape goes through an iteration with both proofs (the
+anchor's first loss is the model's own, DPO's is ln 2 at a margin of 0), is exported, loaded by
+transformers alone, and held against PEFT's model of the same adapter on the base. Those whose code
+takes ways of its own run on every commit, the others with `make slow`.
+So a row says that the code of the family is served, not how well a published model of it learns;
+the real models that are named have that architecture in transformers {version}.
 
 - **Targets**: the layers that the test adapts, by the names that `lora.targets` takes. The default
   is Llama's: {default}. A target that the base lacks is refused with those that it has.

@@ -68,6 +68,6 @@ def kill_often(out: Path, words: list[str], times: int) -> int:
 
 
 if __name__ == "__main__":
-    folder = Path(sys.argv[1])
-    words = ["iterate", "--recipe", "tiny", "--adapters", str(folder), *sys.argv[2:]]
-    print(kill_often(folder, words, times=10))
+    _, out, count, *settings = sys.argv
+    words = ["iterate", "--recipe", "tiny", "--adapters", out, *settings]
+    print(kill_often(Path(out), words, times=int(count)))

@@ -170,16 +170,18 @@ def test_labels_keep_apart_in_their_order() -> None:
 
 
 SMALL = ("anchor.ift_limit=48", "anchor.eft_prompts=48", "anchor.epochs=1",
-         "anchor.lora.rank=4", "anchor.lora.alpha=8", "prompts.per_iteration=6",
-         "pairing.min_pairs=1", "judge.votes=2", "judge.min_votes=1",
+         "anchor.lora={rank: 4, alpha: 8, targets: [q_proj, v_proj]}",
+         "dpo.lora={rank: 4, alpha: 8, targets: [q_proj, v_proj]}", "prompts.per_iteration=6",
+         "pairing.min_pairs=1", "judge.votes=1", "judge.min_votes=1",
          "rollout.max_new_tokens=32", "pairing.drop_truncated=false",
          "evaluate.policy_prompts=3", "evaluate.eft_prompts=2")  # fmt: skip
 
 
-def test_the_bench_runs_and_goes_on(tmp_path: Path, cli: Cli) -> None:
+@pytest.mark.parametrize("jobs", ["1", pytest.param("2", marks=pytest.mark.slow)])
+def test_the_bench_runs_and_goes_on(jobs: str, tmp_path: Path, cli: Cli) -> None:
     names = ("self-rewarding", "random pairs", "dpo")
     options = [word for setting in SMALL for word in ("--set", setting)]
-    done = cli("bench", "methods", "--json", "--iterations", "1", "--jobs", "2",
+    done = cli("bench", "methods", "--json", "--iterations", "1", "--jobs", jobs,
                "--out", tmp_path / "out", "--cases", "; ".join(names),
                "--plot", tmp_path / "plot.svg", *options)  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -20,6 +20,7 @@ from srlm_lite.model.base import LoadedBase
 from srlm_lite.model.chat import ChatFormat, ReplyParts
 from srlm_lite.model.template import fixed_date
 from srlm_lite.recipe import load_recipe
+from srlm_lite.records import Prompt
 from srlm_lite.shipped import recipes_dir
 
 THINK = ("<think>", "</think>")
@@ -197,6 +198,26 @@ def thought_of(chat: ChatFormat) -> str:
 
 
 # What TRL ships
+
+
+@pytest.mark.parametrize(
+    "name", sorted(name for name in trl_templates() if not name.endswith("_training"))
+)
+def test_a_conversation_stands_in_the_prompt(name: str) -> None:
+    """Or it is refused: Gemma's first templates know no system message."""
+    chat = trl_chat(name)
+    turns = (user("Name a tree."), assistant("Oak."), user("Another one?"))
+    told = [{"role": "system", "content": "Be brief."}, *turns]
+    for messages in (turns, (told[0], turns[0]), told):
+        prompt = Prompt("a", "", messages=tuple(messages))
+        if name == "gemma" and messages is not turns:
+            with pytest.raises(UserError, match="System role not supported"):
+                chat.policy_ids(prompt)
+            continue
+        text = spelled(chat, chat.policy_ids(prompt))
+        places = [text.index(one["content"]) for one in messages]
+        assert places == sorted(places)
+        assert chat.policy_ids(prompt) == chat.render(messages, generation=True)
 
 
 @pytest.mark.parametrize(("name", "kwargs"), trl_cases(training=True))

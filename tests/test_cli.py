@@ -16,12 +16,13 @@ import pytest
 import yaml
 from commands import Cli, Done
 from messages import Told
+from rich.progress import Progress
 from safetensors import SafetensorError
 from typer.main import get_command
 
 from srlm_lite import __version__
 from srlm_lite.cli import iterate, main
-from srlm_lite.cli.progress import ConsoleReporter, _duration, summary
+from srlm_lite.cli.progress import ConsoleReporter, Pace, _Bar, _duration, _Eta, summary
 from srlm_lite.cli.tables import closing_table
 from srlm_lite.errors import UserError
 from srlm_lite.preflight.inputs import check_inputs
@@ -639,6 +640,38 @@ def test_recipes_show_prints_the_file_and_check_fills_in_defaults(cli: Cli) -> N
     assert recipe_from(checked, where="stdout").name == "llama2-70b"
 
 
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_what_show_prints_and_new_begins_is_the_same_recipe(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shipped = load_recipe(name)
+    Path("shown.yaml").write_text(cli("recipes", "show", name).stdout)
+    assert load_recipe("shown.yaml") == shipped
+    done = cli("recipes", "new", "mine.yaml", "--from", name)
+    assert (done.returncode, done.stderr) == (0, "next: srlm-lite recipes check mine.yaml\n")
+    assert load_recipe("mine.yaml") == shipped.model_copy(update={"name": "mine"})
+    # Every setting of the file stands there to change; those of what it extends are of that file.
+    lines = Path("mine.yaml").read_text().splitlines()
+    whole = "\n".join(line.removeprefix("# ") for line in lines if line not in lines[:4])
+    own = yaml.safe_load((recipes_dir() / f"{name}.yaml").read_text())
+    own = {key: value for key, value in own.items() if key not in ("name", "description")}
+    assert yaml.safe_load(whole) == own
+
+
+def test_new_replaces_no_file_and_begins_with_shipped_recipes_alone(
+    told: Told, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text("precious")
+    told(mistake(cli("recipes", "new", "mine.yaml", "--from", "toy")))
+    told(mistake(cli("recipes", "new", "other.yaml", "--from", "mine.yaml")))
+    told(mistake(cli("recipes", "new", "other.yaml", "--from", "tooy")))
+    told(mistake(cli("recipes", "new", "no/where.yaml", "--from", "toy")))
+    assert Path("mine.yaml").read_text() == "precious"
+    assert not Path("other.yaml").exists()
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [(0.04, "0.0 s"), (59.9, "59.9 s"), (60, "1:00 min"), (3599, "59:59 min"), (7260, "2:01 h")],
@@ -662,11 +695,46 @@ def test_a_log_file_is_told_now_and_then_how_far_a_long_stage_is(
         for _ in range(2):  # 200 s are under a tenth of the 53 minutes so far
             task.advance(50)
     assert capsys.readouterr().err.splitlines() == [
-        # 550 in the last 60 s, as far as that is known here
-        "    judgements: 550/1000 judgements after 1:00 min, ETA 49.1 s",
-        "    judgements: 650/1000 judgements after 2:10 min, ETA 4:05 min",
-        "    judgements: 800/1000 judgements after 50:00 min, ETA 1:03 h, loss 0.500",
+        # 150 in 59.9 s: what was on disk took no time
+        "    judgements: 550/1000 judgements after 1:00 min, ETA 3:00 min",
+        "    judgements: 650/1000 judgements after 2:10 min, ETA 3:02 min",
+        "    judgements: 800/1000 judgements after 50:00 min, ETA 25:00 min, loss 0.500",
     ]
+
+
+def test_the_rest_is_told_of_steps_that_take_minutes() -> None:
+    pace = Pace(10, 0.0)
+    assert pace.left(100.0) is None
+    pace.advance(2, 0.5)  # on disk already
+    assert pace.left(150.0) is None
+    pace.advance(1, 200.5)
+    assert pace.left(200.5) == 7 * 200
+    assert pace.left(300.5) == 7 * 200 - 100
+    assert pace.left(900.5) == 6 * 200  # late: at any moment
+    for step in range(1, 6):
+        pace.advance(1, 200.5 + 100 * step)  # quicker than before
+    assert pace.left(700.5) == pytest.approx(2 * 700 / 6)
+
+
+def test_the_rest_is_told_by_the_newest_units() -> None:
+    pace = Pace(2000, 0.0)
+    for second in range(1, 301):
+        pace.advance(1, float(second))
+    for second in range(301, 501):  # longer texts
+        pace.advance(2, float(second))
+    assert pace.left(500.0) == pytest.approx(1300 / 2)
+
+
+def test_a_bar_shows_the_rest_of_slow_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("srlm_lite.cli.progress.time.monotonic", lambda: now)
+    progress = Progress(_Eta(), disable=True)
+    pace = Pace(4, now)
+    task = progress.add_task("DPO", total=4, pace=pace)
+    assert str(_Eta().render(progress.tasks[0])) == "-"
+    now = 90.0
+    _Bar(progress, task, pace).advance()
+    assert str(_Eta().render(progress.tasks[0])) == "4:30 min"
 
 
 @pytest.mark.parametrize(

@@ -8,25 +8,29 @@ import os
 import random
 import sys
 import types
+import unicodedata
 from collections import Counter
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from messages import Told
+from preparing import Loaded, Row, Seed, read, write
 from typer.testing import CliRunner
 
 from srlm_lite.cli.data import app
-from srlm_lite.data.columns import Columns, guess_columns
+from srlm_lite.data.columns import Columns
 from srlm_lite.data.ledger import REASONS, Ledger
 from srlm_lite.data.oasst import read_trees
-from srlm_lite.data.prepare import Options, Prepared, prepare, read
+from srlm_lite.data.prepare import Options, prepare
 from srlm_lite.data.ranked import score_target
+from srlm_lite.data.row_store import RowStore
 from srlm_lite.data.sources import DataSource, read_source
-from srlm_lite.data.split import PlacedReply, RankedPrompt, split
-from srlm_lite.data.text import is_repetitive, normalised, prompt_problem
+from srlm_lite.data.split import PlacedReply, RankedPrompt, Sharing
+from srlm_lite.data.text import is_garbled, is_repetitive, normalised, prompt_problem
 from srlm_lite.errors import UserError
 from srlm_lite.records import Instruction, Prompt, RankedReply
 from srlm_lite.run.files import read_records
@@ -38,12 +42,6 @@ DATA = Path(
 needs_data = pytest.mark.skipif(
     not DATA.is_dir(), reason="no real data: set SRLM_TEST_DATA to a directory that holds it"
 )
-Row = dict[str, Any]
-
-
-def write(path: Path, rows: list[Row]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
 
 
 def tree(
@@ -99,7 +97,16 @@ def scored(prompt: str, *scores: Any, **more: Any) -> list[Row]:
     ]
 
 
-def check_accounts(prepared: Prepared) -> None:
+def shared_out(prompts: list[RankedPrompt], ledger: Ledger, **shares: float) -> Seed:
+    with RowStore() as store:
+        sharing = Sharing(store, ledger)
+        sharing.add(prompts)
+        sharing.decide(**shares)
+        parts = (list(sharing.ranked(part)) for part in ("eft_train", "eft_eval"))
+        return Seed(list(sharing.instructions()), *parts)
+
+
+def check_accounts(prepared: Loaded) -> None:
     """Every row is kept or dropped, for a reason that is explained; no prompt serves twice."""
     rows, seed = prepared.rows(), prepared.seed
     for ledger in (prepared.reply_ledger, prepared.prompt_ledger):
@@ -371,10 +378,9 @@ def test_other_column_names(tmp_path: Path) -> None:
 
 def test_guesses_are_said(tmp_path: Path) -> None:
     prepared = read(write(tmp_path / "r.jsonl", scored("Which one?", 1, 2)), Options())
-    assert prepared.notes[0] == (
-        "guessed: prompt from column 'prompt', response from column 'response', "
-        "score from column 'score'"
-    )
+    assert prepared.notes[:3] == [
+        f"guessed: {name} from column '{name}'" for name in ("prompt", "response", "score")
+    ]
 
 
 def test_given_scores_become_targets(tmp_path: Path) -> None:
@@ -430,10 +436,10 @@ def test_pairs_in_every_dress(tmp_path: Path, row: Row) -> None:
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"chosen": [USER, GOOD, USER, GOOD], "rejected": [USER, POOR]}, "multi_turn"),
-        ({"chosen": [{**USER, "role": "system"}, GOOD], "rejected": [USER, POOR]}, "multi_turn"),
-        ({"chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c", "rejected": ""}, "multi_turn"),
-        ({"prompt": "Which?", "chosen": 3, "rejected": "no"}, "multi_turn"),
+        ({"chosen": [USER, GOOD, USER, GOOD], "rejected": [USER, POOR]}, "other_prompt"),
+        ({"chosen": [{**USER, "role": "system"}, GOOD], "rejected": [USER, POOR]}, "unanswerable"),
+        ({"chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c", "rejected": ""}, "unanswerable"),
+        ({"prompt": "Which?", "chosen": 3, "rejected": "no"}, "not_text"),
         ({"prompt": "Which?", "chosen": "yes", "rejected": " "}, "empty"),
         ({"prompt": "Which?", "chosen": "yes", "rejected": "n\x00"}, "garbled"),
         ({"prompt": "Which?", "chosen": "a", "rejected": "b", "lang": "de"}, "other_language"),
@@ -482,6 +488,13 @@ def test_what_is_no_prompt(text: str, reason: str) -> None:
 )
 def test_what_is_a_prompt(text: str) -> None:
     assert prompt_problem(text, min_chars=10, max_chars=2000) is None
+
+
+def test_what_no_one_writes_is_told_by_its_category() -> None:
+    for number in range(sys.maxunicode + 1):
+        category = unicodedata.category(chr(number))
+        garbled = category in ("Cc", "Cs", "Co") and chr(number) not in "\t\n\r"
+        assert is_garbled(chr(number)) is (garbled or number == 0xFFFD), hex(number)
 
 
 def test_repetition_begins_at_four_copies_and_ten_words() -> None:
@@ -546,35 +559,40 @@ tables = st.dictionaries(st.sampled_from([f"Prompt number {n}" for n in range(12
 shares = st.floats(0, 1)
 
 
-def table_source(table: dict[str, list[Row]], order: random.Random) -> DataSource:
+def table_source(table: dict[str, list[Row]], order: random.Random) -> list[Row]:
     rows = [{"prompt": prompt, **reply} for prompt, group in table.items() for reply in group]
     order.shuffle(rows)
-    return DataSource("table", "table", rows)
+    return rows
 
 
 @given(tables, shares, shares, st.randoms(use_true_random=False))
 def test_every_row_is_accounted_for_in_whatever_order(
     table: dict[str, list[Row]], ift_share: float, eval_share: float, order: random.Random
 ) -> None:
-    from srlm_lite.data.ranked import read_replies
-
+    options = Options(ift_share=ift_share, eval_share=eval_share)
     results = []
-    for _ in range(2):
-        source, ledger = table_source(table, order), Ledger()
-        columns = Columns(prompt="prompt", response="response", score="score")
-        ranked, _ = read_replies(source, columns, lang=None, replies=ledger)
-        seed = split(ranked, ift_share=ift_share, eval_share=eval_share, replies=ledger)
-        assert ledger.seen == len(source.rows) == ledger.kept + ledger.dropped
-        results.append((seed, ledger))
+    with TemporaryDirectory() as folder:
+        for _ in range(2):
+            source = table_source(table, order)
+            if not source:
+                return
+            try:
+                found = read(write(Path(folder) / "t.jsonl", source), options)
+            except UserError as error:
+                assert "no row kept" in str(error)
+                found = None
+            else:
+                assert found.reply_ledger.seen == len(source)
+                check_accounts(found)
+            results.append(found)
     assert results[0] == results[1]
-    check_accounts(Prepared(source, "ranked", seed, [], ledger))
 
 
 @given(st.integers(0, 30), shares, shares)
 def test_shares_are_exact(count: int, ift_share: float, eval_share: float) -> None:
     pair = (PlacedReply("a", "yes", 0.0), PlacedReply("b", "no", 1.0))
     prompts = [RankedPrompt(f"p{n}", f"Prompt number {n}", pair) for n in range(count)]
-    seed = split(prompts, ift_share=ift_share, eval_share=eval_share, replies=Ledger())
+    seed = shared_out(prompts, Ledger(), ift_share=ift_share, eval_share=eval_share)
     n_eft = (len(seed.eft_train) + len(seed.eft_eval)) // 2
     assert len(seed.ift) == int(ift_share * count + 0.5)
     assert len(seed.ift) + n_eft == count
@@ -653,7 +671,9 @@ def test_mistakes_about_the_source(tmp_path: Path) -> None:
     assert failure("--source", str(tmp_path / "no.jsonl"), *out).endswith(
         "no.jsonl: no such file. Give a file or a Hub id such as owner/name"
     )
-    assert failure("--source", str(tmp_path), *out).endswith("is a directory. Name a file in it")
+    assert "a directory without a file that is read. JSON, JSON Lines" in failure(
+        "--source", str(tmp_path), *out
+    )
     assert line("a.jsonl", b"") == "a.jsonl: holds no rows"
     assert line("a.jsonl", good + b"\n\n{oops\n").startswith("a.jsonl:3: not JSON (")
     assert line("a.jsonl", b"[1, 2]\n").startswith("a.jsonl:1: not a JSON object. JSON Lines")
@@ -661,7 +681,8 @@ def test_mistakes_about_the_source(tmp_path: Path) -> None:
     assert line("a.jsonl", b"\xff\xfe\x00") == "a.jsonl: not UTF-8 text"
     assert line("a.jsonl.gz", b"plain").startswith("a.jsonl.gz: not a whole gzip file")
     assert line("a.jsonl.gz", gzip.compress(good * 99)[:-9]).startswith("a.jsonl.gz: not a whole")
-    assert line("a.parquet", b"PAR1").startswith("a.parquet: .parquet is not read. Convert it")
+    assert line("a.parquet", b"PAR1").startswith("a.parquet: not a whole .parquet file (")
+    assert line("a.xlsx", b"PK").startswith("a.xlsx: .xlsx is not read. JSON, JSON Lines")
     assert not (tmp_path / "out").exists()
 
 
@@ -675,8 +696,9 @@ def test_mistakes_about_columns(tmp_path: Path) -> None:
         "no column orders the replies; there: prompt, response, qualty. "
         "Name it with --score-column or --rank-column"
     )
-    assert "replies without a score or rank; cannot tell whether it is a prompt list" in failure(
-        *base
+    assert failure(*base).endswith(
+        "replies without a score or rank, beside numbers in qualty. Say which orders them with "
+        "--score-column qualty or --rank-column, or that none does with --ignore-column qualty"
     )
     unknown = write(tmp_path / "u.jsonl", [{"turns": ["a"], "category": "b"}])
     base = ("--source", unknown, "--out", str(tmp_path / "out"))
@@ -729,17 +751,18 @@ def test_a_broken_tree_is_named(told: Told, tmp_path: Path, broken: Row) -> None
 
 def test_a_hub_dataset(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     rows = flattened([tree("a", 0, 1)])
-    asked: list[tuple[str, str]] = []
+    asked: list[tuple[str, str | None, str]] = []
 
-    def load_dataset(name: str, *, split: str) -> list[Row]:
-        asked.append((name, split))
+    def load_dataset(name: str, config: str | None, *, split: str) -> list[Row]:
+        asked.append((name, config, split))
         return rows
 
     fake = types.SimpleNamespace(load_dataset=load_dataset)
     monkeypatch.setitem(sys.modules, "datasets", fake)  # type: ignore[arg-type]
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    prepared = read("OpenAssistant/oasst2", Options(ift_share=1.0, hub_split="validation"))
-    assert asked == [("OpenAssistant/oasst2", "validation")]
+    options = Options(ift_share=1.0, hub_split="validation+test", hub_config="c")
+    prepared = read("OpenAssistant/oasst2", options)
+    assert asked == [("OpenAssistant/oasst2", "c", part) for part in ("validation", "test")]
     assert len(prepared.seed.ift) == 1
     assert prepared.prompts[0].source == "OpenAssistant/oasst2"
 
@@ -761,7 +784,7 @@ def test_a_hub_out_of_reach_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_hub_that_refuses_is_one_line(
     monkeypatch: pytest.MonkeyPatch, error: type[Exception]
 ) -> None:
-    def load_dataset(name: str, *, split: str) -> None:
+    def load_dataset(name: str, config: str | None, *, split: str) -> None:
         raise error("No such split\nand more\nlines")
 
     fake = types.SimpleNamespace(load_dataset=load_dataset)
@@ -769,6 +792,22 @@ def test_a_hub_that_refuses_is_one_line(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=r"the Hub does not give it \(No such split\)"):
         read_source("a/b")
+
+
+def test_a_hub_dataset_of_several_configurations(
+    told: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load_dataset(name: str, config: str | None, *, split: str) -> None:
+        raise ValueError(
+            "Config name is missing.\nPlease pick one among the available configs: ['a', 'b']\n"
+            "Example of usage:\n\t`load_dataset('o/n', 'a')`"
+        )
+
+    fake = types.SimpleNamespace(load_dataset=load_dataset)
+    monkeypatch.setitem(sys.modules, "datasets", fake)  # type: ignore[arg-type]
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with told.refused():
+        read_source("o/n")
 
 
 # The command
@@ -801,9 +840,12 @@ def test_the_account_is_printed(tmp_path: Path) -> None:
     assert json.loads(stdout) == json.loads((tmp_path / "b" / "prepare.json").read_text())
 
 
-def test_guess_columns_takes_what_is_given() -> None:
-    found = guess_columns(Columns(score="b"), ["prompt", "answer", "b", "rank"], where="x")
-    assert found == Columns(prompt="prompt", response="answer", score="b")
+def test_an_order_that_is_given_is_the_only_one(tmp_path: Path) -> None:
+    rows = [{"prompt": "Which?", "answer": f"a{n}", "b": n, "rank": n} for n in (1, 2)]
+    source = write(tmp_path / "r.jsonl", rows)
+    prepared = read(source, Options(ift_share=0.0, columns=Columns(score="b")))
+    assert [row.response for row in prepared.seed.eft_train] == ["a2", "a1"]
+    assert "not used: rank" in prepared.notes
 
 
 # Real data

@@ -48,25 +48,32 @@ IDS = torch.randint(5, 130, (2, 20), generator=torch.Generator().manual_seed(0))
 
 KINDS = {
     "gpt_neox": "the head has another name in the files",
-    "gemma3": "text and vision, other prefixes in the files",
     "qwen3_5_vl": "the text model alone is loaded from files that hold a vision tower",
     "qwen3_moe": "one tensor an expert in the files",
-    "mixtral": "one tensor an expert, under other names",
     "gpt_oss": "experts that are fused in the files too",
     "deepseek_v3": "a router's bias is a buffer",
     "gpt2": "transposed weights",
     "falcon_h1": "a convolution's weight is read by the layer around it",
+}
+MORE = {
+    "gemma3": "text and vision, other prefixes in the files; so it is with an adapted head",
+    "mixtral": "one tensor an expert, under other names",
     "lfm2": "another such convolution",
     "mamba": "and one beside scans",
     "granitehybrid_moe": "convolution, experts, scaled logits",
     "nemotron_h": "layers of three kinds",
     "minimax": "linear attention beside experts",
 }
+"""Variations of those, and mixtures of them."""
 WIDE = {
     "deepseek_v3": ("q_b_proj", "gate_proj", "up_proj", "down_proj"),
     "qwen2_moe": ("q_proj", "gate_proj", "up_proj", "down_proj"),
 }
 """Dense layers and shared experts of mixtures of experts: PEFT takes their names for others."""
+
+
+def slow(names: Iterable[str]) -> list[Any]:
+    return [pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 @dataclass(frozen=True)
@@ -160,7 +167,7 @@ def check_both_forms(made: Made) -> None:
     assert alike(logits(with_adapter), made.logits)
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", [*KINDS, *slow(MORE)])
 def test_both_forms_are_the_stack(bases: Path, tmp_path: Path, name: str) -> None:
     made = make(build_family(name, bases), tmp_path, FAMILIES[name].targets)
     check_both_forms(made)
@@ -174,7 +181,7 @@ def test_peft_finds_dense_layers_beside_experts(bases: Path, tmp_path: Path, nam
     check_both_forms(make(build_family(name, bases), tmp_path, WIDE[name]))
 
 
-@pytest.mark.parametrize("name", ["gemma3", "qwen3", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("name", ["gemma3", "qwen3", *slow(("gpt2", "gpt_neox"))])
 def test_an_update_of_the_head_parts_it_from_the_embedding(
     bases: Path, tmp_path: Path, name: str
 ) -> None:

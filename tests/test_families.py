@@ -23,7 +23,25 @@ def names(targets: tuple[str, ...]) -> list[str]:
     return [f"{section}.lora.targets={told}" for section in ("anchor", "dpo")]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+TELLING = {
+    "llama": "the plain case",
+    "gemma2": "capped scores, windows, norms behind the layers",
+    "gemma3": "text and vision",
+    "gpt2": "transposed weights, plain `generate`",
+    "qwen3_next": "linear attention beside experts",
+    "deepseek_v3": "latent attention, a router's bias",
+    "gpt_oss": "experts that are fused in the files too",
+    "mamba": "no attention at all",
+    "granitehybrid_moe": "scans, experts, scaled logits",
+    "recurrent_gemma": "prompts of equal length alone are sampled together",
+}
+"""Families whose code takes ways of its own here; the others are slow: variations of these."""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name in TELLING else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES],
+)
 def test_a_family_runs_and_is_exported_or_is_refused_in_one_line(
     name: str,
     family_base: Callable[[str], Path],

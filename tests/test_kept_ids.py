@@ -210,7 +210,10 @@ def test_votes_keep_what_was_sampled_if_they_can_be_read(
 
     class Says:
         def sample(self, requests: Any, limits: Any, **_: Any) -> list[list[Sample]]:
-            ids = [said["unread" if "sing" in request.text else "read"] for request in requests]
+            ids = [
+                said["unread" if "sing" in request.messages[0]["content"] else "read"]
+                for request in requests
+            ]
             return [[Sample(chat.decode(one), one, "stop", len(one))] for one in ids]
 
     monkeypatch.setattr(session, "engine", lambda stack, role: Says())

@@ -36,6 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "explain": {"errors", "methods", "recipe", "settings"},
     "engines": {"model", "progress", "recipe", "rollout", "run.run", "settings"},
     "planning": {
+        "conversation",
         "data",
         "engines",
         "errors",
@@ -44,6 +45,7 @@ ALLOWED: dict[str, set[str]] = {
         "methods",
         "model",
         "recipe",
+        "records",
         "rollout",
         "settings",
         "training",
@@ -55,7 +57,7 @@ ALLOWED: dict[str, set[str]] = {
     "run.journal": {"records", "run.files"},
     "run.layout": {"errors", "run.files"},
     "run.run": {"errors", "recipe", "run.files", "run.layout"},
-    "data": {"conversation", "errors", "records", "run.files"},
+    "data": {"conversation", "errors", "progress", "records", "run.files"},
     # pure: from judgements to pairs and figures
     "judging": {"errors", "records", "shipped", "yaml_text"},
     "pairing": {"records", "settings"},
@@ -217,6 +219,7 @@ ALLOWED: dict[str, set[str]] = {
     "cli": {
         "bench",
         "compare",
+        "conversation",
         "data",
         "doctor",
         "engines",

@@ -661,7 +661,7 @@ def test_rlaif_needs_what_the_revisions_taught() -> None:
 RLAIF = (
     "method=rlaif", "dpo.init=previous", "rlaif.principles=toy", "rlaif.rounds=2",
     "rlaif.max_new_tokens=72", "rlaif.sft.learning_rate=1e-3", "rlaif.helpful=0.5",
-    "rollout.max_new_tokens=72", "pairing.drop_truncated=true",
+    "rollout.max_new_tokens=72", "pairing.drop_truncated=true", "anchor.ift_limit=48",
 )  # fmt: skip
 
 
@@ -841,12 +841,16 @@ def test_rlhf_trains_a_reward_model_once_and_then_the_policy(anchor: Path, tmp_p
 
 # --- end to end -------------------------------------------------------------------------------
 
+LORA = "{rank: 4, alpha: 8, targets: [q_proj, v_proj]}"
 SMALL = (
     "base.quantization=none",
+    f"anchor.lora={LORA}",
+    f"dpo.lora={LORA}",
+    "anchor.ift_limit=4",
     "prompts.per_iteration=6",
     "prompts.reuse=true",
-    "rollout.chunk_prompts=3",
-    "rollout.max_new_tokens=32",
+    "rollout.chunk_prompts=6",
+    "rollout.max_new_tokens=24",
     "pairing.drop_truncated=false",
     "pairing.min_pairs=1",
     "judge.votes=1",
@@ -880,7 +884,9 @@ RUNS: dict[str, tuple[str, ...]] = {
 def anchor(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A trained anchor for all runs."""
     path = tmp_path_factory.mktemp("anchor") / "out"
-    return run(path, load_recipe("tiny", [*SMALL, "iterations=0"])).anchor.path
+    return run(
+        path, load_recipe("tiny", [*SMALL, "anchor.ift_limit=48", "iterations=0"])
+    ).anchor.path
 
 
 def run(path: Path, recipe: Recipe) -> RunDir:
@@ -907,10 +913,8 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def recipe_of(case: str, anchor: Path) -> Recipe:
     method = next(name for name in sorted(METHODS, key=len, reverse=True) if case.startswith(name))
     ranked = load_recipe("toy-dpo").data.ranked
-    return load_recipe(
-        "tiny",
-        [*SMALL, f"method={method}", f"anchor.init={anchor}", f"data.ranked={ranked}", *RUNS[case]],
-    )
+    given = [f"method={method}", f"anchor.init={anchor}", f"data.ranked={ranked}"]
+    return load_recipe("tiny", [*SMALL, *given, *RUNS[case]])
 
 
 def artefacts(directory: RunDir) -> dict[str, str]:
@@ -959,7 +963,10 @@ def _goes_on_with_the_same_bytes(
     keep: Sequence[Path] = (),
     lost: Sequence[Path] = (),
 ) -> None:
-    """As if killed within a journal (that of the last iteration's candidates), `keep` before it."""
+    """As if killed within a journal (that of the last iteration's candidates), `keep` before it.
+
+    Its one chunk is then made anew; that whole ones are kept, the tests of the loop show.
+    """
     before = artefacts(directory)
     last = directory.iteration(recipe.iterations)
     cut = within or last.candidates

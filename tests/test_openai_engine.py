@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from chat_server import Reply, Server, completion, free_port, scripted, serving
 
+from srlm_lite.conversation import messages_of
 from srlm_lite.errors import SrlmError, UserError
 from srlm_lite.loop import iterate
 from srlm_lite.model.base import LoadedBase, load_base
@@ -39,7 +40,7 @@ def settings(url: str, **others: Any) -> OpenAI:
 
 
 def requests(*seeds: int) -> list[Request]:
-    return [Request((), seeds, text=text) for text in TEXTS]
+    return [Request((), seeds, messages_of(text)) for text in TEXTS]
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,7 @@ def real(served: tuple[str, Path]) -> Iterator[OpenAIEngine]:
 
 
 def ids_of(chat: ChatFormat, seeds: tuple[int, ...]) -> list[Request]:
-    return [Request(tuple(chat.prompt_ids(text)), seeds, text=text) for text in TEXTS]
+    return [Request(tuple(chat.prompt_ids(text)), seeds, messages_of(text)) for text in TEXTS]
 
 
 def test_greedy_is_what_the_transformers_engine_writes(
@@ -107,7 +108,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def ask(server: Server, limits: Limits = GREEDY, **others: Any) -> Sample:
     engine = OpenAIEngine(settings(server.url, parallel=1, **others))
-    [[sample]] = engine.sample([Request((), (1,), text="hello")], limits)
+    [[sample]] = engine.sample([Request((), (1,), messages_of("hello"))], limits)
     engine.close()
     return sample
 

@@ -21,9 +21,10 @@ from srlm_lite import tracking
 from srlm_lite.model.base import load_base, spoken
 from srlm_lite.planning import machine as planning
 from srlm_lite.planning.machine import plan_for
+from srlm_lite.planning.plan import Hardware, Plan
 from srlm_lite.preflight.checks import CHECKS, NEEDS, OF_WORK
 from srlm_lite.processes import LAUNCHER
-from srlm_lite.recipe import load_recipe
+from srlm_lite.recipe import Recipe, load_recipe
 from srlm_lite.run.run import RunDir
 from srlm_lite.settings import Base
 
@@ -147,7 +148,7 @@ def test_a_chat_template_that_fails(cli: Cli, out: Path, tmp_path: Path) -> None
     path.write_text("{% for m in messages %}{{ m.content")
     answer = asked(cli, out, f"base.chat_template={path}")
     assert answer["chat template"].startswith("bad: ")
-    assert answer["prompts that fit"] == "not asked: see chat template"
+    assert answer["prompts that fit"] == "not asked: see chat template, conversations"
 
 
 def test_what_cannot_fit_the_memory(cli: Cli, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,6 +202,33 @@ def test_processes_that_the_method_cannot_employ(
     assert asked(cli, out)["processes"].startswith("warning: 8")
     told = asked(cli, out, "method=rlhf", "rollout.temperature=1", "dpo.batch_size=4")
     assert told["processes"].startswith("bad: method: rlhf trains in one process")
+
+
+def test_a_base_that_a_launcher_spreads_is_planned_as_such_or_refused(
+    out: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By two processes (FSDP2): each holds half of its layers."""
+    shards: list[int] = []
+
+    def planned(recipe: Recipe, hardware: Hardware) -> Plan:
+        shards.append(hardware.shards)
+        return plan_for(recipe, hardware)
+
+    def asked_by_both(*settings: str) -> dict[str, str]:
+        told = dict.fromkeys(LAUNCHER, "0") | {"WORLD_SIZE": "2"}
+        for name, value in {**told, "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}.items():
+            monkeypatch.setenv(name, value)
+        return asked(cli, out, *settings)
+
+    monkeypatch.setattr(planning, "plan_for", planned)
+    told = asked_by_both()
+    assert told["processes"] == "ok: 2" and told["memory"].startswith("ok: ")
+    assert shards == [2]
+    told = asked_by_both("rollout.engine=vllm")
+    assert told["processes"].startswith("bad: rollout.engine: ")
+    assert "FSDP spreads it" in told["processes"]
+    monkeypatch.delenv("ACCELERATE_USE_FSDP", raising=False)
+    assert asked(cli, out)["processes"] == "ok: 2" and shards[-1] == 1
 
 
 # --- the server -------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from srlm_lite.errors import UserError
 from srlm_lite.loop import iterate
 from srlm_lite.model.base import load_base
 from srlm_lite.model.stack import Adapter
-from srlm_lite.processes import Place, Processes, of_one_process, place
+from srlm_lite.processes import LAUNCHER, Place, Processes, of_one_process, place
 from srlm_lite.recipe import load_recipe
 from srlm_lite.run.files import read_json, read_jsonl
 from srlm_lite.run.run import RunDir
@@ -37,6 +37,7 @@ TWO_GPUS = [
 DEVICES = ["cpu", pytest.param("cuda", marks=TWO_GPUS)]
 SHARDING = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 """What accelerate tells the processes that it launches with a configuration of FSDP."""
+LORA = "{rank: 4, alpha: 8, targets: [q_proj, down_proj]}"
 SAMPLED = ("prompts.jsonl", "candidates.jsonl", "judgements.jsonl", "pairs.jsonl", "drops.json")
 
 
@@ -64,18 +65,21 @@ def started_as_two(*command: str, told: Mapping[str, str] | None = None) -> list
     ]
 
 
-def accelerate(config: str, *options: str, run: list[str]) -> Program:
-    """The launcher itself, with a shipped configuration; it does not ask whether GPUs are there."""
+def accelerate(config: str, *options: str, run: Sequence[str]) -> Program:
+    """The launcher itself, with a shipped configuration; it does not ask whether GPUs are there.
+
+    What it starts are programs that import everything anew, for ten seconds of a core each.
+    """
     file = recipes_dir() / "accelerate" / config
     launch = ("-m", "accelerate.commands.launch", "--config_file", str(file), *options)
-    return Program(*launch, "-m", "srlm_lite", *run, env=environment())
+    return Program(*launch, *run, env=environment())
 
 
 @pytest.fixture(scope="module")
 def anchor(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An anchor that is not nothing, on the toy base."""
     folder = tmp_path_factory.mktemp("anchor")
-    recipe = load_recipe("tiny")
+    recipe = load_recipe("tiny", ["base.quantization=none", f"anchor.lora={LORA}"])
     fresh = Session(recipe, RunDir(folder)).slot.fresh(recipe.anchor.lora, seed=5)
     generator = torch.Generator().manual_seed(6)
     factors = {
@@ -86,27 +90,38 @@ def anchor(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "given"
 
 
-def overrides(anchor: Path, device: str = "cpu") -> list[str]:
-    """One iteration in five chunks: an odd last round, and more chunks than processes."""
+NF4 = "base.quantization=nf4"
+
+
+def overrides(anchor: Path, *more: str) -> list[str]:
+    """One iteration in three chunks: an odd last round, and more chunks than processes."""
     return [
-        f"base.device={device}",
+        "base.device=cpu",
+        "base.quantization=none",
         f"anchor.init={anchor}",
+        f"anchor.lora={LORA}",
+        f"dpo.lora={LORA}",
         "iterations=1",
-        "prompts.per_iteration=10",
+        "prompts.per_iteration=5",
         "rollout.chunk_prompts=2",
+        "rollout.max_new_tokens=32",
+        "judge.votes=1",
+        "judge.min_votes=1",
+        "evaluate.votes=1",
         "evaluate.policy_prompts=2",
         "evaluate.eft_prompts=1",
         "pairing.min_pairs=1",
+        *more,
     ]
 
 
-def arguments(out: Path, anchor: Path, device: str = "cpu") -> list[str]:
-    settings = [part for one in overrides(anchor, device) for part in ("--set", one)]
-    return ["iterate", "--recipe", "tiny", "--adapters", str(out), *settings]
+def arguments(out: Path, anchor: Path, *more: str) -> list[str]:
+    settings = [part for one in overrides(anchor, *more) for part in ("--set", one)]
+    return ["-m", "srlm_lite", "iterate", "--recipe", "tiny", "--adapters", str(out), *settings]
 
 
-def run_alone(out: Path, anchor: Path, device: str = "cpu") -> RunDir:
-    recipe, directory = load_recipe("tiny", overrides(anchor, device)), RunDir(out)
+def run_alone(out: Path, anchor: Path, *more: str) -> RunDir:
+    recipe, directory = load_recipe("tiny", overrides(anchor, *more)), RunDir(out)
     directory.open(recipe, {})
     iterate(Session(recipe, directory))
     return directory
@@ -133,6 +148,20 @@ def distance(one: Adapter, other: Adapter) -> float:
     return gap / sum(float((a**2).sum()) for a, _ in both) ** 0.5
 
 
+def test_two_processes_sample_the_same_bytes_as_one(
+    alone: RunDir, anchor: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    both = started_as_two(*arguments(out, anchor))
+    said = [process.communicate() for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    # One of them speaks, and has the table.
+    assert "iteration 1  pairs" in said[0][1] and "M2" in said[0][0]
+    assert "iteration 1" not in said[1][1] and said[1][0] == ""
+    same_as_alone(RunDir(out), alone)
+
+
+@pytest.mark.slow
 def test_two_machines_sample_the_same_bytes_as_one_process(
     alone: RunDir, anchor: Path, tmp_path: Path
 ) -> None:
@@ -166,31 +195,57 @@ def same_as_alone(two: RunDir, alone: RunDir) -> None:
     assert distance(*deltas) < 1e-3
 
 
+@pytest.mark.parametrize("more", [(), pytest.param((NF4,), marks=pytest.mark.slow)])
 def test_two_processes_that_share_a_base_do_what_one_does(
-    alone: RunDir, anchor: Path, tmp_path: Path
+    more: tuple[str, ...], alone: RunDir, anchor: Path, tmp_path: Path
 ) -> None:
-    """The whole loop on an NF4 base that neither of them holds (FSDP2)."""
-    out, port = tmp_path / "out", str(free_port())
-    options = ("--main_process_port", port)
-    launcher = accelerate("fsdp2-qlora.yaml", *options, run=arguments(out, anchor))
-    said = launcher.communicate()
-    assert launcher.returncode == 0, said
+    """The whole loop on a base that neither of them holds (FSDP2)."""
+    out = tmp_path / "out"
+    both = started_as_two(*arguments(out, anchor, *more), told=SHARDING)
+    if more:
+        alone = run_alone(tmp_path / "alone", anchor, *more)
+    said = [process.communicate() for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
     assert read_json(RunDir(out).run_json)["sharded"] is True
     same_as_alone(RunDir(out), alone)
+
+
+@pytest.mark.parametrize(("config", "more"), [("ddp-2.yaml", {}), ("fsdp2-qlora.yaml", SHARDING)])
+def test_the_launcher_tells_both_what_the_configuration_says(
+    config: str, more: dict[str, str], tmp_path: Path
+) -> None:
+    """As `started_as_two` does without it."""
+    (tmp_path / "told.py").write_text(
+        "import json, os, pathlib, sys\n"
+        "told = {name: os.environ.get(name) for name in sys.argv[1:]}\n"
+        "file = pathlib.Path(__file__).with_name(os.environ['RANK'] + '.json')\n"
+        "file.write_text(json.dumps(told))\n"
+    )
+    options, names = ("--main_process_port", str(free_port())), (*LAUNCHER, *SHARDING)
+    launcher = accelerate(config, *options, run=[str(tmp_path / "told.py"), *names])
+    said = launcher.communicate()
+    assert launcher.returncode == 0, said
+    for rank in ("0", "1"):
+        told = read_json(tmp_path / f"{rank}.json")
+        assert told.pop("MASTER_PORT") == options[1]
+        both = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", **dict.fromkeys(SHARDING), **more}
+        assert told == {**both, "RANK": rank, "LOCAL_RANK": rank}
 
 
 @pytest.mark.parametrize("config", ["ddp-2.yaml", "fsdp2-qlora.yaml"])
 @pytest.mark.parametrize("device", DEVICES[1:])
 def test_two_gpus_do_what_one_does(config: str, device: str, anchor: Path, tmp_path: Path) -> None:
-    alone = run_alone(tmp_path / "alone", anchor, device)
+    settings = (NF4, f"base.device={device}")
+    alone = run_alone(tmp_path / "alone", anchor, *settings)
     out, port = tmp_path / "out", str(free_port())
     options = ("--main_process_port", port)
-    launcher = accelerate(config, *options, run=arguments(out, anchor, device))
+    launcher = accelerate(config, *options, run=arguments(out, anchor, *settings))
     said = launcher.communicate()
     assert launcher.returncode == 0, said
     same_as_alone(RunDir(out), alone)
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_run_and_the_rest_goes_on_from_there(
     alone: RunDir, anchor: Path, tmp_path: Path
 ) -> None:
@@ -214,7 +269,7 @@ def test_a_killed_process_ends_one_that_lacks_its_part_of_the_base(
 ) -> None:
     """In the next pass the other one waits for what the killed one held (FSDP2)."""
     out = tmp_path / "out"
-    first, second = started_as_two("-m", "srlm_lite", *arguments(out, anchor), told=SHARDING)
+    first, second = started_as_two(*arguments(out, anchor), told=SHARDING)
     wait_for_candidates(out, first)
     second.kill()
     _, errors = first.communicate()
@@ -274,9 +329,9 @@ RLAIF = (
     "iterations=2",
     "dpo.init=previous",
     "rlaif.principles=toy",
-    "rlaif.max_new_tokens=72",
+    "rlaif.max_new_tokens=48",
     "rlaif.sft.learning_rate=1e-3",
-    "rollout.max_new_tokens=72",
+    "rollout.max_new_tokens=48",
     "prompts.per_iteration=6",
     "prompts.reuse=true",
     "evaluate.policy_prompts=0",

@@ -90,7 +90,13 @@ def test_the_readme_says_what_a_plan_of_each_says() -> None:
         assert all(plan.fits(phase) for phase in plan.phases), name
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        name if name in ("qwen3-8b", "gemma3-4b") else pytest.param(name, marks=pytest.mark.slow)
+        for name in RECIPES
+    ],
+)
 def test_a_tiny_base_of_the_family_goes_through_the_recipe(
     recipe: str, cli: Cli, tmp_path: Path
 ) -> None:

@@ -12,9 +12,10 @@ from commands import Cli
 
 from srlm_lite.doctor.recipes import recipe_finding
 from srlm_lite.judging import load_rubric
-from srlm_lite.planning.probe import prompt_tokens
+from srlm_lite.planning.probe import prompt_tokens, question_tokens
 from srlm_lite.planning.room import Counted, room_for, room_of, unjudged
 from srlm_lite.recipe import load_recipe
+from srlm_lite.records import Prompt
 
 RUBRIC = Counted(311, exact=True)
 
@@ -96,11 +97,11 @@ def test_it_is_counted_as_the_stages_count() -> None:
     room = room_for(recipe)
     assert room is not None and room.exact and room.missing == 0
     prompt = "whale"
-    counted = prompt_tokens(recipe.base, [prompt])
+    counted = question_tokens(recipe.base, [prompt])
     assert counted is not None
     reply = " ".join(["whale"] * (room.judged - counted[0]))
     question = load_rubric("toy").render(prompt=prompt, response=reply)
-    asked = prompt_tokens(recipe.base, [question])
+    asked = question_tokens(recipe.base, [question])
     assert asked == [recipe.base.window - recipe.judge.max_new_tokens]
 
 
@@ -109,7 +110,7 @@ def test_prompts_that_are_here_are_measured(tmp_path: Path) -> None:
     data = shutil.copytree(load_recipe("tiny").data.dir, tmp_path / "data")
     (data / "prompts.jsonl").write_text(json.dumps({"text": "whale " * 150}) + "\n")
     here = load_recipe("tiny", [f"data.dir={data}"])
-    counted = prompt_tokens(here.base, ["whale " * 150])
+    counted = prompt_tokens(here.base, [Prompt("", "whale " * 150)])
     assert counted is not None
     room = room_for(here)
     assert room is not None and room.exact and room.sampled == counted[0] + 48

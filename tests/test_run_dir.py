@@ -382,34 +382,98 @@ def test_of_many_differences_a_few_are_named(tmp_path: Path) -> None:
     assert message.count(" there, ") == 6
 
 
-def test_fresh_deletes_the_run_and_starts_over(tmp_path: Path) -> None:
-    run = RunDir(tmp_path / "out")
+def files_in(place: Path) -> dict[str, str]:
+    """Its files and what they hold, but for the lock and a draft that a kill has left."""
+    there = (path for path in place.rglob("*") if path.is_file())
+    found = (path for path in there if path.name != ".lock" and path.suffix != ".tmp")
+    return {str(path.relative_to(place)): path.read_text() for path in found}
+
+
+def a_run_with_work(place: Path) -> RunDir:
+    run = RunDir(place)
     run.open(recipe(), {})
-    (run.path / "iter_001").mkdir()
-    run.open(recipe(seed=1), {}, fresh=True)
-    assert [path.name for path in run.path.iterdir()] == ["run.json"]
+    (run.path / "note.txt").write_text("mine")
+    for name in ("anchor", "iter_001"):
+        (run.path / name).mkdir()
+        (run.path / name / "prompts.jsonl").write_text(name)
+    return run
+
+
+def test_fresh_starts_over_and_drops_the_run_once_the_new_one_has_settled(tmp_path: Path) -> None:
+    run = a_run_with_work(tmp_path / "out")
+    with run.locked(), run.or_as_before():
+        run.open(recipe(seed=1), {}, fresh=True)
+        run.settle()
+    assert sorted(files_in(run.path)) == ["note.txt", "run.json"]
     assert run.facts()["seed"] == 1
 
 
-def test_fresh_starts_over_after_a_kill_while_it_deleted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_new_run_that_fails_before_it_has_settled_gives_the_old_one_back(tmp_path: Path) -> None:
+    run = a_run_with_work(tmp_path / "out")
+    before = files_in(run.path)
+    with pytest.raises(UserError), run.locked(), run.or_as_before():
+        run.open(recipe(seed=1), {}, fresh=True)
+        (run.path / "anchor").mkdir()
+        assert not (run.path / "iter_001").exists()
+        raise UserError("no such layer")
+    assert files_in(run.path) == before
+    assert not (run.path / ".before").exists()
+
+
+def test_one_that_fails_later_is_the_run(tmp_path: Path) -> None:
+    run = a_run_with_work(tmp_path / "out")
+    with pytest.raises(UserError), run.locked(), run.or_as_before():
+        run.open(recipe(seed=1), {}, fresh=True)
+        run.settle()
+        raise UserError("memory does not suffice")
+    assert run.facts()["seed"] == 1
+
+
+def test_an_interrupted_one_goes_on_and_the_last_whole_one_is_kept_until_one_settles(
+    tmp_path: Path,
 ) -> None:
-    run = RunDir(tmp_path / "out")
-    run.open(recipe(), {})
-    for name in ("anchor", "iter_001"):
-        (run.path / name).mkdir()
-    entries = RunDir._entries
+    run = a_run_with_work(tmp_path / "out")
+    before = files_in(run.path)
+    for seed in (1, 2):
+        with pytest.raises(KeyboardInterrupt), run.locked(), run.or_as_before():
+            run.open(recipe(seed=seed), {}, fresh=True)
+            raise KeyboardInterrupt
+    assert run.facts()["seed"] == 2
+    with pytest.raises(UserError), run.locked(), run.or_as_before():
+        run.open(recipe(seed=2), {})
+        raise UserError("no such layer")
+    assert files_in(run.path) == before
 
-    def killed(path: Path) -> None:
-        raise Killed
 
+@pytest.mark.parametrize("moves", range(4))
+@pytest.mark.parametrize("back", [False, True])
+def test_what_was_killed_while_it_moved_a_run_is_mended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moves: int, back: bool
+) -> None:
+    """It has three entries to move; the last kill is behind them, before the new run is written."""
+    run = a_run_with_work(tmp_path / "out")
+    before = files_in(run.path)
+    replace, done = Path.replace, [0]
+
+    def killed(path: Path, target: Path) -> Path:
+        if path.name.startswith(".run.json") or done[0] == moves:
+            raise Killed
+        done[0] += 1
+        return replace(path, target)
+
+    if back:
+        run.open(recipe(seed=1), {}, fresh=True)
     with monkeypatch.context() as patched:
-        patched.setattr(RunDir, "_entries", lambda run: sorted(entries(run), reverse=True))
-        patched.setattr("shutil.rmtree", killed)
-        with pytest.raises(Killed):
+        patched.setattr(Path, "replace", killed)
+        if back:
+            patched.setattr(Path, "rmdir", lambda path: killed(path, path))
+        with pytest.raises(Killed), run.or_as_before():
+            if back:
+                raise UserError("no such layer")
             run.open(recipe(seed=1), {}, fresh=True)
-    run.open(recipe(seed=1), {}, fresh=True)
-    assert [path.name for path in run.path.iterdir()] == ["run.json"]
+    run.check(recipe(seed=1), fresh=True)  # what is asked before the lock is had
+    with run.locked():
+        assert files_in(run.path) == before
 
 
 def test_a_run_killed_while_it_first_wrote_begins_again(tmp_path: Path) -> None:
@@ -601,6 +665,7 @@ def test_a_lock_alone_does_not_make_a_directory_look_used(tmp_path: Path) -> Non
         (run.path / "note.txt").write_text("mine")
         (run.path / "iter_001").mkdir()
         run.open(load_recipe("tiny", ["seed=1"]), {}, fresh=True)
+        run.settle()
     # --fresh deletes what a run wrote, and nothing that somebody put beside it.
     assert sorted(path.name for path in run.path.iterdir()) == [".lock", "note.txt", "run.json"]
 

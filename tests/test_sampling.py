@@ -38,7 +38,7 @@ class Scripted:
         return [[self._one(request, limits) for _ in request.seeds] for request in requests]
 
     def _one(self, request: Request, limits: Limits) -> Sample:
-        text = self._script(request.text)
+        text = self._script(request.messages[0]["content"])
         ends = [i + 1 for i, character in enumerate(text) if character == "\n"]
         stop = limits.stop
         cut = next((text[:i] for i in ends if stop is not None and stop(text[:i])), text)

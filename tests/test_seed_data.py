@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from messages import Told
 
+from srlm_lite.conversation import transcript
 from srlm_lite.errors import UserError
 from srlm_lite.preflight.inputs import check_inputs
 from srlm_lite.recipe import load_recipe
@@ -178,3 +179,69 @@ def test_ranked_replies_are_learned_from(told: Told, data: Path) -> None:
         refuse_held_out_among_training(
             load_recipe("tiny", [f"data.dir={data}", f"data.ranked={data}/mine.jsonl"])
         )
+
+
+TURNS = [
+    {"role": "user", "content": "name a fruit"},
+    {"role": "assistant", "content": "a rose"},
+    {"role": "user", "content": "a fruit, please"},
+]
+NOT_TURNS = {"a": [*TURNS[:2]], "b": [TURNS[0], TURNS[2]], "c": [{"role": "user"}]}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [(n, "a") for n in ("ift", "eft_train", "eft_eval", "prompts", "eval_prompts")]
+    + [("prompts", "b"), ("prompts", "c")],
+)
+def test_messages_that_cannot_be_answered(told: Told, data: Path, name: str, kind: str) -> None:
+    path = data / f"{name}.jsonl"
+    rows = rows_of(path)
+    row = {key: value for key, value in rows[2].items() if key not in ("text", "prompt")}
+    rows[2] = {**row, "prompt_id": "mine", "messages": NOT_TURNS[kind]}
+    write(path, rows)
+    told(refusal(data))
+
+
+@pytest.mark.parametrize("name", ["ift", "prompts"])
+def test_a_text_that_its_messages_do_not_say(told: Told, data: Path, name: str) -> None:
+    path = data / f"{name}.jsonl"
+    rows = rows_of(path)
+    rows[2]["messages"] = TURNS
+    write(path, rows)
+    told(refusal(data))
+
+
+def test_a_conversation_may_stand_in_each_file_without_its_text(data: Path) -> None:
+    for name in ("ift", "eft_train", "eft_eval", "prompts", "eval_prompts"):
+        rows = [
+            {key: value for key, value in row.items() if key not in ("text", "prompt")}
+            for row in rows_of(data / f"{name}.jsonl")[:1]
+        ]
+        messages = [*TURNS, {"role": "assistant", "content": "oak"}, user(f"no, for {name}")]
+        extra = [{**rows[0], "prompt_id": "mine", "response_id": "mine", "messages": messages}]
+        write(data / f"{name}.jsonl", [*rows_of(data / f"{name}.jsonl"), *extra])
+    recipe = load_recipe("tiny", [f"data.dir={data}"])
+    check_inputs(recipe)
+    refuse_held_out_among_training(recipe)
+    [last] = read_prompts(data / "prompts.jsonl")[-1:]
+    assert last.messages and last.text == transcript(last.messages)
+    assert last.text.endswith("The user: no, for prompts\n</conversation>")
+    [best] = read_human_answers(load_recipe("toy-spin", [f"data.dir={data}", "data.ranked=null"]))[
+        0
+    ][-1:]
+    assert best.messages and best.messages[-1]["content"] == "no, for ift"
+
+
+def test_one_id_of_two_conversations(told: Told, data: Path) -> None:
+    path = data / "eft_train.jsonl"
+    rows = rows_of(path)
+    for row, last in zip(rows, ("one", "two"), strict=False):
+        del row["prompt"]
+        row.update(prompt_id="mine", messages=[*TURNS[:2], user(last)])
+    write(path, rows)
+    told(refusal(data))
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}

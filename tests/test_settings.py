@@ -64,6 +64,7 @@ def test_settings_that_came_later() -> None:
         "anchor.micro_batch_tokens": "auto",
         "base.attention": "sdpa",
         "base.chat_template_kwargs": {},
+        "base.system": None,
         "dpo.micro_batch_tokens": "auto",
         "rollout.max_thought_tokens": 1024,
         "mt_bench.top_p": None,

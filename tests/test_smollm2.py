@@ -1,4 +1,4 @@
-"""The loop on a real language model, SmolLM2-135M; minutes, so marked slow."""
+"""The loop on a real language model, SmolLM2-135M."""
 
 from __future__ import annotations
 
@@ -14,10 +14,7 @@ from srlm_lite.model.base import SMOLLM2_WHEEL, smollm2_file
 from srlm_lite.run.files import read_json, read_jsonl
 from srlm_lite.run.run import RunDir
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(smollm2_file() is None, reason=f"no SmolLM2 here ({SMOLLM2_WHEEL})"),
-]
+pytestmark = pytest.mark.skipif(smollm2_file() is None, reason=f"no SmolLM2 here ({SMOLLM2_WHEEL})")
 
 
 def srlm_lite(*arguments: object) -> str:
@@ -32,9 +29,11 @@ def test_the_demo_in_small(tmp_path: Path) -> None:
     out = tmp_path / "out"
     table = srlm_lite(
         *("iterate", "--recipe", "smollm2-135m-demo", "--adapters", out, "--iterations", 1),
-        *("--set", "prompts.per_iteration=4", "--set", "pairing.min_pairs=2"),
-        *("--set", "judge.votes=2", "--set", "judge.min_votes=1", "--set", "dpo.epochs=1"),
-        *("--set", "evaluate.policy_prompts=3", "--set", "evaluate.eft_prompts=4"),
+        *("--set", "anchor.ift_limit=2", "--set", "prompts.per_iteration=3"),
+        *("--set", "rollout.n=3", "--set", "rollout.max_new_tokens=64"),
+        *("--set", "pairing.min_pairs=1", "--set", "pairing.drop_truncated=false"),
+        *("--set", "judge.votes=1", "--set", "judge.min_votes=1", "--set", "dpo.epochs=1"),
+        *("--set", "evaluate.policy_prompts=1", "--set", "evaluate.eft_prompts=3"),
     )
     assert "M1, anchor" in table and "M2, iteration 1" in table
     run = RunDir(out)
@@ -49,6 +48,7 @@ def test_the_demo_in_small(tmp_path: Path) -> None:
     assert "chosen" in shown and "rejected" in shown and "Score:" in shown
 
 
+@pytest.mark.slow
 def test_one_iteration_on_human_scored_replies(shared_data: Path, tmp_path: Path) -> None:
     """In NF4, from `data prepare` on ranked human replies to the judge against human order."""
     data, out, rubric = tmp_path / "data", tmp_path / "out", tmp_path / "short.yaml"

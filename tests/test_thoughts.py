@@ -49,8 +49,9 @@ TOPICS = ("moon", "bicycle", "chain", "air")
 GRADES = {"small": 1, "grey": 2, "clean": 3, "short": 4}
 """What an answer may say of its topic, and what the judge gives for it."""
 
-STEPS = 260
-"""Steps of the base's training: after it, what is not known is which of the four answers comes."""
+STEPS, ROWS = 500, 16
+"""Steps of the base's training, and the rows of each: after it, what is not known is which of the
+four answers comes."""
 
 RUBRIC = "min: 0\nmax: 5\ntemplate: |-\n  Grade {{prompt}}\n  {{response}}\n"
 
@@ -138,14 +139,17 @@ def base(tiny_base_dir: Path, qwen3: Path, tmp_path_factory: pytest.TempPathFact
                     before = chat.prompt_ids(text)
                     ids = [*before, *chat.target_ids(reply)]
                     rows.append((ids, [-100] * len(before) + ids[len(before) :]))
-    longest = max(len(ids) for ids, _ in rows)
-    ids = torch.tensor([one + [0] * (longest - len(one)) for one, _ in rows])
-    labels = torch.tensor([one + [-100] * (longest - len(one)) for _, one in rows])
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(tiny_base_dir, dtype=torch.float32)
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1e-2, total_steps=STEPS)
+    batches: list[Any] = []
     for _ in range(STEPS):
+        batches = batches or list(torch.randperm(len(rows)).split(ROWS))
+        batch = [rows[number] for number in batches.pop()]
+        longest = max(len(ids) for ids, _ in batch)
+        ids = torch.tensor([one + [0] * (longest - len(one)) for one, _ in batch])
+        labels = torch.tensor([one + [-100] * (longest - len(one)) for _, one in batch])
         loss = model(input_ids=ids, attention_mask=(ids > 0).long(), labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -208,7 +212,7 @@ def run_of(recipe: Recipe, out: Path) -> Run:
     ) -> list[list[Sample]]:
         samples = sample(self, requests, limits, **more)
         for request, group in zip(requests, samples, strict=True):
-            found.asked += [(request.text, one) for one in group]
+            found.asked += [(request.messages[0]["content"], one) for one in group]
         return samples
 
     with pytest.MonkeyPatch.context() as patch:
@@ -443,7 +447,10 @@ def test_a_servers_thought_is_no_judgement(
     class Says:
         def sample(self, requests: Any, limits: Limits, **_: Any) -> list[list[Sample]]:
             assert limits.max_thought_tokens == 0
-            return [[self._one(said[one.text.split("\n")[1]], limits)] for one in requests]
+            return [
+                [self._one(said[one.messages[0]["content"].split("\n")[1]], limits)]
+                for one in requests
+            ]
 
         def _one(self, text: str, limits: Limits) -> Sample:
             ends = [at + 1 for at, character in enumerate(text) if character == "\n"]

@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 from forked import Program
 from reporting import add_anchor, add_iteration, evaluation, new_run, some_pairs
+from test_processes import LORA, started_as_two
 from test_processes import anchor as anchor  # the fixture
-from test_processes import started_as_two
 
 from srlm_lite import tracking
 from srlm_lite.cli.iterate import Wish, run_iterate
@@ -426,15 +426,20 @@ def test_notes_are_cut_back_to_what_was_written_down() -> None:
 
 SMALL = (
     "iterations=1",
+    f"anchor.lora={LORA}",
+    f"dpo.lora={LORA}",
     "prompts.per_iteration=8",
     "rollout.n=2",
+    "rollout.max_new_tokens=32",
+    "judge.votes=1",
+    "judge.min_votes=1",
     "evaluate.policy_prompts=2",
     "evaluate.eft_prompts=1",
     "evaluate.votes=1",
     "pairing.min_pairs=1",
     "pairing.source=random",
-    "dpo.batch_size=2",
-    "dpo.micro_batch_size=2",
+    "dpo.batch_size=1",
+    "dpo.micro_batch_size=1",
     "base.quantization=none",
 )
 

@@ -19,21 +19,39 @@ def _group() -> None:
 
 @app.command("prepare")
 def prepare_command(
-    source: Annotated[
-        str, typer.Option(help="A file (.jsonl or .txt, also .gz) or a dataset's Hub id.")
-    ],
     out: Annotated[Path, typer.Option(help="Directory to write.")],
-    format: Annotated[
-        Literal["auto", "oasst-trees", "ranked", "prompts"],
-        typer.Option(help="What the source holds; auto looks at its columns."),
-    ] = "auto",
+    source: Annotated[
+        str | None,
+        typer.Option(
+            help="A file, a directory of files, what `save_to_disk` wrote, or a dataset's Hub id: "
+            "shared out between all parts."
+        ),
+    ] = None,
+    ift: Annotated[
+        str | None, typer.Option(help="The same, for ift.jsonl alone: the best reply of each.")
+    ] = None,
+    ranked: Annotated[
+        str | None,
+        typer.Option(help="The same, for EFT; without --ift a share of it goes to IFT."),
+    ] = None,
     prompts: Annotated[
         str | None,
         typer.Option(
-            help="Prompt list (file or Hub id) for prompts.jsonl. Default: the source's prompts "
-            "that neither IFT nor EFT uses, then those of IFT."
+            help="The same, for prompts.jsonl. Default: the prompts of the others that neither "
+            "IFT nor EFT uses, then those of IFT."
         ),
     ] = None,
+    eval: Annotated[
+        str | None,
+        typer.Option(
+            help="The same, to be held out: replies in an order for eft_eval.jsonl, prompts or "
+            "answers for eval_prompts.jsonl."
+        ),
+    ] = None,
+    format: Annotated[
+        Literal["auto", "oasst-trees", "ranked", "ift", "prompts"],
+        typer.Option(help="What --source holds; auto looks at its columns."),
+    ] = "auto",
     lang: Annotated[
         str, typer.Option(help="Keep this language, where rows name one; 'any' keeps all.")
     ] = "en",
@@ -45,7 +63,25 @@ def prepare_command(
         float, typer.Option(min=0, max=1, help="Share of the EFT prompts held out for evaluation.")
     ] = 0.25,
     prompt_column: Annotated[str | None, typer.Option(help="Column of the prompt.")] = None,
-    response_column: Annotated[str | None, typer.Option(help="Column of the reply.")] = None,
+    input_column: Annotated[
+        str | None, typer.Option(help="Column of what the prompt is about; it goes below it.")
+    ] = None,
+    system_column: Annotated[str | None, typer.Option(help="Column of the system message.")] = None,
+    response_column: Annotated[
+        str | None, typer.Option(help="Column of the reply, or of a list of them.")
+    ] = None,
+    chosen_column: Annotated[
+        str | None, typer.Option(help="Column of the better reply of a pair.")
+    ] = None,
+    rejected_column: Annotated[
+        str | None, typer.Option(help="Column of the worse reply of a pair.")
+    ] = None,
+    better_column: Annotated[
+        str | None,
+        typer.Option(
+            help="Column that says which of two replies is better, or whether one is good."
+        ),
+    ] = None,
     score_column: Annotated[
         str | None, typer.Option(help="Column of the score; higher is better.")
     ] = None,
@@ -57,6 +93,10 @@ def prepare_command(
     target_column: Annotated[
         str | None,
         typer.Option(help="Column of the judge's full reply, which ends in 'Score: <number>'."),
+    ] = None,
+    ignore_column: Annotated[
+        list[str] | None,
+        typer.Option(help="A column that need not be used; may be given several times."),
     ] = None,
     given_scores: Annotated[
         bool,
@@ -81,59 +121,87 @@ def prepare_command(
         int, typer.Option(min=1, help="Longest prompt for prompts.jsonl.")
     ] = 2000,
     hub_split: Annotated[
-        str, typer.Option("--split", help="Split of a Hub dataset; 'train+validation' joins two.")
+        str,
+        typer.Option(
+            "--split", help="Of a dataset with several splits; 'train+validation' joins two."
+        ),
     ] = "train",
+    hub_config: Annotated[
+        str | None, typer.Option("--config", help="Configuration of a Hub dataset.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the data in --out.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the account as JSON.")] = False,
 ) -> None:
-    """Make IFT, EFT and prompts for a run from one source.
+    """Make IFT, EFT and prompts for a run from what there is.
 
-    Sources: Open Assistant message trees; replies with a rank or score, one
-    a row, or pairs of chosen and rejected; prompt lists. Says how many rows
-    it kept and dropped and why; the same account is saved as prepare.json.
+    Reads JSON, JSON Lines, CSV, TSV, Parquet and Arrow, also compressed, and
+    datasets: pairs, replies with scores or ranks, instructions, dialogues,
+    Open Assistant trees, prompt lists. Says which columns it takes for what,
+    how many rows it kept and dropped and why; the same account is saved as
+    prepare.json. What would lose a reply, a score, an input or a system
+    message without a word is refused.
     """
     import json
+    import sys
 
     from srlm_lite.data.columns import Columns
     from srlm_lite.data.prepare import Options, prepare
 
-    facts = prepare(
-        source,
-        out,
-        Options(
-            format=format,
-            prompts=prompts,
-            hub_split=hub_split,
-            lang=None if lang == EVERY_LANGUAGE else lang,
-            ift_share=ift_share,
-            eval_share=eval_share,
-            columns=Columns(
-                prompt=prompt_column,
-                response=response_column,
-                score=score_column,
-                rank=rank_column,
-                id=id_column,
-                prompt_id=prompt_id_column,
-                target=target_column,
-            ),
-            given_scores=given_scores,
-            score_range=score_range,
-            target_range=target_range,
-            min_prompt_chars=min_prompt_chars,
-            max_prompt_chars=max_prompt_chars,
+    options = Options(
+        format=format,
+        prompts=prompts,
+        hub_split=hub_split,
+        lang=None if lang == EVERY_LANGUAGE else lang,
+        ift_share=ift_share,
+        eval_share=eval_share,
+        columns=Columns(
+            prompt=prompt_column,
+            response=response_column,
+            score=score_column,
+            rank=rank_column,
+            id=id_column,
+            prompt_id=prompt_id_column,
+            target=target_column,
+            system=system_column,
+            input=input_column,
+            chosen=chosen_column,
+            rejected=rejected_column,
+            better=better_column,
         ),
-        force=force,
+        given_scores=given_scores,
+        score_range=score_range,
+        target_range=target_range,
+        min_prompt_chars=min_prompt_chars,
+        max_prompt_chars=max_prompt_chars,
+        ift=ift,
+        ranked=ranked,
+        eval=eval,
+        hub_config=hub_config,
+        ignore=tuple(ignore_column or ()),
     )
+    if sys.stderr.isatty():
+        from srlm_lite.cli.progress import ConsoleReporter
+
+        with ConsoleReporter() as reporter:
+            facts = prepare(source, out, options, force=force, reporter=reporter)
+    else:
+        facts = prepare(source, out, options, force=force)
     for note in facts["notes"]:
         typer.echo(f"note: {note}", err=True)
     typer.echo(json.dumps(facts, indent=2, ensure_ascii=False) if as_json else _account(facts, out))
+    typer.echo(_next(facts, out), err=as_json)
 
 
 def _account(facts: dict[str, Any], out: Path) -> str:
     """What was kept and dropped, to read."""
     from srlm_lite.data.ledger import REASONS
 
-    lines = [f"{facts['source']} ({facts['format']}) -> {out}"]
+    sources = facts["sources"]
+    if len(sources) == 1:
+        lines = [f"{facts['source']} ({facts['format']}) -> {out}"]
+    else:
+        lines = [f"{len(sources)} sources -> {out}"]
+        lines += [f"  {one['for']:<8}{one['source']} ({one['shape']})" for one in sources]
     for name, counts in facts["files"].items():
         lines.append(f"  {name:<16}{counts['rows']:>7} rows, {counts['prompts']} prompts")
     for kind in ("replies", "prompts"):
@@ -145,3 +213,15 @@ def _account(facts: dict[str, Any], out: Path) -> str:
         for reason, count in ledger["dropped"].items():
             lines.append(f"  {count:>7}  {reason}: {REASONS[reason]}")
     return "\n".join(lines)
+
+
+def _next(facts: dict[str, Any], out: Path) -> str:
+    """What to do with it: look at it, then name it to a run."""
+    from srlm_lite.errors import program
+
+    given = f"--set data.dir={out}"
+    if "ift.jsonl" not in facts["files"]:
+        given = f"--set prompts.file={out / 'prompts.jsonl'}"
+    return (
+        f"next: {program()} data show {out}\nthen: {program()} iterate {given} --adapters out/mine"
+    )

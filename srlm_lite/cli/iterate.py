@@ -65,7 +65,7 @@ def run_iterate(wish: Wish) -> None:
             **({"processes": processes.world} if processes.world > 1 else {}),
             **({"sharded": True} if processes.shards else {}),
         }
-        with run.locked():
+        with run.locked(), run.or_as_before():
             begins = "resuming" if launch.goes_on else "starting"
             run.open(recipe, facts, fresh=wish.fresh)
             console.say(f"{begins} {recipe.name} in {wish.directory}")

@@ -73,7 +73,8 @@ def iterate(
         ),
     ] = None,
     fresh: Annotated[
-        bool, typer.Option("--fresh", help="Delete the run in DIR and start over.")
+        bool,
+        typer.Option("--fresh", help="Start over. The run in DIR goes once the new one has begun."),
     ] = False,
     no_plan: Annotated[
         bool, typer.Option("--no-plan", help="Start even if the plan says it cannot fit.")

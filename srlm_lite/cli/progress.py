@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
@@ -16,21 +17,69 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
+from rich.progress import Task as RichTask
+from rich.text import Text
 
 from srlm_lite.evaluate.judge_figures import ACCURACY
 from srlm_lite.progress import Task
 
 
+class Pace:
+    """How long the rest of a stage takes, by its newest units; times are in seconds.
+
+    The newest are those of the last two minutes, or the last ten times that some were done: a step
+    may take minutes. What is done in the stage's first second was on disk and took no time.
+    """
+
+    RECENT_S, RECENT = 120.0, 10
+    AT_ONCE_S = 1.0
+
+    def __init__(self, total: int, now: float) -> None:
+        self.done, self.total = 0, total
+        self._start = now
+        self._marks = deque([(now, 0)])
+
+    def advance(self, count: int, now: float) -> None:
+        """So many more are done."""
+        self.done += count
+        if now - self._start < self.AT_ONCE_S:
+            self._marks = deque([(now, self.done)])
+        elif count:
+            self._marks.append((now, self.done))
+        while len(self._marks) > self.RECENT + 1 and self._marks[1][0] < now - self.RECENT_S:
+            self._marks.popleft()
+
+    def left(self, now: float) -> float | None:
+        """Seconds to go: None while that cannot be told. Between two units it counts down."""
+        (first, before), (last, done) = self._marks[0], self._marks[-1]
+        if done == before or last == first:
+            return None
+        of_one = (last - first) / (done - before)
+        rest = self.total - self.done
+        # One that is late is expected at any moment.
+        return max(0.0, rest * of_one - min(now - last, of_one))
+
+
+class _Eta(ProgressColumn):
+    """Rich's own column knows nothing of steps that take over half a minute."""
+
+    def render(self, task: RichTask) -> Text:
+        pace: Pace = task.fields["pace"]
+        left = pace.left(time.monotonic())
+        return Text("-" if left is None else _duration(left), style="progress.remaining")
+
+
 class _Bar:
-    def __init__(self, progress: Progress, task: TaskID) -> None:
-        self._progress, self._task = progress, task
+    def __init__(self, progress: Progress, task: TaskID, pace: Pace) -> None:
+        self._progress, self._task, self._pace = progress, task, pace
 
     def advance(self, count: int = 1) -> None:
+        self._pace.advance(count, time.monotonic())
         self._progress.advance(self._task, count)
 
     def note(self, text: str) -> None:
@@ -41,26 +90,26 @@ class _Lines:
     """In a log file: a line after a minute, and the longer the stage takes the fewer."""
 
     def __init__(self, say: Callable[[str], None], stage: str, total: int, unit: str) -> None:
-        self._say, self._stage, self._total, self._unit = say, stage, total, unit
-        self._done = self._told = 0
+        self._say, self._stage, self._unit = say, stage, unit
         self._note = ""
         self._started = self._last = time.monotonic()
+        self._pace = Pace(total, self._started)
 
     def advance(self, count: int = 1) -> None:
-        self._done += count
-        now = time.monotonic()
-        if not count or self._done >= self._total:
+        now, pace = time.monotonic(), self._pace
+        pace.advance(count, now)
+        if not count or pace.done >= pace.total:
             return
         if now - self._last < max(60, (now - self._started) / 10):
             return
-        # By the rate since the last line: what was on disk already took no time.
-        left = (now - self._last) * (self._total - self._done) / (self._done - self._told)
+        left = pace.left(now)
         self._say(
-            f"    {self._stage}: {self._done}/{self._total} {self._unit} after "
-            f"{_duration(now - self._started)}, ETA {_duration(left)}"
+            f"    {self._stage}: {pace.done}/{pace.total} {self._unit} after "
+            f"{_duration(now - self._started)}"
+            f"{'' if left is None else f', ETA {_duration(left)}'}"
             f"{self._note and f', {self._note}'}"
         )
-        self._last, self._told = now, self._done
+        self._last = now
 
     def note(self, text: str) -> None:
         self._note = text
@@ -82,7 +131,7 @@ class ConsoleReporter:
             TextColumn("{task.fields[unit]}"),
             TimeElapsedColumn(),
             TextColumn("ETA"),
-            TimeRemainingColumn(),
+            _Eta(),
             TextColumn("{task.fields[note]}", style="dim"),
             console=self._rich,
             transient=True,
@@ -112,7 +161,9 @@ class ConsoleReporter:
             return _Lines(self.say, stage, total, unit)
         for task in self._progress.task_ids:
             self._progress.remove_task(task)
-        return _Bar(self._progress, self._progress.add_task(stage, total=total, unit=unit, note=""))
+        pace = Pace(total, time.monotonic())
+        shown = self._progress.add_task(stage, total=total, unit=unit, note="", pace=pace)
+        return _Bar(self._progress, shown, pace)
 
     def finish(self, iteration: int, stage: str, facts: dict[str, Any], seconds: float) -> None:
         """See `Reporter.finish`."""

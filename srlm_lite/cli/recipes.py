@@ -1,4 +1,4 @@
-"""`srlm-lite recipes`: list, show, check, explain, schema."""
+"""`srlm-lite recipes`: list, show, new, check, explain, schema."""
 
 from __future__ import annotations
 
@@ -44,6 +44,33 @@ def show(name: Name) -> None:
     from srlm_lite.recipe import find_recipe
 
     typer.echo(find_recipe(name).read_text(encoding="utf-8").rstrip())
+
+
+@app.command()
+def new(
+    file: Annotated[Path, typer.Argument(help="The file to write.", metavar="FILE")],
+    from_: Annotated[
+        str,
+        typer.Option(
+            "--from", help="The shipped recipe to begin with.", autocompletion=recipe_names
+        ),
+    ],
+) -> None:
+    """A recipe of one's own: a shipped one, with its settings there to change."""
+    import shlex
+
+    from srlm_lite.errors import UserError, program
+    from srlm_lite.recipe import begun_from
+
+    text = begun_from(from_, called=file.stem)
+    try:
+        with file.open("x", encoding="utf-8") as opened:
+            opened.write(text)
+    except FileExistsError as error:
+        raise UserError("is there already", where=str(file), way_out="Name another one") from error
+    except OSError as error:
+        raise UserError(f"cannot be written ({error.strerror})", where=str(file)) from error
+    typer.echo(f"next: {program()} recipes check {shlex.quote(str(file))}", err=True)
 
 
 @app.command()

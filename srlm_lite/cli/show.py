@@ -11,6 +11,7 @@ import typer
 from srlm_lite.records import Record
 
 if TYPE_CHECKING:
+    from srlm_lite.conversation import Asked
     from srlm_lite.report.facts import Pair
     from srlm_lite.report.words import Words
     from srlm_lite.run.layout import IterationDir
@@ -73,7 +74,7 @@ def pairs(
         by = f"principle {pair.principle}" if pair.principle else ""
         known = filter(None, (figures if score else "", by, pair.source))
         _heading(record.prompt_id, ", ".join(known))
-        typer.echo(f"{record.prompt}\n")
+        _asked(record.asked)
         for label, text, name, said in (
             ("chosen", record.chosen, record.chosen_id, pair.chosen_votes),
             ("rejected", record.rejected, record.rejected_id, pair.rejected_votes),
@@ -214,6 +215,18 @@ def _tell(
         typer.echo(none, err=True)
     elif limit and len(found) > limit and not json_:
         typer.echo(f"{limit} of {len(found)}; --limit 0 shows all", err=True)
+
+
+def _asked(asked: Asked) -> None:
+    """A prompt: its text, or its turns, each below who says it."""
+    from srlm_lite.conversation import turns
+
+    if isinstance(asked, str):
+        typer.echo(f"{asked}\n")
+        return
+    for who, said in turns(asked):
+        typer.secho(f"{who}:", dim=True)
+        typer.echo(_indented(said) + "\n")
 
 
 def _heading(name: str, rest: str) -> None:

@@ -90,7 +90,7 @@ class Comparison:
 
     def replies_digest(self, model: Model) -> str:
         """What a model's replies depend on."""
-        texts = [(prompt.prompt_id, prompt.text) for prompt in self.prompts]
+        texts = [(one.prompt_id, one.text, *(one.messages or ())) for one in self.prompts]
         if isinstance(model, FileModel):
             return digest_of(texts, model.replies(self.prompts))
         recipe = self.session.recipe
@@ -158,7 +158,7 @@ def _fitting(comparison: Comparison) -> tuple[list[Prompt], int]:
             continue
         thought, chat = model.session.thought_tokens(), model.session.chat
         room = room_for_prompt(model.session.recipe.base.window, answer=reply, thought=thought)
-        prompts = [one for one in prompts if len(chat.prompt_ids(one.text)) <= room]
+        prompts = [one for one in prompts if len(chat.policy_ids(one)) <= room]
     if not prompts:
         raise UserError(
             "none of the prompts fits the window of both models", where=comparison.source

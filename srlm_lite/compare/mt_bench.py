@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from srlm_lite.compare.models import RunModel, digest_of, file_name
+from srlm_lite.conversation import messages_of
 from srlm_lite.errors import UserError
 from srlm_lite.evaluate.mt_bench import (
     TEMPERATURES,
@@ -19,7 +20,7 @@ from srlm_lite.evaluate.mt_bench import (
     read_rating,
 )
 from srlm_lite.judging import fill, load_question
-from srlm_lite.records import Candidate
+from srlm_lite.records import Candidate, Prompt
 from srlm_lite.rollout.protocol import Limits, Request
 from srlm_lite.run.files import read_json, read_jsonl, write_json
 from srlm_lite.run.layout import MtBenchDir
@@ -219,14 +220,16 @@ class _Turn:
         ]
 
     def _request(self, session: Session, question: Question) -> Request:
-        messages = [{"role": "user", "content": question.turns[0]}]
+        name = question.question_id
+        messages = messages_of(question.turns[0])
         if self.before:
             messages += [
-                {"role": "assistant", "content": self.before[question.question_id].text},
+                {"role": "assistant", "content": self.before[name].text},
                 {"role": "user", "content": question.turns[1]},
             ]
-        seed = derive_seed(session.recipe.seed, "mt-bench", self.turn, question.question_id)
-        return Request(tuple(session.chat.render(messages, generation=True)), (seed,))
+        seed = derive_seed(session.recipe.seed, "mt-bench", self.turn, name)
+        turns = session.chat.policy_turns(Prompt(name, "", messages=tuple(messages)))
+        return Request(tuple(session.chat.render(turns, generation=True)), (seed,), turns)
 
 
 def _grades(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import difflib
 import hashlib
 import math
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass, fields
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from srlm_lite.data.sources import DataSource, Row
@@ -15,10 +15,11 @@ from srlm_lite.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """The columns of a table of replies. None: to be guessed, or after guessing, not there."""
+    """The columns of a table of replies, as the user names them. None: to be found by its name."""
 
     prompt: str | None = None
     response: str | None = None
+    """One reply, or a list of them."""
     score: str | None = None
     """Higher is better."""
     rank: str | None = None
@@ -28,6 +29,14 @@ class Columns:
     prompt_id: str | None = None
     target: str | None = None
     """What the judge should have said of the reply, ending in a line `Score: <number>`."""
+    system: str | None = None
+    """The system message that goes before the prompt."""
+    input: str | None = None
+    """What the prompt is about; it goes below it."""
+    chosen: str | None = None
+    rejected: str | None = None
+    better: str | None = None
+    """Which of two replies is the better one, or whether the one reply is good."""
 
 
 OPTIONS = {
@@ -38,36 +47,59 @@ OPTIONS = {
     "id": "--id-column",
     "prompt_id": "--prompt-id-column",
     "target": "--target-column",
+    "system": "--system-column",
+    "input": "--input-column",
+    "chosen": "--chosen-column",
+    "rejected": "--rejected-column",
+    "better": "--better-column",
 }
-COMMON_NAMES = {
-    "prompt": ("prompt", "instruction", "question", "query", "text", "input"),
+NAMES = {
+    # In this order; what stands after `input` holds a dialogue as often as a text.
+    "prompt": (
+        *("prompt", "instruction", "question", "query", "text", "input"),
+        *("post", "info", "history", "context", "conversations", "messages", "conversation"),
+    ),
     "response": ("response", "answer", "reply", "completion", "output"),
+    "replies": (
+        *("responses", "answers", "replies", "completions", "outputs", "generations"),
+        *("candidates", "summaries", "all_generated_responses"),
+    ),
     "score": ("score", "quality", "reward", "rating"),
+    "scores": ("scores", "qualities", "rewards", "ratings", "rating", "all_rm_scores"),
     "rank": ("rank", "ranking"),
+    "ranks": ("ranks", "rankings", "rank", "ranking"),
     "id": ("response_id", "reply_id", "completion_id"),
     "prompt_id": ("prompt_id", "question_id", "instruction_id"),
     "target": ("target",),
+    "system": ("system", "system_prompt", "system_message", "system_instruction"),
+    "input": ("input", "context"),
+    "past": ("history",),
+    "chosen": (
+        *("chosen", "response_j", "preferred_output", "chosen_response", "preferred", "accepted"),
+        "response_chosen",
+    ),
+    "rejected": (
+        *("rejected", "response_k", "non_preferred_output", "rejected_response", "dispreferred"),
+        *("reject", "response_rejected"),
+    ),
+    "dialogue": ("messages", "conversations", "conversation", "dialogue", "dialog", "chat"),
+    "transcript": ("text", "chat", "conversation", "dialogue", "transcript"),
+    "good": ("label", "kto_tag", "desirable", "is_good"),
+    "better": (
+        *("better_response_id", "labels", "label", "winner", "preference", "preferred"),
+        *("choice", "better", "overall_preference", "preference_strength"),
+    ),
 }
+"""What others call a column, by what it holds."""
 
-
-def guess_columns(given: Columns, there: Collection[str], *, where: str) -> Columns:
-    """The columns given, and for the others a common name that is there.
-
-    An order that is given is the only one: with `score` given, `rank` is not guessed.
-
-    Raises:
-        UserError: A column that was given is not there.
-    """
-    found: dict[str, str | None] = {}
-    for field in fields(Columns):
-        name = getattr(given, field.name)
-        if name is not None and name not in there:
-            raise no_such_column(name, there, where=where, option=OPTIONS[field.name])
-        common = (common for common in COMMON_NAMES[field.name] if common in there)
-        found[field.name] = name or next(common, None)
-    if given.score is not None and given.rank is None:
-        found["rank"] = None
-    return Columns(**found)
+NO_SCORES = frozenset(
+    {
+        *("id", "idx", "index", "row", "turn", "turns", "num_turns", "n_turns", "length", "tokens"),
+        *("n_tokens", "num_tokens", "token_count", "timestamp", "tstamp", "created", "created_at"),
+        *("created_at_i", "date", "year", "seed", "num_responses", "__index_level_0__"),
+    }
+)
+"""Names of columns whose numbers say nothing of how good a reply is."""
 
 
 def no_such_column(name: str, columns: Iterable[str], *, where: str, option: str) -> UserError:
@@ -79,7 +111,7 @@ def no_such_column(name: str, columns: Iterable[str], *, where: str, option: str
 
 
 def column_needed(source: DataSource, what: str, option: str) -> UserError:
-    """The error for a column that could not be guessed."""
+    """The error for a column that could not be found."""
     there = ", ".join(source.columns())
     return UserError(
         f"{what}; there: {there}", where=source.where, way_out=f"Name it with {option}"
@@ -110,7 +142,9 @@ def text_of(row: Row, column: str | None) -> str:
 def id_of(row: Row, column: str | None) -> str | None:
     """The id in a column, as text."""
     value = row.get(column) if column is not None else None
-    return None if value is None or value == "" else str(value)
+    if value is None or value == "":
+        return None
+    return str(value).encode("utf-8", "replace").decode("utf-8")  # half a character is no id's
 
 
 def digest(*texts: str) -> str:

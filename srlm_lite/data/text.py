@@ -5,7 +5,12 @@ from __future__ import annotations
 import re
 import unicodedata
 
-GARBLED_CATEGORIES = frozenset({"Cc", "Cs", "Co"})
+GARBLED = re.compile(
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\uf8ff\ufffd"
+    "\U000f0000-\U000ffffd\U00100000-\U0010fffd]"
+)
+"""Unicode's categories Cc, Cs and Co, all but tab and line breaks, and U+FFFD."""
+
 CHAT_MARKERS = re.compile(
     r"<\|[^|<>\n]{1,40}\|>|\[/?INST\]|<</?SYS>>|</s>|<s>|<(?:start|end)_of_turn>"
 )
@@ -40,11 +45,7 @@ def is_garbled(text: str) -> bool:
     These are control characters other than tab and line breaks, U+FFFD (the trace of a broken
     encoding), lone surrogates (which UTF-8 cannot hold) and private characters.
     """
-    return any(
-        character == "\ufffd"
-        or (unicodedata.category(character) in GARBLED_CATEGORIES and character not in "\t\n\r")
-        for character in text
-    )
+    return GARBLED.search(text) is not None
 
 
 def is_repetitive(text: str) -> bool:

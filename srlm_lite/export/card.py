@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,14 @@ def _lineage(
     if kwargs := recipe.base.chat_template_kwargs:
         given = yaml.safe_dump(kwargs, default_flow_style=True, allow_unicode=True, width=10**6)
         rows.append(("chat template", f"with `{given.strip()}` written into it"))
+    if system := recipe.base.system:
+        rows.append(
+            (
+                "system message",
+                f"{json.dumps(system, ensure_ascii=False)}, under which it was trained and "
+                "measured; the chat template does not hold it, so give it",
+            )
+        )
     return "\n".join(f"- **{name}:** {text}" for name, text in rows)
 
 

@@ -102,6 +102,7 @@ class Export:
             tokenizer,
             template=section.chat_template,
             settings=section.chat_template_kwargs,
+            system=section.system,
             stop_ids=ends,
         )
 
@@ -404,7 +405,7 @@ class Export:
     def _texts(self) -> list[list[int]]:
         texts = []
         for prompt, answer in self.source.texts():
-            ids = self.chat.prompt_ids(prompt)[:_TOKENS]
+            ids = self.chat.policy_ids(prompt)[:_TOKENS]
             reply = self.chat.target_ids(answer) if answer else []
             texts.append([*ids, *reply][:_TOKENS])
         return texts

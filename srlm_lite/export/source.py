@@ -77,14 +77,19 @@ class FinishedModel:
         self.run.hold_to_base(files.source)
         return files
 
-    def texts(self) -> list[tuple[str, str | None]]:
-        """A few prompts with an answer that the run has given, where it has."""
+    def texts(self) -> list[tuple[Prompt, str | None]]:
+        """A few prompts with an answer that the run has given, where it has.
+
+        Half of them are conversations, where the run has any.
+        """
         first = self.run.iteration(max(1, self.iteration))
         if not (first.prompts.is_file() and first.candidates.is_file()):
-            return [(prompt, None) for prompt in PROMPTS]
+            return [(Prompt("", prompt), None) for prompt in PROMPTS]
         answers = {row.prompt_id: row.text for row in read_records(first.candidates, Candidate)}
-        prompts = read_records(first.prompts, Prompt)[:_TEXTS]
-        return [(prompt.text, answers.get(prompt.prompt_id)) for prompt in prompts]
+        prompts = read_records(first.prompts, Prompt)
+        several = [one for one in prompts if one.messages][: _TEXTS // 2]
+        few = [*[one for one in prompts if not one.messages][: _TEXTS - len(several)], *several]
+        return [(prompt, answers.get(prompt.prompt_id)) for prompt in few]
 
 
 def find_source(directory: Path, which: str) -> FinishedModel:

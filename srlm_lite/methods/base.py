@@ -339,6 +339,7 @@ class Iteration(ABC):
     ) -> dict[str, Reply]:  # fmt: skip
         """A reply to each question, given as (name, text), by name.
 
+        A question is asked as it stands: `base.system` is for prompts, which `answer` answers.
         A question that does not fit the window gets an empty reply of finish reason `length`.
 
         Args:
@@ -353,12 +354,15 @@ class Iteration(ABC):
 
     @abstractmethod
     def likelihoods(
-        self, prompts: Sequence[Prompt], candidates: Sequence[Candidate], *, by: Model, name: str
-    ) -> dict[str, Likelihood]:
+        self, prompts: Sequence[Prompt], candidates: Sequence[Candidate], *, by: Model, name: str,
+        questions: bool = False,
+    ) -> dict[str, Likelihood]:  # fmt: skip
         """How likely a model finds each candidate that fits the window, by candidate_id.
 
         Args:
             name: Of the file in `likelihoods/`.
+            questions: The prompts are questions of the method's own, as `ask` puts them: without
+                `base.system`.
         """
 
     @abstractmethod
@@ -499,6 +503,8 @@ class Method(ABC, Generic[S]):
     """A model card's tag for how its deltas are trained."""
     one_process: ClassVar[bool] = False
     """Whether it cannot be trained in several processes."""
+    learns_ranked: ClassVar[bool] = False
+    """Whether it learns from `data.ranked`, which is the judge data where a recipe names none."""
     cases: ClassVar[Mapping[str, Case]] = {}
     """Runs of the bench of methods, by name; without any of its own: its recipe."""
 

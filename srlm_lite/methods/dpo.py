@@ -50,6 +50,7 @@ class OfflineDpo(SelfRewarding[Offline]):
     remark = "offline: the baseline"
     made_by = "DPO on replies that humans ranked"
     is_self_rewarding = False
+    learns_ranked = True
     section = "offline"
     Settings = Offline
     unshown = ("rollout.n", "rollout.temperature")
@@ -89,7 +90,7 @@ class OfflineDpo(SelfRewarding[Offline]):
     def pool(self, data: SeedData) -> Pool:
         """Prompts of the ranked replies."""
         groups, path = data.ranked()
-        return [Prompt(group[0].prompt_id, group[0].prompt, path.name) for group in groups], path
+        return [Prompt.of(group[0], path.name) for group in groups], path
 
     def candidates(self, it: Iteration, prompts: Sequence[Prompt]) -> tuple[list[Candidate], Facts]:
         """The human replies."""

@@ -323,7 +323,7 @@ class Rlaif(SelfRewarding[RlaifSettings]):
 
     def to_learn(self, it: Iteration) -> list[SampledInstruction]:
         """The revisions of all rounds; for the control, the drafts that they are of, as often."""
-        prompts = {row.prompt_id: row.text for row in it.read("prompts", Prompt)}
+        prompts = {row.prompt_id: row for row in it.read("prompts", Prompt)}
         drafts = {row.candidate_id: row for row in it.read("candidates", Candidate)}
         blind = self.recipe.pairing.source == "random"
         learned = []
@@ -333,7 +333,10 @@ class Rlaif(SelfRewarding[RlaifSettings]):
             text, ids = row.text, row.ids
             if blind:
                 text, ids = drafts[row.candidate_id].text, drafts[row.candidate_id].ids
-            learned.append(SampledInstruction(row.prompt_id, prompts[row.prompt_id], text, ids))
+            prompt = prompts[row.prompt_id]
+            learned.append(
+                SampledInstruction(row.prompt_id, prompt.text, text, prompt.messages, ids)
+            )
         return learned
 
     def _revise(
@@ -538,7 +541,7 @@ class Rlaif(SelfRewarding[RlaifSettings]):
                 for place, option in enumerate(held_to.options):
                     text = f"{rationale}\n{option}".strip()
                     replies.append(Candidate(name, f"{name}:{place}", text, 0, "stop"))
-        return it.likelihoods(questions, replies, by=it.anchor, name="options")
+        return it.likelihoods(questions, replies, by=it.anchor, name="options", questions=True)
 
     def _label_accuracy(
         self, prompts: Sequence[Prompt], candidates: Sequence[Candidate], labels: Sequence[Label]

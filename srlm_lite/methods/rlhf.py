@@ -79,6 +79,7 @@ class Rlhf(SelfRewarding[RlhfSettings]):
     remark = "by RLOO"
     made_by = "RLOO against a reward model of replies that humans ranked"
     is_self_rewarding = False
+    learns_ranked = True
     trainer = "rloo"
     one_process = True  # what the policy draws while it learns is not dealt out
     section = "rlhf"

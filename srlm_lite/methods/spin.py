@@ -102,7 +102,7 @@ class Spin(SelfRewarding[SpinSettings]):
     def pool(self, data: SeedData) -> Pool:
         """Prompts that a human has answered."""
         answers, path = data.human_answers()
-        return [Prompt(row.prompt_id, row.prompt, path.name) for row in answers], path
+        return [Prompt.of(row, path.name) for row in answers], path
 
     def candidates(self, it: Iteration, prompts: Sequence[Prompt]) -> tuple[list[Candidate], Facts]:
         """The last model's answers."""

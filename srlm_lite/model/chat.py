@@ -9,6 +9,7 @@ from typing import Any, Self
 
 from transformers import PreTrainedTokenizerBase
 
+from srlm_lite.conversation import Answerable, Asked, messages_of, with_system
 from srlm_lite.errors import UserError
 from srlm_lite.model.base import LoadedBase
 from srlm_lite.model.template import REPLY, USER, WHERE, Message, Template, is_control
@@ -28,8 +29,9 @@ class ReplyParts:
 class ChatFormat:
     """How a base is spoken to.
 
-    Training and sampling both see `prompt_ids(user) + target_ids(reply)`, split at the same place,
-    so a reply is learned with the very ids after which it will be sampled.
+    Training and sampling both see `policy_ids(prompt) + target_ids(reply)`, or with a judge's
+    question `prompt_ids(question) + target_ids(reply)`, split at the same place, so a reply is
+    learned with the very ids after which it will be sampled.
 
     Text of users and candidates cannot end its own turn: where it spells a special token, or in
     system and user turns a mark that the template writes around turns and thoughts, or an added
@@ -39,6 +41,8 @@ class ChatFormat:
 
     template: str
     """Jinja source in use."""
+    system: str | None
+    """The recipe's system message, before every prompt that has none of its own."""
     stop_ids: tuple[int, ...]
     """Ids that end a reply, ascending: end of turn and every end of sequence."""
     end_id: int
@@ -51,6 +55,7 @@ class ChatFormat:
         *,
         template: str | None = None,
         settings: Mapping[str, Any] | None = None,
+        system: str | None = None,
         stop_ids: Iterable[int] = (),
     ) -> None:
         """Learn the format from the template by rendering it, and prove it.
@@ -59,6 +64,7 @@ class ChatFormat:
             tokenizer: Of the base; it is not changed.
             template: Name of a shipped template or a path; None takes the tokenizer's own.
             settings: Variables for the template, `base.chat_template_kwargs`.
+            system: What the policy is told before its prompts, `base.system`.
             stop_ids: Ends of text known from elsewhere, such as the generation config.
 
         Raises:
@@ -67,6 +73,8 @@ class ChatFormat:
         """
         tokens: Any = tokenizer
         self._tokenizer = tokens
+        self.system = system
+        self._proven: set[tuple[str, ...]] = set()
         self.template = self._template(template)
         self._bos_id = self._own_bos() if template is not None else None
         ending = {int(i) for i in stop_ids}
@@ -98,14 +106,22 @@ class ChatFormat:
         *,
         template: str | None = None,
         settings: Mapping[str, Any] | None = None,
+        system: str | None = None,
     ) -> Self:
         """The format of a loaded base.
 
         Args:
             template: The recipe's `base.chat_template`.
             settings: The recipe's `base.chat_template_kwargs`.
+            system: The recipe's `base.system`.
         """
-        return cls(base.tokenizer, template=template, settings=settings, stop_ids=base.eos_ids)
+        return cls(
+            base.tokenizer,
+            template=template,
+            settings=settings,
+            system=system,
+            stop_ids=base.eos_ids,
+        )
 
     @property
     def thinks(self) -> bool:
@@ -135,14 +151,38 @@ class ChatFormat:
         A reply stands in it as the template writes past replies, which may leave out a thought.
         """
         text = self._jinja.render([self._safe(one) for one in messages], generation=generation)
-        ids = self._encode(text + self._frame.header if generation else text)
+        return self._whole_ids(text + self._frame.header if generation else text)
+
+    def _whole_ids(self, text: str) -> list[int]:
+        ids = self._encode(text)
         if self._bos_id is None or ids[:1] == [self._bos_id]:
             return ids
         return [self._bos_id, *ids]
 
-    def prompt_ids(self, user_text: str) -> list[int]:
-        """Ids after which the reply to one user message starts."""
-        return self.render([{"role": "user", "content": user_text}], generation=True)
+    def prompt_ids(self, question: Asked) -> list[int]:
+        """Ids after which the reply to a question starts, as it stands: a judge's, for one.
+
+        What the policy is to answer has the recipe's system message before it: `policy_ids`.
+
+        Raises:
+            UserError: The template does not write all of its turns.
+        """
+        messages = messages_of(question)
+        if len(messages) == 1:
+            return self.render(messages, generation=True)
+        return self._ids_of_turns(messages)
+
+    def policy_ids(self, row: Answerable) -> list[int]:
+        """Ids after which the reply to a prompt starts: its turns, under the system message.
+
+        Raises:
+            UserError: The template does not write all of them.
+        """
+        return self.prompt_ids(self.policy_turns(row))
+
+    def policy_turns(self, row: Answerable) -> list[Message]:
+        """The messages behind `policy_ids`, for a server that has a template of its own."""
+        return messages_of(with_system(row.asked, self.system))
 
     def target_ids(self, reply: str) -> list[int]:
         """Ids of a reply as the model is to write it, up to and including its end of turn.
@@ -297,6 +337,51 @@ class ChatFormat:
                     where="base.chat_template_kwargs",
                 )
 
+    def _ids_of_turns(self, messages: Sequence[Message]) -> list[int]:
+        """Ids of a conversation that is to be answered, all of whose turns stand in it.
+
+        A template may refuse a system message, or leave it or an earlier turn out without a word.
+        """
+        roles = tuple(one["role"] for one in messages)
+        if roles not in self._proven:
+            self._written([{"role": r, "content": _TURN.format(i)} for i, r in enumerate(roles)])
+            self._proven.add(roles)
+        return self._whole_ids(self._written(messages) + self._frame.header)
+
+    def _written(self, messages: Sequence[Message]) -> str:
+        """The text up to where the reply starts.
+
+        Raises:
+            UserError: Of one of the turns it does not hold what is said, or not in its place. The
+                system message may stand anywhere before what the user says last.
+        """
+        try:
+            text = self._jinja.render([self._safe(one) for one in messages], generation=True)
+        except UserError as error:
+            raise _not_written(messages, error.what) from error
+        system, end = -1, 0
+        for one in messages:
+            said = self._said(one)
+            at = text.find(said, 0 if one["role"] == "system" else end)
+            if not said and one["content"].strip():
+                raise _not_written(messages, "an earlier reply is a thought without an answer")
+            if at < 0:
+                raise _not_written(messages, f"it does not write {_WHOSE[one['role']]} as it is")
+            if one["role"] == "system":
+                system = at
+            else:
+                end = at + len(said)
+        if system > at:
+            raise _not_written(messages, "it writes the system message behind what the user says")
+        return text
+
+    def _said(self, message: Message) -> str:
+        """What of a message a template writes: of a reply with a thought, the answer."""
+        content = message["content"]
+        if message["role"] != "assistant":
+            return self.neutralise(content).strip()
+        return self._without(self._special, self.split(content).answer or "").strip()
+
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer(text, add_special_tokens=False).input_ids
         return ids
@@ -322,6 +407,30 @@ class ChatFormat:
         while pattern.search(text):
             text = pattern.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
         return text
+
+
+_TURN = "Turn {} stands.\n\n  Two: <b>three</b>\nFour"
+"""What is said in turns that show how a template writes them."""
+
+_WHOSE = {
+    "system": "the system message",
+    "user": "what the user says",
+    "assistant": "an earlier reply",
+}
+
+
+def _not_written(messages: Sequence[Message], why: str) -> UserError:
+    """Why a conversation cannot be put to the base."""
+    system = messages[0]["role"] == "system"
+    what = "a system message" if system else "earlier turns"
+    if system and len(messages) > 2:
+        what += " and earlier turns"
+    return UserError(
+        f"the base cannot be given {what}: {why.removeprefix('the chat template fails: ')}",
+        where=WHERE,
+        way_out="Name another template (plain, chatml, llama-2, or a .jinja file), or leave such "
+        "messages out (base.system, `messages` in the data)",
+    )
 
 
 def _refused() -> UserError:

@@ -12,6 +12,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from srlm_lite.conversation import messages_of, with_system
 from srlm_lite.errors import ProofError
 from srlm_lite.model.chat import ChatFormat
 from srlm_lite.model.gguf_tokenizer import ADDED_FILE, SENTENCEPIECE_FILE
@@ -130,7 +131,8 @@ def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, chat: Chat
         if (Path(tokens.name_or_path) / name).is_file():
             shutil.copyfile(Path(tokens.name_or_path) / name, folder / name)
     plain = hf.AutoTokenizer.from_pretrained(str(folder))
-    for messages in (_CONVERSATION[:1], _CONVERSATION):
+    under_system = messages_of(with_system(_CONVERSATION, chat.system))
+    for messages in (_CONVERSATION[:1], _CONVERSATION, under_system):
         ids = plain.apply_chat_template(
             list(messages), add_generation_prompt=True, return_dict=False
         )

@@ -7,14 +7,16 @@ So the seed data gives bounds that hold, and the window bounds them all.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from srlm_lite.conversation import with_both_faces
 from srlm_lite.errors import UserError
 from srlm_lite.planning.probe import thinks
-from srlm_lite.settings import Shared
+from srlm_lite.records import Prompt
+from srlm_lite.settings import Base, Shared
 
 TEMPLATE = 64
 """Tokens that a chat template may put around a turn."""
@@ -71,13 +73,21 @@ def lengths_of(recipe: Shared) -> Lengths:
     ift, eft = ift[: recipe.anchor.ift_limit], _of_prompts(eft, recipe.anchor.eft_prompts)
     graded = _of_prompts(graded, recipe.evaluate.eft_prompts)
     new, thought = recipe.rollout.max_new_tokens, bound.thought
-    prompt = window if prompts is None else TEMPLATE + _most([*prompts, *held_out], *_NAMES)
+    turns = around(recipe.base)
+    prompt = window if prompts is None else turns + _most([*prompts, *held_out], *_NAMES)
     judged = rubric + TEMPLATE
     own = judged + prompt + 4 * new  # an answer, written out in the judge's question
     given = judged + _most([*eft, *graded], "prompt", "response")
-    example = 2 * TEMPLATE + max(
-        _most([*ift, *extra], "prompt", "response"),
-        judged + _most(eft, "prompt", "response", "target") + recipe.judge.max_new_tokens + thought,
+    example = (
+        TEMPLATE
+        + turns
+        + max(
+            _most([*ift, *extra], "prompt", "response"),
+            judged
+            + _most(eft, "prompt", "response", "target")
+            + recipe.judge.max_new_tokens
+            + thought,
+        )
     )
     anchor, shipped = recipe.anchor, recipe.anchor.init != "base"
     count = len(ift) * anchor.use_ift + len(extra) + len(eft) * anchor.use_eft
@@ -94,23 +104,33 @@ def lengths_of(recipe: Shared) -> Lengths:
     )
 
 
-def prompt_texts(recipe: Shared) -> tuple[list[str] | None, list[str] | None]:
+def around(section: Base, turns: Sequence[object] = ()) -> int:
+    """Tokens that a template may put around a prompt of so many turns, the system message's too."""
+    system = 0 if section.system is None else TEMPLATE + len(section.system.encode())
+    return system + TEMPLATE * max(1, len(turns))
+
+
+def prompts_of(recipe: Shared) -> tuple[list[Prompt] | None, list[Prompt] | None]:
     """Prompts of a file that candidates answer, and held-out ones; None of those that are not here
     or cannot be read."""
     own = recipe.prompts.source == "file"
     return (
-        _texts(_prompt_file(recipe)) if own else None,
-        _texts(_held_out_file(recipe), limit=recipe.evaluate.policy_prompts),
+        _prompts(_prompt_file(recipe)) if own else None,
+        _prompts(_held_out_file(recipe), limit=recipe.evaluate.policy_prompts),
     )
 
 
-def _texts(path: Path, *, limit: int | None = None) -> list[str] | None:
+def _prompts(path: Path, *, limit: int | None = None) -> list[Prompt] | None:
     try:
         rows = _rows(path)
     except (OSError, ValueError):
         return None
     texts = [str(next((row[key] for key in _NAMES if row.get(key)), "")) for row in rows]
-    return list(dict.fromkeys(texts))[:limit]
+    found = {
+        text: Prompt("", text, messages=row.get("messages"))
+        for text, row in zip(texts, rows, strict=True)
+    }
+    return list(found.values())[:limit]
 
 
 def _prompt_file(recipe: Shared) -> Path:
@@ -130,7 +150,12 @@ def _rows(path: Path, *, missing: list[Any] | None = None) -> list[Mapping[str, 
     if path.stat().st_size > _LARGEST:
         raise ValueError("too large to look into")
     with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file if line.strip()]
+        rows = [json.loads(line) for line in file if line.strip()]
+    return [with_both_faces(row, _name_in(row)) for row in rows]
+
+
+def _name_in(row: Mapping[str, Any]) -> str:
+    return next((name for name in _NAMES if row.get(name) is not None), _NAMES[0])
 
 
 def _of_prompts(rows: list[Mapping[str, Any]], limit: int | None) -> list[Mapping[str, Any]]:
@@ -141,9 +166,14 @@ def _of_prompts(rows: list[Mapping[str, Any]], limit: int | None) -> list[Mappin
 
 
 def _most(rows: Iterable[Mapping[str, Any]], *columns: str) -> int:
-    """Bytes of the longest row's text columns."""
+    """Bytes of the longest row's text columns, and what stands around its turns beyond one."""
     return max(
-        (sum(len(str(row.get(key) or "").encode()) for key in columns) for row in rows), default=0
+        (
+            sum(len(str(row.get(key) or "").encode()) for key in columns)
+            + TEMPLATE * len(row.get("messages") or ())
+            for row in rows
+        ),
+        default=0,
     )
 
 

@@ -8,6 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from srlm_lite.conversation import Answerable
 from srlm_lite.errors import UserError
 from srlm_lite.planning.memory import Linear, Shape
 from srlm_lite.planning.shapes import SHAPES, config_of, shape_of
@@ -34,11 +35,20 @@ def thinks(section: Base) -> bool:
     return chat is not None and chat.thinks
 
 
-def prompt_tokens(section: Base, texts: Iterable[str]) -> list[int] | None:
-    """Tokens of user turns in the base's template, each up to where the reply starts.
+def prompt_tokens(section: Base, prompts: Iterable[Answerable]) -> list[int] | None:
+    """Tokens of prompts in the base's template, each up to where the reply starts.
 
     None where its tokenizer is not here, as a GGUF file's is only once the file is converted.
+
+    Raises:
+        UserError: The template does not write one of their turns.
     """
+    chat = _chat_here(section.model_dump_json(include=set(_OF_TEMPLATES)))
+    return None if chat is None else [len(chat.policy_ids(prompt)) for prompt in prompts]
+
+
+def question_tokens(section: Base, texts: Iterable[str]) -> list[int] | None:
+    """The same of questions to a judge."""
     chat = _chat_here(section.model_dump_json(include=set(_OF_TEMPLATES)))
     return None if chat is None else [len(chat.prompt_ids(text)) for text in texts]
 
@@ -58,12 +68,17 @@ def _chat_here(of_templates: str) -> ChatFormat | None:
             trust_remote_code=False,
         )
         settings = found["chat_template_kwargs"]
-        return ChatFormat(tokenizer, template=found["chat_template"], settings=settings)
+        return ChatFormat(
+            tokenizer,
+            template=found["chat_template"],
+            settings=settings,
+            system=found["system"],
+        )
     except Exception:  # whatever is wrong with it: a run says so
         return None
 
 
-_OF_TEMPLATES = ("name", "revision", "chat_template", "chat_template_kwargs")
+_OF_TEMPLATES = ("name", "revision", "chat_template", "chat_template_kwargs", "system")
 """Settings of a base that decide how it is spoken to."""
 
 

@@ -12,8 +12,9 @@ from typing import Literal
 
 from srlm_lite.data.self_instruct import MAX_NEW_TOKENS
 from srlm_lite.engines import kind_of
-from srlm_lite.planning.lengths import TEMPLATE, longest, prompt_texts
-from srlm_lite.planning.probe import prompt_tokens
+from srlm_lite.planning.lengths import around, longest, prompts_of
+from srlm_lite.planning.probe import prompt_tokens, question_tokens
+from srlm_lite.records import Prompt
 from srlm_lite.settings import Shared
 from srlm_lite.window import room_for_prompt
 
@@ -120,16 +121,16 @@ def room_for(recipe: Shared) -> Room | None:
     """
     from srlm_lite.judging import load_rubric
 
-    training, evaluated = prompt_texts(recipe)
+    training, evaluated = prompts_of(recipe)
     question = load_rubric(recipe.judge.rubric).render(prompt="", response="")
-    counted = prompt_tokens(recipe.base, ["", question])
+    counted = question_tokens(recipe.base, ["", question])
     if counted is None:
         rubric = Counted(len(question.encode()) // BYTES_A_TOKEN, exact=False)
     else:
         rubric = Counted(counted[1] - counted[0], exact=True)
     prompts = _longest(recipe, training)
     if recipe.prompts.source == "self-instruct":
-        prompts = Counted(SELF_WRITTEN + TEMPLATE, exact=True)
+        prompts = Counted(SELF_WRITTEN + around(recipe.base), exact=True)
     return room_of(
         recipe,
         rubric=rubric,
@@ -143,14 +144,15 @@ _LOOKED_AT = 64
 """Prompts, the longest in bytes, of which a tokenizer says which is the longest in tokens."""
 
 
-def _longest(recipe: Shared, texts: Sequence[str] | None) -> Counted | None:
-    """The longest of some prompts as a turn; None where they are not here."""
-    if not texts:
+def _longest(recipe: Shared, prompts: Sequence[Prompt] | None) -> Counted | None:
+    """The longest of some prompts as turns; None where they are not here."""
+    if not prompts:
         return None
-    largest = sorted(texts, key=lambda text: len(text.encode()), reverse=True)[:_LOOKED_AT]
+    largest = sorted(prompts, key=lambda one: len(one.text.encode()), reverse=True)[:_LOOKED_AT]
     counted = prompt_tokens(recipe.base, largest)
     if counted is None:
-        return Counted(TEMPLATE + len(largest[0].encode()) // BYTES_A_TOKEN, exact=False)
+        turns = around(recipe.base, largest[0].messages or ())
+        return Counted(turns + len(largest[0].text.encode()) // BYTES_A_TOKEN, exact=False)
     return Counted(max(counted), exact=True)
 
 

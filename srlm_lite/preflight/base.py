@@ -10,7 +10,7 @@ from srlm_lite.planning.room import room_for, unjudged
 from srlm_lite.preflight.launch import Launch, Seen
 from srlm_lite.session import import_backend, refuse_absent_base, refuse_unexportable
 from srlm_lite.settings import LORA_TARGETS
-from srlm_lite.stages.seed_data import FilesOfRecipe, check_window
+from srlm_lite.stages.seed_data import FilesOfRecipe, check_window, shapes_asked
 from srlm_lite.window import leaves_room
 
 
@@ -61,6 +61,23 @@ def template(launch: Launch) -> Seen:
     return Seen("own" if launch.recipe.base.chat_template is None else "the recipe's")
 
 
+def conversations(launch: Launch) -> Seen:
+    """That the template writes every turn of what the policy is to answer, and `base.system`."""
+    recipe, chat = launch.recipe, launch.chat
+    if chat is None:
+        return Seen("not known before the base is loaded", asked=False)
+    shapes = shapes_asked(recipe, method_of(recipe).pool(FilesOfRecipe(recipe)))
+    for where, asked in shapes.values():
+        try:
+            chat.prompt_ids(asked)
+        except UserError as error:
+            raise UserError(error.what, where=where, way_out=error.way_out) from error
+    if len(shapes) == 1:
+        alone = recipe.base.system is None
+        return Seen("single user turns" if alone else "single user turns, under a system message")
+    return Seen(f"{len(shapes)} successions of turns, all of which the template writes")
+
+
 def judging(launch: Launch) -> Seen:
     """That all which may be sampled can be judged: a judge's question holds the rubric as well."""
     room = room_for(launch.recipe)
@@ -89,7 +106,7 @@ def prompts_that_fit(launch: Launch) -> Seen:
     fitting = (
         prompt
         for prompt in listed
-        if leaves_room(len(chat.prompt_ids(prompt.text)), whole, answer=answer, thought=thought)
+        if leaves_room(len(chat.policy_ids(prompt)), whole, answer=answer, thought=thought)
     )
     count = sum(1 for _ in islice(fitting, wanted))
     if count < wanted:

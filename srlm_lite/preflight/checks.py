@@ -30,6 +30,7 @@ CHECKS: Mapping[str, Check] = {
     "device": base.device,
     "targets": base.targets,
     "chat template": base.template,
+    "conversations": base.conversations,
     "prompts that fit": base.prompts_that_fit,
     "judging": base.judging,
     "memory": machine.memory,
@@ -44,14 +45,23 @@ NEEDS: Mapping[str, tuple[str, ...]] = {
     "held-out": ("data",),
     "targets": ("base", "device"),
     "chat template": ("base", "device"),
-    "prompts that fit": ("base", "chat template", "prompts"),
-    "judging": ("base", "data", "judge", "prompts", "chat template"),
+    "conversations": ("base", "data", "prompts", "chat template"),
+    "prompts that fit": ("base", "chat template", "prompts", "conversations"),
+    "judging": ("base", "data", "judge", "prompts", "chat template", "conversations"),
     "memory": ("base", "device", "targets"),
     "disk": ("base", "device", "targets"),
 }
 """Checks that mean nothing where another one has found something: they would say it again."""
 
-OF_WORK = ("device", "chat template", "prompts that fit", "judging", "disk", "server")
+OF_WORK = (
+    "device",
+    "chat template",
+    "conversations",
+    "prompts that fit",
+    "judging",
+    "disk",
+    "server",
+)
 """Checks of what a run that is finished does not need any more."""
 
 State = Literal["ok", "warning", "bad", "not asked"]

@@ -20,7 +20,7 @@ class Launch:
 
     Args:
         run: Where it is to run; None where nobody has said.
-        fresh: What is there is to be deleted.
+        fresh: What is there is to go.
         planned: A plan that cannot fit stops it.
         processes: That a launcher has started.
         sharded: The base is spread over them; else each holds it whole.
@@ -84,6 +84,7 @@ class Launch:
             tokenizer,
             template=section.chat_template,
             settings=section.chat_template_kwargs,
+            system=section.system,
             stop_ids=ends,
         )
 

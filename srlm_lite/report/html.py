@@ -37,6 +37,7 @@ KEY_SETTINGS = (
     ("method", "method"),
     ("base.name", "base"),
     ("base.quantization", "quantization"),
+    ("base.system", "system message"),
     ("seed", "seed"),
     ("prompts.per_iteration", "prompts an iteration"),
     ("rollout.n", "candidates a prompt"),

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from srlm_lite.conversation import last_turn, turns
 from srlm_lite.pairing import JUDGE
 from srlm_lite.records import Judgement
 from srlm_lite.report.facts import Pair
@@ -61,7 +62,10 @@ def pack(pairs: Sequence[Pair], *, room: int, gold: GoldScores | None = None) ->
 
 
 def _row(pair: Pair, gold: GoldScores | None) -> dict[str, Any]:
-    """What the page's script reads; short keys, for there are many rows."""
+    """What the page's script reads; short keys, for there are many rows.
+
+    `m` are the turns of a conversation before the one that is answered, `p`.
+    """
     record = pair.record
     scored = None
     if gold is not None and record.origin != JUDGE:  # a judgement is no answer
@@ -70,7 +74,8 @@ def _row(pair: Pair, gold: GoldScores | None) -> dict[str, Any]:
         "t": pair.iteration,
         "id": record.prompt_id,
         "from": record.origin,
-        "p": record.prompt,
+        "m": turns(record.asked)[:-1],
+        "p": last_turn(record.asked),
         "c": record.chosen,
         "r": record.rejected,
         "cs": _finite(record.chosen_score),
@@ -104,7 +109,9 @@ def _hopeless(rows: Sequence[dict[str, Any]], limit: int | None, room: int) -> b
 
 
 def _texts(row: dict[str, Any]) -> list[str]:
-    return [row["p"], row["c"], row["r"], *(vote[2] for key in ("cv", "rv") for vote in row[key])]
+    said = [text for _, text in row["m"]]
+    votes = [vote[2] for key in ("cv", "rv") for vote in row[key]]
+    return [*said, row["p"], row["c"], row["r"], *votes]
 
 
 def _cut(row: dict[str, Any], limit: int | None) -> dict[str, Any]:
@@ -114,7 +121,9 @@ def _cut(row: dict[str, Any], limit: int | None) -> dict[str, Any]:
         key: [[score, wrote, shortened(text, limit)] for score, wrote, text in row[key]]
         for key in ("cv", "rv")
     }
-    return {**row, **{key: shortened(row[key], limit) for key in ("p", "c", "r")}, **votes}
+    said = [[who, shortened(text, limit)] for who, text in row["m"]]
+    replies = {key: shortened(row[key], limit) for key in ("p", "c", "r")}
+    return {**row, "m": said, **replies, **votes}
 
 
 def shortened(text: str, limit: int) -> str:

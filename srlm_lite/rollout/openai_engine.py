@@ -56,7 +56,7 @@ _WHERE = "engine openai"
 class OpenAIEngine:
     """Samples from a server's own model; each seed is a request of its own.
 
-    The server gets the user turn's text and puts its own template around it. It never sees what
+    The server gets the messages and puts its own template around them. It never sees what
     the run learns. `n_tokens` is what the server counts, which may include the stop token, and
     `token_ids` are empty.
 
@@ -151,7 +151,7 @@ class OpenAIEngine:
     def _body(self, request: Request, seed: int, limits: Limits) -> dict[str, Any]:
         body: dict[str, Any] = {
             "model": self._settings.model,
-            "messages": [{"role": "user", "content": request.text}],
+            "messages": list(request.messages),
             "max_tokens": limits.max_new_tokens,
             "temperature": limits.temperature,
             **NEUTRAL,

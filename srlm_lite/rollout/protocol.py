@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from srlm_lite.conversation import Message
 from srlm_lite.records import FinishReason
 
 if TYPE_CHECKING:
@@ -20,13 +21,13 @@ It may cross a process border, so it is a function of a module, or a `partial` o
 class Request:
     """One prompt to be continued once for each seed.
 
-    `prompt_ids` is what is continued; `text` is the user turn behind them, for servers that take
-    messages and know their own template.
+    `prompt_ids` is what is continued; `messages` are the turns behind them, for servers that take
+    those and know their own template.
     """
 
     prompt_ids: tuple[int, ...]
     seeds: tuple[int, ...]
-    text: str = ""
+    messages: Sequence[Message] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,8 @@ from srlm_lite.records import Record
 
 R = TypeVar("R", bound=Record)
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False)
+
 
 def read_jsonl(path: Path, *, growing: bool = False) -> list[dict[str, Any]]:
     """All rows of a JSONL file.
@@ -67,9 +69,21 @@ def read_records(path: Path, kind: type[R], *, growing: bool = False) -> list[R]
     Raises:
         UserError: As `read_jsonl`; or a row lacks a key or has a value of another type.
     """
+    return records_of(read_jsonl(path, growing=growing), kind, path)
+
+
+def records_of(rows: Iterable[dict[str, Any]], kind: type[R], path: Path) -> list[R]:
+    """The rows of a JSONL file as records.
+
+    Args:
+        path: For messages.
+
+    Raises:
+        UserError: A row lacks a key or has a value of another type.
+    """
     check = checked(kind)
     records = []
-    for number, row in enumerate(read_jsonl(path, growing=growing), start=1):
+    for number, row in enumerate(rows, start=1):
         try:
             records.append(check.validate_python(kind.known(row)))
         except KeyError as error:
@@ -156,7 +170,7 @@ def write_records(path: Path, records: Iterable[Record]) -> None:
 
 def jsonl_line(record: Record) -> str:
     """A record as a row of a JSONL file, with its end."""
-    return json.dumps(record.to_row(), ensure_ascii=False) + "\n"
+    return _ENCODER.encode(record.to_row()) + "\n"
 
 
 def sha256_file(path: Path) -> str:

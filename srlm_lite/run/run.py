@@ -26,6 +26,8 @@ from srlm_lite.run.layout import (
 
 _RESTORE = "Restore it, or delete the iterations after it"
 _LOCK = ".lock"
+_ASIDE, _DROPPED = ".before", ".dropped"
+"""Where the run lies that another one is to follow; and while it is deleted."""
 _OWN = re.compile(
     r"run\.json|base\.json|metrics\.jsonl|anchor|base|reward|iter_\d{3,}|\.scratch|vllm\.log"
     r"|compare|mt_bench|report\.html|tracking\.json|tensorboard|wandb"
@@ -202,13 +204,19 @@ class RunDir:
     def open(self, recipe: Recipe, facts: dict[str, Any], *, fresh: bool = False) -> None:
         """Begin a run here, or go on with the one that is here.
 
+        Args:
+            fresh: Begin one in any case; the one that is here is set aside, see `settle`.
+
         Raises:
             UserError: The directory holds a run of another configuration (the differing keys are
                 named), or files that are not a run's.
         """
         self._refuse_other_places()
         if fresh and self.exists:
-            self._clear()
+            if self._aside.is_dir():  # one that never got going lies in the place of the last whole
+                self._clear()
+            else:
+                self._set_aside()
         if not self.exists:
             self._write_run(recipe, facts)
             return
@@ -217,6 +225,31 @@ class RunDir:
         self.check(recipe)
         if self.facts()["recipe"] != recipe.model_dump(mode="json"):
             self._write_run(recipe, facts)  # more iterations, other gates, the same files elsewhere
+
+    @contextmanager
+    def or_as_before(self) -> Iterator[None]:
+        """Within this context a run that was set aside lies where it lay again if it ends by an
+        error before the new one has settled. An interrupted one may go on.
+        """
+        try:
+            yield
+        except Exception:
+            if self._aside.is_dir():
+                self._give_back()
+            raise
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether no run is set aside for this one."""
+        return not self._aside.is_dir()
+
+    def settle(self) -> None:
+        """The new run has what it needs: from here on it is the run, and the last one is gone."""
+        dropped = self.path / _DROPPED
+        shutil.rmtree(dropped, ignore_errors=True)
+        if self._aside.is_dir():
+            self._aside.replace(dropped)  # at once, so that no half of it is ever given back
+            shutil.rmtree(dropped)
 
     def check(self, recipe: Recipe, *, fresh: bool = False) -> None:
         """Whether `open` would begin a run here, or go on with the one that is here.
@@ -268,12 +301,14 @@ class RunDir:
                     where=str(self.path),
                     way_out="Wait until it has finished, or use another directory",
                 ) from error
+            if self._is_torn:
+                self._give_back()
             yield
 
     def _refuse_other_places(self) -> None:
         if self.path.exists() and not self.path.is_dir():
             raise UserError("is a file, not a directory", where=str(self.path))
-        if not self.exists and self._entries():
+        if not self.exists and self._entries() and not self._is_torn:
             raise UserError(
                 "holds files, but no run (no run.json)",
                 where=str(self.path),
@@ -284,19 +319,45 @@ class RunDir:
         if not self.path.is_dir():
             return []
         # A draft of run.json is left by a run that was killed, or found the disk full, there.
-        not_yet = (_LOCK, draft_of(self.run_json).name)
+        not_yet = (_LOCK, _ASIDE, _DROPPED, draft_of(self.run_json).name)
         return [entry for entry in self.path.iterdir() if entry.name not in not_yet]
 
+    @property
+    def _aside(self) -> Path:
+        return self.path / _ASIDE
+
+    @property
+    def _is_torn(self) -> bool:
+        """Whether setting a run aside, or giving it back, was killed midway."""
+        both = self.exists and (self._aside / self.run_json.name).is_file()
+        return self._aside.is_dir() and not both
+
+    def _set_aside(self) -> None:
+        self._aside.mkdir()
+        for entry in self._own():
+            entry.replace(self._aside / entry.name)
+
+    def _give_back(self) -> None:
+        if not self._is_torn:
+            self._clear()
+        first = sorted(self._aside.iterdir(), key=lambda entry: entry.name == self.run_json.name)
+        for entry in first:
+            entry.replace(self.path / entry.name)
+        self._aside.rmdir()
+
     def _clear(self) -> None:
-        # What a run writes, and nothing that somebody has put beside it. Its run.json last: when
-        # this is killed, it is still a run that can be started over.
-        for entry in sorted(self._entries(), key=lambda entry: entry == self.run_json):
-            if not _OWN.fullmatch(entry.name):
-                continue
+        for entry in self._own():
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry)
             else:
                 entry.unlink()
+
+    def _own(self) -> list[Path]:
+        """What a run writes, and nothing that somebody has put beside it. Its run.json last: where
+        a process is killed on the way, it is still a run.
+        """
+        found = sorted(self._entries(), key=lambda entry: entry == self.run_json)
+        return [entry for entry in found if _OWN.fullmatch(entry.name)]
 
     @property
     def base_revision(self) -> str | None:

@@ -48,11 +48,11 @@ def anchor(session: Session) -> tuple[None, dict[str, Any]]:
         return None, read_json(directory.training, **trained)
     shipped = session.shipped_anchor
     if shipped is not None:
-        session.slot.load((shipped,))  # refused here if it does not fit the base
+        _ = session.slot  # refused here if it does not fit the base
         return None, _save(session, shipped, {"taken_from": section.init})
 
     ift = ift_examples(session, read_ift(session.recipe)) if section.use_ift else []
-    extra = ift_examples(session, read_extra(session.recipe))
+    extra = ift_examples(session, read_extra(session.recipe), as_they_stand=True)
     eft: list[Example] = []
     facts: dict[str, Any] = {"ift": len(ift), **({"extra": len(extra)} if extra else {})}
     if section.use_eft:
@@ -81,15 +81,22 @@ def _save(session: Session, adapter: Adapter, facts: dict[str, Any]) -> dict[str
     return facts
 
 
-def ift_examples(session: Session, rows: Sequence[Instruction]) -> list[Example]:
-    """Instruction data as ids."""
+def ift_examples(
+    session: Session, rows: Sequence[Instruction], *, as_they_stand: bool = False
+) -> list[Example]:
+    """Instruction data as ids.
+
+    Args:
+        as_they_stand: Without the recipe's system message.
+    """
     from srlm_lite.training.sft import Example
 
+    chat = session.chat
     return [
         Example(
-            prompt_ids=tuple(session.chat.prompt_ids(row.prompt)),
+            prompt_ids=tuple(chat.prompt_ids(row.asked) if as_they_stand else chat.policy_ids(row)),
             target_ids=learned_ids(
-                session.chat,
+                chat,
                 row.response,
                 row.ids if isinstance(row, SampledInstruction) else None,
             ),

@@ -137,10 +137,18 @@ class AtWork(Iteration):
         )
 
     def likelihoods(
-        self, prompts: Sequence[Prompt], candidates: Sequence[Candidate], *, by: Model, name: str
+        self,
+        prompts: Sequence[Prompt],
+        candidates: Sequence[Candidate],
+        *,
+        by: Model,
+        name: str,
+        questions: bool = False,
     ) -> dict[str, Likelihood]:
-        path = self._directory.likelihoods / f"{name}.jsonl"
-        return candidate_likelihoods(self._session, self._stack(by), prompts, candidates, path=path)
+        path, stack = self._directory.likelihoods / f"{name}.jsonl", self._stack(by)
+        return candidate_likelihoods(
+            self._session, stack, prompts, candidates, path=path, questions=questions
+        )
 
     def as_answer(self, candidate: Candidate) -> Candidate:
         return read_as_reply(self._session.chat, candidate)

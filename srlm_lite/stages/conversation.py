@@ -7,9 +7,10 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+from srlm_lite.conversation import Message, transcript
 from srlm_lite.errors import UserError
 from srlm_lite.judging import names_a_score, parse_score, score_line_complete
-from srlm_lite.records import Reply
+from srlm_lite.records import Prompt, Reply
 from srlm_lite.rollout.protocol import Limits, Request
 from srlm_lite.seeds import derive_seed
 from srlm_lite.session import Session
@@ -57,6 +58,8 @@ class Conversation:
     def answer(self, text: str, show: Show) -> int:
         """Answer a message; how many old turns did not fit the window and were forgotten.
 
+        The recipe's system message stands before them, and is not forgotten.
+
         Raises:
             UserError: The message alone does not fit.
         """
@@ -65,7 +68,7 @@ class Conversation:
         window = self._session.recipe.base.window
         room = room_for_prompt(window, answer=limits.max_new_tokens)
         forgotten = 0
-        while len(ids := self._session.chat.render(messages, generation=True)) > room:
+        while len(ids := self._ids(messages)) > room:
             if len(messages) == 1:
                 raise UserError(f"the message is too long: {len(ids)} tokens, and {room} fit")
             del messages[:2]
@@ -82,6 +85,8 @@ class Conversation:
     def judge(self, show: Show) -> float | None:
         """The model's own score of the last answer, shown with its reasons.
 
+        It is judged as the answer to all that was said before.
+
         None where it cannot be read, as of a grading that ran into the token limit.
 
         Raises:
@@ -89,7 +94,8 @@ class Conversation:
         """
         if not self._messages:
             raise UserError("there is no answer to judge yet")
-        prompt, reply = (message["content"] for message in self._messages[-2:])
+        *before, last = self._messages
+        prompt, reply = transcript(before), last["content"]
         rubric, judge = self._session.rubric, self._session.recipe.judge
         ids = self._session.chat.prompt_ids(rubric.render(prompt=prompt, response=reply))
         limits = with_thought(self._session, limits_of(judge))
@@ -100,6 +106,12 @@ class Conversation:
             limits = replace(limits, stop=partial(score_line_complete, rubric))
         said = self._reply(self._judge, ids, limits, show)
         return parse_score(said.text, rubric, finish_reason=said.finish_reason)
+
+    def _ids(self, messages: Sequence[Message]) -> list[int]:
+        """What the model goes on from; its own replies stand in it as templates write past ones."""
+        chat = self._session.chat
+        turns = chat.policy_turns(Prompt("", "", messages=tuple(messages)))
+        return chat.render(turns, generation=True)
 
     def _reply(
         self, stack: Sequence[Adapter], ids: Sequence[int], limits: Limits, show: Show
@@ -115,7 +127,7 @@ class Conversation:
             shown = len(text.strip())
             return limits.stop is not None and limits.stop(text)
 
-        request = Request(prompt_ids=tuple(ids), seeds=(seed,))
+        request = Request(prompt_ids=tuple(ids), seeds=(seed,))  # the engine is of this process
         engine = self._session.engine(stack)
         # Engines ask a stop rule whenever a line is complete: the place to show it.
         [[sample]] = engine.sample([request], replace(limits, stop=more))

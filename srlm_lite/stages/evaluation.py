@@ -93,7 +93,7 @@ def _policy(
     held_out = policy_prompts(recipe)
     prompts = held_out
     if not session.engine_kind("policy").remote:  # a server has a window of its own
-        prompts = [prompt for prompt in held_out if session.leaves_room(prompt.text)]
+        prompts = [prompt for prompt in held_out if session.leaves_room(prompt)]
     left_out = {"too_long": len(held_out) - len(prompts)} if len(prompts) < len(held_out) else {}
     if not prompts:
         return left_out
@@ -235,7 +235,8 @@ def _divergence(
 def _ifeval(session: Session, directory: StageDir, stack: Sequence[Adapter]) -> dict[str, Any]:
     recipe = session.recipe
     tasks = ifeval_tasks(recipe)
-    lengths = [len(session.chat.prompt_ids(task.prompt)) for task in tasks]
+    prompts = [Prompt(task.prompt_id, task.prompt, "ifeval") for task in tasks]
+    lengths = [len(session.chat.policy_ids(prompt)) for prompt in prompts]
     limit = recipe.evaluate.ifeval_max_new_tokens
     thought = session.thought_tokens()
     room = room_for_answer(recipe.base.window, prompt=max(lengths), thought=thought)
@@ -252,7 +253,7 @@ def _ifeval(session: Session, directory: StageDir, stack: Sequence[Adapter]) -> 
     answers = sample_candidates(
         session,
         stack,
-        [Prompt(task.prompt_id, task.prompt, "ifeval") for task in tasks],
+        prompts,
         path=directory.evaluation_dir / "answers_ifeval.jsonl",
         stage="evaluation, IFEval",
         sampling=Sampling(temperature=0.0, max_new_tokens=limit),

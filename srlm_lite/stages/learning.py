@@ -225,7 +225,7 @@ def rloo_delta(
         delta=start,
         reference=reference,
         reward=reward,
-        prompts=[session.chat.prompt_ids(prompt.text) for prompt in prompts],
+        prompts=[session.chat.policy_ids(prompt) for prompt in prompts],
         optim=recipe.dpo,
         rollout=recipe.rollout,
         kl_weight=kl_weight,

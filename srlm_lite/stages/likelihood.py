@@ -24,16 +24,24 @@ def candidate_likelihoods(
     candidates: Sequence[Candidate],
     *,
     path: Path,
+    questions: bool = False,
 ) -> dict[str, Likelihood]:
-    """How likely a stack finds each candidate that fits the window, by candidate_id."""
+    """How likely a stack finds each candidate that fits the window, by candidate_id.
+
+    Args:
+        questions: The prompts are a method's questions, which have no system message.
+    """
     from srlm_lite.training.sft import Example
 
-    recipe = session.recipe
-    texts = {prompt.prompt_id: prompt.text for prompt in prompts}
+    recipe, chat = session.recipe, session.chat
+    by_id = {prompt.prompt_id: prompt for prompt in prompts}
+
+    def before(prompt: Prompt) -> list[int]:
+        return chat.prompt_ids(prompt.asked) if questions else chat.policy_ids(prompt)
+
     examples = {
         row.candidate_id: Example(
-            tuple(session.chat.prompt_ids(texts[row.prompt_id])),
-            learned_ids(session.chat, row.text, row.ids),
+            tuple(before(by_id[row.prompt_id])), learned_ids(chat, row.text, row.ids)
         )
         for row in candidates
         if row.text

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from srlm_lite.errors import UserError
 from srlm_lite.evaluate.candidates import pair_facts
-from srlm_lite.pairing import Drops, replayed
+from srlm_lite.pairing import JUDGE, Drops, replayed
 from srlm_lite.records import PreferencePair
 from srlm_lite.run.files import read_records, write_json, write_records
 from srlm_lite.run.layout import IterationDir
@@ -97,10 +97,12 @@ def pair_example(session: Session, pair: PreferencePair) -> PairExample:
     """A preference pair as ids."""
     from srlm_lite.training.dpo import PairExample
 
+    chat = session.chat
+    of_judge = pair.origin == JUDGE  # its prompt is a question to the judge
     return PairExample(
-        prompt_ids=tuple(session.chat.prompt_ids(pair.prompt)),
-        chosen_ids=learned_ids(session.chat, pair.chosen, pair.chosen_ids),
-        rejected_ids=learned_ids(session.chat, pair.rejected, pair.rejected_ids),
+        prompt_ids=tuple(chat.prompt_ids(pair.prompt) if of_judge else chat.policy_ids(pair)),
+        chosen_ids=learned_ids(chat, pair.chosen, pair.chosen_ids),
+        rejected_ids=learned_ids(chat, pair.rejected, pair.rejected_ids),
         weight=pair.weight,
         smoothing=pair.smoothing,
     )

@@ -68,7 +68,7 @@ def in_another_directory(session: Session) -> str:
 def _fitting(session: Session, pool: Pool, number: int) -> list[Prompt]:
     """The prompts that fit the window, enough of them for this iteration."""
     section, (prompts, path) = session.recipe.prompts, pool
-    fitting = [prompt for prompt in prompts if session.leaves_room(prompt.text)]
+    fitting = [prompt for prompt in prompts if session.leaves_room(prompt)]
     first, last = (number - 1) * section.per_iteration, number * section.per_iteration
     way_out = "Lower prompts.per_iteration"
     if session.thought_tokens():

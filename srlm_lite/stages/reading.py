@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from random import Random
 from typing import TYPE_CHECKING, Any
 
+from srlm_lite.conversation import last_turn
 from srlm_lite.evaluate.reading import (
     ADVICE,
     KINDS,
@@ -32,8 +33,9 @@ def reading(session: Session) -> tuple[None, dict[str, Any]]:
     """Measure how well the base reads the answers it is to learn, and their prompts.
 
     Answers stand behind their prompts in the chat format, without the end of the turn; prompts
-    stand alone. A run that takes a shipped anchor measures it too: that was made on this base, or
-    should have been. Without instruction data or ranked replies there is nothing to read.
+    stand alone. Of a conversation the turn that is answered is read. A run that takes a shipped
+    anchor measures it too: that was made on this base, or should have been. Without instruction
+    data or ranked replies there is nothing to read.
     """
     path = session.run.anchor.reading
     if path.is_file():
@@ -49,7 +51,9 @@ def _read(session: Session, rows: Sequence[Instruction]) -> dict[str, Any]:
     rng = Random(f"{session.recipe.seed}/reading")
     texts, examples = [], []
     for row in rows:
-        for what, text in zip(KINDS, (excerpt(row.response), excerpt(row.prompt)), strict=True):
+        for what, text in zip(
+            KINDS, (excerpt(row.response), excerpt(last_turn(row.asked))), strict=True
+        ):
             mixed = shuffled(text, rng)
             both = [_example(session, row, what, each) for each in (text, mixed)]
             if mixed != text and all(0 < len(one) <= session.recipe.base.window for one in both):
@@ -75,7 +79,8 @@ def _example(session: Session, row: Instruction, what: str, text: str) -> Exampl
         ids = session.chat.target_ids(text)
         if ids[-1] == session.chat.end_id:
             ids = ids[:-1]
-        return Example(tuple(session.chat.prompt_ids(excerpt(row.prompt))), tuple(ids))
+        asked = excerpt(last_turn(row.asked))
+        return Example(tuple(session.chat.prompt_ids(asked)), tuple(ids))
     tokenizer: Any = session.base.tokenizer
     first = tokenizer.bos_token_id
     ids = tokenizer(text, add_special_tokens=False).input_ids

@@ -40,7 +40,7 @@ def ranked_pairs(group: Sequence[RankedReply], kind: Kind) -> list[PreferencePai
     ]
     if kind == "best-worst":
         scored = list(best_and_worst(scored))
-    return told_apart(Prompt(group[0].prompt_id, group[0].prompt), scored)
+    return told_apart(Prompt.of(group[0]), scored)
 
 
 def reward_model(
@@ -115,7 +115,7 @@ def _held_out_accuracy(session: Session, model: RewardModel) -> float | None:
     groups = read_ranked(data_file(recipe, "eft_eval.jsonl"), recipe.evaluate.eft_prompts)
     groups = without_thoughts(session.chat, groups)
     rows = [row for group in groups for row in group]
-    asked = [Instruction(row.prompt_id, row.prompt, row.response) for row in rows]
+    asked = [Instruction(row.prompt_id, row.prompt, row.response, row.messages) for row in rows]
     examples = {
         row.response_id: one
         for row, one in zip(rows, ift_examples(session, asked), strict=True)

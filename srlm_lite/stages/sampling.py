@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from srlm_lite.conversation import messages_of
 from srlm_lite.engines import Role
 from srlm_lite.errors import UserError
 from srlm_lite.judging import (
@@ -92,11 +93,11 @@ class _Answer:
     ) -> list[Candidate]:
         requests = [
             Request(
-                prompt_ids=tuple(session.chat.prompt_ids(prompt.text)),
+                prompt_ids=tuple(session.chat.policy_ids(prompt)),
                 seeds=tuple(
                     derive_seed(*self.seed_path, f"{prompt.prompt_id}{mark}") for mark in self.marks
                 ),
-                text=prompt.text,
+                messages=session.chat.policy_turns(prompt),
             )
             for prompt in item
         ]
@@ -162,7 +163,8 @@ class _Reply:
         for name, text in item:
             ids = _fitting_ids(session, text, self.role, limits)
             if ids is not None:
-                fitting[name] = Request(ids, (derive_seed(*self.seed_path, name),), text)
+                seed = derive_seed(*self.seed_path, name)
+                fitting[name] = Request(ids, (seed,), messages_of(text))
         drawn = draw(session, self.stack, self.role, fitting, limits, advance)
         advance(len(item) - len(fitting))
         chat = chat_of(session, self.role)
@@ -204,7 +206,7 @@ def _of_the_answer(rule: StopRule, text: str) -> bool:
 
 
 def _fitting_ids(session: Session, text: str, role: Role, limits: Limits) -> tuple[int, ...] | None:
-    """A user turn as ids, or None where it does not fit the window.
+    """A question as ids, or None where it does not fit the window.
 
     Empty for a server: it gets the text, has a template and a window of its own, and needs no
     base in this process.
@@ -315,7 +317,7 @@ class _Judge:
                     derive_seed(*self.seed_path, attempt, items[i][0][0], vote)
                     for vote in items[i][1]
                 ),
-                text=texts[i],
+                messages=messages_of(texts[i]),
             )
             for i, ids in fitting.items()
         }

@@ -9,14 +9,22 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
+from srlm_lite.conversation import (
+    Answerable,
+    Asked,
+    messages_of,
+    with_both_faces,
+    with_system,
+)
 from srlm_lite.data.text import words_of
 from srlm_lite.engines import kind_of
 from srlm_lite.errors import UserError, shorten
 from srlm_lite.evaluate import ifeval
+from srlm_lite.methods import METHODS
 from srlm_lite.methods.base import Pool, SeedData
 from srlm_lite.recipe import Recipe
 from srlm_lite.records import Instruction, Prompt, RankedReply
-from srlm_lite.run.files import read_jsonl, read_records
+from srlm_lite.run.files import read_jsonl, records_of
 from srlm_lite.window import admits_a_prompt
 
 T = TypeVar("T")
@@ -107,8 +115,27 @@ def _best_ranked(recipe: Recipe) -> list[Instruction]:
     return _best(read_ranked(ranked_file(recipe), recipe.anchor.eft_prompts))
 
 
+def rows_of(path: Path, *keys: str) -> list[dict[str, Any]]:
+    """The rows of a data file, each with the text of what is asked, and its turns beyond one.
+
+    Args:
+        keys: Where that text may stand; the first one is where it is put if a row has none of them.
+
+    Raises:
+        UserError: As `read_jsonl`; or `messages` cannot be answered, or are not what the text says.
+    """
+    rows = []
+    for number, row in enumerate(read_jsonl(path), start=1):
+        key = next((one for one in keys if row.get(one) is not None), keys[0])
+        try:
+            rows.append(with_both_faces(row, key))
+        except ValueError as error:
+            raise UserError(f"row {number} {error}", where=str(path)) from error
+    return rows
+
+
 def _instructions(path: Path) -> list[Instruction]:
-    rows = read_records(path, Instruction)
+    rows = records_of(rows_of(path, "prompt"), Instruction, path)
     for number, row in enumerate(rows, start=1):
         for name in ("prompt", "response"):
             if not getattr(row, name).strip():
@@ -123,13 +150,14 @@ def read_ranked(path: Path, limit: int | None) -> list[list[RankedReply]]:
         UserError: Two replies share an id, or two prompts do; or a quality is no number.
     """
     groups: dict[str, list[RankedReply]] = {}
-    rows = read_records(path, RankedReply)
+    rows = records_of(rows_of(path, "prompt"), RankedReply, path)
     _refuse_doubles((row.response_id for row in rows), "responses", path)
     for number, row in enumerate(rows, start=1):
         if row.quality is not None and not math.isfinite(row.quality):
             raise UserError(f"row {number}: `quality` is {row.quality}", where=str(path))
         group = groups.setdefault(row.prompt_id, [])
-        if group and group[0].prompt != row.prompt:  # or their replies would be compared
+        # Or replies to different prompts would be compared.
+        if group and (group[0].prompt, group[0].asked) != (row.prompt, row.asked):
             raise UserError(f"two prompts have the id {row.prompt_id}", where=str(path))
         group.append(row)
     return list(islice(groups.values(), limit))
@@ -154,23 +182,25 @@ def read_human_answers(recipe: Recipe) -> tuple[list[Instruction], Path]:
 def _best(groups: Iterable[Sequence[RankedReply]]) -> list[Instruction]:
     """The best reply of each prompt."""
     best = (min(group, key=lambda row: row.rank) for group in groups)
-    return [Instruction(row.prompt_id, row.prompt, row.response) for row in best]
+    return [Instruction(row.prompt_id, row.prompt, row.response, row.messages) for row in best]
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """A prompt list.
+    """A prompt list: texts, or the `messages` of conversations.
 
     Raises:
-        UserError: A row has no text, or two rows share an id.
+        UserError: A row has no text, messages that cannot be answered or are not what its text
+            says, or two rows share an id.
     """
     prompts = []
-    for number, row in enumerate(read_jsonl(path), start=1):
+    for number, row in enumerate(rows_of(path, "text", "prompt", "instruction"), start=1):
         text = row.get("text", row.get("prompt", row.get("instruction")))
         if not isinstance(text, str) or not text.strip():
             raise UserError(f"row {number} has no text", where=str(path))
         named = row.get("prompt_id")
         prompt_id = f"{path.stem}-{number}" if named is None else str(named)
-        prompts.append(Prompt(prompt_id, text, str(row.get("source", path.name))))
+        source, messages = str(row.get("source", path.name)), row.get("messages")
+        prompts.append(Prompt(prompt_id, text, source, messages and tuple(messages)))
     _refuse_doubles((prompt.prompt_id for prompt in prompts), "prompts", path)
     return prompts
 
@@ -182,7 +212,7 @@ def policy_prompts(recipe: Recipe) -> list[Prompt]:
         prompts: Sequence[Prompt] = read_prompts(path)
     else:
         groups = read_ranked(data_file(recipe, "eft_eval.jsonl"), None)
-        prompts = [Prompt(group[0].prompt_id, group[0].prompt, "eft_eval") for group in groups]
+        prompts = [Prompt.of(group[0], "eft_eval") for group in groups]
     return list(prompts[: recipe.evaluate.policy_prompts])
 
 
@@ -260,6 +290,41 @@ def _learned_from(recipe: Recipe) -> dict[Path, set[str]]:
         if path.is_file():
             found[path] = {prompt.text for prompt in read_prompts(path)}
     return found
+
+
+def shapes_asked(recipe: Recipe, listed: Pool | None) -> dict[tuple[str, ...], tuple[str, Asked]]:
+    """What the base is asked as the policy: of each succession of roles one, with its file.
+
+    The recipe's system message is in it, and told of in the file's place where a single user turn
+    is all that comes behind it.
+
+    Args:
+        listed: The prompts of the iterations.
+
+    Raises:
+        UserError: A file cannot be read.
+    """
+    own = Path(recipe.data.dir) / "eval_prompts.jsonl"
+    held_out = own if own.is_file() else data_file(recipe, "eft_eval.jsonl")
+    found: list[tuple[Path, Sequence[Answerable]]] = [(held_out, policy_prompts(recipe))]
+    extra: list[Instruction] = []
+    if listed is not None:
+        found.append((listed[1], listed[0]))
+    if recipe.anchor.init == "base":
+        extra = read_extra(recipe)
+        if recipe.anchor.use_ift:
+            found.append((data_file(recipe, "ift.jsonl"), read_ift(recipe)))
+    if METHODS[recipe.method].learns_ranked and recipe.iterations:
+        path = ranked_file(recipe)
+        found.append((path, [group[0] for group in read_ranked(path, None)]))
+    system = recipe.base.system
+    asked = [("base.system", with_system("Hello", system))]
+    asked += [(str(path), with_system(row.asked, system)) for path, rows in found for row in rows]
+    asked += [(str(recipe.data.extra), row.asked) for row in extra]
+    shapes: dict[tuple[str, ...], tuple[str, Asked]] = {}
+    for where, one in asked:
+        shapes.setdefault(tuple(turn["role"] for turn in messages_of(one)), (where, one))
+    return shapes
 
 
 def unmeasured(recipe: Recipe) -> Iterator[str]:

@@ -6,6 +6,7 @@ from itertools import count
 from random import Random
 from typing import Any
 
+from srlm_lite.conversation import messages_of
 from srlm_lite.data.self_instruct import MAX_NEW_TOKENS, PromptPool
 from srlm_lite.errors import UserError
 from srlm_lite.records import Prompt
@@ -39,7 +40,9 @@ def write_prompts(session: Session, iteration: IterationDir) -> tuple[list[Promp
         for before in range(1, iteration.number)
         for prompt in read_records(session.run.iteration(before).prompts, Prompt)
     ]
-    pool = PromptPool([row.prompt for row in read_ift(recipe)], generated=earlier)
+    # What a conversation asks for in its last turn cannot be understood by itself.
+    shown = [row.prompt for row in read_ift(recipe) if row.messages is None]
+    pool = PromptPool(shown, generated=earlier)
     engine = session.engine(session.stack(0))
     task = session.reporter.start("prompts", wanted, "prompts")
     batch = recipe.rollout.chunk_prompts
@@ -60,17 +63,17 @@ def write_prompts(session: Session, iteration: IterationDir) -> tuple[list[Promp
         ]
         texts = [pool.request(Random(seed)) for seed in seeds]
         requests = [
-            Request(tuple(session.chat.prompt_ids(text)), (seed,), text)
+            Request(tuple(session.chat.prompt_ids(text)), (seed,), messages_of(text))
             for seed, text in zip(seeds, texts, strict=True)
         ]
         fitting = [one for one in requests if len(one.prompt_ids) <= longest]
         pool.drops["long_request"] += len(requests) - len(fitting)
-        for request, samples in zip(fitting, engine.sample(fitting, limits), strict=True):
-            said = reply_of(session.chat, request.text, samples[0])
+        for [sample] in engine.sample(fitting, limits):
+            said = reply_of(session.chat, "", sample)
             new = [
                 text
                 for text in pool.offer(said.text, finished=said.finish_reason == "stop")
-                if session.leaves_room(text)
+                if session.leaves_room(Prompt("", text))
             ]
             made.extend(new)
             task.advance(len(new))

@@ -28,7 +28,7 @@
     pair.longer = pair.cl - pair.rl;
     pair.apart = pair.d === null ? -1 : pair.d;
     pair.gold = pair.g === null ? "" : ["reversed", "tied", "right"][Math.sign(pair.g[0] - pair.g[1]) + 1];
-    pair.words = [pair.id, pair.p, pair.c, pair.r, ...pair.cv.map((v) => v[2]), ...pair.rv.map((v) => v[2])]
+    pair.words = [pair.id, ...pair.m.map((turn) => turn[1]), pair.p, pair.c, pair.r, ...pair.cv.map((v) => v[2]), ...pair.rv.map((v) => v[2])]
       .join("\n").toLowerCase();
   });
 
@@ -71,7 +71,10 @@
     if (pair.gold) facts.push("gold order: " + (pair.gold === "right" ? "the same" : pair.gold));
     if (pair.w[0] !== 1) facts.push("weight " + shown(pair.w[0]));
     if (pair.w[1] !== 0) facts.push("smoothing " + shown(pair.w[1]));
-    made.append(element("p", "facts", facts.join(" · ")), element("h4", "hidden", "Prompt"), modelText(pair.p));
+    made.append(element("p", "facts", facts.join(" · ")), element("h4", "hidden", "Prompt"));
+    for (const [who, said] of pair.m) made.append(element("p", "facts turn", who), modelText(said));
+    if (pair.m.length) made.append(element("p", "facts turn", "The user"));
+    made.append(modelText(pair.p));
     const sides = element("div", "sides"), name = scoreName(pair);
     const score = (value) => name && name + " " + shown(value);
     sides.append(
