@@ -226,7 +226,7 @@ def train_reward(
 class _RewardProof(TrainerCallback):
     """Before the first step, shows that rewards of texts in trees are those of texts by themselves.
 
-    With a head of ones, since one of zeros makes any two models agree.
+    With a head of equal weights, since one of zeros makes any two models agree.
     """
 
     def __init__(self, trainer: RewardTrainer) -> None:
@@ -238,7 +238,7 @@ class _RewardProof(TrainerCallback):
         scorer: Any = trainer.model
         scorer.eval()
         head = scorer.head.data
-        scorer.head.data = torch.ones_like(head)
+        scorer.head.data = torch.full_like(head, head.numel() ** -0.5)
         first = trainer.texts_of(range(min(len(trainer.examples), PROVEN // 2)))
         own = []
         for text in first:
