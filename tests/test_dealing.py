@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import islice
 
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader
 
 from srlm_lite.processes import Place
 from srlm_lite.training.dealing import StepOrder, cut, deal
@@ -52,3 +54,12 @@ def test_every_example_counts_once_an_epoch(n: int, batch: int, budget: int, wor
         made.update(one for own in dealt for share in own if share.counts for one in share.examples)
     assert made == Counter(range(n))
     assert [*steps] != [*StepOrder(n, batch, seed=3)] or n < 4  # the next epoch has another order
+
+
+def test_a_pass_has_its_order_though_nobody_comes_to_the_end_of_the_one_before() -> None:
+    """transformers' trainer takes as many steps as there are, and asks for no more."""
+    order = StepOrder(8, 2, seed=1)
+    loader: DataLoader[int] = DataLoader(range(8), batch_sampler=order, collate_fn=tuple)  # type: ignore[arg-type]
+    first, second = (list(islice(iter(loader), len(order))) for _ in range(2))
+    assert first != second
+    assert second == [tuple(step) for step in StepOrder(8, 2, seed=1, epoch=1)]
