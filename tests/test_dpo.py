@@ -34,10 +34,17 @@ DPO = Dpo(learning_rate=5e-3, epochs=3, batch_size=4, micro_batch_size=2, lora=L
 LN2 = math.log(2)
 
 
-KINDS = [("none", "float32"), ("nf4", "float32"), ("none", "bfloat16"), ("nf4", "bfloat16")]
+KINDS = [
+    pytest.param(kind, id="-".join(kind), marks=marks)
+    for kinds, marks in (
+        ((("none", "float32"), ("nf4", "bfloat16")), ()),
+        ((("nf4", "float32"), ("none", "bfloat16")), pytest.mark.slow),
+    )
+    for kind in kinds
+]
 
 
-@pytest.fixture(scope="module", params=KINDS, ids=["-".join(kind) for kind in KINDS])
+@pytest.fixture(scope="module", params=KINDS)
 def base(request: pytest.FixtureRequest, tiny_base_dir: Path) -> LoadedBase:
     quantization, dtype = request.param
     return load_base(Base(name=str(tiny_base_dir), quantization=quantization, dtype=dtype))

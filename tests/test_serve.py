@@ -313,6 +313,27 @@ def test_a_conversation_is_rendered_by_the_template(
     assert said == sampled(session, 1, messages=talk) != sampled(session, 1)
 
 
+def test_the_recipe_s_system_message_stands_where_there_is_no_other(
+    tiny_base_dir: Path, tmp_path: Path
+) -> None:
+    """The toy base's template has none; this one writes them."""
+    adapters = [random_adapter(tiny_base_dir, seed=0)]
+    run = make_run(tmp_path / "run", tiny_base_dir, adapters=adapters, system="Be brief.")
+    session = Session(run.recipe(), run)
+    worker = Worker(session, {"base": []})
+
+    def ids(*messages: dict[str, str]) -> list[int]:
+        return worker._ids(read_ask(body(messages=list(messages))))
+
+    def rendered(*messages: dict[str, str]) -> list[int]:
+        return session.chat.render(list(messages), generation=True)
+
+    brief, own = ({"role": "system", "content": text} for text in ("Be brief.", "Be kind."))
+    assert ids(user("Hi")) == rendered(brief, user("Hi")) != rendered(user("Hi"))
+    assert ids(own, user("Hi")) == rendered(own, user("Hi"))
+    assert ids({"role": "system", "content": ""}, user("Hi")) == rendered(user("Hi"))
+
+
 @pytest.mark.parametrize(
     ("more", "kind", "code"),
     [

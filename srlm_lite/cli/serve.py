@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
 from dataclasses import dataclass
@@ -53,6 +54,8 @@ def run_serve(wish: ServeWish) -> None:
         console.say(f"serving {', '.join(stacks)} of {run.path} at {server.url}; Ctrl-C ends it")
         thread = threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True)
         thread.start()
+        # Whoever has started it in the background ends it so.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             while thread.is_alive():
                 thread.join(0.5)
