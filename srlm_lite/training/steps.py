@@ -95,6 +95,8 @@ class StepTrainer(Trainer):
         budget: Tokens in memory at once, in a training pass.
     """
 
+    model: Any
+
     def __init__(
         self,
         slot: Slot,
@@ -227,7 +229,7 @@ class StepTrainer(Trainer):
     @property
     def steps(self) -> StepOrder:
         """From the first one on."""
-        return StepOrder(len(self.examples), self.batch_size, self.args.data_seed)
+        return StepOrder(len(self.examples), self.batch_size, int(self.args.data_seed or 0))
 
     @property
     def first_step(self) -> list[int]:
@@ -347,7 +349,7 @@ class StepTrainer(Trainer):
                 batch = self.batch([texts[i] for i in share.examples])
                 found = self.scores(model, batch).double().cpu()
                 if share.counts:
-                    pieces = found.split(batch.counts)
+                    pieces = torch.split(found, batch.counts)
                     for i, piece in zip(share.examples, pieces, strict=True):
                         table[offsets[i] : offsets[i + 1]] = piece
         if place().world > 1:
@@ -403,7 +405,8 @@ class StepTrainer(Trainer):
         """Log-likelihoods of each text's targets, token by token, on the CPU, from one batch."""
         with self.reading(), self.compute_loss_context_manager():
             batch = self.batch(texts)
-            return list(self.scores(self.model_wrapped, batch).float().cpu().split(batch.counts))
+            found = self.scores(self.model_wrapped, batch).float().cpu()
+            return list(torch.split(found, batch.counts))
 
     @property
     def name_of_base(self) -> str:
