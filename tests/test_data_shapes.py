@@ -362,6 +362,13 @@ ANTHROPIC = {
         {"role": "assistant", "content": [{"type": "text", "text": GOOD}]},
     ],
 }
+GEMINI = {
+    "systemInstruction": {"role": "system", "parts": [{"text": "Be brief."}]},
+    "contents": [
+        {"role": "user", "parts": [{"text": Q}]},
+        {"role": "model", "parts": [{"text": GOOD}]},
+    ],
+}
 DOLLY = {"instruction": Q, "context": "It leaks.", "response": GOOD, "category": "open_qa"}
 
 
@@ -373,6 +380,8 @@ DOLLY = {"instruction": Q, "context": "It leaks.", "response": GOOD, "category":
         ({"messages": [*TURNS, assistant(SHORT)]}, TURNS, SHORT),
         (SHAREGPT, UNDER, GOOD),
         (ANTHROPIC, UNDER, GOOD),
+        ({**ANTHROPIC, "system": [{"type": "text", "text": "Be brief."}]}, UNDER, GOOD),
+        (GEMINI, UNDER, GOOD),
         ({"conversation": [{"input": Q, "output": GOOD}]}, Q, GOOD),
         (
             {"source": "x", "conversation": [{"input": Q, "output": GOOD},
@@ -479,6 +488,10 @@ def test_a_score_of_a_side_is_its_quality_where_it_is_named(tmp_path: Path) -> N
     assert [row.quality for row in found.seed.eft_train] == [None, None]
     left = "id, source, chosen_model, rejected_model, messages, score_chosen, score_rejected"
     assert f"not used: {left}" in found.notes
+    within = [{**one, "votes": 3} for one in NECTAR["answers"]]
+    found = prepared(tmp_path, {**NECTAR, "answers": within})
+    left = "turns, num_responses, source, good_natured, answers.model, answers.votes"
+    assert f"not used: {left}" in found.notes
     found = prepared(tmp_path, BINARIZED, columns=Columns(score="score_chosen"))
     assert [row.quality for row in found.seed.eft_train] == [8.0, 3.0]
 
@@ -502,7 +515,7 @@ def test_a_score_of_a_side_is_its_quality_where_it_is_named(tmp_path: Path) -> N
         ({"trajectory": [user(Q)], "chosen": GOOD, "rejected": POOR},
          {"columns": Columns(prompt="trajectory")}),
         ({"instruction": Q, "output": [GOOD, POOR]}, {"ignore": ("output",)}),
-        ({"prompt": Q, "system": ["Be brief."], "response": GOOD}, {"ignore": ("system",)}),
+        ({"prompt": Q, "system": 3, "response": GOOD}, {"ignore": ("system",)}),
     ],
 )  # fmt: skip
 def test_what_would_be_lost_is_refused(

@@ -120,6 +120,7 @@ def test_a_prompt_is_its_turns_under_the_system_message(tokenizer: Any) -> None:
         "<|im_start|>assistant\n"
     )
     assert spelled(told, own) == system.replace("Be brief.", SYSTEM["content"]) + single
+    assert spelled(told, Prompt("d", "s")) == system + single.replace("name a tree", "s")
     # A question to a judge has none, whatever the recipe says.
     assert told.prompt_ids(one.text) == plain.prompt_ids(one.text)
 

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from srlm_lite.cli.completion import overrides, recipe_names
+
 app = typer.Typer(help="Make the seed data of a run.", no_args_is_help=True)
 
 EVERY_LANGUAGE = "any"
@@ -190,6 +192,51 @@ def prepare_command(
         typer.echo(f"note: {note}", err=True)
     typer.echo(json.dumps(facts, indent=2, ensure_ascii=False) if as_json else _account(facts, out))
     typer.echo(_next(facts, out), err=as_json)
+
+
+@app.command("show")
+def show_command(
+    directory: Annotated[
+        Path, typer.Argument(help="Directory with ift.jsonl and so on.", metavar="DIR")
+    ],
+    base: Annotated[
+        str | None,
+        typer.Option(help="Count in the tokens of this base: a name or path.", metavar="NAME"),
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help="Count for this recipe: its base, its template, its window.",
+            metavar="NAME",
+            autocompletion=recipe_names,
+        ),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="With --recipe or --base, override a setting: base.window=4096",
+            metavar="KEY=VALUE",
+            autocompletion=overrides,
+        ),
+    ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(help="Write a page with charts and samples, too.", metavar="FILE.html"),
+    ] = None,
+    samples: Annotated[
+        int, typer.Option(help="Prompts of each file that the page shows.", min=0, max=400)
+    ] = 12,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all figures as JSON.")] = False,
+) -> None:
+    """Look at seed data before a run uses it: counts, lengths, languages, what stands out.
+
+    For what `data prepare` has written, or files of the same names made by hand. Needs no run, and
+    reads files of any size. Says first what a run would refuse, and what a model would learn wrong.
+    """
+    from srlm_lite.cli.data_show import ShowWish, run_show
+
+    run_show(ShowWish(directory, base, recipe, set_ or [], html, samples), as_json=as_json)
 
 
 def _account(facts: dict[str, Any], out: Path) -> str:

@@ -393,6 +393,37 @@ def chat(
 
 
 @app.command()
+def serve(
+    adapters: Adapters,
+    iteration: Annotated[
+        str | None,
+        typer.Option(
+            help="Serve this model alone: a number, `anchor`, `base`, or `last`. Default: all.",
+            show_default=False,
+        ),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0: any that is free.", min=0, max=65535)] = 8000,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            help="Ask each request for this key. Default: the environment's SRLM_API_KEY; without "
+            "one, none is asked for.",
+            metavar="KEY",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Serve the models of a run to OpenAI's clients, all of them on the one base in memory.
+
+    The name of a model is `base`, `anchor` or the number of its iteration. Ctrl-C ends it.
+    """
+    from srlm_lite.cli.serve import ServeWish, run_serve
+
+    run_serve(ServeWish(adapters, iteration, host, port, api_key))
+
+
+@app.command()
 def doctor(
     recipe: Annotated[
         str | None,

@@ -26,7 +26,7 @@ def run_report(*, directory: Path, out: Path | None, as_markdown: bool) -> None:
         return
     file = out or run.report
     facts = gather(run)
-    _refuse_foreign(file)
+    refuse_foreign(file, GENERATOR)
     page = html(facts)
     write_atomically(file, page)
     console = ConsoleReporter()
@@ -35,19 +35,27 @@ def run_report(*, directory: Path, out: Path | None, as_markdown: bool) -> None:
     typer.echo(str(file))
 
 
-def _refuse_foreign(file: Path) -> None:
-    """A report replaces a report, and nothing else."""
+def refuse_foreign(file: Path, generator: str, *, option: str = "--out") -> None:
+    """A page replaces a page of its kind, and nothing else.
+
+    Args:
+        generator: By which such a page is known.
+        option: That names the file.
+
+    Raises:
+        UserError: There is something else, or no directory for it.
+    """
     if file.is_dir():
         raise UserError(
-            "is a directory", where=f"--out {file}", way_out="Name a file: --out report.html"
+            "is a directory", where=f"{option} {file}", way_out=f"Name a file: {option} report.html"
         )
     if not file.parent.is_dir():
-        raise UserError("its directory does not exist", where=f"--out {file}")
+        raise UserError("its directory does not exist", where=f"{option} {file}")
     if file.exists():
         with file.open("rb") as found:
-            if GENERATOR.encode() not in found.read(4096):
+            if generator.encode() not in found.read(4096):
                 raise UserError(
-                    "exists, and is no report: it is left as it is",
-                    where=f"--out {file}",
+                    "exists, and is no page of `" + generator + "`: it is left as it is",
+                    where=f"{option} {file}",
                     way_out="Name another file",
                 )

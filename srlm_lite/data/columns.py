@@ -71,7 +71,10 @@ NAMES = {
     "id": ("response_id", "reply_id", "completion_id"),
     "prompt_id": ("prompt_id", "question_id", "instruction_id"),
     "target": ("target",),
-    "system": ("system", "system_prompt", "system_message", "system_instruction"),
+    "system": (
+        *("system", "system_prompt", "system_message", "system_instruction"),
+        "systemInstruction",
+    ),
     "input": ("input", "context"),
     "past": ("history",),
     "chosen": (
@@ -82,7 +85,9 @@ NAMES = {
         *("rejected", "response_k", "non_preferred_output", "rejected_response", "dispreferred"),
         *("reject", "response_rejected"),
     ),
-    "dialogue": ("messages", "conversations", "conversation", "dialogue", "dialog", "chat"),
+    "dialogue": (
+        *("messages", "conversations", "conversation", "dialogue", "dialog", "chat", "contents"),
+    ),
     "transcript": ("text", "chat", "conversation", "dialogue", "transcript"),
     "good": ("label", "kto_tag", "desirable", "is_good"),
     "better": (

@@ -47,6 +47,7 @@ from srlm_lite.data.shapes import (
     refuse_losses,
     shape_of,
     unused,
+    unused_within,
 )
 from srlm_lite.data.sources import DataSource, read_source
 from srlm_lite.data.split import Part, Purpose, RankedPrompt, Sharing
@@ -304,7 +305,7 @@ def _opened(name: str, options: Options, reporter: Reporter) -> DataSource:
 
     table = read_source(name, split=options.hub_split, config=options.hub_config, watch=watch)
     table.profile()
-    task = None
+    task = None  # the file is read again later, under a bar that counts rows
     return table
 
 
@@ -323,15 +324,21 @@ def _use(
     # A list that goes with replies keeps its own ids, as do the replies.
     alone = not several or purpose == "prompts" or number == 0
     table = replace(table, number=number, prefix="" if alone else f"{source.label}:")
-    asked_for = purpose == "prompts"
     if table.shape.format != "oasst-trees":
-        refuse_losses(seen, table.shape, table.at, only_asks=asked_for)
+        refuse_losses(seen, table.shape, table.at, only_asks=purpose == "prompts")
     if purpose == "ranked":
         refuse_no_order(table)
-    left = () if table.shape.format == "oasst-trees" else tuple(unused(seen, table.at))
+    left: tuple[str, ...] = (
+        ()
+        if table.shape.format == "oasst-trees"
+        else (
+            *unused(seen, table.at),
+            *unused_within(seen, table.at),
+        )
+    )
     about = f"{source.label}: " if several else ""
     notes = [*source.notes, *_guesses(table, options.columns)]
-    if (left and not asked_for) or (left and several is False):
+    if left:
         notes.append(f"not used: {', '.join(left)}")
     return Use(purpose, table, tuple(f"{about}{note}" for note in notes), left)
 
@@ -419,9 +426,8 @@ def _refuse_useless(uses: Sequence[Use], options: Options) -> None:
     if options.given_scores and not any(use.table.shape.format == "ranked" for use in replied):
         raise UserError("needs scored replies", where="--given-scores")
     source = next((use for use in uses if use.purpose in ("source", "prompts")), None)
-    if options.prompts is not None and source in asking:
-        raise UserError("the source is a prompt list already", where="--prompts")
-    if options.prompts is not None and sum(use.purpose == "prompts" for use in uses) > 1:
+    lists = sum(use.purpose == "prompts" for use in uses)
+    if options.prompts is not None and (source in asking or lists > 1):
         raise UserError("the source is a prompt list already", where="--prompts")
     read = {name for use in uses for names in use.table.at.values() for name in names}
     for one in fields(Columns):

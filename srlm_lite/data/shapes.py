@@ -31,6 +31,7 @@ from srlm_lite.data.turns import (
     is_message,
     is_transcript,
     parsed,
+    text_in,
     turns_in,
 )
 from srlm_lite.errors import UserError
@@ -193,7 +194,7 @@ def _key(entry: Mapping[str, Any], names: Iterable[str]) -> str | None:
 # Finding columns
 
 COMMON: dict[str, Callable[[Any], bool]] = {
-    "system": _is_text,
+    "system": lambda cell: isinstance(cell, str | list | Mapping),
     "input": _is_text,
     "past": lambda cell: isinstance(cell, list) and not is_dialogue(cell),
     "prompt_id": lambda cell: isinstance(cell, str | int),
@@ -485,10 +486,7 @@ def _before(row: Row, at: Found) -> list[Message]:
 
 def _under_system(row: Row, at: Found, turns: Sequence[Message]) -> Asked:
     """What is asked, with the system message of its own column."""
-    system = _cell(row, at, "system")
-    if system is not None and not isinstance(system, str):
-        raise Unusable("not_text")
-    system = system.strip() if system else None
+    system = text_in(_cell(row, at, "system"))
     own = [one["content"] for one in turns if one["role"] == "system" and one["content"]]
     if system and own and own != [system]:
         raise Unusable("two_systems")
@@ -792,7 +790,7 @@ SHAPES = (
         "a dialogue: messages of role and content or from and value, an object of lists, exchanges "
         "of input and output",
         "its last reply, to all that went before; a prompt where it ends with the user",
-        "UltraChat, Tulu 3 SFT, ShareGPT, Capybara, OpenAI's and Anthropic's chat format",
+        "UltraChat, Tulu 3 SFT, ShareGPT, Capybara, OpenAI's, Anthropic's and Gemini's chats",
         needing({"dialogue": _is_dialogue_here}),
         _read_dialogue,
     ),
@@ -892,6 +890,18 @@ def unused(seen: SeenColumns, at: Found) -> list[str]:
     return [name for name, column in seen.columns.items() if name not in used and column.filled]
 
 
+def unused_within(seen: SeenColumns, at: Found) -> list[str]:
+    """The keys of replies' objects that are not read, such as a second score."""
+    if "replies" not in at:
+        return []
+    [replies] = at["replies"]
+    cells = (parsed(cell) for cell in seen.columns[replies].cells)
+    entries = [one for cell in cells if isinstance(cell, list) for one in cell[:1]]
+    keys = dict.fromkeys(key for one in entries if isinstance(one, Mapping) for key in one)
+    used = {name for names in at.values() for name in names} | set(REPLY_KEYS)
+    return [f"{replies}.{key}" for key in keys if key not in used]
+
+
 def refuse_losses(
     seen: SeenColumns, shape: TableShape, at: Found, *, only_asks: bool = False
 ) -> None:
@@ -906,7 +916,8 @@ def refuse_losses(
     left = [name for name in unused(seen, at) if name not in seen.ignored]
     for role in _LOST_ROLES:
         for name in left:
-            if name.lower() in NAMES[role] and not _repeats(seen, at, name):
+            known = {name.lower() for name in NAMES[role]}
+            if name.lower() in known and not _repeats(seen, at, name):
                 raise _loss(seen, name, f"holds what may be {_WHAT[role]}", OPTIONS.get(role))
     if only_asks:
         return

@@ -26,7 +26,7 @@ ROLES = {
 
 TOOLS = frozenset({"tool", "function", "function_call", "observation", "tool_call", "ipython"})
 ROLE_KEYS = ("role", "from", "speaker")
-CONTENT_KEYS = ("content", "value", "text", "message")
+CONTENT_KEYS = ("content", "value", "text", "message", "parts")
 TEXT_PARTS = frozenset({"text", "input_text", "output_text", None})
 WITHIN = ("messages", "conversation", "conversations", "full_text", "text", "content", "post")
 """Keys under which an object in a cell has what it says."""
@@ -153,7 +153,7 @@ def _turns(one: Mapping[str, Any]) -> list[Message]:
     if is_message(one):
         return [_message(one)]
     return [
-        {"role": role, "content": _text(one.get(key))}
+        {"role": role, "content": text_in(one.get(key))}
         for role, key in (("user", "input"), ("assistant", "output"))
     ]
 
@@ -163,17 +163,21 @@ def _message(one: Mapping[str, Any]) -> Message:
     if said in TOOLS or one.get("tool_calls") or one.get("function_call"):
         raise Unusable("tools")
     content = next((one[key] for key in CONTENT_KEYS if one.get(key) is not None), None)
-    return {"role": ROLES.get(said, said), "content": _text(content)}
+    return {"role": ROLES.get(said, said), "content": text_in(content)}
 
 
-def _text(content: Any) -> str:
-    """What is said: a text, or a list of parts that are."""
+def text_in(content: Any) -> str:
+    """What is said: a text, or a list of parts that are texts.
+
+    Raises:
+        Unusable: A part is more than text.
+    """
     if content is None:
         return ""
     if isinstance(content, str):
         return content.strip()
     if isinstance(content, Mapping):
-        content = [content]
+        content = content.get("parts", [content])
     if not isinstance(content, list):
         raise Unusable("not_text")
     texts = []

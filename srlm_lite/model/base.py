@@ -242,6 +242,21 @@ def spoken(folder: Path) -> tuple[PreTrainedTokenizerBase, tuple[int, ...]]:
     return tokenizer, _settle_tokenizer(tokenizer, generation, settings)
 
 
+def tokenizer_of(section: Base) -> PreTrainedTokenizerBase:
+    """The tokenizer of the base that a recipe names, without its weights.
+
+    Of a GGUF file it is the converted one's; converting takes some seconds, once.
+
+    Raises:
+        UserError: It cannot be found, fetched or read.
+    """
+    kind, location = _locate(section.name)
+    if kind == "gguf":
+        location, _ = _local_files(kind, location, None)
+    with _quiet(), _explained(section, kind, location):
+        return open_tokenizer(location, section.revision if kind == "hub" else None)
+
+
 def empty_model(base: Path | Any) -> PreTrainedModel:
     """The model that a configuration describes, or a directory's `config.json`; no weights."""
     settings = base

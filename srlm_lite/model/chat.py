@@ -371,7 +371,7 @@ class ChatFormat:
                 system = at
             else:
                 end = at + len(said)
-        if system > at:
+        if system > text.rfind(said):  # a short turn may stand by chance in what is around turns
             raise _not_written(messages, "it writes the system message behind what the user says")
         return text
 

@@ -84,6 +84,9 @@ def svg(chart: Chart) -> str:
     return _embedded(out.getvalue(), chart)
 
 
+LETTERS = 56
+"""So many of names, with the space between them, fit below bars without running together."""
+
 PAPER = {
     **{"ink": "#1b1f24", "muted": "#57606a", "grid": "#dfe3e8", "card": "#ffffff"},
     **{"series-1": "#0b62a4", "series-2": "#c2410c", "series-3": "#0f7b5f", "series-4": "#8e3a9d"},
@@ -206,11 +209,14 @@ def _draw_bars(axes: Axes, chart: Chart) -> None:
             linewidth=0,
             label=one.name,
         )
-    crowded = len(names) > 12
-    shown = [n for n in range(len(names)) if not crowded or n % 2 == 0 or n == len(names) - 1]
+    letters = sum(len(str(name)) + 2 for name in names)
+    stride = max(1 + (len(names) > 12), math.ceil(letters / LETTERS))
+    last = len(names) - 1
+    shown = [n for n in range(0, last, stride) if n <= last - stride] + [last]
     labels = ["n/a" if names[n] == "unreadable" else str(names[n]) for n in shown]
     axes.set_xticks(shown, labels)
-    axes.set_xlabel(f"{chart.x_label} (n/a: unreadable)")
+    unreadable = " (n/a: unreadable)" if "unreadable" in names else ""
+    axes.set_xlabel(chart.x_label + unreadable)
     axes.set_ylabel(chart.y_label)
     axes.grid(visible=False, axis="x")
 

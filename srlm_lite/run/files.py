@@ -43,21 +43,30 @@ def read_jsonl(path: Path, *, growing: bool = False) -> list[dict[str, Any]]:
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            told = getattr(error, "msg", str(error))
-            raise UserError(f"not JSON ({told})", where=f"{path}:{number}") from error
-        if _has_lone_surrogate(line, row):
-            raise UserError(
-                "holds half a character (a lone surrogate)",
-                where=f"{path}:{number}",
-                way_out="Write the file again as UTF-8, or leave the row out",
-            )
-        if not isinstance(row, dict):
-            raise UserError("expected a JSON object", where=f"{path}:{number}")
-        rows.append(row)
+        rows.append(parsed_row(line, where=f"{path}:{number}"))
     return rows
+
+
+def parsed_row(line: str, *, where: str) -> dict[str, Any]:
+    """The JSON object of a line of a JSONL file.
+
+    Raises:
+        UserError: It is none, or holds half a character.
+    """
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        told = getattr(error, "msg", str(error))
+        raise UserError(f"not JSON ({told})", where=where) from error
+    if _has_lone_surrogate(line, row):
+        raise UserError(
+            "holds half a character (a lone surrogate)",
+            where=where,
+            way_out="Write the file again as UTF-8, or leave the row out",
+        )
+    if not isinstance(row, dict):
+        raise UserError("expected a JSON object", where=where)
+    return row
 
 
 def read_records(path: Path, kind: type[R], *, growing: bool = False) -> list[R]:
