@@ -358,12 +358,16 @@ def training(
     layer = count * saved(held, dropout=dropout, by_trl=by_trl)
     if by_trl:  # padded rows need a mask, which every layer's attention expands and keeps
         layer += count * c * tokens
-    # While a layer computes its MLP: the product, and its copy for the adapter.
-    passing_by = count * shape.intermediate * (c + (4 if held.mixed else 0) + 4 * dropout)
+    # While a layer computes its MLP: the product; with dropout its copy for the adapter, and what
+    # of it to drop. PEFT's own copy is in float32.
+    copied = (4 if held.mixed else 0) + 4 * dropout if by_trl else dropout * (c + 2)
+    passing_by = count * shape.intermediate * (c + copied)
     kept = count * 4 * shape.hidden + (
         shape.layers * count * c * shape.hidden if checkpointing else shape.layers * layer
     )
-    logits = 0 if kind == "reward" else min(count, PIECE) * shape.vocabulary * 4 * 4
+    # Beside a piece's logits the states of all targets, and the slopes of their scores.
+    pieces = min(count, PIECE) * shape.vocabulary * 4 * 4 + 2 * count * c * shape.hidden
+    logits = 0 if kind == "reward" else pieces
     if kind == "rloo":
         logits = rows * scored * shape.vocabulary * 4 * c
     within = passing_by + (layer if checkpointing else 0) + held.scratch

@@ -149,7 +149,7 @@ class PairTrainer(StepTrainer):
         if self.ld_alpha is None:
             sums = batch.summed(scores)
             return sums[sides[0]], sums[sides[1]]
-        pieces = scores.split(batch.counts)
+        pieces = torch.split(scores, batch.counts)
         found: tuple[list[Tensor], list[Tensor]] = [], []
         for chosen, rejected in zip(*sides, strict=True):
             shared = min(batch.counts[chosen], batch.counts[rejected])
@@ -310,7 +310,7 @@ class _Kept:
             return None
         if table is None or len(table) != sum(self._counts):
             return None
-        return list(table.split(self._counts))
+        return list(torch.split(table, self._counts))
 
     def save(self, found: Sequence[Tensor]) -> None:
         """Keep it, whole or not at all."""

@@ -96,6 +96,8 @@ class StepTrainer(Resumable, Trainer):
         budget: Tokens in memory at once, in a training pass.
     """
 
+    model: Any
+
     def __init__(
         self,
         slot: Slot,
@@ -228,7 +230,8 @@ class StepTrainer(Resumable, Trainer):
     @property
     def steps(self) -> StepOrder:
         """From the first one on."""
-        return StepOrder(len(self.examples), self.batch_size, self.args.data_seed, self.epochs_done)
+        seed = int(self.args.data_seed or 0)
+        return StepOrder(len(self.examples), self.batch_size, seed, self.epochs_done)
 
     @property
     def first_step(self) -> list[int]:
@@ -348,7 +351,7 @@ class StepTrainer(Resumable, Trainer):
                 batch = self.batch([texts[i] for i in share.examples])
                 found = self.scores(model, batch).double().cpu()
                 if share.counts:
-                    pieces = found.split(batch.counts)
+                    pieces = torch.split(found, batch.counts)
                     for i, piece in zip(share.examples, pieces, strict=True):
                         table[offsets[i] : offsets[i + 1]] = piece
         if place().world > 1:
@@ -413,7 +416,8 @@ class StepTrainer(Resumable, Trainer):
         """Log-likelihoods of each text's targets, token by token, on the CPU, from one batch."""
         with self.reading(), self.compute_loss_context_manager():
             batch = self.batch(texts)
-            return list(self.scores(self.model_wrapped, batch).float().cpu().split(batch.counts))
+            found = self.scores(self.model_wrapped, batch).float().cpu()
+            return list(torch.split(found, batch.counts))
 
     @property
     def name_of_base(self) -> str:
