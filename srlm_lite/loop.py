@@ -37,6 +37,7 @@ def iterate(session: Session) -> None:
     for t in range(1, session.recipe.iterations + 1):
         make_iteration(session, session.run.iteration(t))
     shutil.rmtree(session.run.scratch, ignore_errors=True)
+    session.run.checkpoint.drop()
 
 
 def make_anchor(session: Session) -> None:

@@ -15,7 +15,6 @@ import atexit
 import contextlib
 import json
 import os
-import signal
 import sys
 import threading
 import time
@@ -25,6 +24,7 @@ from datetime import timedelta
 from typing import Any
 
 from srlm_lite.errors import SrlmError, UserError
+from srlm_lite.stopping import exit_code, told
 
 BEAT_S = 1.0
 """Seconds between two signs of life."""
@@ -155,7 +155,6 @@ class Processes:
         self._watch.start()
         atexit.register(self._end)  # last of all that is registered from here on
         _met.set()
-        signal.signal(signal.SIGTERM, _terminated)
 
     def _leave(self) -> None:
         import torch.distributed as dist
@@ -163,7 +162,6 @@ class Processes:
         dist.barrier(group=self._group)  # nobody may miss a process that has finished
         if self._watch is not None:
             self._watch.stop()
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         dist.destroy_process_group()
 
     def _fail(self, error: BaseException) -> None:
@@ -172,7 +170,10 @@ class Processes:
             return
         self._watch.stop()
         code, line = _exit_code(error), str(error) or type(error).__name__
-        line = line if code == 2 else f"stopped: {line}"
+        if isinstance(error, KeyboardInterrupt):
+            line = told(error)
+        elif code != 2:
+            line = f"stopped: {line}"
         if not self._watch.tell(line, code) and self.place.local_rank == 1:
             _say(line)
         self._failed_with = code
@@ -207,6 +208,15 @@ class Processes:
         flag = torch.tensor([value], dtype=torch.int32)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
         return bool(flag.item())
+
+    def wait_for_the_end(self) -> None:
+        """Wait, in another process than the first, until that has said why it stops and ends all.
+
+        Raises:
+            SrlmError: It has not.
+        """
+        time.sleep(PATIENCE_S)
+        raise SrlmError(f"the first process has not ended this one; {GOES_ON}")
 
     def gather(self, value: Any) -> list[Any]:
         """All processes' values by rank, in the first one; nothing in the others."""
@@ -328,10 +338,6 @@ class _Watch(threading.Thread):
         self._end(1)
 
 
-def _terminated(number: int, frame: Any) -> None:
-    raise SrlmError(f"ended from outside, as a launcher does when a process is gone; {GOES_ON}")
-
-
 def _known(error: BaseException) -> BaseException:
     """The error, or in place of what a library says of a closed connection, what it means."""
     text = str(error).lower()
@@ -343,7 +349,7 @@ def _known(error: BaseException) -> BaseException:
 def _exit_code(error: BaseException) -> int:
     if isinstance(error, UserError):
         return 2
-    return 130 if isinstance(error, KeyboardInterrupt) else 1
+    return exit_code(error) if isinstance(error, KeyboardInterrupt) else 1
 
 
 def say(line: str) -> None:

@@ -16,6 +16,9 @@ class Task(Protocol):
     def note(self, text: str) -> None:
         """A few words beside the bar, such as the current loss."""
 
+    def restart(self) -> None:
+        """What is done so far was done before the stage began, and says nothing of its pace."""
+
 
 class Reporter(Protocol):
     """Receives progress; what it shows is its own affair."""
@@ -32,12 +35,19 @@ class Reporter(Protocol):
         """Something the user should know."""
         ...
 
+    def say(self, text: str) -> None:
+        """A line of what goes on."""
+        ...
+
 
 class _SilentTask:
     def advance(self, count: int = 1) -> None:
         pass
 
     def note(self, text: str) -> None:
+        pass
+
+    def restart(self) -> None:
         pass
 
 
@@ -51,6 +61,9 @@ class Silent:
         pass
 
     def warn(self, text: str) -> None:
+        pass
+
+    def say(self, text: str) -> None:
         pass
 
 

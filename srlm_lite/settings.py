@@ -226,6 +226,12 @@ class Optim(Section):
     """Sequences (or pairs) in one optimiser step."""
     micro_batch_size: Annotated[Positive, DECIDES_NOTHING] = 4
     """Sequences (or pairs) in memory at once; divides `batch_size`."""
+    micro_batch_tokens: Annotated[Positive | Literal["auto"], Before("auto"), DECIDES_NOTHING] = (
+        "auto"
+    )
+    """Tokens in memory at once; `auto`: what `micro_batch_size` of the longest sequences (or pairs)
+    of the training can have at most. What several have in common counts once. One that alone has
+    more is computed by itself. Halved by itself when memory runs out."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """A longer gradient is cut to this length before a step."""
     gradient_checkpointing: Annotated[bool, DECIDES_NOTHING] = False
@@ -594,6 +600,11 @@ class Shared(Section):
     """All that is drawn at random follows from it."""
     iterations: Annotated[int, Field(ge=0), DECIDES_NOTHING] = 3
     """Rounds of the loop after the anchor. A longer run continues a shorter one."""
+    checkpoint_minutes: Annotated[float, Field(ge=0), DECIDES_NOTHING] = 10.0
+    """Minutes of a training after which it is kept on disk as it is, and then again and again: a
+    killed run goes on from there, with the same bytes. The folder takes three times what the
+    adapters take in float32, twice that while it is replaced, and is deleted when the training
+    has ended. 0: only when Ctrl-C or SIGTERM ends the run, which keeps it always."""
     base: Base
     data: Data
     anchor: Anchor = Anchor()

@@ -22,8 +22,7 @@ from types import ModuleType
 from commands import Done
 
 LIBRARIES = ("srlm_lite.cli.iterate", "srlm_lite.session", "srlm_lite.model.base",
-             "srlm_lite.training.dpo", "srlm_lite.training.sft",
-             "trl.trainer.dpo_trainer", "trl.trainer.sft_trainer")  # fmt: skip
+             "srlm_lite.training.dpo", "srlm_lite.training.sft")  # fmt: skip
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload([*LIBRARIES])

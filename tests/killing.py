@@ -13,9 +13,6 @@ import sys
 import time
 from pathlib import Path
 
-import trl.trainer.dpo_trainer
-import trl.trainer.sft_trainer  # noqa: F401
-
 import srlm_lite.stages.at_work
 import srlm_lite.training.dpo
 import srlm_lite.training.sft  # noqa: F401

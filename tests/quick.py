@@ -22,7 +22,7 @@ FILES = frozenset({
     "judge_metrics", "judging", "kept_ids", "layering", "length_control", "messages", "methods",
     "mt_bench", "pairing", "planning_shapes",
     "policy_metrics", "preflight", "principles", "quoting", "reading", "readme", "recipe", "room",
-    "run_dir", "seed_data", "self_instruct", "settings", "warnings", "window",
+    "run_dir", "seed_data", "self_instruct", "settings", "trees", "warnings", "window",
 })
 # fmt: on
 """The files, without the `test_` before their names."""

@@ -212,6 +212,13 @@ def test_ctrl_c_stops_an_answer_and_not_the_conversation(
     assert out == f"\n{greedy(run, 2, [user(QUESTION)])}\n"
 
 
+def test_sigterm_ends_the_conversation(talk: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat, "_show", lambda piece: signal.raise_signal(signal.SIGTERM))
+    _, err, code = talk("Never mind.", QUESTION)
+    assert code == 143
+    assert "(SIGTERM)" in err and "stopped, and forgotten" not in err
+
+
 def test_no_such_model_is_one_line(talk: Any) -> None:
     out, err, code = talk(QUESTION, iteration="9")
     assert (out, code) == ("", 2)

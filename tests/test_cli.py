@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -175,6 +176,18 @@ def test_an_interruption_says_how_to_go_on(
     done = cli("iterate", "--adapters", tmp_path / "out", *options)
     assert (done.returncode, done.stdout) == (130, "")
     told(done.stderr)
+
+
+def test_sigterm_ends_a_command_as_ctrl_c_does(
+    told: Told, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Slurm ends a job; the exit code is a shell's, 128 + 15."""
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(iterate, "run_iterate", lambda wish: os.kill(os.getpid(), signal.SIGTERM))
+    done = cli("iterate", "--adapters", tmp_path / "out")
+    assert (done.returncode, done.stdout) == (143, "")
+    told(done.stderr)
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_working_directory_that_is_gone_is_one_line(told: Told, tmp_path: Path) -> None:
@@ -700,6 +713,16 @@ def test_a_log_file_is_told_now_and_then_how_far_a_long_stage_is(
         "    judgements: 650/1000 judgements after 2:10 min, ETA 3:02 min",
         "    judgements: 800/1000 judgements after 50:00 min, ETA 25:00 min, loss 0.500",
     ]
+
+
+def test_the_rest_of_a_training_that_goes_on_is_told_by_its_own_steps() -> None:
+    """Four of ten steps were there; the fifth takes two seconds, so five more take ten."""
+    time_left = TimeLeft(10, 0.0)
+    time_left.advance(4, 3.0)
+    time_left.restart(3.0)
+    assert time_left.left(3.5) is None
+    time_left.advance(1, 5.0)
+    assert time_left.left(5.0) == 10.0
 
 
 def test_the_rest_is_told_of_steps_that_take_minutes() -> None:

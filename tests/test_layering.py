@@ -27,7 +27,8 @@ ALLOWED: dict[str, set[str]] = {
     "hardware": set(),
     "tasks": set(),
     "window": set(),
-    "processes": {"errors"},
+    "stopping": {"errors"},
+    "processes": {"errors", "stopping"},
     # what a run is to do
     "yaml_text": {"errors"},
     "shipped": {"errors"},
@@ -88,7 +89,18 @@ ALLOWED: dict[str, set[str]] = {
         "records",
         "settings",
     },
-    "training": {"errors", "model", "processes", "seeds", "settings", "shipped"},
+    "training": {
+        "errors",
+        "model",
+        "processes",
+        "rollout",
+        "run.files",
+        "run.layout",
+        "seeds",
+        "settings",
+        "shipped",
+        "stopping",
+    },
     # the run
     "session": {
         "conversation",
@@ -128,6 +140,7 @@ ALLOWED: dict[str, set[str]] = {
         "session",
         "settings",
         "shipped",
+        "stopping",
         "training",
         "window",
     },
@@ -240,6 +253,7 @@ ALLOWED: dict[str, set[str]] = {
         "seeds",
         "session",
         "settings",
+        "shipped",
         "stages",
         "training",
     },
@@ -271,6 +285,7 @@ ALLOWED: dict[str, set[str]] = {
         "session",
         "settings",
         "stages",
+        "stopping",
         "tracking",
     },
     "preflight": {

@@ -192,15 +192,17 @@ def test_the_losses_are_the_model_s_own(name: str, family: Family, tmp_path: Pat
     assert "forward" not in vars(slot.model.get_base_model())
 
 
-def padded(examples: list[Example]) -> tuple[dict[str, Tensor], Tensor]:
+def padded(examples: list[Example]) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
     width = max(map(len, examples))
     inputs = torch.zeros(len(examples), width, dtype=torch.long)
-    mask, labels = torch.zeros_like(inputs), torch.full_like(inputs, -100)
+    mask, scored = torch.zeros_like(inputs), []
     for row, one in enumerate(examples):
         inputs[row, : len(one)] = torch.tensor([*one.prompt_ids, *one.target_ids])
         mask[row, : len(one)] = 1
-        labels[row, len(one.prompt_ids) : len(one)] = torch.tensor(one.target_ids)
-    return {"input_ids": inputs, "attention_mask": mask}, labels
+        first = len(one.prompt_ids) - 1
+        scored += [(row, first + i, target) for i, target in enumerate(one.target_ids)]
+    places = tuple(torch.tensor(column) for column in zip(*scored, strict=True))
+    return {"input_ids": inputs, "attention_mask": mask}, places
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -213,24 +215,24 @@ def test_pieces_give_the_gradients_of_whole_logits(
     slot, lora = slot_of(base)
     slot.load([slot.fresh(lora, seed=1)], train=True)
     weights = [one for one in slot.model.parameters() if one.requires_grad]
-    batch, labels = padded(EXAMPLES)
+    batch, scored = padded(EXAMPLES)
     scorer = TargetTokens(slot.model, ids(1, 9))
     assert scorer._path is not None
     found = []
     for path in (scorer._path, None):  # None: whole logits
         scorer._path = path
         with scorer.answering():
-            scores = slot.model(**batch, labels=labels, use_cache=False).logits
+            scores = slot.model(**batch, scored=scored, use_cache=False).logits
         gradients = torch.autograd.grad(scores.sum(), weights)
         found.append((scores.detach(), gradients))
     (pieces, by_pieces), (whole, by_whole) = found
     assert torch.allclose(pieces, whole, atol=1e-5)
-    assert (pieces == 0).equal(labels[:, 1:] == -100)
     largest = max(float(one.abs().max()) for one in by_whole)
     assert largest > 1e-2
     for one, other in zip(by_pieces, by_whole, strict=True):
         assert torch.allclose(one, other, atol=1e-5 * largest)
-    assert scorer.own(slot.model, batch, labels) == pytest.approx(float(whole.sum()), rel=1e-5)
+    own = sum(scorer.own(slot.model, (one.prompt_ids, one.target_ids)) for one in EXAMPLES)
+    assert own == pytest.approx(float(whole.sum()), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", [one for one in SCALES if hasattr(hf, FAMILIES[one][0])])
@@ -272,12 +274,13 @@ def test_a_family_that_cannot_be_asked_in_pieces_is_computed_whole(
 def test_a_term_beside_dpo_s_is_named_as_that(
     family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compute = dpo_module._PairTrainer._compute_loss
+    compute = dpo_module.PairTrainer.loss
 
-    def more(self: Any, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
-        return compute(self, model, inputs, return_outputs) + 0.008
+    def more(self: Any, *args: Any) -> Any:
+        loss, told = compute(self, *args)
+        return loss + 0.008, told
 
-    monkeypatch.setattr(dpo_module._PairTrainer, "_compute_loss", more)
+    monkeypatch.setattr(dpo_module.PairTrainer, "loss", more)
     base = family("llama")
     slot, lora = slot_of(base)
     with pytest.raises(ProofError, match=r"must be ln 2.* but something is added to DPO's loss"):

@@ -83,7 +83,7 @@ class Gradients(TrainerCallback):
 def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gradients]:
     seen = Gradients()
 
-    def run(trainer: Any, optim: Any) -> None:
+    def run(trainer: Any, optim: Any, kept: Any = None) -> None:
         trainer.add_callback(seen)
         trainer.train()
 
@@ -107,6 +107,7 @@ def same_however_cut(
     for micro in cuts:
         with watched(monkeypatch) as seen:
             _, facts = train(micro)
+        facts.pop("tokens_at_once", None)  # it says how the step was cut
         found.append((seen.steps, facts))
     expected, told = found[-1]
     assert len(expected) == 2
@@ -205,6 +206,7 @@ def test_the_reward_model(
     for micro in CUTS:
         with watched(monkeypatch) as seen:
             model, facts = train(micro)
+        facts.pop("tokens_at_once")
         found.append((model, facts, seen.steps))
     whole, told, gradients = found[-1]
     assert isinstance(whole, RewardModel) and float(whole.head.abs().max()) > 0
@@ -250,27 +252,36 @@ def test_a_mask_belongs_to_its_sequence() -> None:
     lengths = {7: 5, 3: 2, 4: 4}
 
     def drawn(step: int, order: list[int], layer: str = "a") -> dict[int, Tensor]:
-        width = max(lengths[one] for one in order)
-        attention = torch.zeros(len(order), width, dtype=torch.long)
-        for row, one in enumerate(order):
-            attention[row, : lengths[one]] = 1
-        masks.expect(step, order, attention)
+        """Padded to rows; a text's last token is not computed."""
+        width = max(lengths[one] for one in order) - 1
+        texts = [(one, lengths[one], row * width) for row, one in enumerate(order)]
+        masks.expect(step, texts, len(order) * width)
         dropped = masks.of(layer, torch.zeros(len(order), width, 400))
-        return {one: dropped[row, : lengths[one]] for row, one in enumerate(order)}
+        return {one: dropped[row, : lengths[one] - 1] for row, one in enumerate(order)}
+
+    def in_one_row(order: list[int]) -> dict[int, Tensor]:
+        texts, at = [], 0
+        for one in order:
+            texts.append((one, lengths[one], at))
+            at += lengths[one] - 1
+        masks.expect(0, texts, at)
+        dropped = masks.of("a", torch.zeros(1, at, 400))[0]
+        return {one: dropped[start : start + length - 1] for one, length, start in texts}
 
     together, alone = drawn(0, [7, 3, 4]), {**drawn(0, [4, 3]), **drawn(0, [7])}
+    assert all(rows.equal(together[one]) for one, rows in in_one_row([4, 7, 3]).items())
     for one in lengths:
         assert together[one].equal(alone[one])
     assert float(together[7].float().mean()) == pytest.approx(0.25, abs=0.05)
     for others in (drawn(1, [7]), drawn(0, [7], layer="b")):
         assert not others[7].equal(together[7])
-    assert not drawn(0, [4])[4][:2].equal(together[3])
+    assert not drawn(0, [4])[4][:1].equal(together[3])
 
 
 def test_a_layer_that_computes_other_rows_than_tokens_cannot_drop_out() -> None:
     """As an expert of its own, which gets the tokens that are routed to it."""
     masks = Masks(0.1, seed=1)
-    masks.expect(0, [0, 1], torch.ones(2, 5, dtype=torch.long))
+    masks.expect(0, [(0, 6, 0), (1, 6, 5)], 10)
     assert masks.of("experts.0.up_proj", torch.zeros(10, 3)).shape == (10, 3)  # all, flattened
     with pytest.raises(UserError, match=r"^lora\.dropout: experts\.0\.up_proj does not compute"):
         masks.of("experts.0.up_proj", torch.zeros(6, 3))

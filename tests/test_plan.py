@@ -151,7 +151,6 @@ def training_peak(
 
     base, slot, held, (anchor, delta) = loaded(folder, quantization, dtype)
     tokens, micro = 128, 4
-    half = tuple(range(tokens // 2))
     optim = {
         "batch_size": micro,
         "micro_batch_size": micro,
@@ -160,7 +159,15 @@ def training_peak(
         "gradient_checkpointing": checkpointing,
         "lora": Lora(rank=RANK, alpha=16),
     }
-    pairs = [PairExample(half, half[1:], half) for _ in range(micro)]
+
+    def ids(count: int, seed: int) -> tuple[int, ...]:
+        """No two of them begin alike, so that nothing is shared."""
+        return tuple((seed + 7 * i) % 199 for i in range(count))
+
+    pairs = [
+        PairExample(ids(1, i), ids(tokens - 2, 20 + i), ids(tokens - 1, 40 + i))
+        for i in range(micro)
+    ]
     with LiveBytes() as live:
         if kind == "reward":
             del optim["lora"]
@@ -191,7 +198,7 @@ def training_peak(
                 slot,
                 base,
                 anchor,
-                [Example(half, half[i % 2 :]) for i in range(micro)],
+                [Example(ids(64, i), ids(64 - i % 2, 20 + i)) for i in range(micro)],
                 optim=Anchor(**optim),
                 dropout=dropout,
                 scratch=tmp_path,

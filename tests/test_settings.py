@@ -40,6 +40,7 @@ def test_settings_that_decide_nothing() -> None:
     trainings = ("anchor", "dpo")
     assert {name for name, _ in marked(Shared, DecidesNothing)} == {
         "name",
+        "checkpoint_minutes",
         "description",
         "iterations",
         "tracking",
@@ -54,15 +55,18 @@ def test_settings_that_decide_nothing() -> None:
         "rollout.batch_rows",
         "vllm.memory",
         *(f"{section}.micro_batch_size" for section in trainings),
+        *(f"{section}.micro_batch_tokens" for section in trainings),
         *(f"{section}.gradient_checkpointing" for section in trainings),
     }
 
 
 def test_settings_that_came_later() -> None:
     assert {name: mark.value for name, mark in marked(Shared, Before)} == {
+        "anchor.micro_batch_tokens": "auto",
         "base.attention": "sdpa",
         "base.chat_template_kwargs": {},
         "base.system": None,
+        "dpo.micro_batch_tokens": "auto",
         "rollout.max_thought_tokens": 1024,
         "mt_bench.top_p": None,
     }

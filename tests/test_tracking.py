@@ -461,6 +461,9 @@ class StopsAt(Silent):
     def note(self, text: str) -> None:
         pass
 
+    def restart(self) -> None:
+        pass
+
 
 def run_tiny(path: Path, *settings: str, reporter: Silent | None = None) -> RunDir:
     recipe, run = load_recipe("tiny", settings), RunDir(path)

@@ -92,8 +92,8 @@ def prefill(shape: Dimensions, lengths: Sequence[int], *, shared: int = 0) -> Ph
     tokens = shared + sum(length - shared for length in lengths)
 
     def attended(window: int | None) -> int:
-        common = _triangle(shared, window)
-        return common + sum(_triangle(n, window) - common for n in lengths)
+        common = triangle(shared, window)
+        return common + sum(triangle(n, window) - common for n in lengths)
 
     cached = shape.over_layers(lambda window: _kept(lengths, shared, window, step=1))
     return PhaseWork(
@@ -147,7 +147,7 @@ def dpo_step(
     layers, scores = 0, 0
     for tokens, scored in sequences:
         linear = 2 * shape.linear * tokens
-        seen = shape.over_layers(partial(_triangle, tokens))
+        seen = shape.over_layers(partial(triangle, tokens))
         attended = 4 * shape.query_width * seen
         layers += (3 + again) * linear + (4 + again) * attended
         scores += 3 * 2 * shape.head * scored
@@ -158,7 +158,7 @@ def _within(tokens: int, window: int | None) -> int:
     return tokens if window is None else min(tokens, window)
 
 
-def _triangle(n: int, window: int | None = None) -> int:
+def triangle(n: int, window: int | None = None) -> int:
     """Tokens attended to by n tokens in a row: 1 + 2 + ... + n, none more than the window."""
     ramp = _within(n, window)
     return ramp * (ramp + 1) // 2 + (n - ramp) * ramp

@@ -448,6 +448,63 @@ def _plan_text(result: dict[str, Any]) -> str:
 
 
 @app.command()
+def train(
+    workloads: Annotated[
+        str,
+        typer.Option(help="Which, separated by commas.", metavar="NAMES"),
+    ] = "short,judgements,many,sft",
+    base: Annotated[
+        str, typer.Option(help="Hub id, directory, .gguf file or smollm2-135m-instruct.")
+    ] = "smollm2-135m-instruct",
+    trl: Annotated[
+        Path | None,
+        typer.Option(
+            help="A folder with another TRL (pip install --no-deps --target FOLDER trl): "
+            "measured as well.",
+            metavar="FOLDER",
+            show_default=False,
+        ),
+    ] = None,
+    only_ours: Annotated[bool, typer.Option(help="Leave TRL out.")] = False,
+    json_: Json = False,
+) -> None:
+    """Training: the same pairs and rows by our trainings and by TRL's trainers, one LoRA each.
+
+    Two epochs in the same optimiser steps; TRL in the best of micro-batches of 1, 2 and 4.
+    """
+    from srlm_lite.bench.train import TrainBench, bench_train, workloads_of
+    from srlm_lite.cli.progress import ConsoleReporter
+
+    settings = TrainBench(
+        workloads=workloads_of(workloads),
+        base=base,
+        trl=None if trl is None else str(trl.resolve()),
+        only_ours=only_ours,
+    )
+    console = ConsoleReporter()
+    with console:
+        result = bench_train(settings, console)
+    show("train", result, _train_text, as_json=json_)
+
+
+def _train_text(result: dict[str, Any]) -> str:
+    from srlm_lite.bench.train import rows_of
+    from srlm_lite.cli.tables import plain_table
+
+    columns = ["workload", "ours s", "TRL s", "times faster", "ours GB", "TRL GB", "tokens/s"]
+    return "\n".join(
+        [
+            f"{result['base']['name']}, {result['dtype']}, LoRA of rank {result['rank']}, "
+            f"{result['epochs']} epochs; TRL {result['trl']}; {result['device']}, "
+            f"{result['threads']} threads",
+            plain_table([*columns, "floor"], list(rows_of(result))),
+            "GB: the most in use above the loaded base. floor: the share of our time that the "
+            "machine would take at least",
+        ]
+    )
+
+
+@app.command()
 def load(
     base: Annotated[
         str,

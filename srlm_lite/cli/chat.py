@@ -15,6 +15,7 @@ from srlm_lite.run.run import RunDir
 from srlm_lite.session import Session
 from srlm_lite.settings import known_temperature
 from srlm_lite.stages.conversation import Conversation
+from srlm_lite.stopping import Terminated
 
 HELP = """\
 /judge          the model's own grading of its last answer
@@ -45,6 +46,8 @@ def run_chat(*, directory: Path, which: str, temperature: float | None) -> None:
             _take(conversation, session, line)
         except UserError as error:  # a slip is no reason to lose the conversation
             _say(str(error))
+        except Terminated:
+            raise
         except KeyboardInterrupt:  # nor is an answer that grows too long
             typer.echo()
             _say("stopped, and forgotten")
@@ -104,6 +107,8 @@ def _read() -> str | None:
         typer.echo("> ", nl=False, err=True)
     try:
         line = sys.stdin.readline()
+    except Terminated:
+        raise
     except KeyboardInterrupt:
         line = ""
     if not line and is_typed:

@@ -22,7 +22,7 @@ from srlm_lite.dataview.languages import Languages, languages_of
 from srlm_lite.dataview.page import GENERATOR, html
 from srlm_lite.dataview.rows import files_of
 from srlm_lite.dataview.standing import Standout, findings
-from srlm_lite.dataview.text import Table, one_line, tables
+from srlm_lite.dataview.text import FigureTable, one_line, tables
 from srlm_lite.dataview.tokens import RecipeTokens
 from srlm_lite.errors import UserError
 from srlm_lite.recipe import Recipe, load_recipe, overridden
@@ -106,7 +106,7 @@ def _wrapped(text: str, indent: str, *, hang: str = "") -> list[str]:
     )
 
 
-def _drawn(table: Table) -> str:
+def _drawn(table: FigureTable) -> str:
     drawn = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     last = len(table.head) - 1
     for number, name in enumerate(table.head):

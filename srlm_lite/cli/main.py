@@ -17,6 +17,7 @@ from srlm_lite.cli import bench, data, recipes, show
 from srlm_lite.cli.completion import overrides, recipe_names
 from srlm_lite.errors import SrlmError, UserError, same_command
 from srlm_lite.processes import place, say
+from srlm_lite.stopping import exit_code, terminable, told
 
 IN_MANY_PROCESSES = ("iterate", "evaluate")
 """Commands that share their work out when a launcher starts them several times."""
@@ -27,11 +28,12 @@ class Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt:
+            with terminable():
+                return super().invoke(ctx)
+        except KeyboardInterrupt as stop:
             typer.echo(err=True)
-            say(f"interrupted; {same_command()} goes on from here")
-            raise SystemExit(130) from None
+            say(told(stop))
+            raise SystemExit(exit_code(stop)) from None
 
 
 app = typer.Typer(

@@ -54,6 +54,10 @@ class TimeLeft:
         while len(self._marks) > self.RECENT + 1 and self._marks[1][0] < now - self.RECENT_S:
             self._marks.popleft()
 
+    def restart(self, now: float) -> None:
+        """What is done so far was done before, and took none of the time."""
+        self._marks = deque([(now, self.done)])
+
     def left(self, now: float) -> float | None:
         """Seconds to go: None while that cannot be told. Between two units it counts down."""
         (first, before), (last, done) = self._marks[0], self._marks[-1]
@@ -85,6 +89,9 @@ class _Bar:
     def note(self, text: str) -> None:
         self._progress.update(self._task, note=text)
 
+    def restart(self) -> None:
+        self._time_left.restart(time.monotonic())
+
 
 class _Lines:
     """In a log file: a line after a minute, and the longer the stage takes the fewer."""
@@ -113,6 +120,9 @@ class _Lines:
 
     def note(self, text: str) -> None:
         self._note = text
+
+    def restart(self) -> None:
+        self._time_left.restart(time.monotonic())
 
 
 class ConsoleReporter:
@@ -152,7 +162,7 @@ class ConsoleReporter:
         self._progress.stop()
 
     def say(self, text: str) -> None:
-        """A line."""
+        """See `Reporter.say`."""
         self._rich.print(text, markup=False)
 
     def start(self, stage: str, total: int, unit: str) -> Task:

@@ -40,13 +40,23 @@ def run(adapters: Adapters, json_: Json = False) -> None:
 
     run_dir = RunDir(adapters)
     facts = run_dir.facts()
+    under_way = run_dir.checkpoint.progress()
     if json_:
-        typer.echo(json.dumps({**facts, "stages": run_dir.read_metrics()}, ensure_ascii=False))
+        told = {**facts, "stages": run_dir.read_metrics()}
+        if under_way:
+            told["checkpoint"] = under_way
+        typer.echo(json.dumps(told, ensure_ascii=False))
         return
     recipe = run_dir.recipe()
     table = closing_table(run_dir, recipe)
     typer.echo(f"{recipe.name}: {recipe.method}, seed {recipe.seed}, base {recipe.base.name}")
     typer.echo(table)
+    if under_way:
+        which = f" of iteration {under_way['iteration']}" if under_way["iteration"] else ""
+        typer.echo(
+            f"kept: the training of {under_way['name']}{which} after step {under_way['step']} of "
+            f"{under_way['steps']}; iterate goes on from there"
+        )
 
 
 @app.command()

@@ -33,7 +33,7 @@ POLICY = (
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
+class DrawnText:
     """A text of a sample, with who says it and what is known of it."""
 
     who: str
@@ -50,8 +50,8 @@ class DrawnPrompt:
     name: str
     facts: str
     start: str
-    turns: tuple[Said, ...]
-    replies: tuple[Said, ...]
+    turns: tuple[DrawnText, ...]
+    replies: tuple[DrawnText, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +182,7 @@ def _sample(one: FileFigures, rows: Sequence[DataRow], limit: int | None) -> Dra
         name=first.prompt_id,
         facts=", ".join(facts),
         start=messages[-1]["content"][:200],
-        turns=tuple(Said(NAMES[m["role"]], cut(m["content"])) for m in messages),
+        turns=tuple(DrawnText(NAMES[m["role"]], cut(m["content"])) for m in messages),
         replies=tuple(
             reply
             for row in sorted(replies, key=lambda row: row.rank)
@@ -193,19 +193,19 @@ def _sample(one: FileFigures, rows: Sequence[DataRow], limit: int | None) -> Dra
 
 def _replies(
     one: FileFigures, row: DataRow, ranks: Sequence[int], cut: Callable[[str], str]
-) -> Iterator[Said]:
+) -> Iterator[DrawnText]:
     text = row.response or ""
     length = f"{len(text):,} characters"
     if one.order is None:
-        yield Said("Reply", cut(text), length)
+        yield DrawnText("Reply", cut(text), length)
         return
     side = ""
     if min(ranks) < max(ranks):
         side = {min(ranks): "chosen", max(ranks): "rejected"}.get(row.rank, "")
     quality = [] if row.quality is None else [f"quality {row.quality:g}"]
-    yield Said(f"Rank {row.rank}", cut(text), ", ".join([*quality, length]), side)
+    yield DrawnText(f"Rank {row.rank}", cut(text), ", ".join([*quality, length]), side)
     if row.target is not None:
-        yield Said(f"The judge's target for rank {row.rank}", cut(row.target))
+        yield DrawnText(f"The judge's target for rank {row.rank}", cut(row.target))
 
 
 @cache

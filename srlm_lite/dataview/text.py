@@ -14,7 +14,7 @@ REST = "others"
 
 
 @dataclass(frozen=True, slots=True)
-class Table:
+class FigureTable:
     """Rows below a head; the first column names the row."""
 
     title: str
@@ -25,7 +25,7 @@ class Table:
     """Whether the last column is text, where the others are figures."""
 
 
-def tables(figures: Figures, languages: Mapping[str, Languages]) -> list[Table]:
+def tables(figures: Figures, languages: Mapping[str, Languages]) -> list[FigureTable]:
     """All that is counted, as far as there is something to count.
 
     Args:
@@ -36,7 +36,7 @@ def tables(figures: Figures, languages: Mapping[str, Languages]) -> list[Table]:
     return [one for one in found if one.rows]
 
 
-def _rows(figures: Figures) -> Table:
+def _rows(figures: Figures) -> FigureTable:
     rows = [
         (
             one.file.stem,
@@ -52,10 +52,10 @@ def _rows(figures: Figures) -> Table:
     missing = [f"{one.name} is not there; it is needed {one.needed}" for one in figures.missing]
     note = "Again: in the words of an earlier one of the file, whatever the case and punctuation"
     head = ("file", "rows", "prompts", "dialogues", "system", "prompts again", "replies again")
-    return Table("Rows", head, tuple(rows), ". ".join([note, *missing]))
+    return FigureTable("Rows", head, tuple(rows), ". ".join([note, *missing]))
 
 
-def _lengths(figures: Figures) -> Table:
+def _lengths(figures: Figures) -> FigureTable:
     counted = figures.window is not None
     rows = []
     for one in figures.files:
@@ -74,14 +74,14 @@ def _lengths(figures: Figures) -> Table:
         else "With --base NAME or --recipe NAME in tokens, and with what does not fit the window"
     )
     head = (f"length in {unit}", "mean", "median", "90%", "99%", "longest")
-    return Table("Lengths", head, tuple(rows), note)
+    return FigureTable("Lengths", head, tuple(rows), note)
 
 
 def _spread(one: Spread) -> tuple[str, ...]:
     return tuple(f"{v:,.0f}" for v in (one.mean, one.median, one.p90, one.p99, one.longest))
 
 
-def _order(figures: Figures) -> Table:
+def _order(figures: Figures) -> FigureTable:
     rows = []
     for one in figures.files:
         if (order := one.order) is None:
@@ -108,10 +108,10 @@ def _order(figures: Figures) -> Table:
         "one rank. Ties: of pairs of replies. Longer wins: how often the better of two is the "
         "longer one"
     )
-    return Table("Order", head, tuple(rows), note)
+    return FigureTable("Order", head, tuple(rows), note)
 
 
-def _scores(figures: Figures) -> Table:
+def _scores(figures: Figures) -> FigureTable:
     rows = []
     for one in figures.files:
         if one.order is None:
@@ -127,12 +127,12 @@ def _scores(figures: Figures) -> Table:
         for one in figures.files
         if one.order is not None and one.order.targets
     ]
-    return Table(
+    return FigureTable(
         "Quality", ("quality", "replies", "share", ""), tuple(rows), ". ".join(targets), prose=True
     )
 
 
-def _languages(languages: Mapping[str, Languages]) -> Table:
+def _languages(languages: Mapping[str, Languages]) -> FigureTable:
     rows = []
     for name, told in languages.items():
         stem = name.removesuffix(".jsonl")
@@ -144,7 +144,7 @@ def _languages(languages: Mapping[str, Languages]) -> Table:
                 )
                 rows.append((f"{stem}, {what}", f"{whole:,}", shown))
     note = f"By py3langid, of prompts drawn at random and a reply to each; {UNTOLD}: cannot be told"
-    return Table("Languages", ("languages", "drawn", ""), tuple(rows), note, prose=True)
+    return FigureTable("Languages", ("languages", "drawn", ""), tuple(rows), note, prose=True)
 
 
 def grouped(counts: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:
@@ -153,7 +153,7 @@ def grouped(counts: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:
     return [*counts[:MOST_LANGUAGES], *([(REST, rest)] if rest else [])]
 
 
-def _shared(figures: Figures) -> Table:
+def _shared(figures: Figures) -> FigureTable:
     held = [one for one in figures.files if one.file.held_out]
     found = {(one.held_out, one.other): one for one in figures.shared}
     rows = []
@@ -164,7 +164,7 @@ def _shared(figures: Figures) -> Table:
                 same, alike = (shared.same, shared.alike) if shared else (0, 0)
                 rows.append((f"{one.file.stem}, {other.file.stem}", f"{same:,}", f"{alike:,}"))
     head = ("prompts that are held out and also in", "the same", "in the same words")
-    return Table("Held out", head, tuple(rows))
+    return FigureTable("Held out", head, tuple(rows))
 
 
 def _share(part: int, whole: int) -> str:

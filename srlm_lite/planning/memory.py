@@ -281,7 +281,7 @@ def _stack(held: Held) -> int:
     return 4 * held.slot if held.device == "cpu" else 0
 
 
-def saved(held: Held, *, dropout: bool = False) -> int:
+def saved(held: Held, *, dropout: bool = False, by_trl: bool = False) -> int:
     """What autograd keeps of one token in one decoder layer.
 
     The base is frozen, so its linear layers keep nothing of their inputs. What is kept:
@@ -290,16 +290,17 @@ def saved(held: Held, *, dropout: bool = False) -> int:
         adapters        the input of A, of width n                          c n
                         its output, the input of B                          c R
                         with dropout, its mask: a byte each
-        attention       queries, keys, values (repeated for the query heads)
-                        and its output; the log-sum-exp in float32          4 c D heads + 4 heads
+        attention       queries and its output; keys and values;
+                        the log-sum-exp in float32            2 c D heads + c kv_width + 4 heads
         MLP             both projections and the activation                 3 c I
 
-    In mixed precision PEFT casts the input for every adapter by itself. Else the adapters of one
-    input share it, and that of the attention's output shares what attention keeps.
+    The adapters of one input share it, and that of the attention's output shares what attention
+    keeps. With dropout each has its own. So it is in a trainer of TRL's in mixed precision, where
+    PEFT casts the input for every adapter; its keys and values are repeated for the query heads.
     """
     shape, c = held.shape, held.itemsize
     adapted = held.first_layer
-    own = held.mixed or dropout
+    own = dropout or (by_trl and held.mixed)
     inputs = 0
     for group in _INPUTS:
         there = [one for one in adapted if one.last_name in group]
@@ -310,7 +311,8 @@ def saved(held: Held, *, dropout: bool = False) -> int:
     if dropout:
         inputs += sum(one.inputs for one in adapted)
     width = shape.heads * shape.head_width
-    attention = 4 * c * width + 4 * shape.heads
+    kept = 2 * width if by_trl else shape.kv_width
+    attention = c * (2 * width + kept) + 4 * shape.heads
     return (
         8 * shape.hidden
         + inputs
@@ -337,36 +339,42 @@ def training(
 ) -> dict[str, int]:
     """One micro-batch in training: the optimiser's states are there, the backward pass begins.
 
-    AdamW keeps two float32 numbers for each parameter, DPO's reference is a second copy of the
-    slot. The losses of SFT and DPO have the logits of 256 target tokens at a time, in float32: they
-    themselves and three gradients (of the gather, of the log-sum-exp, and their sum). A reward
-    model has none. RLOO has those of all answers of the micro-batch at once, in the compute dtype,
-    and a third copy of the slot, the reward model's.
+    AdamW keeps two float32 numbers for each parameter. The losses of SFT and DPO have the logits of
+    256 target tokens at a time, in float32: they themselves and three gradients (of the gather, of
+    the log-sum-exp, and their sum). A reward model has none. RLOO, a trainer of TRL's, pads; it has
+    the logits of all answers of the micro-batch at once, in the compute dtype, and two more copies
+    of the slot, the reference's and the reward model's.
 
     Args:
-        rows: Sequences; a pair is two.
-        tokens: Of the longest sequence; the others are padded to it.
+        rows: Sequences; a pair is two. What they have in common counts as if they did not.
+        tokens: Of the longest sequence.
         checkpointing: Only the layers' inputs are kept, and one layer is computed again.
         accumulates: Gradients of earlier micro-batches are there.
         scored: Of RLOO, the tokens of a sequence's answer.
     """
     shape, c = held.shape, held.itemsize
     count = rows * tokens
-    # Padded rows need a mask, which every layer's attention expands and keeps.
-    layer = count * (saved(held, dropout=dropout) + c * tokens)
-    # While a layer computes its MLP: the product, and its copy for the adapter.
-    passing_by = count * shape.intermediate * (c + (4 if held.mixed else 0) + 4 * dropout)
+    by_trl = kind == "rloo"
+    layer = count * saved(held, dropout=dropout, by_trl=by_trl)
+    if by_trl:  # padded rows need a mask, which every layer's attention expands and keeps
+        layer += count * c * tokens
+    # While a layer computes its MLP: the product; with dropout its copy for the adapter, and what
+    # of it to drop. PEFT's own copy is in float32.
+    copied = (4 if held.mixed else 0) + 4 * dropout if by_trl else dropout * (c + 2)
+    passing_by = count * shape.intermediate * (c + copied)
     kept = count * 4 * shape.hidden + (
         shape.layers * count * c * shape.hidden if checkpointing else shape.layers * layer
     )
-    logits = 0 if kind == "reward" else min(count, PIECE) * shape.vocabulary * 4 * 4
+    # Beside a piece's logits the states of all targets, and the slopes of their scores.
+    pieces = min(count, PIECE) * shape.vocabulary * 4 * 4 + 2 * count * c * shape.hidden
+    logits = 0 if kind == "reward" else pieces
     if kind == "rloo":
         logits = rows * scored * shape.vocabulary * 4 * c
     within = passing_by + (layer if checkpointing else 0) + held.scratch
-    if kind in ("dpo", "rloo"):
+    if by_trl:
         # The reference's pass, which keeps nothing, beside what the policy's keeps.
         within = max(within, count * passing(held) + held.scratch)
-    copies = {"dpo": 2, "rloo": 3}.get(kind, 1) * 4 + (c if held.mixed else 0)
+    copies = (3 if by_trl else 1) * 4 + (c if held.mixed else 0)
     return {
         "base": held.base,
         "adapters": copies * held.slot + _stack(held),

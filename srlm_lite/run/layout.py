@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,65 @@ class DeltaPlace:
     def steps(self) -> Path:
         """Loss and rewards of every step, written before the facts."""
         return self.training.with_name("training_steps.jsonl")
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointDir:
+    """`.checkpoint/`: the training under way, as it was after a step; a folder for each.
+
+    A folder has its name only when it is whole, and the one before goes when it has.
+    """
+
+    path: Path
+
+    def of(self, step: int) -> Path:
+        """Where the training goes as it is after a step."""
+        return self.path / f"step_{step}"
+
+    @property
+    def draft(self) -> Path:
+        """Where a folder is written before it gets its name, or lies when it has lost it."""
+        return self.path / ".draft"
+
+    @staticmethod
+    def state(folder: Path) -> Path:
+        """The file in a folder that has all but the tensors."""
+        return folder / "state.json"
+
+    @staticmethod
+    def tensors(folder: Path) -> Path:
+        """The file in a folder that has the weights, and the optimiser's state."""
+        return folder / "tensors.safetensors"
+
+    def newest(self) -> Path | None:
+        """The folder of the last step that is whole."""
+        steps = (folder.name.removeprefix("step_") for folder in self.path.glob("step_*"))
+        last = max((int(step) for step in steps if step.isdecimal()), default=None)
+        return None if last is None else self.of(last)
+
+    def discard(self, folder: Path) -> None:
+        """Delete a folder; killed in its midst it has no name any more."""
+        shutil.rmtree(self.draft, ignore_errors=True)
+        folder.replace(self.draft)
+        shutil.rmtree(self.draft)
+
+    def drop(self) -> None:
+        """Delete all of it."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def progress(self) -> dict[str, Any] | None:
+        """Which training it is of, its step, and how many there are.
+
+        None where there is none that can be read: the run may be replacing it.
+        """
+        folder = self.newest()
+        if folder is None:
+            return None
+        try:
+            found = read_json(self.state(folder), training=dict, step=int, steps=int)
+        except UserError:
+            return None
+        return {**found["training"], "step": found["step"], "steps": found["steps"]}
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from srlm_lite.recipe import Recipe, as_noted_now, recipe_of_run
 from srlm_lite.run.files import draft_of, in_short, read_json, write_atomically, write_json
 from srlm_lite.run.layout import (
     AnchorDir,
+    CheckpointDir,
     ComparisonsDir,
     IterationDir,
     MtBenchDir,
@@ -29,7 +30,7 @@ _LOCK = ".lock"
 _ASIDE, _DROPPED = ".before", ".dropped"
 """Where the run lies that another one is to follow; and while it is deleted."""
 _OWN = re.compile(
-    r"run\.json|base\.json|metrics\.jsonl|anchor|base|reward|iter_\d{3,}|\.scratch|vllm\.log"
+    r"run\.json|base\.json|metrics\.jsonl|anchor|base|reward|iter_\d{3,}|\.scratch|\.checkpoint|vllm\.log"
     r"|compare|mt_bench|report\.html|tracking\.json|tensorboard|wandb"
 )
 
@@ -80,6 +81,11 @@ class RunDir:
     def scratch(self) -> Path:
         """For what training libraries insist on writing; removed when a stage ends."""
         return self.path / ".scratch"
+
+    @property
+    def checkpoint(self) -> CheckpointDir:
+        """The training under way, as it was after one of its steps."""
+        return CheckpointDir(self.path / ".checkpoint")
 
     @property
     def anchor(self) -> AnchorDir:

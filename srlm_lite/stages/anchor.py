@@ -25,6 +25,7 @@ from srlm_lite.run.files import read_json, write_json, write_records
 from srlm_lite.seeds import derive_seed
 from srlm_lite.session import Session
 from srlm_lite.settings import Optim
+from srlm_lite.stages.keeping import checkpoints, kept
 from srlm_lite.stages.replies import learned_ids, without_thoughts
 from srlm_lite.stages.sampling import judge_replies
 from srlm_lite.stages.seed_data import data_file, read_extra, read_ift, read_ranked
@@ -65,12 +66,13 @@ def anchor(session: Session) -> tuple[None, dict[str, Any]]:
             f"nothing to train the anchor on ({too_long} rows are longer than base.window)",
             where=f"data.dir = {session.recipe.data.dir}",
         )
-    adapter, training = _train(session, examples, stage="anchor SFT", seed_name="anchor")
-    reading = read_json(directory.reading) if directory.reading.is_file() else {}
-    told = anchor_doubts(reading, training)
-    if told and not doubts(reading):  # of which the user knows
-        session.reporter.warn(f"{'; '.join(told)}: {ADVICE}")
-    return None, _save(session, adapter, {**facts, "too_long": too_long, **training})
+    with kept(session):
+        adapter, training = _train(session, examples, stage="anchor SFT", seed_name="anchor")
+        reading = read_json(directory.reading) if directory.reading.is_file() else {}
+        told = anchor_doubts(reading, training)
+        if told and not doubts(reading):  # of which the user knows
+            session.reporter.warn(f"{'; '.join(told)}: {ADVICE}")
+        return None, _save(session, adapter, {**facts, "too_long": too_long, **training})
 
 
 def _save(session: Session, adapter: Adapter, facts: dict[str, Any]) -> dict[str, Any]:
@@ -281,8 +283,9 @@ def _ift_only(session: Session, ift: Sequence[Example]) -> Adapter:
     if (path / WEIGHTS).is_file():
         return Adapter.load(path)
     examples, _ = fitting_examples(session, ift)
-    adapter, _ = _train(session, examples, stage="IFT-only SFT", seed_name="ift-only")
-    adapter.save(path, base_name=session.recipe.base.name)
+    with kept(session):
+        adapter, _ = _train(session, examples, stage="IFT-only SFT", seed_name="ift-only")
+        adapter.save(path, base_name=session.recipe.base.name)
     return adapter
 
 
@@ -362,6 +365,7 @@ class Sft:
             scratch=scratch(session.run.scratch),
             seed=self.seed,
             on_step=on_step,
+            checkpoints=checkpoints(session, self.training, self.stage, task),
         )
 
 

@@ -26,6 +26,7 @@ from srlm_lite.seeds import derive_seed
 from srlm_lite.session import Session
 from srlm_lite.settings import Consistency, Dpo, Optim
 from srlm_lite.stages.anchor import Sft, fitting_examples, ift_examples, scratch
+from srlm_lite.stages.keeping import checkpoints, kept
 from srlm_lite.stages.pairs import pair_example
 from srlm_lite.stages.replies import candidate_of
 
@@ -64,12 +65,13 @@ def dpo_delta(
     anchor, start, reference = _from_where(session, iteration, dpo, seed=seed, role=role)
     examples = [pair_example(session, pair) for pair in pairs]
     training = Training(iteration.number, place.name)
-    trained, (facts, curve) = session.together(
-        _Dpo(training, anchor, start, reference, examples, dpo, consistency, seed)
-    )
-    trained.save(place.adapter, base_name=recipe.base.name)
-    write_records(place.steps, curve)
-    write_json(place.training, facts)  # last: where it is, the delta is whole
+    with kept(session):
+        trained, (facts, curve) = session.together(
+            _Dpo(training, anchor, start, reference, examples, dpo, consistency, seed)
+        )
+        trained.save(place.adapter, base_name=recipe.base.name)
+        write_records(place.steps, curve)
+        write_json(place.training, facts)  # last: where it is, the delta is whole
     return facts
 
 
@@ -112,6 +114,7 @@ class _Dpo:
             scratch=scratch(session.run.scratch),
             seed=self.seed,
             on_step=on_step,
+            checkpoints=checkpoints(session, self.training, "DPO", task),
         )
         return trained, (facts, curve)
 
@@ -177,12 +180,13 @@ def sft_delta(
     seed = derive_seed(recipe.seed, iteration.number, place.name)
     start = session.slot.fresh(recipe.dpo.lora, seed=seed)
     training = Training(iteration.number, f"{place.name} sft")
-    trained, facts = session.together(
-        Sft(start, examples, about, training, seed, optim=optim, below=session.stack(0))
-    )
-    trained.save(place.adapter, base_name=recipe.base.name)
-    told = {"answers": len(examples), "too_long": too_long, **facts}
-    write_json(place.training, told)  # last: where it is, the delta is whole
+    with kept(session):
+        trained, facts = session.together(
+            Sft(start, examples, about, training, seed, optim=optim, below=session.stack(0))
+        )
+        trained.save(place.adapter, base_name=recipe.base.name)
+        told = {"answers": len(examples), "too_long": too_long, **facts}
+        write_json(place.training, told)  # last: where it is, the delta is whole
     return told
 
 
@@ -217,46 +221,48 @@ def rloo_delta(
         task.note(f"reward {logs['reward']:+.2f} divergence {logs['kl']:.3f}")
         session.tracker.step(training, step, logs)
 
-    trained, drawn, facts = train_rloo(
-        session.slot,
-        session.base,
-        session.chat,
-        anchor=[anchor],
-        delta=start,
-        reference=reference,
-        reward=reward,
-        prompts=[session.chat.policy_ids(prompt) for prompt in prompts],
-        optim=recipe.dpo,
-        rollout=recipe.rollout,
-        kl_weight=kl_weight,
-        drop_truncated=recipe.pairing.drop_truncated,
-        scratch=scratch(session.run.scratch),
-        seed=seed,
-        thought_tokens=session.thought_tokens(),
-        on_step=on_step,
-    )
-    seen: Counter[str] = Counter()
-    candidates, judgements = [], []
-    for one in drawn:
-        prompt_id = prompts[one.prompt].prompt_id
-        name = f"{prompt_id}#{seen[prompt_id]}"
-        seen[prompt_id] += 1
-        reason: FinishReason = "stop" if one.finished else "length"
-        text, ids = session.chat.decode(one.reply_ids), one.reply_ids
-        sample = Sample(text, ids, reason, len(ids))
-        candidates.append(candidate_of(session.chat, prompt_id, name, sample))
-        value = None if one.reward is None else round(one.reward, 6)
-        judgements.append(Judgement(name, 0, "", value, reason))
-    texts = {prompt.prompt_id: prompt.text for prompt in prompts}
-    told = {
-        "drawn": len(drawn),
-        **facts,
-        **on_policy_accuracy(recipe.evaluate.gold, texts, candidates, judgements),
-    }
-    write_records(iteration.candidates, candidates)
-    write_records(iteration.judgements, judgements)
-    trained.save(place.adapter, base_name=recipe.base.name)
-    write_json(place.training, told)  # last: where it is, the delta is whole
+    with kept(session):
+        trained, drawn, facts = train_rloo(
+            session.slot,
+            session.base,
+            session.chat,
+            anchor=[anchor],
+            delta=start,
+            reference=reference,
+            reward=reward,
+            prompts=[session.chat.policy_ids(prompt) for prompt in prompts],
+            optim=recipe.dpo,
+            rollout=recipe.rollout,
+            kl_weight=kl_weight,
+            drop_truncated=recipe.pairing.drop_truncated,
+            scratch=scratch(session.run.scratch),
+            seed=seed,
+            thought_tokens=session.thought_tokens(),
+            on_step=on_step,
+            checkpoints=checkpoints(session, training, "RLOO", task),
+        )
+        seen: Counter[str] = Counter()
+        candidates, judgements = [], []
+        for one in drawn:
+            prompt_id = prompts[one.prompt].prompt_id
+            name = f"{prompt_id}#{seen[prompt_id]}"
+            seen[prompt_id] += 1
+            reason: FinishReason = "stop" if one.finished else "length"
+            text, ids = session.chat.decode(one.reply_ids), one.reply_ids
+            sample = Sample(text, ids, reason, len(ids))
+            candidates.append(candidate_of(session.chat, prompt_id, name, sample))
+            value = None if one.reward is None else round(one.reward, 6)
+            judgements.append(Judgement(name, 0, "", value, reason))
+        texts = {prompt.prompt_id: prompt.text for prompt in prompts}
+        told = {
+            "drawn": len(drawn),
+            **facts,
+            **on_policy_accuracy(recipe.evaluate.gold, texts, candidates, judgements),
+        }
+        write_records(iteration.candidates, candidates)
+        write_records(iteration.judgements, judgements)
+        trained.save(place.adapter, base_name=recipe.base.name)
+        write_json(place.training, told)  # last: where it is, the delta is whole
     return told
 
 

@@ -16,6 +16,7 @@ from srlm_lite.seeds import derive_seed
 from srlm_lite.session import Session
 from srlm_lite.settings import Optim
 from srlm_lite.stages.anchor import ift_examples, scratch
+from srlm_lite.stages.keeping import checkpoints, kept
 from srlm_lite.stages.pairs import pair_example
 from srlm_lite.stages.replies import without_thoughts
 from srlm_lite.stages.seed_data import data_file, ranked_file, read_ranked
@@ -83,28 +84,31 @@ def _train(session: Session, optim: Optim, kind: Kind) -> None:
     anchor = session.stack(0)
     seed = derive_seed(recipe.seed, "reward")
     session.close_engines()
+    training = Training(0, "reward")
     task = session.reporter.start("reward model", total_steps(len(fitting), optim), "steps")
 
     def on_step(step: int, steps: int, logs: dict[str, float]) -> None:
         task.advance()
         task.note(f"loss {logs['loss']:.3f} accuracy {logs['accuracy']:.2f}")
-        session.tracker.step(Training(0, "reward"), step, logs)
+        session.tracker.step(training, step, logs)
 
-    model, facts = train_reward(
-        session.slot,
-        session.base,
-        anchor=anchor,
-        adapter=session.slot.fresh(recipe.dpo.lora, seed=seed),
-        pairs=fitting,
-        optim=optim,
-        scratch=scratch(session.run.scratch),
-        seed=seed,
-        on_step=on_step,
-    )
-    model.save(directory.adapter, directory.head, base_name=recipe.base.name)
-    told: dict[str, Any] = {"pairs": len(fitting), "too_long": len(examples) - len(fitting)}
-    held_out = _held_out_accuracy(session, model)
-    directory.finish(training={**told, **facts, "accuracy_held_out": held_out})
+    with kept(session):
+        model, facts = train_reward(
+            session.slot,
+            session.base,
+            anchor=anchor,
+            adapter=session.slot.fresh(recipe.dpo.lora, seed=seed),
+            pairs=fitting,
+            optim=optim,
+            scratch=scratch(session.run.scratch),
+            seed=seed,
+            on_step=on_step,
+            checkpoints=checkpoints(session, training, "reward model", task),
+        )
+        model.save(directory.adapter, directory.head, base_name=recipe.base.name)
+        told: dict[str, Any] = {"pairs": len(fitting), "too_long": len(examples) - len(fitting)}
+        held_out = _held_out_accuracy(session, model)
+        directory.finish(training={**told, **facts, "accuracy_held_out": held_out})
 
 
 def _held_out_accuracy(session: Session, model: RewardModel) -> float | None:

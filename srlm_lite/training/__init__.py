@@ -1,1 +1,1 @@
-"""Our sections mapped onto TRL's trainers."""
+"""One step for all trainings, in trees of texts; and the proofs of it."""

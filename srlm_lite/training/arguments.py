@@ -1,9 +1,9 @@
-"""What both trainers are told alike."""
+"""What all trainers are told alike."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
@@ -17,9 +17,8 @@ from transformers import TrainerCallback
 from srlm_lite.errors import UserError
 from srlm_lite.model.base import LoadedBase
 from srlm_lite.model.heap import is_out_of_memory
-from srlm_lite.processes import place
 from srlm_lite.settings import Optim
-from srlm_lite.training.dealing import Deal
+from srlm_lite.training.checkpoint import Kept
 
 A = TypeVar("A", bound=Any)
 
@@ -37,23 +36,15 @@ def total_steps(n_examples: int, optim: Optim) -> int:
     return max(1, math.ceil(round(of_epoch * optim.epochs, 6)))
 
 
-def deal_of(optim: Optim, n_examples: int) -> Deal:
-    """How a training's batches are shared out to the processes there are."""
-    micro_batch = min(optim.micro_batch_size, n_examples)
-    per_step = max(1, math.ceil(min(optim.batch_size, n_examples) / micro_batch))
-    return Deal(micro_batch, per_step, place())
-
-
 def common_arguments(
     optim: Optim, base: LoadedBase, *, n_examples: int, scratch: Path, seed: int
 ) -> dict[str, Any]:
-    """Keyword arguments for `SFTConfig` and `DPOConfig`."""
-    deal = deal_of(optim, n_examples)
+    """Keyword arguments for `TrainingArguments`, and for what TRL makes of them."""
     steps = total_steps(n_examples, optim)
     return {
         "output_dir": str(scratch),
-        "per_device_train_batch_size": deal.largest,
-        "gradient_accumulation_steps": deal.passes(deal.micro_batch * deal.per_step),
+        "per_device_train_batch_size": 1,  # a batch of ours is a step
+        "gradient_accumulation_steps": 1,
         "max_steps": steps,
         "learning_rate": optim.learning_rate,
         "warmup_steps": round(steps * optim.warmup_ratio),
@@ -74,6 +65,16 @@ def common_arguments(
         # Every trainable weight is in every forward pass.
         "ddp_find_unused_parameters": False,
         **schedule_of(optim),
+    }
+
+
+def batches_of_trl(optim: Optim, n_examples: int) -> dict[str, int]:
+    """How a trainer of TRL's, in one process, cuts a step: into micro-batches of so many."""
+    micro_batch = min(optim.micro_batch_size, n_examples)
+    per_step = max(1, math.ceil(min(optim.batch_size, n_examples) / micro_batch))
+    return {
+        "per_device_train_batch_size": micro_batch,
+        "gradient_accumulation_steps": per_step,
     }
 
 
@@ -121,21 +122,36 @@ class Listener(TrainerCallback):
         self._on_step = on_step
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if logs is None or "loss" not in logs:
-            return
+        if logs is not None and "loss" in logs:
+            self._take(state.global_step, state.max_steps, logs)
+
+    def replay(self, history: Sequence[Mapping[str, Any]], steps: int) -> None:
+        """Pass on what was logged of the steps that are done (`TrainerState.log_history`)."""
+        for logs in history:
+            if "loss" in logs:
+                told = {key: value for key, value in logs.items() if key != "step"}
+                self._take(int(logs["step"]), steps, told)
+
+    def _take(self, step: int, steps: int, logs: Mapping[str, Any]) -> None:
         row = {key: float(value) for key, value in logs.items() if isinstance(value, int | float)}
         self.rows.append(row)
-        self._on_step(state.global_step, state.max_steps, row)
+        self._on_step(step, steps, row)
 
 
-def run_training(trainer: Any, optim: Optim) -> None:
+def run_training(trainer: Any, optim: Optim, kept: Kept | None = None) -> None:
     """`Trainer.train`.
+
+    Args:
+        kept: Keeps it on disk while it goes on, and goes on with what is there of it.
 
     Raises:
         UserError: Memory does not suffice; says with what the run may go on.
     """
     try:
-        trainer.train()
+        if kept is None:
+            trainer.train()
+        else:
+            kept.train(trainer)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise

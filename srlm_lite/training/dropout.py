@@ -1,7 +1,7 @@
-"""Dropout on an adapter's input, its mask drawn for each sequence by itself.
+"""Dropout on an adapter's input, its mask drawn for each text by itself.
 
-A mask belongs to (seed, step, sequence, layer). So a step drops the same whatever the sizes of its
-micro-batches, in however many processes, and when gradient checkpointing computes it again.
+A mask belongs to (seed, step, text, layer). So a step drops the same however it is cut and put in
+rows, in however many processes, and when gradient checkpointing computes it again.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ class Masks:
     def __init__(self, probability: float, seed: int) -> None:
         self.probability, self._seed = probability, seed
         self._step = 0
-        self._sequences: Sequence[int] = ()
-        self._lengths: Sequence[int] = ()
-        self._width = 0
-        self._picked: tuple[Tensor, Tensor] | None = None
+        self._texts: Sequence[tuple[int, int, int]] = ()
+        self._tokens = 0
+        self._picked: Tensor | None = None
 
-    def expect(self, step: int, sequences: Sequence[int], attention_mask: Tensor) -> None:
-        """The next batch: numbers of its sequences in the data, and their tokens, (B, T).
+    def expect(self, step: int, texts: Sequence[tuple[int, int, int]], tokens: int) -> None:
+        """The next batch.
 
-        Padding is on the right.
+        Args:
+            texts: Of each its number in the data, its tokens, and where its first one is among all
+                of the batch, row by row. The last token of a text may be missing from the batch.
+            tokens: Of the batch, padding included.
         """
-        self._step, self._sequences = step, sequences
-        self._lengths = attention_mask.sum(dim=1).tolist()
-        self._width = attention_mask.shape[1]
+        self._step, self._texts, self._tokens = step, texts, tokens
 
     @contextmanager
-    def picking(self, rows: Tensor, columns: Tensor) -> Iterator[None]:
+    def picking(self, places: Tensor) -> Iterator[None]:
         """Within this context a layer's inputs are of these tokens of the batch alone."""
-        self._picked = rows, columns
+        self._picked = places
         try:
             yield
         finally:
@@ -52,20 +52,21 @@ class Masks:
             UserError: They are not those of the batch's tokens, each once.
         """
         tokens, features = inputs.shape[:-1].numel(), inputs.shape[-1]
-        whole = len(self._lengths) * self._width
-        if tokens != (whole if self._picked is None else len(self._picked[0])):
+        if tokens != (self._tokens if self._picked is None else len(self._picked)):
             raise UserError(
                 f"{layer} does not compute each token once, so dropout has no mask for it",
                 where="lora.dropout",
                 way_out="Set it to 0, or leave the layer out of lora.targets",
             )
-        shape = len(self._lengths), self._width, features
+        shape = self._tokens, features
         dropped = torch.ones(shape, dtype=torch.bool, device=inputs.device)
-        for row, (sequence, length) in enumerate(zip(self._sequences, self._lengths, strict=True)):
-            seed = derive_seed(self._seed, "dropout", self._step, sequence, layer)
+        for text, length, start in self._texts:
+            seed = derive_seed(self._seed, "dropout", self._step, text, layer)
             generator = torch.Generator(inputs.device).manual_seed(seed)
+            # Of the whole text: with or without its last token it drops the same.
             drawn = torch.rand(length, features, generator=generator, device=inputs.device)
-            dropped[row, :length] = drawn < self.probability
+            own = dropped[start : start + length - 1]
+            own.copy_(drawn[:-1] < self.probability)
         if self._picked is not None:
             dropped = dropped[self._picked]
         return dropped.view(inputs.shape)

@@ -1,4 +1,4 @@
-"""DPO as one runs it with TRL alone: for comparison."""
+"""DPO and SFT as one runs them with TRL alone: for comparison."""
 
 from __future__ import annotations
 
@@ -10,18 +10,22 @@ from datasets import Dataset
 from transformers.trainer_callback import PrinterCallback
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
 
 from srlm_lite.model.base import LoadedBase
 from srlm_lite.model.stack import Adapter, Slot
-from srlm_lite.settings import Dpo
+from srlm_lite.settings import Dpo, Optim
 from srlm_lite.training.arguments import (
     Listener,
     OnStep,
+    batches_of_trl,
     common_arguments,
     one_adapter_in_training,
     one_device,
 )
 from srlm_lite.training.dpo import PairExample
+from srlm_lite.training.sft import Example
 
 
 class _IdsTrainer(DPOTrainer):
@@ -56,11 +60,24 @@ def train_plain_dpo(
         for pair in pairs
     ]
     arguments = common_arguments(dpo, base, n_examples=len(pairs), scratch=scratch, seed=seed)
+    arguments |= batches_of_trl(dpo, len(pairs))
+    with_nll: dict[str, Any] = {
+        "loss_type": ["sigmoid", "sft"],
+        "loss_weights": [1.0, dpo.nll_weight],
+    }
     try:
         with one_adapter_in_training(slot.model):
             trainer = _IdsTrainer(
                 model=slot.model,
-                args=one_device(DPOConfig(**arguments, beta=dpo.beta, max_length=None)),
+                args=one_device(
+                    DPOConfig(
+                        **arguments,
+                        beta=dpo.beta,
+                        ld_alpha=dpo.ld_alpha,
+                        max_length=None,
+                        **(with_nll if dpo.nll_weight else {}),
+                    )
+                ),
                 train_dataset=Dataset.from_list(rows),
                 processing_class=base.tokenizer,
                 callbacks=[Listener(on_step)],
@@ -70,3 +87,37 @@ def train_plain_dpo(
     finally:
         if "ref" in slot.model.peft_config:
             slot.model.delete_adapter("ref")
+
+
+def train_plain_sft(
+    slot: Slot,
+    base: LoadedBase,
+    *,
+    stack: Sequence[Adapter],
+    examples: Sequence[Example],
+    optim: Optim,
+    scratch: Path,
+    seed: int,
+    on_step: OnStep = lambda step, steps, logs: None,
+) -> None:
+    """The same by SFT on the targets, with the loss that TRL chooses."""
+    slot.load(stack, train=True)
+    rows = [
+        {
+            "input_ids": [*one.prompt_ids, *one.target_ids],
+            "labels": [*[-100] * len(one.prompt_ids), *one.target_ids],
+        }
+        for one in examples
+    ]
+    arguments = common_arguments(optim, base, n_examples=len(examples), scratch=scratch, seed=seed)
+    arguments |= batches_of_trl(optim, len(examples))
+    with one_adapter_in_training(slot.model):
+        trainer = SFTTrainer(
+            model=slot.model,
+            args=one_device(SFTConfig(**arguments, max_length=None)),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=base.tokenizer,
+            callbacks=[Listener(on_step)],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()

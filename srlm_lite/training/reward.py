@@ -10,13 +10,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
-from transformers.trainer_callback import PrinterCallback
-from trl.trainer.reward_config import RewardConfig
-from trl.trainer.reward_trainer import RewardTrainer
+from transformers.trainer_callback import TrainerCallback
 
 from srlm_lite.errors import ProofError, UserError
 from srlm_lite.model.base import LoadedBase
@@ -26,15 +23,16 @@ from srlm_lite.training.arguments import (
     Listener,
     OnStep,
     common_arguments,
-    deal_of,
     late_mean,
     one_adapter_in_training,
-    one_device,
     run_training,
 )
-from srlm_lite.training.dealing import Dealt
+from srlm_lite.training.checkpoint import Checkpoints
 from srlm_lite.training.dpo import PairExample
 from srlm_lite.training.sft import Example
+from srlm_lite.training.steps import PROVEN, Batch, Shares, StepTrainer
+from srlm_lite.training.tokens import Scored
+from srlm_lite.training.trees import Forest, Text
 
 _HEAD = "score.weight"
 
@@ -89,12 +87,25 @@ class Scorer(nn.Module):
         self.head = nn.Parameter(head.to(device, torch.float32).clone())
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, use_cache: bool = False
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        use_cache: bool = False,
+        position_ids: Tensor | None = None,
+        scored: Scored | None = None,
     ) -> SequenceClassifierOutput:
-        """Rewards as logits of shape (B, 1), from sequences padded on the right."""
+        """Rewards as logits of shape (B, 1), from sequences padded on the right.
+
+        Or, of shape (N,), those of the texts that end at the places that are given.
+        """
+        told = {} if position_ids is None else {"position_ids": position_ids}
         states = self.backbone(
-            input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache, **told
         ).last_hidden_state
+        if scored is not None:
+            rows, columns, _ = scored
+            rewards = (states[rows, columns].float() * self.head).sum(dim=1)
+            return SequenceClassifierOutput(logits=rewards)
         last = attention_mask.sum(dim=1) - 1
         final = states[torch.arange(len(states), device=states.device), last]
         # A product and a sum stay in float32 where autocast would make a matrix product bfloat16.
@@ -106,32 +117,22 @@ class Scorer(nn.Module):
         self.backbone.gradient_checkpointing_enable(**settings)
         self.backbone.enable_input_require_grads()  # the embeddings are frozen
 
-    def add_model_tags(self, tags: Any) -> None:
-        """Asked for by TRL; the head is saved by us, without a model card."""
 
+class RewardTrainer(StepTrainer):
+    """Learns which reply of a pair is better; the loss is the mean over the step's pairs."""
 
-class _RewardTrainer(Dealt, RewardTrainer):
-    """TRL's trainer; its loss is the mean over the step's pairs."""
-
-    def compute_loss(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
-    ) -> Any:
-        output = model(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            use_cache=False,
+    def loss(
+        self, model: Any, batch: Batch, examples: Sequence[int], shares: Shares
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """-log sigmoid of the margins, and what of them to note."""
+        place_of = {text: i for i, text in enumerate(batch.texts)}
+        rewards = self.scores(model, batch)
+        chosen, rejected = (
+            rewards[[place_of[self.examples[one][side]] for one in examples]] for side in (0, 1)
         )
-        chosen, rejected = output.logits[:, 0].chunk(2)
         margin = chosen - rejected
-        told = {"accuracy": (margin > 0).float(), "margin": margin.detach()}
-        for name, values in told.items():
-            self._metrics["train"][name].append(float((inputs["share"] * values).sum()))
-        loss = -(inputs["share"] * F.logsigmoid(margin)).sum()
-        return (loss, output) if return_outputs else loss
+        told = {"accuracy": (margin > 0).float(), "margin": margin}
+        return -(shares.example * F.logsigmoid(margin)).sum(), told
 
 
 def train_reward(
@@ -145,6 +146,7 @@ def train_reward(
     scratch: Path,
     seed: int,
     on_step: OnStep = lambda step, steps, logs: None,
+    checkpoints: Checkpoints | None = None,
 ) -> tuple[RewardModel, dict[str, float]]:
     """Train a reward model on pairs: the loss is -log sigmoid(r(chosen) - r(rejected)).
 
@@ -154,6 +156,7 @@ def train_reward(
         anchor: The frozen part of the stack below the adapter.
         adapter: Where training starts.
         pairs: Pairs that fit the window.
+        checkpoints: Where it is kept while it goes on; None: nowhere.
 
     Returns:
         The reward model, and the facts of the training: steps, the first step's loss, and loss,
@@ -164,32 +167,47 @@ def train_reward(
 
     Source: the Bradley-Terry model, as in Ouyang et al. 2022, arXiv:2203.02155, Eq. 1.
     """
-    dataset = Dataset.from_list(
-        [
-            {
-                "chosen_ids": [*pair.prompt_ids, *pair.chosen_ids],
-                "rejected_ids": [*pair.prompt_ids, *pair.rejected_ids],
-            }
-            for pair in pairs
-        ]
-    )
-    arguments = common_arguments(optim, base, n_examples=len(pairs), scratch=scratch, seed=seed)
+    texts: dict[Text, int] = {}
+    for pair in pairs:
+        for reply in (pair.chosen_ids, pair.rejected_ids):
+            texts.setdefault((pair.prompt_ids, reply), len(texts))
+    examples = [
+        (texts[pair.prompt_ids, pair.chosen_ids], texts[pair.prompt_ids, pair.rejected_ids])
+        for pair in pairs
+    ]
     start = sum(each.rank for each in anchor)
     slot.load([*anchor, adapter], train=True)
     scorer: Any = Scorer(slot, torch.zeros(1, slot.model.config.hidden_size))
     listener = Listener(on_step)
     with one_adapter_in_training(slot.model), slot.training_only(start, adapter):
-        trainer = _RewardTrainer(
-            model=scorer,
-            args=one_device(RewardConfig(**arguments, max_length=None, disable_dropout=False)),
-            train_dataset=dataset,
-            processing_class=base.tokenizer,
+        trainer = RewardTrainer(
+            slot,
+            base,
+            Forest(list(texts), scored=False),
+            examples,
+            tokens=[1] * len(pairs),  # no mean is over tokens
+            optim=optim,
+            arguments=common_arguments(
+                optim, base, n_examples=len(pairs), scratch=scratch, seed=seed
+            ),
             callbacks=[listener],
+            model=scorer,
         )
-        trainer.remove_callback(PrinterCallback)
-        trainer.deal = deal_of(optim, len(pairs))
-        trainer.tokens = [1] * len(pairs)  # no mean is over tokens
-        run_training(trainer, optim)
+        trainer.add_callback(_RewardProof(trainer))
+        run_training(
+            trainer,
+            optim,
+            None
+            if checkpoints is None
+            else checkpoints.keep(
+                base,
+                optim,
+                seed=seed,
+                keeper=listener,
+                examples=pairs,
+                adapters=(*anchor, adapter),
+            ),
+        )
         trained = slot.read(start, adapter.rank, list(adapter.factors))
         slot.assert_unchanged(anchor)
     if not trained.differs_from(adapter):
@@ -201,7 +219,36 @@ def train_reward(
         "last_loss": late_mean(rows, "loss"),
         "accuracy": late_mean(rows, "accuracy"),
         "margin": late_mean(rows, "margin"),
+        **trainer.facts,
     }
+
+
+class _RewardProof(TrainerCallback):
+    """Before the first step, shows that rewards of texts in trees are those of texts by themselves.
+
+    With a head of equal weights, since one of zeros makes any two models agree.
+    """
+
+    def __init__(self, trainer: RewardTrainer) -> None:
+        self._trainer = trainer
+
+    @torch.no_grad()
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer = self._trainer
+        scorer: Any = trainer.model
+        scorer.eval()
+        head = scorer.head.data
+        scorer.head.data = torch.full_like(head, head.numel() ** -0.5)
+        first = trainer.texts_of(range(min(len(trainer.examples), PROVEN // 2)))
+        own = []
+        for text in first:
+            prompt, target = trainer.forest.text(text)
+            ids = torch.tensor([[*prompt, *target]], device=head.device)
+            logits = trainer.model_wrapped(ids, torch.ones_like(ids)).logits
+            own.append(float(logits[0, 0]))
+        trainer.read_as_trees(first, own)
+        scorer.head.data = head
+        scorer.train()
 
 
 @torch.inference_mode()

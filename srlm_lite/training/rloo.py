@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from srlm_lite.training.arguments import (
     NO_ROUTER_LOSS,
     Listener,
     OnStep,
+    batches_of_trl,
     common_arguments,
     early_mean,
     late_mean,
@@ -37,6 +38,7 @@ from srlm_lite.training.arguments import (
     one_device,
     run_training,
 )
+from srlm_lite.training.checkpoint import Checkpoints, Resumable, digest
 from srlm_lite.training.reward import RewardModel, Scorer, rewards
 from srlm_lite.training.sft import Example
 
@@ -64,10 +66,16 @@ class DrawnReply:
     reward: float | None
 
 
-class _PolicyTrainer(RLOOTrainer):
+class _PolicyTrainer(Resumable, RLOOTrainer):
     """TRL's trainer on prompts that are ids already, with every id that ends a reply as an end."""
 
     stop_ids: tuple[int, ...] = ()
+
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        sampler = super()._get_train_sampler(dataset)
+        for _ in range(self.epochs_done):
+            next(iter(sampler))  # each pass draws the order of the next one
+        return sampler
 
     def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[Any], None, dict[str, Any]]:
         return prompts, None, {}
@@ -168,6 +176,7 @@ def train_rloo(
     seed: int,
     thought_tokens: int = 0,
     on_step: OnStep = lambda step, steps, logs: None,
+    checkpoints: Checkpoints | None = None,
 ) -> tuple[Adapter, list[DrawnReply], dict[str, float]]:
     """Train a delta on top of a frozen anchor, on replies that it draws itself.
 
@@ -184,6 +193,7 @@ def train_rloo(
         thought_tokens: What a reply may have beyond `rollout.max_new_tokens`, for its thought.
         optim: The section `dpo`: optimiser, steps and batches. An epoch is a pass over the prompts,
             less those that do not fill a step.
+        checkpoints: Where it is kept while it goes on; None: nowhere.
 
     Returns:
         The trained delta; all replies that were drawn, in order; and the facts of the training:
@@ -203,6 +213,7 @@ def train_rloo(
     )
     answers = answers_of_epoch(len(prompts), optim, rollout)
     arguments = common_arguments(optim, base, n_examples=answers, scratch=scratch, seed=seed)
+    arguments |= batches_of_trl(optim, answers)
     stack = [*anchor, delta]
     start = sum(adapter.rank for adapter in anchor)
     slot.load(reference, train=True)
@@ -243,7 +254,27 @@ def train_rloo(
             trainer.stop_ids = chat.stop_ids
             proof = _RlooProof(trainer, slot, judge, reference=reference, stack=stack)
             trainer.add_callback(proof)
-            run_training(trainer, optim)
+            run_training(
+                trainer,
+                optim,
+                None
+                if checkpoints is None
+                else checkpoints.keep(
+                    base,
+                    optim,
+                    seed=seed,
+                    keeper=listener,
+                    proof=proof,
+                    more=_Drawing(trainer, judge),
+                    examples=prompts,
+                    adapters=(*anchor, delta, *reference, reward.adapter),
+                    head=digest(reward.head.flatten().tolist()),
+                    rollout=rollout.model_dump(mode="json"),
+                    kl_weight=kl_weight,
+                    drop_truncated=drop_truncated,
+                    thought_tokens=thought_tokens,
+                ),
+            )
             trained = slot.read(start, delta.rank, list(delta.factors))
             slot.assert_unchanged(anchor)
     finally:
@@ -270,6 +301,22 @@ def train_rloo(
             "clipped": late_mean(rows, "completions/clipped_ratio"),
         },
     )
+
+
+class _Drawing:
+    """What a training that draws its own replies has beside its weights."""
+
+    def __init__(self, trainer: Any, judge: _Reward) -> None:
+        self._trainer, self._judge = trainer, judge
+
+    def kept(self) -> Any:
+        return {"passes": self._trainer._step, "drawn": [asdict(one) for one in self._judge.drawn]}
+
+    def go_on(self, kept: Any) -> None:
+        self._trainer._step = kept["passes"]
+        self._judge.drawn[:] = [
+            DrawnReply(**{**row, "reply_ids": tuple(row["reply_ids"])}) for row in kept["drawn"]
+        ]
 
 
 class _RlooProof(TrainerCallback):

@@ -23,13 +23,14 @@ from transformers import modeling_outputs
 
 from srlm_lite.errors import ProofError
 from srlm_lite.training.sizes import PIECE
+from srlm_lite.training.trees import Text
 
-IGNORED = -100
-"""In labels: a token that is no target."""
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 """By which a loss may miss the model's own likelihood: so many nats a token, and that share of
-them. A batch is padded and the comparison is not, so 16 bits round differently in the two."""
+them. A row holds many texts and the comparison one, so 16 bits round differently in the two."""
 
+Scored = tuple[Tensor, Tensor, Tensor]
+"""Rows and columns of tokens in a batch, and the ids that come next."""
 Picking = Callable[[Tensor, Tensor], AbstractContextManager[None]]
 """Says, while the head computes, of which (row, column) its inputs are."""
 
@@ -141,21 +142,23 @@ class TargetTokens:
 
     @contextmanager
     def answering(self) -> Iterator[None]:
-        """Within this context a forward pass with `labels` (B, T) has as its `logits`, (B, T - 1),
-        the log-likelihood of each target after what stands before it, and 0 elsewhere.
+        """Within this context a forward pass that is given `scored`, rows, columns and ids, each
+        (N,), has as its `logits`, (N,), the log-likelihood of each id after the token at that place
+        of the batch.
 
-        Without labels it is what it was.
+        Without it, it is what it was.
         """
         causal, original = self._causal, self._causal.forward
         own = vars(causal).get("forward")
 
-        def forward(*args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
-            if labels is None:
+        def forward(*args: Any, scored: Scored | None = None, **kwargs: Any) -> Any:
+            if scored is None:
                 return original(*args, **kwargs)
             if self._path is None:
+                rows, columns, targets = scored
                 logits = original(*args, **kwargs).logits
-                return outputs.CausalLMOutput(logits=_of_targets(logits, labels))
-            return outputs.CausalLMOutput(logits=self._by_pieces(self._path, labels, kwargs))
+                return outputs.CausalLMOutput(logits=_scores(logits[rows, columns], targets))
+            return outputs.CausalLMOutput(logits=self._by_pieces(self._path, scored, kwargs))
 
         causal.forward = forward
         try:
@@ -166,53 +169,87 @@ class TargetTokens:
                 causal.forward = own
 
     @torch.no_grad()
-    def own(self, model: Any, batch: dict[str, Any], labels: Tensor) -> float:
-        """The log-likelihood of a batch's targets, summed, by plain forward passes alone.
+    def own(self, model: Any, text: Text) -> float:
+        """The log-likelihood of a text's target after its prompt, summed, by a plain forward pass.
 
-        Each sequence is by itself, without its padding, and the model, wrapped or not, is called as
-        it is for sampling. Where it can be asked for the logits of some positions, no more than
-        `PIECE` are there at once.
+        The text is by itself, and the model, wrapped or not, is called as it is for sampling. Where
+        it can be asked for the logits of some positions, no more than `PIECE` are there at once.
         """
+        prompt, target = text
+        device = next(self._causal.parameters()).device
+        ids = torch.tensor([[*prompt, *target]], device=device)
+        columns = torch.arange(len(prompt), ids.shape[1], device=device) - 1
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
         total = 0.0
-        for row, mask, label in zip(
-            batch["input_ids"], batch["attention_mask"], labels, strict=True
-        ):
-            ids = row[mask == 1][None]
-            columns = (label[mask == 1][1:] != IGNORED).nonzero()[:, 0]
-            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
-            if self._takes_positions:
-                for piece in columns.split(PIECE):
-                    logits = model(**inputs, logits_to_keep=piece).logits[0]
-                    total += float(_scores(logits, ids[0, piece + 1]).sum())
-            else:
-                whole = model(**inputs).logits[0]
-                for piece in columns.split(PIECE):
-                    total += float(_scores(whole[piece], ids[0, piece + 1]).sum())
+        if self._takes_positions:
+            for piece in columns.split(PIECE):
+                logits = model(**inputs, logits_to_keep=piece).logits[0]
+                total += float(_scores(logits, ids[0, piece + 1]).sum())
+        else:
+            whole = model(**inputs).logits[0]
+            for piece in columns.split(PIECE):
+                total += float(_scores(whole[piece], ids[0, piece + 1]).sum())
         return total
 
-    def _by_pieces(self, path: str, labels: Tensor, inputs: dict[str, Any]) -> Tensor:
+    def _by_pieces(self, path: str, scored: Scored, inputs: dict[str, Any]) -> Tensor:
+        rows, columns, targets = scored
         output = self._output(path, inputs)
-        kind, states = type(output), output.last_hidden_state
-        rows, columns = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
-        targets = labels[rows, columns + 1]
+        kind, states = type(output), output.last_hidden_state[rows, columns]
 
-        def score(states: Tensor, targets: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-            with self._picking(rows, columns):
-                return _scores(self._logits(path, kind, states, targets), targets)
+        def score(states: Tensor, piece: slice) -> Tensor:
+            with self._picking(rows[piece], columns[piece]):
+                return _scores(self._logits(path, kind, states, targets[piece]), targets[piece])
 
+        pieces = [slice(at, at + PIECE) for at in range(0, max(1, len(targets)), PIECE)]
+        if not states.requires_grad:
+            return torch.cat([score(states[piece], piece) for piece in pieces])
+        if not self._head_learns(path):
+            found: Tensor = _Scored.apply(states, score, pieces)  # type: ignore[no-untyped-call]
+            return found
         # One piece's logits may stay; those of more are computed again in the backward pass.
-        several = torch.is_grad_enabled() and len(targets) > PIECE
-        found = []
-        for start in range(0, max(1, len(targets)), PIECE):
-            part = slice(start, start + PIECE)
-            piece = states[rows[part], columns[part]], targets[part], rows[part], columns[part]
-            found.append(
-                checkpoint(score, *piece, use_reentrant=False, preserve_rng_state=False)
+        several = len(pieces) > 1
+        return torch.cat(
+            [
+                checkpoint(
+                    score, states[piece], piece, use_reentrant=False, preserve_rng_state=False
+                )
                 if several
-                else score(*piece)
-            )
-        scores = torch.zeros(labels[:, 1:].shape, device=states.device)
-        return scores.index_put((rows, columns), torch.cat(found))
+                else score(states[piece], piece)
+                for piece in pieces
+            ]
+        )
+
+    def _head_learns(self, path: str) -> bool:
+        """Whether anything outside of the backbone learns."""
+        named = self._causal.named_parameters()
+        return any(one.requires_grad for name, one in named if not name.startswith(f"{path}."))
+
+
+class _Scored(torch.autograd.Function):
+    """Log-likelihoods from hidden states by a head that does not learn itself.
+
+    A token's is a function of its own state alone, so its slope is known before the loss is; with
+    it a piece's logits are computed once, and are gone before the next piece's.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, states: Tensor, score: Callable[[Tensor, slice], Tensor], pieces: Sequence[slice]
+    ) -> Tensor:
+        found, slopes = [], torch.empty_like(states)
+        for piece in pieces:
+            with torch.enable_grad():
+                given = states[piece].detach().requires_grad_()
+                scores = score(given, piece)
+                (slopes[piece],) = torch.autograd.grad(scores.sum(), given)
+            found.append(scores.detach())
+        ctx.save_for_backward(slopes)
+        return torch.cat(found)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (slopes,) = ctx.saved_tensors
+        return (gradients[0].unsqueeze(1) * slopes).to(slopes.dtype), None, None
 
 
 def _same(found: Tensor, whole: Tensor) -> bool:
@@ -225,17 +262,6 @@ def _scores(logits: Tensor, targets: Tensor) -> Tensor:
     logits = logits.float()
     scores: Tensor = logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(dim=1)
     return scores
-
-
-def _of_targets(logits: Tensor, labels: Tensor) -> Tensor:
-    """(B, T - 1) from whole logits, row by row."""
-    masks = labels[:, 1:] != IGNORED
-    found = torch.zeros(masks.shape, dtype=torch.float32, device=logits.device)
-    scores = [
-        _scores(row[:-1][mask], label[1:][mask])
-        for row, label, mask in zip(logits, labels, masks, strict=True)
-    ]
-    return found.masked_scatter(masks, torch.cat(scores))
 
 
 def prove_own(loss: float, own: float, dtype: torch.dtype, *, what: str) -> None:
