@@ -120,6 +120,7 @@ class StepTrainer(Resumable, Trainer):
             callbacks=list(callbacks),
         )
         self.remove_callback(PrinterCallback)
+        self._numbers: Any = range(len(examples))
         self.forest, self.examples, self.counted = forest, examples, tokens
         self.slot, self.base = slot, base
         self.batch_size = optim.batch_size
@@ -222,8 +223,8 @@ class StepTrainer(Resumable, Trainer):
     def get_train_dataloader(self) -> DataLoader[Any]:
         """The steps, by the numbers of their examples."""
         return DataLoader(
-            self.train_dataset,
-            batch_sampler=self.steps,  # type: ignore[arg-type]
+            self._numbers,
+            batch_sampler=self.steps,
             collate_fn=self.data_collator,
         )
 

@@ -182,12 +182,12 @@ class TargetTokens:
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
         total = 0.0
         if self._takes_positions:
-            for piece in columns.split(PIECE):
+            for piece in torch.split(columns, PIECE):
                 logits = model(**inputs, logits_to_keep=piece).logits[0]
                 total += float(_scores(logits, ids[0, piece + 1]).sum())
         else:
             whole = model(**inputs).logits[0]
-            for piece in columns.split(PIECE):
+            for piece in torch.split(columns, PIECE):
                 total += float(_scores(whole[piece], ids[0, piece + 1]).sum())
         return total
 
