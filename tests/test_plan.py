@@ -213,7 +213,8 @@ def training_peak(
         accumulates=False,
         dropout=dropout > 0,
     )
-    made_before = 4 * held.slot  # the stack's own tensors, which no operation has met
+    # The stack's own tensors, which no operation has met; DPO takes a digest of its reference.
+    made_before = 0 if kind == "dpo" else 4 * held.slot
     return sum(parts.values()) - made_before, live.peak
 
 
