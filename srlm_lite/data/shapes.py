@@ -840,7 +840,7 @@ def shape_of(seen: SeenColumns, formats: Iterable[str]) -> tuple[TableShape, Fou
 
 def has_replies(seen: SeenColumns) -> bool:
     """Whether a column has a name and cells as replies have."""
-    return any(_may_be_reply(name, column) for name, column in seen.columns.items())
+    return any(_may_be_reply(name, column, alone=False) for name, column in seen.columns.items())
 
 
 def order_of(shape: TableShape, at: Found) -> Order:
@@ -922,7 +922,8 @@ def refuse_losses(
     if only_asks:
         return
     for name in left:
-        if _may_be_reply(name, seen.columns[name]) and not _repeats(seen, at, name):
+        found = _may_be_reply(name, seen.columns[name], alone=shape.format == "prompts")
+        if found and not _repeats(seen, at, name):
             raise _reply_loss(seen, at, name)
     if shape.order == "none":
         marks = [name for name in left if _may_be_mark(name, seen.columns[name])]
@@ -981,9 +982,13 @@ def _ignoring(names: Iterable[str]) -> str:
     return " ".join(f"--ignore-column {name}" for name in names)
 
 
-def _may_be_reply(name: str, column: Column) -> bool:
+def _may_be_reply(name: str, column: Column, *, alone: bool) -> bool:
+    """Whether a column may hold replies; beside others that are read, by a usual name only."""
     stem = SIDE.fullmatch(name)
     names = {name.lower(), stem[1].lower() if stem else ""}
+    if alone:
+        *_, last = re.split(r"[_ -]|(?<=[a-z])(?=[A-Z])", name)  # model_answer, allResponses
+        names.add(last.lower())
     known = {*NAMES["response"], *NAMES["replies"], *NAMES["chosen"], *NAMES["rejected"]}
     return bool(names & (known | SIDE_STEMS)) and any(
         _is_list_of_replies(cell) or (_is_reply(cell) and not _is_number(cell))
