@@ -102,7 +102,7 @@ def test_nothing_is_left_behind(
 def test_llama_cpp_beside_the_stack(
     tiny_base_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of 16 bits nothing shows in 8 places; what a base without a tokenizer has is nothing."""
+    """Nothing of 16 bits shows in 8 places; a base without a tokenizer has nothing to measure."""
     monkeypatch.setattr(gguf, "QUESTIONS", gguf.QUESTIONS[:2])
     monkeypatch.setattr(gguf, "TOKENS", 4)
     paths = []

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import openai
 import pytest
 from chat_server import free_port
 from commands import Cli
@@ -37,6 +36,8 @@ from srlm_lite.session import Session
 from srlm_lite.shipped import recipes_dir
 from srlm_lite.stages.replies import reply_of
 from srlm_lite.stages.sampling import judge_replies
+
+openai = pytest.importorskip("openai", reason="OpenAI's client is not installed")
 
 TOY = recipes_dir() / "toy"
 QUESTION = "give me facts about the whale"

@@ -148,7 +148,7 @@ def _answers(
 
 
 def _next(logits: Tensor, texts: Sequence[Sequence[int]], starts: Sequence[int]) -> Tensor:
-    """Of the logits of whole texts, those that an answer's tokens are chosen by."""
+    """The logits that an answer's tokens are chosen by, from those of whole texts."""
     parts = torch.split(logits, [len(text) for text in texts])
     return torch.cat([part[start - 1 : -1] for part, start in zip(parts, starts, strict=True)])
 
@@ -166,7 +166,7 @@ def _llama_cpp(
         return None
     begin = time.monotonic()
     answer = llama_cpp.ask(
-        llama_cpp.Question(str(file), contexts=contexts, threads=torch.get_num_threads())
+        llama_cpp.Asking(str(file), contexts=contexts, threads=torch.get_num_threads())
     )
     seconds = time.monotonic() - begin
     pairs = zip(answer.likely, right.argmax(-1).tolist(), strict=True)

@@ -78,7 +78,7 @@ class Spread:
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class Proportion:
     """How often something is so, with its 95% interval where that is known."""
 
     value: float
@@ -101,7 +101,7 @@ class Ordering:
     pairs: int
     """Any two replies to one prompt."""
     tied_pairs: int
-    longer_wins: Share | None
+    longer_wins: Proportion | None
     """How often, in pairs in order, the better reply is the longer one; as long is half."""
     upside_down: int
     """Pairs whose better rank has the lower quality."""
@@ -397,7 +397,7 @@ class Tally:
             replies=(min(counts), round(sum(counts) / len(counts), 1), max(counts)),
             pairs=pairs,
             tied_pairs=tied_pairs,
-            longer_wins=None if value is None else Share(value, *ends),
+            longer_wins=None if value is None else Proportion(value, *ends),
             upside_down=upside_down,
             upside_down_at=upside_down_at,
             qualities=len(known),

@@ -58,7 +58,7 @@ class ExportWish:
     onto: Onto | None = None
     dtype: Dtype = "auto"
     quantize: Quantize | None = None
-    """Of a GGUF file; None: the 16 bits that the base has."""
+    """A GGUF file's type; None: the 16 bits that the base has."""
     base_id: str | None = None
     """Where others find an adapter's base: ORG/NAME on the Hub, or ORG/NAME@REVISION."""
 

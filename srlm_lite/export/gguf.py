@@ -398,10 +398,10 @@ class GgufExport(Export):
     def dtype_name(self) -> str:
         return self.quantize
 
-    def _question(self, file: Path, contexts: Sequence[Sequence[int]]) -> llama_cpp.Question:
+    def _question(self, file: Path, contexts: Sequence[Sequence[int]]) -> llama_cpp.Asking:
         """What llama.cpp is asked of the file."""
         message = {"role": "user", "content": _SAID}
-        return llama_cpp.Question(
+        return llama_cpp.Asking(
             str(file),
             contexts=contexts,
             top=self._skeleton[0].config.get_text_config().vocab_size,
@@ -427,7 +427,7 @@ class GgufExport(Export):
         answer = self._answer(file, chosen)
         return self._held_to(answer, parity.last_of(logits, texts)[: len(chosen)])
 
-    def _answer(self, file: Path, contexts: Sequence[Sequence[int]]) -> llama_cpp.Answer:
+    def _answer(self, file: Path, contexts: Sequence[Sequence[int]]) -> llama_cpp.Told:
         try:
             return llama_cpp.ask(self._question(file, contexts))
         except llama_cpp.LlamaCppError as error:
@@ -435,7 +435,7 @@ class GgufExport(Export):
                 f"llama.cpp cannot answer from the written file ({error}). Nothing was kept"
             ) from error
 
-    def _held_to(self, answer: llama_cpp.Answer, logits: Any) -> dict[str, Any]:
+    def _held_to(self, answer: llama_cpp.Told, logits: Any) -> dict[str, Any]:
         """What llama.cpp says of the last token of each text, beside (texts, V) logits."""
         from srlm_lite.model import parity
 

@@ -83,14 +83,14 @@ def installed() -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class Asking:
     """What to ask llama.cpp of one file."""
 
     file: str
     contexts: Sequence[Sequence[int]] = ()
     """Ids; asked is the log-probability of what comes next."""
     top: int = 1
-    """Of so many tokens, the most probable first."""
+    """How many tokens are told with their probability, the most probable first."""
     texts: Sequence[str] = ()
     """Asked are their ids, special tokens read as such and BOS where the file says so."""
     messages: Sequence[Mapping[str, str]] = ()
@@ -102,7 +102,7 @@ class Question:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class Told:
     """What llama.cpp says."""
 
     likely: list[list[tuple[int, float]]] = field(default_factory=list)
@@ -114,7 +114,7 @@ class Answer:
     ends: list[bool] = field(default_factory=list)
 
 
-def ask(question: Question) -> Answer:
+def ask(question: Asking) -> Told:
     """Ask llama.cpp, in a process of its own.
 
     Raises:
@@ -131,10 +131,10 @@ def ask(question: Question) -> Answer:
     if done.returncode or not lines:
         said = [line for line in done.stderr.splitlines() if "rror" in line] or ["it died"]
         raise LlamaCppError(" ".join(said[-1].split())[:300])
-    return Answer(**json.loads(lines[-1]))
+    return Told(**json.loads(lines[-1]))
 
 
-def _answer(asked: Question) -> Answer:
+def _answer(asked: Asking) -> Told:
     xllamacpp: Any = importlib.import_module(_PACKAGE)
     settings = xllamacpp.CommonParams()
     settings.model.path = asked.file
@@ -183,7 +183,7 @@ def _answer(asked: Question) -> Answer:
             prompt = post("/apply-template", messages=list(asked.messages))["prompt"]
         except urllib.error.HTTPError as failed:
             error = " ".join(failed.read().decode(errors="replace").split())[:300]
-    found = Answer(
+    found = Told(
         [likely(context, probe) for context in asked.contexts],
         ids,
         prompt,
@@ -195,6 +195,6 @@ def _answer(asked: Question) -> Answer:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(asdict(_answer(Question(**json.load(sys.stdin))))) + "\n")
+    sys.stdout.write(json.dumps(asdict(_answer(Asking(**json.load(sys.stdin))))) + "\n")
     sys.stdout.flush()
     os._exit(0)  # llama.cpp's threads are of no more use

@@ -55,7 +55,7 @@ _ROWS = 1 << 20
 """Elements that one thread rounds at a time."""
 
 
-class _Family(NamedTuple):
+class _WrittenFamily(NamedTuple):
     """What llama.cpp wants of a model type."""
 
     architecture: str
@@ -67,18 +67,18 @@ class _Family(NamedTuple):
 
 
 FAMILIES = {
-    "llama": _Family("llama", rotated_in_pairs=True),
-    "mistral": _Family("llama", rotated_in_pairs=True),
-    "qwen2": _Family("qwen2"),
-    "qwen3": _Family("qwen3"),
-    "gemma2": _Family("gemma2", norms_from_zero=True),
-    "gemma3_text": _Family("gemma3", norms_from_zero=True),
+    "llama": _WrittenFamily("llama", rotated_in_pairs=True),
+    "mistral": _WrittenFamily("llama", rotated_in_pairs=True),
+    "qwen2": _WrittenFamily("qwen2"),
+    "qwen3": _WrittenFamily("qwen3"),
+    "gemma2": _WrittenFamily("gemma2", norms_from_zero=True),
+    "gemma3_text": _WrittenFamily("gemma3", norms_from_zero=True),
 }
 """Model types whose file is proven here: written, read by other code, and by llama.cpp."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
+class _WrittenTo:
     """One tensor of the file."""
 
     name: str
@@ -88,7 +88,7 @@ class _Place:
     """Where it is from; None: its values stand in `values`."""
     values: Array | None = None
     heads: int = 0
-    """Of these many heads, a row and the one half a head further become neighbours."""
+    """How many heads it has; in each a row and the one half a head further become neighbours."""
     shift: float = 0.0
 
     @property
@@ -199,7 +199,7 @@ class GgufFile:
         writer.write_ti_data_to_file()
         return writer
 
-    def _placed(self, layout: Layout, plan: MergePlan) -> Iterator[_Place]:
+    def _placed(self, layout: Layout, plan: MergePlan) -> Iterator[_WrittenTo]:
         config = self._model.config
         key = next(k for k, name in gguf.MODEL_ARCH_NAMES.items() if name == self.architecture)
         names = gguf.get_tensor_name_map(key, config.num_hidden_layers)
@@ -217,7 +217,7 @@ class GgufFile:
                 raise UserError(f"GGUF has no name for {name}", where=_WHERE, way_out=_CONVERTER)
             yield self._place(f"{found}.{suffix}", merge)
 
-    def _place(self, name: str, merge: Merge) -> _Place:
+    def _place(self, name: str, merge: Merge) -> _WrittenTo:
         config, shape, heads = self._model.config, merge.info.shape, 0
         is_norm = name.endswith("norm.weight")
         if self._family.rotated_in_pairs and ".attn_q." in name:
@@ -225,7 +225,7 @@ class GgufFile:
         if self._family.rotated_in_pairs and ".attn_k." in name:
             heads = config.num_key_value_heads
         shift = 1.0 if is_norm and self._family.norms_from_zero else 0.0
-        return _Place(name, self._kind(shape, is_norm), shape, merge, heads=heads, shift=shift)
+        return _WrittenTo(name, self._kind(shape, is_norm), shape, merge, heads=heads, shift=shift)
 
     def _kind(self, shape: Sequence[int], is_norm: bool) -> Any:
         """llama.cpp's rules: vectors and norms stay as they are, and blocks do not cross rows."""
@@ -234,7 +234,7 @@ class GgufFile:
         kind = TYPES[self._quantize]
         return kind if shape[-1] % gguf.GGML_QUANT_SIZES[kind][0] == 0 else TYPES["f16"]
 
-    def _divisors(self, rope: Mapping[str, Any]) -> Iterator[_Place]:
+    def _divisors(self, rope: Mapping[str, Any]) -> Iterator[_WrittenTo]:
         """Llama 3.1's scaling: what each frequency is divided by."""
         if rope["rope_type"] != "llama3":
             return
@@ -242,10 +242,10 @@ class GgufFile:
         width = 2 * len(found)
         plain = rope["rope_theta"] ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
         values = (plain / found).float().numpy()
-        yield _Place("rope_freqs.weight", _F32, values.shape, None, values)
+        yield _WrittenTo("rope_freqs.weight", _F32, values.shape, None, values)
 
 
-def family_of(model: Any) -> _Family:
+def family_of(model: Any) -> _WrittenFamily:
     """What is known of a model's family.
 
     Raises:
@@ -345,7 +345,7 @@ def _padded(count: int) -> int:
     return math.ceil(count / alignment) * alignment
 
 
-def _whole(place: _Place, weights: Weights) -> Array:
+def _whole(place: _WrittenTo, weights: Weights) -> Array:
     """A tensor in float32, as llama.cpp wants it arranged."""
     if place.merge is None:
         assert_values: Any = place.values
@@ -365,7 +365,7 @@ def in_pairs(weight: Tensor, heads: int) -> Tensor:
     return weight.view(heads, 2, half, -1).transpose(1, 2).reshape(weight.shape).contiguous()
 
 
-def _rounded(place: _Place, values: Array, pool: ThreadPoolExecutor) -> Array:
+def _rounded(place: _WrittenTo, values: Array, pool: ThreadPoolExecutor) -> Array:
     """The bytes of a tensor in its type."""
     if place.kind == _F32:
         return values

@@ -119,7 +119,7 @@ def spread(likely: Sequence[Sequence[tuple[int, float]]], size: int) -> Tensor:
 
 
 def last_of(logits: Tensor, texts: Sequence[Sequence[int]]) -> Tensor:
-    """Of the logits of whole texts, those at the end of each."""
+    """The logits at the end of each text, from those of whole texts."""
     return torch.stack([part[-1] for part in torch.split(logits, [len(text) for text in texts])])
 
 
