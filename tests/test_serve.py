@@ -166,7 +166,15 @@ def session(run: RunDir) -> Session:
 
 
 @pytest.fixture(scope="module")
-def server(run: RunDir) -> Iterator[Server]:
+def graded_here(
+    run: RunDir, tmp_path_factory: pytest.TempPathFactory
+) -> list[tuple[str, float | None]]:
+    """Before the server: two engines at work in one process attend by one table of transformers."""
+    return graded(run, tmp_path_factory.mktemp("graded") / "here.jsonl")
+
+
+@pytest.fixture(scope="module")
+def server(run: RunDir, graded_here: object) -> Iterator[Server]:
     worker = Worker(Session(_sampled_here(run.recipe()), run), _stacks(run, None))
     with Server("127.0.0.1", 0, worker, key=KEY) as server:
         worker.start()
@@ -425,38 +433,40 @@ def test_one_failure_is_told_and_the_next_request_is_answered(
     assert ask(client, "1").choices[0].message.content
 
 
+def graded(run: RunDir, path: Path, **changes: Any) -> list[tuple[str, float | None]]:
+    """What model 1 of the run says of twelve replies, and its grades."""
+    rows = read_records(TOY / "data" / "eft_eval.jsonl", RankedReply)[:12]
+    raw = run.recipe().model_dump(mode="json")
+    judge = {"rubric": "toy", "temperature": 0.0, "max_new_tokens": 72}
+    raw["judge"] |= {**judge, **changes.pop("judge", {})}
+    session = Session(Recipe.model_validate({**raw, **changes}), RunDir(run.path))
+    found = judge_replies(
+        session,
+        session.stack(1),
+        [(row.response_id, row.prompt, row.response) for row in rows],
+        path=path,
+        stage="test",
+        votes=1,
+        chunk=20,
+        seed_path=("test",),
+    )
+    return [(row.text, row.score) for row in found]
+
+
 def test_a_judge_behind_it_gives_the_grades_of_the_judge_in_the_run(
-    server: Server, run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    graded_here: list[tuple[str, float | None]],
+    server: Server,
+    run: RunDir,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """`judge.engine: openai` asks this server for the model that the other session has loaded."""
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    rows = read_records(TOY / "data" / "eft_eval.jsonl", RankedReply)[:12]
-    replies = [(row.response_id, row.prompt, row.response) for row in rows]
-    judge = {"rubric": "toy", "temperature": 0.0, "max_new_tokens": 72}
-
-    def graded(name: str, **changes: Any) -> list[tuple[str, float | None]]:
-        raw = run.recipe().model_dump(mode="json")
-        raw["judge"] |= {**judge, **changes.pop("judge", {})}
-        recipe = Recipe.model_validate({**raw, **changes})
-        session = Session(recipe, RunDir(run.path))
-        found = judge_replies(
-            session,
-            session.stack(1),
-            replies,
-            path=tmp_path / name,
-            stage="test",
-            votes=1,
-            chunk=20,
-            seed_path=("test",),
-        )
-        return [(row.text, row.score) for row in found]
-
-    here = graded("here.jsonl")
-    there = graded(
-        "there.jsonl", judge={"engine": "openai"}, openai={"url": server.url, "model": "1"}
-    )
-    assert there == here
-    assert sum(score is not None for _, score in here) >= 6 and len({s for _, s in here}) > 1
+    there = {"url": server.url, "model": "1"}
+    told = graded(run, tmp_path / "there.jsonl", judge={"engine": "openai"}, openai=there)
+    assert told == graded_here
+    scores = [score for _, score in graded_here if score is not None]
+    assert len(scores) >= 6 and len(set(scores)) > 1
 
 
 # --- the command -------------------------------------------------------------------------------

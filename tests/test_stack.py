@@ -212,6 +212,15 @@ def test_folding_computes_the_same_and_leaves_no_trace(
     torch.testing.assert_close(logits(folded.model), logits(beside.model), rtol=0, atol=0)
 
 
+def test_a_stack_that_is_loaded_to_sample_can_be_trained_next(slot: Slot) -> None:
+    """torch lets no tensor made in inference mode require a gradient, and PEFT asks for that."""
+    with torch.inference_mode():
+        slot.load([noisy(slot, Lora(rank=2, alpha=4), 1)])
+    with slot.beside("reward", [noisy(slot, Lora(rank=2, alpha=4), 2)]):
+        pass
+    assert not any(one.is_inference() for one in slot.model.parameters())
+
+
 def test_a_fresh_adapter_changes_nothing_and_depends_on_its_seed_alone(slot: Slot) -> None:
     slot.load([])
     bare = logits(slot.model)

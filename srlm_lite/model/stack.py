@@ -326,6 +326,7 @@ class Slot:
         a, b = _weight(layer.lora_A, _SLOT), _weight(layer.lora_B, _SLOT)
         return (rank, a.shape[1]), (b.shape[0], rank)
 
+    @torch.inference_mode(mode=False)  # who samples loads too: a training could not use its tensors
     def load(
         self,
         stack: Sequence[Adapter],
