@@ -522,15 +522,6 @@ class Slot:
             if not torch.equal(a, rows[:rank]) or not torch.equal(b, columns[:, :rank]):
                 raise ProofError(f"training changed the anchor's weights in {module}")
 
-    def to_float32(self) -> None:
-        """Bring trainable weights back to float32 after a trainer has cast them.
-
-        In bfloat16, updates as small as an adapter's learning rate round to nothing.
-        """
-        for parameter in self.model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
-
     @contextmanager
     def dropping_out(self, of_layer: Callable[[str], nn.Module]) -> Iterator[None]:
         """Within this context the adapter's input passes through a module, one for each layer."""
