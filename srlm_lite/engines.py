@@ -61,6 +61,12 @@ class EngineKind:
     Raises:
         UserError: It is not.
     """
+    tells_probabilities: Callable[[Shared], None] | None = None
+    """Asks an engine that may not tell the probabilities of tokens whether it does.
+
+    Raises:
+        UserError: It does not.
+    """
     remote: bool = False
     """A server's own model answers. It has a template, a window and thoughts of its own, needs no
     base in this process, is asked by the first process alone, and learns nothing from the run."""
@@ -136,6 +142,16 @@ def _check_key(recipe: Shared) -> None:
     key_of(recipe.openai)
 
 
+def _has_probabilities(recipe: Shared) -> None:
+    from srlm_lite.rollout.openai_engine import refuse_untold
+
+    refuse_untold(
+        recipe.openai,
+        way_out="Let the judge write its reply (judge.rationale=true, or pairwise.verdict=reply), "
+        "or take a server that has them, such as vLLM",
+    )
+
+
 def _reach_server(recipe: Shared) -> str:
     from srlm_lite.rollout.openai_engine import reach
 
@@ -155,7 +171,14 @@ ENGINES: Mapping[EngineName, EngineKind] = {
             share=lambda recipe: recipe.vllm.memory,
             label="vLLM",
         ),
-        EngineKind("openai", _make_openai, _check_key, _reach_server, remote=True),
+        EngineKind(
+            "openai",
+            _make_openai,
+            _check_key,
+            _reach_server,
+            tells_probabilities=_has_probabilities,
+            remote=True,
+        ),
     )
 }
 SERVER: EngineName = "openai"

@@ -330,14 +330,15 @@ class Rollout(Sampling):
     """Prompts whose results reach the disk together; a killed run loses at most one chunk."""
 
 
-FormName = Literal["grade"]
+FormName = Literal["grade", "pairwise"]
 
 
 class Judge(Sampling):
     """LLM-as-a-judge."""
 
     form: Annotated[FormName, Before("grade")] = "grade"
-    """How candidates are judged. `grade`: each alone, by the rubric."""
+    """How candidates are judged. `grade`: each alone, by the rubric. `pairwise`: a prompt's against
+    each other."""
     rationale: Annotated[bool, Before(True)] = True
     """False: the judge writes nothing. A score is the mean of the whole scores that it would give,
     by their probability, for the price of reading the question once; `votes` and `score` count for
