@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from srlm_lite.errors import UserError
 from srlm_lite.methods import METHODS
 from srlm_lite.methods.rlhf import RewardSection
+from srlm_lite.planning.gpus import known_gpu
 from srlm_lite.planning.lengths import lengths_of, longest
 from srlm_lite.planning.machine import plan_for, settings_that_fit, shortfall, spread
 from srlm_lite.planning.memory import ROUNDING, Held, holes, sampling, training
@@ -370,6 +371,8 @@ def test_the_recipes_for_a_gpu_fit_where_they_say(recipe: str, gpus: str) -> Non
                 *("anchor.micro_batch_size", "rollout.batch_rows"),
             },
         ),
+        # The copy in 16 bits does not fit while the base is loaded, nor while it samples.
+        ("llama2-70b", ["rollout.fold=true"], "80GB", {"rollout.fold"}),
         # Smaller batches are tried first, and are needless in the end.
         ("llama2-7b", ["base.quantization=none"], "16GB", {"base.quantization"}),
     ],
@@ -635,15 +638,43 @@ def test_every_method_has_phases(method: str) -> None:
     assert all(phase.total > 0 for phase in plan.phases)
 
 
-@pytest.mark.parametrize("text", ["80", "0x80GB", "two", "2x0GB", "", "2x", "80GB,24GB"])
+@pytest.mark.parametrize(
+    "text", ["80", "0x80GB", "two", "2x0GB", "", "2x", "80GB,24GB", "8xA100", "NVIDIA H100 PCIe"]
+)
 def test_odd_gpus_are_refused(text: str) -> None:
-    with pytest.raises(UserError, match="2x80GB"):
+    with pytest.raises(UserError, match=r"2x80GB.*A100-40GB"):
         parse_gpus(text)
 
 
-def test_gpus_are_read_with_and_without_a_number() -> None:
-    assert parse_gpus("2x80GB") == Hardware("cuda", "", 80 * GB, 2)
+def test_gpus_are_read_by_number_memory_and_name() -> None:
+    assert parse_gpus("2x80GB") == parse_gpus("2x80") == Hardware("cuda", "", 80 * GB, 2)
     assert parse_gpus("24 gb") == Hardware("cuda", "", 24 * GB, 1)
+    assert parse_gpus("8xH100") == parse_gpus("8 x h100") == Hardware("cuda", "H100", 80 * GB, 8)
+    assert parse_gpus("rtx4090") == parse_gpus("1x4090") == Hardware("cuda", "RTX4090", 24 * GB)
+
+
+@pytest.mark.parametrize(
+    ("driver", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA A100-SXM4-40GB", "A100-40GB"),
+        ("NVIDIA GeForce RTX 3090", "RTX3090"),
+        ("NVIDIA L4", "L4"),
+        ("Tesla T4", "T4"),
+        # Of another speed than the one of that name.
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA GeForce RTX 3090 Ti", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+    ],
+)
+def test_a_gpu_is_known_by_its_driver_s_name(driver: str, name: str | None) -> None:
+    found = known_gpu(driver)
+    assert (None if found is None else found.name) == name
+
+
+def test_a_base_computes_in_32_bits_where_a_gpu_knows_no_bfloat16() -> None:
+    plans = [plan_for(load_recipe("smollm3-3b"), parse_gpus(gpu)) for gpu in ("T4", "16GB", "L4")]
+    assert [plan.itemsize for plan in plans] == [4, 2, 2]
 
 
 def test_rates_are_kept_by_device_and_base(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from srlm_lite.errors import UserError
 from srlm_lite.hardware import gpus, machine_memory
+from srlm_lite.planning.gpus import known_gpu
 from srlm_lite.planning.lengths import Lengths, lengths_of
 from srlm_lite.planning.memory import LIBRARIES, Held, Shape, loading
 from srlm_lite.planning.plan import (
@@ -130,7 +131,8 @@ def _itemsize(recipe: Shared, hardware: Hardware) -> int:
     if recipe.base.dtype != "auto":
         return 4 if recipe.base.dtype == "float32" else 2
     if hardware.device == "cuda":
-        return 2
+        gpu = known_gpu(hardware.name)
+        return 2 if gpu is None or gpu.flops else 4  # without bfloat16 in float32
     from srlm_lite.model.base import compute_dtype
 
     return compute_dtype(recipe.base.model_copy(update={"device": "cpu"})).itemsize
