@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 _TERA = 10**12
 _GIGA = 10**9
-_OF_A_NAME = frozenset("NVIDIA TESLA GEFORCE RTX HBM2 HBM2E HBM3 HBM3E SXM SXM4 SXM5".split())
+_OF_A_NAME = frozenset(
+    ("NVIDIA", "TESLA", "GEFORCE", "RTX", "HBM2", "HBM2E", "HBM3", "HBM3E", "SXM", "SXM4", "SXM5")
+)
 """Words that a driver or a shop puts around a GPU's name, and that name no other GPU."""
 
 
@@ -15,9 +17,9 @@ _OF_A_NAME = frozenset("NVIDIA TESLA GEFORCE RTX HBM2 HBM2E HBM3 HBM3E SXM SXM4 
 class GpuModel:
     """A kind of GPU.
 
-    `memory` in bytes; `bandwidth` of it in bytes/s; `flops` of products in bfloat16 that are summed in
-    float32, dense, in FLOP/s: 0 where the hardware knows no bfloat16, so that a base computes in
-    float32 there.
+    `memory` in bytes; `bandwidth` of it in bytes/s; `flops` of products in bfloat16 that are summed
+    in float32, dense, in FLOP/s: 0 where the hardware knows no bfloat16, so that a base computes
+    in float32 there.
     """
 
     name: str

@@ -124,7 +124,12 @@ def refuse_base(settings: Any, *, itemsize: int, where: str) -> None:
 
 def settings_that_fit(plan: Plan) -> tuple[list[str], bool]:
     """Settings, as `key=value`, with which more fits this hardware, and whether all then does."""
-    return advice(plan, lambda recipe: plan_for(recipe, plan.hardware, shape=plan.shape))
+    return advice(plan, lambda recipe: remade(plan, recipe))
+
+
+def remade(plan: Plan, recipe: Recipe) -> Plan:
+    """The plan of another recipe with the same base on the same hardware."""
+    return plan_for(recipe, plan.hardware, shape=plan.shape)
 
 
 def _itemsize(recipe: Shared, hardware: Hardware) -> int:
