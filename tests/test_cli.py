@@ -593,7 +593,7 @@ def table_of(run: RunDir) -> list[list[str]]:
 
 def test_the_table_has_a_row_for_each_model_that_is_done(run: RunDir) -> None:
     rows = table_of(run)
-    columns = ["model", "pairs", "gold", "greedy", "judge acc.", "ties", "readable"]
+    columns = ["model", "pairs", "gold", "greedy", "judge", "ties", "readable"]
     assert rows[1] == [*columns, "chars", "min"]
     # 90 s are 1.5 minutes; the anchor comes of no pairs; iteration 2 is not done.
     assert rows[3] == ["M1, anchor", "2.50 ±0.08", "3.50", "0.75", "0.12", "0.98", "123", "1.5"]
@@ -604,13 +604,13 @@ def test_the_table_has_a_row_for_each_model_that_is_done(run: RunDir) -> None:
     ]
     assert rows[5] == [""]
     told = " ".join(word for row in rows[6:] for word in row)
-    for word in ("gold:", GOLD, "judge acc.:", "ties, readable:", "chars:", "greedy:"):
+    for word in ("gold:", GOLD, "judge:", "ties, readable:", "chars:", "greedy:"):
         assert word in told
 
 
 def test_without_a_gold_scorer_there_is_no_gold(tmp_path: Path) -> None:
     rows = table_of(make_run(tmp_path / "out", gold=None))
-    assert rows[1] == ["model", "pairs", "judge acc.", "ties", "readable", "chars", "min"]
+    assert rows[1] == ["model", "pairs", "judge", "ties", "readable", "chars", "min"]
     assert rows[4] == ["M2, iteration 1", "5", "0.75", "0.12", "0.98", "123", "1.5"]
     assert not any("gold" in word for row in rows for word in row)
 

@@ -610,6 +610,7 @@ def show(
     from datetime import date
 
     from srlm_lite.cli.facts import hardware, versions
+    from srlm_lite.cli.wrapping import columns, fitted
 
     machine, software = hardware(), versions()
     if as_json:
@@ -617,11 +618,14 @@ def show(
         whole = {**head, **result, "machine": machine, "versions": software}
         typer.echo(json.dumps(whole, indent=2, ensure_ascii=False))
         return
-    typer.echo(text(result))
     graphics = "".join(f", {gpu['name']}" for gpu in machine["gpus"])
-    typer.echo(f"{machine['processor']}, {machine['cores']} cores{graphics}")
     packages = ("srlm-lite", "torch", "transformers")
-    typer.echo(", ".join(f"{each} {software[each]}" for each in packages) + f"; {date.today()}")
+    lines = [
+        text(result),
+        f"{machine['processor']}, {machine['cores']} cores{graphics}",
+        ", ".join(f"{each} {software[each]}" for each in packages) + f"; {date.today()}",
+    ]
+    typer.echo(fitted("\n".join(lines), columns()))
 
 
 def _rollout_text(result: dict[str, Any]) -> str:

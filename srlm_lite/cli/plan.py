@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import sys
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,6 +10,7 @@ from typing import Any
 import typer
 
 from srlm_lite.cli.tables import plain_table
+from srlm_lite.cli.wrapping import columns, fitted
 from srlm_lite.hardware import Gpu, choose_recipe, pick_recipe
 from srlm_lite.planning.machine import (
     SHARDING,
@@ -55,8 +53,7 @@ def run_plan(
         row = {**_row(plan, times, advice, brings), "room": _room_row(room)}
         typer.echo(json.dumps(row, indent=2, ensure_ascii=False))
         return
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    typer.echo(plan_text(plan, times, advice, room, brings=brings, width=width))
+    typer.echo(plan_text(plan, times, advice, room, brings=brings, width=columns()))
 
 
 def recipe_for(hardware: Hardware) -> tuple[str, str]:
@@ -174,13 +171,12 @@ def plan_text(
         )
         if wanted and plan.hardware.count > 1:
             lines.append(_sharding(plan))
-    narrow = width is not None and width < _WIDE
     return "\n".join(
         [
-            _broken(head, width),
-            *_tables(plan, times, narrow=narrow),
+            fitted(head, width),
+            *_tables(plan, times, width=width),
             "",
-            *(_broken(line, width) for line in lines),
+            *(fitted(line, width) for line in lines),
         ]
     )
 
@@ -212,16 +208,7 @@ def _too_long_to_judge(room: Room | None) -> list[str]:
     return [] if found is None else [". ".join(found)]
 
 
-def _broken(text: str, width: int | None) -> str:
-    """A line, broken between words where the terminal would break it within one."""
-    if width is None or len(text) <= width:
-        return text
-    return textwrap.fill(
-        text, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
-    )
-
-
-def _tables(plan: Plan, times: Mapping[str, Time], *, narrow: bool) -> list[str]:
+def _tables(plan: Plan, times: Mapping[str, Time], *, width: int | None) -> list[str]:
     """Bytes by part, tokens and time of each phase: one table, or two narrow ones."""
     names, memory, work = [], [], []
     for phase in plan.phases:
@@ -239,19 +226,22 @@ def _tables(plan: Plan, times: Mapping[str, Time], *, narrow: bool) -> list[str]
             ]
         )
     parts = [_HEADS.get(part, part) for part in PARTS]
-    if narrow:
+    if width is not None and width < _WIDE:
         return [
             plain_table(
                 ["phase, GB", *parts, "total", "fits"],
                 [[name, *cells] for name, cells in zip(names, memory, strict=True)],
+                width=width,
             ),
             plain_table(
                 ["phase", "tokens", "time", "which is"],
                 [[name, *cells] for name, cells in zip(names, work, strict=True)],
+                width=width,
             ),
         ]
     rows = [[a, *b, *c] for a, b, c in zip(names, memory, work, strict=True)]
-    return [plain_table(["phase", *parts, "total GB", "fits", "tokens", "time", "which is"], rows)]
+    heads = ["phase", *parts, "total GB", "fits", "tokens", "time", "which is"]
+    return [plain_table(heads, rows, width=width)]
 
 
 def _sharding(plan: Plan) -> str:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 
 from srlm_lite.cli.findings import findings_text
+from srlm_lite.cli.wrapping import columns
 from srlm_lite.doctor.finding import Finding, State
 from srlm_lite.preflight import checks
 from srlm_lite.preflight.checks import Answer, can_start
@@ -30,7 +31,7 @@ def as_findings(found: Sequence[Answer]) -> list[Finding]:
 
 def preflight_text(found: Sequence[Answer]) -> str:
     """A line for each check: its state, what was asked, what was found or what to do."""
-    return findings_text(as_findings(found))
+    return findings_text(as_findings(found), width=columns())
 
 
 def preflight_json(launch: Launch, found: Sequence[Answer]) -> str:
