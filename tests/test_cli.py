@@ -577,9 +577,9 @@ def test_evaluate_prints_what_has_been_measured(cli: Cli, run: RunDir) -> None:
     done = cli("evaluate", "--adapters", run.path, "--iteration", "anchor", "--json")
     assert json.loads(done.stdout) == evaluation(2.5)
     done = cli("evaluate", "--adapters", run.path, "--iteration", "anchor")
-    assert re.search(r"^policy gold_mean +2\.5$", done.stdout, re.MULTILINE)
-    assert re.search(r"^judge scores +3: 4  unreadable: 1$", done.stdout, re.MULTILINE)
-    assert "calibration" not in done.stdout and "human quality" not in done.stdout
+    assert re.search(r"^ gold +2\.50 ±0\.08", done.stdout, re.MULTILINE)
+    assert "\nvotes by score: 3: 4, unreadable: 1\n" in done.stdout
+    assert "calibration" not in done.stdout and "people's quality" not in done.stdout
 
 
 # --- the closing table ------------------------------------------------------------------------
