@@ -661,6 +661,25 @@ def test_recipes_show_prints_the_file_and_check_fills_in_defaults(cli: Cli) -> N
     assert recipe_from(checked, where="stdout").name == "llama2-70b"
 
 
+def test_check_ends_with_a_verdict_and_says_which_files_are_missing(
+    told: Told, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = cli("recipes", "check", "toy")
+    assert done.returncode == 0
+    told(done.stderr.splitlines()[-1])
+    assert re.search(r"^  ok +data +400 IFT rows", done.stderr, re.MULTILINE)
+    Path("mine.yaml").write_text(
+        "name: mine\nbase: {name: ./base}\ndata: {dir: nowhere}\njudge: {rubric: additive-5}\n"
+    )
+    done = cli("recipes", "check", "mine.yaml")
+    assert done.returncode == 0 and yaml.safe_load(done.stdout)["name"] == "mine"
+    told(done.stderr.splitlines()[-1])
+    fails = re.findall(r"^  fails +(\w+)", done.stderr, re.MULTILINE)
+    assert fails == ["data", "prompts", "base"]
+    assert "there is nothing at ./base" in done.stderr and "ok      judge" in done.stderr
+
+
 @pytest.mark.parametrize("name", shipped_recipes())
 def test_what_show_prints_and_new_begins_is_the_same_recipe(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str

@@ -14,6 +14,7 @@ from srlm_lite.cli.facts import hardware, versions
 from srlm_lite.cli.preflight import preflight_json, preflight_text
 from srlm_lite.cli.progress import ConsoleReporter
 from srlm_lite.cli.tables import closing_table
+from srlm_lite.cli.wrapping import columns
 from srlm_lite.errors import GateError, program
 from srlm_lite.hardware import pick_recipe
 from srlm_lite.loop import iterate
@@ -96,7 +97,7 @@ def dry_run(wish: Wish, *, as_json: bool) -> None:
     if as_json:
         typer.echo(preflight_json(launch, found))
     else:
-        typer.echo(preflight_text(found))
+        typer.echo(preflight_text(found, width=columns()))
         console.command(f"next: {_same_without_asking()}", _what_for(found))
     raise typer.Exit(0 if can_start(found) else 2)
 

@@ -6,7 +6,6 @@ import json
 from collections.abc import Sequence
 
 from srlm_lite.cli.findings import findings_text
-from srlm_lite.cli.wrapping import columns
 from srlm_lite.doctor.finding import Finding, State
 from srlm_lite.preflight import checks
 from srlm_lite.preflight.checks import Answer, can_start
@@ -29,9 +28,13 @@ def as_findings(found: Sequence[Answer]) -> list[Finding]:
     ]
 
 
-def preflight_text(found: Sequence[Answer]) -> str:
-    """A line for each check: its state, what was asked, what was found or what to do."""
-    return findings_text(as_findings(found), width=columns())
+def preflight_text(found: Sequence[Answer], *, width: int | None = None) -> str:
+    """A line for each check: its state, what was asked, what was found or what to do.
+
+    Args:
+        width: Columns of the terminal that it goes to, if it goes to one.
+    """
+    return findings_text(as_findings(found), width=width)
 
 
 def preflight_json(launch: Launch, found: Sequence[Answer]) -> str:

@@ -15,6 +15,11 @@ def columns() -> int | None:
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
+def of_stderr() -> int | None:
+    """The same of stderr."""
+    return shutil.get_terminal_size().columns if sys.stderr.isatty() else None
+
+
 def fitted(text: str, width: int | None) -> str:
     """Lines that are too long, broken between words; what follows is set in.
 

@@ -113,6 +113,21 @@ def answers(launch: Launch) -> Iterator[Answer]:
             yield Answer(name, "warning" if seen.warnings else state, seen.text, seen.warnings)
 
 
+def answers_of_files(launch: Launch) -> Iterator[Answer]:
+    """The answers of the checks that need neither a directory nor a machine: settings and files."""
+    named = {check: name for name, check in CHECKS.items()}
+    for check in inputs.INPUTS:
+        try:
+            seen = check(launch)
+        except UserError as error:
+            yield Answer(named[check], "bad", str(error))
+        else:
+            state: State = "ok" if seen.asked else "not asked"
+            yield Answer(
+                named[check], "warning" if seen.warnings else state, seen.text, seen.warnings
+            )
+
+
 def _checks(launch: Launch) -> Mapping[str, Check]:
     """The checks that a launch is asked."""
     done = OF_WORK if launch.is_finished else ()
