@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import re
@@ -17,6 +18,7 @@ import pytest
 import yaml
 from commands import Cli, Done
 from messages import Told
+from rich.console import Console
 from rich.progress import Progress
 from safetensors import SafetensorError
 from typer.main import get_command
@@ -24,7 +26,8 @@ from typer.main import get_command
 from srlm_lite import __version__
 from srlm_lite.cli import iterate, main
 from srlm_lite.cli.progress import ConsoleReporter, TimeLeft, _Bar, _duration, _Eta, summary
-from srlm_lite.cli.tables import closing_table
+from srlm_lite.cli.tables import closing_table, plain_table
+from srlm_lite.cli.wrapping import fitted
 from srlm_lite.errors import UserError
 from srlm_lite.preflight.inputs import check_inputs
 from srlm_lite.recipe import load_recipe, recipe_from, shipped_recipes
@@ -710,6 +713,50 @@ def test_new_replaces_no_file_and_begins_with_shipped_recipes_alone(
     told(mistake(cli("recipes", "new", "no/where.yaml", "--from", "toy")))
     assert Path("mine.yaml").read_text() == "precious"
     assert not Path("other.yaml").exists()
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_lines_of_a_run_are_broken_between_words(
+    width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = io.StringIO()
+    reporter = ConsoleReporter()
+    console = Console(file=out, force_terminal=True, width=width, color_system=None, soft_wrap=True)
+    monkeypatch.setattr(reporter, "_rich", console)
+    warning = "answers grew from 60 to 120 characters on average: look at the report, and at them"
+    reporter.warn(warning)
+    facts = {"candidates": 800, "mean_tokens": 40, "truncated": 3}
+    reporter.finish(1, "candidates", facts, 12.0)
+    reporter.say(f"wrote {warning}")
+    command = (
+        "next: srlm-lite export --adapters out/mine --iteration 12 --out out/mine-m13 --dry-run"
+    )
+    reporter.command(command, "its best iteration, as weights")
+    reporter.command("next: srlm-lite", "what for")
+    lines = out.getvalue().splitlines()
+    words = " ".join(out.getvalue().split())
+    assert warning in words and summary("candidates", facts) in words
+    assert command in lines and lines[-1] == "next: srlm-lite  # what for"  # to be copied whole
+    assert max(len(line) for line in lines if line != command) <= width
+
+
+def test_a_table_that_is_too_wide_comes_in_several_with_its_names() -> None:
+    columns = ["model", *("abcdefgh" * 2)]
+    rows = [[f"M{number}", *["1234"] * 16] for number in range(3)]
+    whole, narrow = plain_table(columns, rows), plain_table(columns, rows, width=40)
+    assert max(len(line.rstrip()) for line in narrow.splitlines()) <= 40
+    assert whole.count("M1") == 1 and narrow.count("M1") == narrow.count("model") == 4
+    assert narrow.count("1234") == whole.count("1234") == 48
+    assert plain_table(columns, rows, width=200) == whole
+
+
+def test_lines_are_whole_in_a_pipe_and_words_are_never_broken() -> None:
+    text = "  a line of words\n" + "x" * 50
+    assert fitted(text, None) == fitted(text, 20) == text  # no terminal, or too narrow a one
+    assert fitted("  one two three four five six seven", 30) == (
+        "  one two three four five six\n    seven"
+    )
+    assert fitted("x" * 50, 40) == "x" * 50
 
 
 @pytest.mark.parametrize(
