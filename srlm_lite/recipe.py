@@ -31,7 +31,16 @@ from pydantic_core import PydanticCustomError
 from srlm_lite.errors import UserError, shorten
 from srlm_lite.forms import FORMS, form_of, sections_of_other_forms
 from srlm_lite.methods import DEFAULT, METHODS, method_of, sections_of_others
-from srlm_lite.settings import Before, DecidesNothing, IsPath, Section, Shared, marked, sections_of
+from srlm_lite.settings import (
+    SERVERS,
+    Before,
+    DecidesNothing,
+    IsPath,
+    Section,
+    Shared,
+    marked,
+    sections_of,
+)
 from srlm_lite.shipped import place_of_base, recipes_dir
 from srlm_lite.yaml_text import parse_yaml, read_yaml
 
@@ -108,7 +117,7 @@ class Recipe(_OfMethods):
     def asks_a_server(self) -> bool:
         """Whether the run needs the server of the section `openai`."""
         asks = method_of(self).asks_a_server
-        return asks or "openai" in (self.rollout.engine, self.judge.engine)
+        return asks or not SERVERS.isdisjoint({self.rollout.engine, self.judge.engine})
 
     @property
     def judge_makes_pairs(self) -> bool:

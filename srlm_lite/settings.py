@@ -302,6 +302,8 @@ class Sampling(Section):
 
 
 EngineName = Literal["transformers", "vllm", "openai"]
+SERVERS: frozenset[EngineName] = frozenset({"openai"})
+"""Engines in which a server's own model answers; `openai.url` and `openai.model` say which."""
 
 
 class Rollout(Sampling):
