@@ -416,6 +416,19 @@ class Pairing(Section):
     replay: tuple[Annotated[float, Field(ge=0)], ...] = ()
     """Pairs of the last iteration, of the one before it, and so on that are learned once more: at
     most so many for each new pair."""
+    accumulate: Annotated[bool | Literal["auto"], Before(False)] = "auto"
+    """Learn the pairs of all iterations so far, those of judgements included, each time. `auto`:
+    where a delta is rebased (`dpo.init: anchor`) and `replay` names no shares, for such a delta
+    has forgotten what the last one learned. Iteration t then takes about t times the steps of the
+    first one."""
+    older_steps: Annotated[Literal["more", "same"], Before("more")] = "more"
+    """`same`: older pairs take no steps of their own: `dpo.batch_size` counts new pairs, and each
+    step has their share of older ones beside them, to the nearest whole multiple."""
+    older_order: Annotated[Literal["keep", "drop", "smooth"], Before("keep")] = "keep"
+    """What becomes of older pairs whose order the newest judge does not share. `drop` and `smooth`
+    have it grade both replies anew, `judge.votes` times: `drop` leaves a pair out where it does
+    not prefer the chosen one; `smooth` takes the share of its votes that do not for how likely the
+    order is wrong, as `dpo.label_smoothing` does."""
     drop_truncated: bool = True
     """Leave out candidates that ran into the token limit; else they are learned without an end."""
     min_pairs: Annotated[Positive, DECIDES_NOTHING] = 8

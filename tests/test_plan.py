@@ -21,6 +21,7 @@ from srlm_lite.planning.machine import plan_for, settings_that_fit, shortfall, s
 from srlm_lite.planning.memory import ROUNDING, Held, holes, sampling, training
 from srlm_lite.planning.plan import (
     Hardware,
+    Phase,
     Plan,
     advice,
     needs_sharding,
@@ -507,6 +508,24 @@ def test_replayed_pairs_count() -> None:
     plan = plan_for(recipe, parse_gpus("24GB"))
     dpo = next(phase for phase in plan.phases if phase.name == "DPO")
     assert dpo.tokens == 36 * 2 * dpo.shape["tokens"]
+
+
+def test_all_pairs_so_far_count() -> None:
+    """A rebased delta: iteration t learns t shares of 12 pairs; 12 + 24 + 36. Regraded: 12 + 24."""
+
+    def phases(*overrides: str) -> dict[str, Phase]:
+        recipe = load_recipe("tiny", ["iterations=3", "judge.votes=2", *overrides])
+        return {one.name: one for one in plan_for(recipe, parse_gpus("24GB")).phases}
+
+    found = phases("pairing.older_order=drop")
+    assert found["DPO"].tokens == 72 * 2 * found["DPO"].shape["tokens"]
+    new_tokens = load_recipe("tiny").judge.max_new_tokens
+    assert found["judge, older pairs"].tokens == 36 * 2 * 2 * new_tokens
+    alone = phases("pairing.accumulate=false")
+    assert alone["DPO"].tokens == 36 * 2 * alone["DPO"].shape["tokens"]
+    assert "judge, older pairs" not in alone
+    chain = phases("dpo.init=previous")
+    assert chain["DPO"].tokens == alone["DPO"].tokens
 
 
 def test_the_trainings_of_other_methods_are_phases() -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 from srlm_lite.judging import Rubric
-from srlm_lite.pairing import JUDGE, Drops
+from srlm_lite.pairing import Drops, is_of_judgements
 from srlm_lite.records import (
     Candidate,
     Instruction,
@@ -98,12 +98,13 @@ class Words:
 
     def score_of(self, origin: str) -> str | None:
         """The figure of a pair's replies, by where the pair is from."""
-        return "rating by the meta-judge" if origin == JUDGE else self.score
+        return "rating by the meta-judge" if is_of_judgements(origin) else self.score
 
 
 CONTROLS = "Self-rewarding and controls"
 RANKED_REPLIES = "Learning from ranked replies"
 OWN_GRADES = "Other ways with the own grades"
+REBASING = "What a rebased delta learns"
 TAUGHT_MORE = "With an anchor that learned more"
 """What cases of the bench are shown beside."""
 
@@ -391,6 +392,11 @@ class Iteration(ABC):
         """The pairs whose two sequences both fit the window."""
 
     @abstractmethod
+    def older(self) -> list[PreferencePair]:
+        """The pairs of all iterations before, marked so, where a delta learns those; as the newest
+        judge has them, where the recipe asks for that."""
+
+    @abstractmethod
     def keep(
         self, pairs: Sequence[PreferencePair], drops: Drops, *, advice: Mapping[str, str],
         origin: str = "",
@@ -553,6 +559,17 @@ class Method(ABC, Generic[S]):
     def judge_makes_pairs(self) -> bool:
         """Whether differences of the rubric's scores decide what is a pair."""
         return self.recipe.pairing.source == "judge"
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether a delta learns the pairs of all iterations so far."""
+        told, replay = self.recipe.pairing.accumulate, self.recipe.pairing.replay
+        return self.recipe.dpo.init == "anchor" and not replay if told == "auto" else told
+
+    @property
+    def has_older_pairs(self) -> bool:
+        """Whether pairs of earlier iterations are learned once more."""
+        return self.accumulates or any(self.recipe.pairing.replay)
 
     @property
     def judge_has_deltas(self) -> bool:

@@ -138,6 +138,7 @@ class Cream(SelfRewarding[CreamSettings]):
         yield self.answers(sizes)
         if self.own.scores == "judge":
             yield self.votes(sizes, answers=2 * self.all_prompts * self.recipe.rollout.n)
+        yield from self.votes_on_older(sizes)
         yield self.dpo(sizes)
 
     def judgements(

@@ -127,6 +127,9 @@ class Rlhf(SelfRewarding[RlhfSettings]):
             "pairing.rho": (),
             "pairing.alpha": (),
             "pairing.replay": (),
+            "pairing.accumulate": (True,),
+            "pairing.older_steps": (),
+            "pairing.older_order": (),
             "dpo.beta": (),
             "dpo.nll_weight": (),
             "dpo.label_smoothing": (),
@@ -136,6 +139,11 @@ class Rlhf(SelfRewarding[RlhfSettings]):
     @property
     def judge_makes_pairs(self) -> bool:
         """Never."""
+        return False
+
+    @property
+    def accumulates(self) -> bool:
+        """There are no pairs."""
         return False
 
     def phases(self, sizes: Sizes) -> Iterator[Phase]:

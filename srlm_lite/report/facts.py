@@ -102,7 +102,8 @@ class Pair:
     @property
     def source(self) -> str:
         """Where it is from, in words; empty for the iteration's own answers."""
-        return "a pair of judgements" if self.record.origin == JUDGE else self.record.origin
+        origin = self.record.origin
+        return origin.replace(JUDGE, "a pair of judgements", 1)
 
     @property
     def gap(self) -> float:
