@@ -277,6 +277,21 @@ def replayed(
     return chosen
 
 
+def weighted_by_gap(pairs: Sequence[PreferencePair]) -> list[PreferencePair]:
+    """Pairs whose weight is their score gap over the mean gap, times what it was.
+
+    Source: linear, and 1 on average, is our formulation of what several have: the quality weight
+    of Peng et al. 2025, arXiv:2506.10054, known to us from summaries, grows with the gap too.
+    """
+    gaps = [one.chosen_score - one.rejected_score for one in pairs]
+    mean = sum(gaps) / len(gaps) if gaps else 0.0
+    return [
+        replace(one, weight=round(one.weight * gap / mean, 6))
+        for one, gap in zip(pairs, gaps, strict=True)
+        if mean > 0
+    ]
+
+
 def accumulated(older: Sequence[Sequence[PreferencePair]]) -> list[PreferencePair]:
     """The pairs that were new in earlier iterations, marked `replay`, the latest ones first.
 

@@ -106,6 +106,20 @@ class Recipe(_OfMethods):
         return self
 
     @model_validator(mode="after")
+    def _pairs_have_what_is_asked(self) -> Recipe:
+        if self.pairing.weight == "gap" and self.pairing.source not in ("judge", "gold"):
+            raise ValueError(
+                f"pairing.weight=gap needs scores that order the pairs, and those of "
+                f"pairing.source={self.pairing.source} do not"
+            )
+        if self.pairing.older_order == "smooth" and self.dpo.loss == "sft":
+            raise ValueError(
+                "pairing.older_order=smooth turns a share of a pair's loss round, and dpo.loss=sft "
+                "learns the chosen reply alone: take pairing.older_order=drop"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _settings_are_read(self) -> Recipe:
         unread = METHODS[self.method].unread(self.own)
         for name, values in unread.items():

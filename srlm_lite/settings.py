@@ -8,6 +8,7 @@ meaning: that it may be a path, that it came later, that it decides nothing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
@@ -403,6 +404,8 @@ class Pairing(Section):
     bound: the scorer that `evaluate.gold` names takes the judge's place."""
     min_gap: Annotated[float, Field(ge=0)] = 0.0
     """The scores of a pair must differ by more than this."""
+    weight: Annotated[Literal["equal", "gap"], Before("equal")] = "equal"
+    """`gap`: the loss of a pair counts by its score gap, as a multiple of the iteration's mean."""
     rho: (
         Annotated[float, Field(ge=0, le=0.5)] | tuple[Annotated[float, Field(ge=0, le=0.5)], ...]
     ) = 0.0
@@ -435,6 +438,10 @@ class Pairing(Section):
     """Stop when an iteration finds fewer."""
 
 
+LossName = Literal["sigmoid", "sigmoid_norm", "ipo", "apo_zero", "apo_down", "simpo", "sft"]
+"""What a delta may minimise; all but `simpo` by the names that TRL has for them."""
+
+
 class Dpo(Optim):
     """Training the delta."""
 
@@ -444,6 +451,14 @@ class Dpo(Optim):
     """`anchor` rebases: the delta starts from zero. `previous` starts from the last delta."""
     reference: Literal["init", "anchor"] = "init"
     """The stack that DPO's log-ratios are taken against."""
+    loss: Annotated[LossName, Before("sigmoid")] = "sigmoid"
+    """What is minimised, see [losses](training.md#losses). `sigmoid`: DPO's. `sigmoid_norm`: the
+    same on log-ratios per token. `ipo`: a square around a target margin per token, with `beta` for
+    its tau. `apo_zero`: the chosen reply up and the rejected one down. `apo_down`: both down, the
+    rejected one more. `simpo`: likelihoods per token, and no reference. `sft`: the chosen reply
+    alone, for a control."""
+    target_margin: Annotated[float, Field(ge=0), Before(0.5)] = 0.5
+    """Margin by which the chosen reply is to be ahead, of `simpo` alone: its gamma."""
     beta: Annotated[float, Field(gt=0)] = 0.1
     """DPO's inverse temperature: the larger, the closer the delta stays to the reference."""
     nll_weight: Annotated[float, Field(ge=0)] = 0.0
@@ -455,6 +470,32 @@ class Dpo(Optim):
     """Length-desensitised DPO (LD-DPO): weight of the tokens by which one reply is longer than the
     other. Default: 1, plain DPO."""
     lora: Lora = Lora()
+
+    @property
+    def loss_of_equals(self) -> float | None:
+        """The loss of a pair where policy and reference are one model, whatever the pair; None
+        where there is no such value."""
+        of_equals: dict[str, float] = {
+            "sigmoid": math.log(2),
+            "sigmoid_norm": math.log(2),
+            "ipo": 1 / (2 * self.beta) ** 2,
+            "apo_zero": 1.0,
+            "apo_down": 1.0,
+        }
+        return of_equals.get(self.loss)
+
+    @model_validator(mode="after")
+    def _terms_go_with_the_loss(self) -> Dpo:
+        if self.ld_alpha is not None and self.loss in ("sigmoid_norm", "ipo", "simpo", "sft"):
+            raise ValueError(f"loss={self.loss} knows no ld_alpha: it goes by the token already")
+        if self.loss != "simpo" and self.target_margin != 0.5:
+            raise ValueError(f"loss={self.loss} knows no target_margin: it is that of simpo")
+        if self.loss == "sft" and (self.label_smoothing or self.nll_weight):
+            raise ValueError(
+                "loss=sft is the likelihood of the chosen reply alone: leave out label_smoothing "
+                "and nll_weight"
+            )
+        return self
 
     @model_validator(mode="after")
     def _no_dropout(self) -> Dpo:

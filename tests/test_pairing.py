@@ -34,6 +34,7 @@ from srlm_lite.pairing import (
     replay_age,
     replayed,
     usable_candidates,
+    weighted_by_gap,
 )
 from srlm_lite.recipe import Recipe, recipe_from
 from srlm_lite.records import Candidate, FinishReason, Judgement, PreferencePair, Prompt
@@ -630,6 +631,15 @@ def test_all_pairs_so_far_are_those_that_were_new_once() -> None:
     assert [replay_age(one) for one in found] == [1, 1, 1, 2, 2, 2]
     assert [is_of_judgements(one.origin) for one in found] == [False, False, True, *[False] * 3]
     assert accumulated([found]) == accumulated([]) == []
+
+
+def test_pairs_count_by_their_gap() -> None:
+    # Gaps 1, 1 and 4: a mean of 2. What a pair weighed before counts too.
+    pairs = [*numbered("p", 2), replace(numbered("q", 1)[0], chosen_score=4, weight=0.5)]
+    found = weighted_by_gap(pairs)
+    assert [one.weight for one in found] == [0.5, 0.5, 1.0]
+    assert [replace(one, weight=1.0) for one in found[:2]] == pairs[:2]
+    assert weighted_by_gap([]) == []
 
 
 def test_older_pairs_as_the_newest_judge_has_them() -> None:

@@ -501,9 +501,17 @@ def test_identity_has_older_pairs_as_they_come_to() -> None:
         ("pairing.accumulate=false", "pairing.older_steps=same"),
         ("pairing.source=random", "pairing.older_order=smooth"),
         ("method=rlhf", "pairing.accumulate=true"),
+        ("pairing.source=random", "pairing.weight=gap"),
+        ("pairing.older_order=smooth", "dpo.loss=sft"),
+        ("dpo.loss=ipo", "dpo.ld_alpha=0.5"),
+        ("dpo.loss=sft", "dpo.label_smoothing=0.1"),
+        ("dpo.loss=apo_zero", "dpo.target_margin=1"),
+        ("method=cream", "dpo.loss=sft"),
+        ("method=scir", "dpo.init=previous", "dpo.reference=anchor", "dpo.loss=ipo"),
+        ("method=rlhf", "dpo.loss=simpo"),
     ],
 )
-def test_settings_about_older_pairs_that_nothing_reads(told: Told, overrides: list[str]) -> None:
+def test_settings_about_pairs_that_nothing_reads(told: Told, overrides: list[str]) -> None:
     with told.refused():
         load_recipe("tiny", overrides)
 

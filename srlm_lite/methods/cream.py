@@ -125,8 +125,10 @@ class Cream(SelfRewarding[CreamSettings]):
 
     @classmethod
     def unread(cls, own: CreamSettings) -> Mapping[str, Collection[Any]]:
-        """Gold takes a judge's place, and no likelihood's."""
-        return {"pairing.source": ("gold",)} if own.scores == "likelihood" else {}
+        """Gold takes a judge's place, and no likelihood's; the chosen reply alone is not
+        smoothed."""
+        unread: dict[str, Collection[Any]] = {"dpo.loss": ("sft",)}
+        return unread | ({"pairing.source": ("gold",)} if own.scores == "likelihood" else {})
 
     @property
     def judge_makes_pairs(self) -> bool:

@@ -64,7 +64,7 @@ class Scir(SelfRewarding[ScirSettings]):
     def unread(cls, own: ScirSettings) -> Mapping[str, Collection[Any]]:
         """It would hold blind pairs, and those of a gold scorer, to what the judge thinks of
         them."""
-        return {"pairing.source": ("random", "gold")}
+        return {"pairing.source": ("random", "gold"), "dpo.loss": ()}
 
     def make_pairs(
         self,

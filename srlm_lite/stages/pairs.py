@@ -17,6 +17,7 @@ from srlm_lite.pairing import (
     is_of_judgements,
     replay_age,
     replayed,
+    weighted_by_gap,
 )
 from srlm_lite.records import Candidate, Judgement, PreferencePair, Prompt
 from srlm_lite.run.files import read_records, write_json, write_records
@@ -69,6 +70,9 @@ def keep_pairs(
     """
     recipe = session.recipe
     fitting = fitting_pairs(session, made)
+    if recipe.pairing.weight == "gap":
+        of_judge = [pair for pair in fitting if pair.origin]
+        fitting = [*weighted_by_gap([pair for pair in fitting if not pair.origin]), *of_judge]
     own = [pair for pair in fitting if not pair.origin]
     main = [pair for pair in fitting if pair.origin == origin]
     drops.prompts["too_long"] += sum(pair.origin == origin for pair in made) - len(main)
