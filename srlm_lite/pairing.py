@@ -277,6 +277,21 @@ def replayed(
     return chosen
 
 
+def flipped(pair: PreferencePair) -> PreferencePair:
+    """The same pair with its rejected reply chosen: a control."""
+    return replace(
+        pair,
+        chosen_id=pair.rejected_id,
+        rejected_id=pair.chosen_id,
+        chosen=pair.rejected,
+        rejected=pair.chosen,
+        chosen_score=pair.rejected_score,
+        rejected_score=pair.chosen_score,
+        chosen_ids=pair.rejected_ids,
+        rejected_ids=pair.chosen_ids,
+    )
+
+
 def weighted_by_gap(pairs: Sequence[PreferencePair]) -> list[PreferencePair]:
     """Pairs whose weight is their score gap over the mean gap, times what it was.
 

@@ -98,7 +98,8 @@ class Recipe(_OfMethods):
                     f"pairing.{name}={value} is about older pairs, and none are learned: set "
                     "pairing.accumulate=true, or dpo.init=anchor"
                 )
-        if pairing.older_order != "keep" and not method.judge_makes_pairs:
+        judged = method.judge_makes_pairs and pairing.source == "judge"
+        if pairing.older_order != "keep" and not judged:
             raise ValueError(
                 f"pairing.older_order={pairing.older_order} asks the judge anew, which has not "
                 "made these pairs"

@@ -399,9 +399,10 @@ class OpenAI(Section):
 class Pairing(Section):
     """How scores become preference pairs."""
 
-    source: Literal["judge", "random", "gold"] = "judge"
-    """`random` is the control: two candidates of a prompt, drawn blindly. `gold` is the upper
-    bound: the scorer that `evaluate.gold` names takes the judge's place."""
+    source: Literal["judge", "random", "flipped", "gold"] = "judge"
+    """`random` is the control: two candidates of a prompt, drawn blindly. `flipped` is another one:
+    the judge's pairs turned round, so that what it rejects is chosen. `gold` is the upper bound:
+    the scorer that `evaluate.gold` names takes the judge's place."""
     min_gap: Annotated[float, Field(ge=0)] = 0.0
     """The scores of a pair must differ by more than this."""
     weight: Annotated[Literal["equal", "gap"], Before("equal")] = "equal"
@@ -550,6 +551,9 @@ class Evaluate(Section):
     """Sampled answers a prompt, beside one greedy answer."""
     temperature: Annotated[Temperature, Field(gt=0)] | None = None
     """Temperature of the sampled answers; default: `rollout.temperature`."""
+    best_of: Annotated[Annotated[int, Field(ge=2)] | None, Before(None)] = None
+    """So many answers to each prompt are sampled and graded by the model, as candidates are, and the
+    best one is measured too: what the judge brings without any training."""
     gold: str | None = None
     """`module:function`: an external score of an answer that the model never sees."""
     judged_answers: Annotated[int, Field(ge=0)] = 64

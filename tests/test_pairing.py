@@ -27,6 +27,7 @@ from srlm_lite.pairing import (
     accumulated,
     as_newest_judge_has_it,
     at_iteration,
+    flipped,
     is_of_judgements,
     length_penalty,
     mean_length_gap,
@@ -631,6 +632,14 @@ def test_all_pairs_so_far_are_those_that_were_new_once() -> None:
     assert [replay_age(one) for one in found] == [1, 1, 1, 2, 2, 2]
     assert [is_of_judgements(one.origin) for one in found] == [False, False, True, *[False] * 3]
     assert accumulated([found]) == accumulated([]) == []
+
+
+def test_a_flipped_pair_is_the_other_way_round_in_all_that_it_has() -> None:
+    one = PreferencePair("p", "text", "a", "b", "x", "y", 4, 1, chosen_ids=(1,), rejected_ids=(2,))
+    turned = PreferencePair(
+        "p", "text", "b", "a", "y", "x", 1, 4, chosen_ids=(2,), rejected_ids=(1,)
+    )
+    assert flipped(one) == turned and flipped(turned) == one
 
 
 def test_pairs_count_by_their_gap() -> None:

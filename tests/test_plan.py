@@ -497,6 +497,9 @@ def test_the_tokens_of_an_evaluation_by_hand() -> None:
     assert lengths_of(load_recipe("tiny")).graded == 16
     assert tokens() == 3 * 16 * 48 + (3 * 16 + 5 * 8) * 2 * 64
     assert tokens("evaluate.judged_answers=3") == 3 * 16 * 48 + (3 * 16 + 5 * 3) * 2 * 64
+    # The best of 3 answers to 8 prompts, each with the 2 votes of a candidate.
+    more = 3 * 8 * 3 * (48 + 2 * 64)
+    assert tokens("evaluate.best_of=3", "judge.votes=2") == tokens("judge.votes=2") + more
     server = ("openai.url=http://127.0.0.1:1/v1", "openai.model=m", "judge.engine=openai")
     assert tokens(*server) == 3 * 16 * 48 + (3 * 16 + 3 * 8) * 2 * 64
     assert tokens("evaluate.tasks=[piqa]") is None

@@ -703,6 +703,7 @@ def _methods_text(result: dict[str, Any]) -> str:
                 name,
                 cell(bare),
                 *(cell(value) for value in found["gold"]),
+                *[""] * (result["iterations"] + 1 - len(found["gold"])),
                 cell(found["rise"]) + (f" ±{spread:.2f}" if spread is not None else ""),
                 cell(found["greedy"][-1]),
                 cell(last(found["ranker_accuracy"])),
@@ -733,6 +734,9 @@ def _methods_text(result: dict[str, Any]) -> str:
     if cold:
         temperature = result["cold_anchor"]["temperature"]
         lines.append(f"M1 at temperature {temperature}: gold {sum(cold) / len(cold):.2f}")
+    if picked := [value for value in result["best_of"]["gold"] if value is not None]:
+        n = result["best_of"]["n"]
+        lines.append(f"M1's pick, as judge, of {n} answers: gold {sum(picked) / len(picked):.2f}")
     criteria = [name for found in cases.values() for name in found["by_criterion"][-1]]
     names = list(dict.fromkeys(criteria))
     points = [

@@ -176,6 +176,7 @@ def _pairs_by(recipe: Recipe) -> str:
     return {
         "judge": "",
         "random": ", pairs drawn blindly",
+        "flipped": ", the judge's pairs turned round",
         "gold": ", pairs by the gold scorer",
     }[recipe.pairing.source]
 

@@ -105,6 +105,7 @@ CONTROLS = "Self-rewarding and controls"
 RANKED_REPLIES = "Learning from ranked replies"
 OWN_GRADES = "Other ways with the own grades"
 REBASING = "What a rebased delta learns"
+SHARPENING = "Learning or sharpening"
 TAUGHT_MORE = "With an anchor that learned more"
 """What cases of the bench are shown beside."""
 
@@ -122,6 +123,8 @@ class Case:
     """Whether it takes longer than most."""
     group: str = OWN_GRADES
     """What it is shown beside."""
+    one_pass: bool = False
+    """Whether one iteration takes the prompts that others take in several."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -558,7 +561,7 @@ class Method(ABC, Generic[S]):
     @property
     def judge_makes_pairs(self) -> bool:
         """Whether differences of the rubric's scores decide what is a pair."""
-        return self.recipe.pairing.source == "judge"
+        return self.recipe.pairing.source in ("judge", "flipped")
 
     @property
     def accumulates(self) -> bool:

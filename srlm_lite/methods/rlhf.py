@@ -122,7 +122,7 @@ class Rlhf(SelfRewarding[RlhfSettings]):
     def unread(cls, own: RlhfSettings) -> Mapping[str, Collection[Any]]:
         """All that is about pairs."""
         return {
-            "pairing.source": ("random", "gold"),
+            "pairing.source": ("random", "flipped", "gold"),
             "pairing.min_gap": (),
             "pairing.rho": (),
             "pairing.alpha": (),

@@ -64,7 +64,7 @@ class Scir(SelfRewarding[ScirSettings]):
     def unread(cls, own: ScirSettings) -> Mapping[str, Collection[Any]]:
         """It would hold blind pairs, and those of a gold scorer, to what the judge thinks of
         them."""
-        return {"pairing.source": ("random", "gold"), "dpo.loss": ()}
+        return {"pairing.source": ("random", "flipped", "gold"), "dpo.loss": ()}
 
     def make_pairs(
         self,

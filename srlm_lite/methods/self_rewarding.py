@@ -24,6 +24,7 @@ from srlm_lite.judging import mean_scores, unasked, votes_by_candidate
 from srlm_lite.methods.base import (
     CONTROLS,
     REBASING,
+    SHARPENING,
     Case,
     Draws,
     Facts,
@@ -66,6 +67,9 @@ class SelfRewarding(Method[S]):
         "random pairs": Case("toy", ("pairing.source=random",), group=CONTROLS),
         "gold pairs": Case("toy", ("pairing.source=gold",), group=CONTROLS),
         "no judge data": Case("toy", ("anchor.use_eft=false",), anchor=None, group=CONTROLS),
+        "flipped pairs": Case("toy", ("pairing.source=flipped",), group=SHARPENING),
+        "SFT on the best": Case("toy", ("dpo.loss=sft",), group=SHARPENING),
+        "one pass": Case("toy", group=SHARPENING, one_pass=True),
         "all pairs so far": Case("toy", REBASED, group=REBASING),
         "all pairs, same steps": Case(
             "toy", (*REBASED, "pairing.older_steps=same"), group=REBASING

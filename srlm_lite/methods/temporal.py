@@ -67,8 +67,8 @@ class Temporal(SelfRewarding[NoSettings]):
 
     @classmethod
     def unread(cls, own: NoSettings) -> Mapping[str, Collection[Any]]:
-        """Blind pairs have no past and no future."""
-        return {"pairing.source": ("random",)}
+        """Blind pairs have no past and no future, and a future of flipped ones is none to go by."""
+        return {"pairing.source": ("random", "flipped")}
 
     def phases(self, sizes: Sizes) -> Iterator[Phase]:
         """The policy, the next model and, from the second iteration on, the first one answer."""

@@ -13,7 +13,12 @@ from srlm_lite.evaluate.gate import best_model, findings
 from srlm_lite.evaluate.gold import load_gold
 from srlm_lite.evaluate.intervals import interval
 from srlm_lite.evaluate.judge_metrics import calibration, judge_metrics, share_in_gold_order
-from srlm_lite.evaluate.policy_metrics import means_by_prompt, policy_metrics, standard_error
+from srlm_lite.evaluate.policy_metrics import (
+    best_graded,
+    means_by_prompt,
+    policy_metrics,
+    standard_error,
+)
 from srlm_lite.judging import mean_scores
 from srlm_lite.records import Candidate, Prompt
 from srlm_lite.run.files import read_json, write_json, write_records
@@ -124,6 +129,11 @@ def _policy(
     points = {}
     if gold is not None:
         points = {row.candidate_id: gold.total(texts[row.prompt_id], row.text) for row in sampled}
+    best: dict[str, Any] = {}
+    if recipe.evaluate.best_of:
+        several = answers("best_of", temperature=temperature, n=recipe.evaluate.best_of)
+        picks = _picked(session, directory, judge, texts, several)
+        best["best_of"] = {"n": recipe.evaluate.best_of, **policy_metrics(texts, picks, gold)}
     graded, ends = _grades(session, directory, judge, texts, sampled, points)
     return {
         **figures,
@@ -132,8 +142,31 @@ def _policy(
         "intervals": {**figures["intervals"], **ends},
         "temperature": temperature,
         "greedy": policy_metrics(texts, greedy, gold),
+        **best,
         **left_out,
     }
+
+
+def _picked(
+    session: Session,
+    directory: StageDir,
+    judge: Sequence[Adapter],
+    texts: Mapping[str, str],
+    answers: Sequence[Candidate],
+) -> list[Candidate]:
+    """The best answer to each prompt by the model's own judge, asked as it is of candidates."""
+    recipe = session.recipe
+    rows = judge_replies(
+        session,
+        judge,
+        [(row.candidate_id, texts[row.prompt_id], row.text) for row in answers if row.text],
+        path=directory.evaluation_dir / "grades_best_of.jsonl",
+        stage="evaluation, grades of the best of several",
+        votes=recipe.judge.votes,
+        chunk=recipe.rollout.chunk_prompts * recipe.rollout.n,
+        seed_path=(recipe.seed, "evaluation", "best of"),
+    )
+    return best_graded(answers, mean_scores(rows, min_votes=recipe.judge.min_votes))
 
 
 def _grades(

@@ -14,6 +14,7 @@ from srlm_lite.pairing import (
     Regraded,
     accumulated,
     as_newest_judge_has_it,
+    flipped,
     is_of_judgements,
     replay_age,
     replayed,
@@ -70,10 +71,12 @@ def keep_pairs(
     """
     recipe = session.recipe
     fitting = fitting_pairs(session, made)
-    if recipe.pairing.weight == "gap":
-        of_judge = [pair for pair in fitting if pair.origin]
-        fitting = [*weighted_by_gap([pair for pair in fitting if not pair.origin]), *of_judge]
     own = [pair for pair in fitting if not pair.origin]
+    if recipe.pairing.weight == "gap":
+        own = weighted_by_gap(own)
+    if recipe.pairing.source == "flipped":
+        own = [flipped(pair) for pair in own]
+    fitting = [*own, *(pair for pair in fitting if pair.origin)]
     main = [pair for pair in fitting if pair.origin == origin]
     drops.prompts["too_long"] += sum(pair.origin == origin for pair in made) - len(main)
     write_json(iteration.drops, drops.to_json())
