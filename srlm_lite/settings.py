@@ -552,8 +552,8 @@ class Evaluate(Section):
     temperature: Annotated[Temperature, Field(gt=0)] | None = None
     """Temperature of the sampled answers; default: `rollout.temperature`."""
     best_of: Annotated[Annotated[int, Field(ge=2)] | None, Before(None)] = None
-    """So many answers to each prompt are sampled and graded by the model, as candidates are, and the
-    best one is measured too: what the judge brings without any training."""
+    """So many answers to each prompt are sampled and graded by the model, as candidates are, and
+    the best one is measured too: what the judge brings without any training."""
     gold: str | None = None
     """`module:function`: an external score of an answer that the model never sees."""
     judged_answers: Annotated[int, Field(ge=0)] = 64

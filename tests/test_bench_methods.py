@@ -23,6 +23,8 @@ from srlm_lite.bench.methods import (
     SMALLER,
     Case,
     MethodsBench,
+    _place,
+    _recipe,
     bench_methods,
     cases_of,
     summary,
@@ -75,6 +77,18 @@ def test_what_cases_have_in_common() -> None:
     for setting in ("prompts.per_iteration=50", "pairing.drop_truncated=false"):
         assert not same_first_grades(shared, recipe(toy, setting)), setting
     assert same_first_grades(shared, recipe(toy, "dpo.beta=0.3", "pairing.rho=0.3", "iterations=1"))
+
+
+def test_one_pass_takes_the_prompts_of_all_iterations() -> None:
+    settings = MethodsBench(Path("out"), iterations=3, overrides=("prompts.per_iteration=20",))
+    case = CASES["one pass"]
+    recipe = _recipe(settings, case, 1, Path("anchor"), 3)
+    assert (recipe.iterations, recipe.prompts.per_iteration, recipe.seed) == (1, 60, 1)
+    assert _recipe(settings, case, 1, None, 0).iterations == 0
+    # For another number of iterations it is another run.
+    assert _place(settings, "one pass", 1).path == Path("out/one-pass-for-3-1")
+    plain = CASES["self-rewarding"]
+    assert _recipe(settings, plain, 1, None, 3).prompts.per_iteration == 20
 
 
 def test_cases_by_name() -> None:
