@@ -285,6 +285,8 @@ def _reward(facts: dict[str, Any]) -> str:
 def _pairs(facts: dict[str, Any]) -> str:
     drops = ", ".join(f"{count} {reason}" for reason, count in facts["drops"].items())
     replayed = f" and {facts['replayed']} older ones" if facts.get("replayed") else ""
+    if facts.get("older"):  # the newest judge was asked of them
+        replayed += f" of {facts['older']}, {facts['disputed']} of them disputed"
     judge = f", {facts['judge_pairs']} of judgements" if facts.get("judge_pairs") else ""
     text = f"{facts['pairs']} preference pairs{judge}{replayed}" + (
         f"; no pair: {drops}" if drops else ""

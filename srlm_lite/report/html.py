@@ -48,6 +48,7 @@ KEY_SETTINGS = (
     ("pairing.source", "pairs by"),
     ("dpo.init", "each delta starts from"),
     ("dpo.reference", "reference"),
+    ("dpo.loss", "loss"),
     ("dpo.beta", "beta"),
     ("dpo.learning_rate", "learning rate"),
     ("dpo.epochs", "epochs"),
