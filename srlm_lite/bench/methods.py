@@ -83,6 +83,9 @@ ANCHORS: dict[str, Case] = {
 }
 """Anchors that several cases share."""
 
+PLAIN = "self-rewarding"
+"""The case that others are held against."""
+
 SMALLER = (
     "prompts.per_iteration=100",
     "judge.votes=2",
@@ -170,6 +173,7 @@ def bench_methods(settings: MethodsBench, reporter: Reporter | None = None) -> d
                 "recipe": CASES[name].recipe,
                 "overrides": list(CASES[name].overrides),
                 "summary": summary(rows),
+                "above_plain": above(rows, runs.get(PLAIN, [])) if name != PLAIN else None,
                 "runs": rows,
             }
             for name, rows in runs.items()
@@ -438,6 +442,34 @@ def summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     result["warned"] = sum(bool(model.get("warnings")) for run in runs for model in run["models"])
     result["seconds"] = _mean([run["seconds"] for run in runs])
     return result
+
+
+def above(
+    runs: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]
+) -> dict[str, float | None] | None:
+    """How far the last models of a case are above those of another one, in gold of sampled answers:
+    the mean over seeds, and its 95% interval by Student's t of the differences; None without both.
+    """
+    both = [
+        (one["models"][-1]["gold"], other["models"][-1]["gold"])
+        for one, other in zip(runs, others, strict=False)
+    ]
+    gaps = [a - b for a, b in both if a is not None and b is not None]
+    if not gaps:
+        return None
+    width = None
+    if 1 < len(gaps) <= len(T95) + 1:
+        width = T95[len(gaps) - 2] * stdev(gaps) / len(gaps) ** 0.5
+    mean = fmean(gaps)
+    return {
+        "mean": round(mean, 4),
+        "low": None if width is None else round(mean - width, 4),
+        "high": None if width is None else round(mean + width, 4),
+    }
+
+
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""Student's t at 97.5%, for 1, 2, ... degrees of freedom."""
 
 
 def _by_criterion(found: Sequence[Mapping[str, float] | None]) -> dict[str, float | None]:
