@@ -485,6 +485,14 @@ def report(
         Path | None,
         typer.Option(help="File to write; default: report.html in DIR.", metavar="FILE.html"),
     ] = None,
+    control: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Another run to hold it against, such as one with pairing.source=random from the "
+            "same anchor; may be repeated.",
+            metavar="DIR",
+        ),
+    ] = None,
     markdown: Annotated[
         bool, typer.Option("--markdown", help="Print a summary for a model card instead.")
     ] = False,
@@ -495,7 +503,7 @@ def report(
     """
     from srlm_lite.cli.report import run_report
 
-    run_report(directory=adapters, out=out, as_markdown=markdown)
+    run_report(directory=adapters, out=out, as_markdown=markdown, controls=control or ())
 
 
 @app.callback(invoke_without_command=True)

@@ -5,6 +5,7 @@ On a terminal that is a bar with ETA; in a log file a line now and then.
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections import deque
@@ -299,6 +300,8 @@ def _reward(facts: dict[str, Any]) -> str:
 def _pairs(facts: dict[str, Any]) -> str:
     drops = ", ".join(f"{count} {reason}" for reason, count in facts["drops"].items())
     replayed = f" and {facts['replayed']} older ones" if facts.get("replayed") else ""
+    if facts.get("older"):  # the newest judge was asked of them
+        replayed += f" of {facts['older']}, {facts['disputed']} of them disputed"
     judge = f", {facts['judge_pairs']} of judgements" if facts.get("judge_pairs") else ""
     text = f"{facts['pairs']} preference pairs{judge}{replayed}" + (
         f"; no pair: {drops}" if drops else ""
@@ -328,7 +331,8 @@ def _delta(facts: dict[str, Any]) -> str:
         )
     # A delta that goes on from the one before it starts elsewhere, and below.
     first = facts["first_loss"]
-    from_zero = " (ln 2)" if abs(first - facts["step0_loss"]) < 1e-4 else ""
+    is_ln_2 = abs(facts["step0_loss"] - math.log(2)) < 1e-3
+    from_zero = " (ln 2)" if is_ln_2 and abs(first - facts["step0_loss"]) < 1e-4 else ""
     return (
         f"{facts['steps']} steps, loss {first:.4f}{from_zero} -> {facts['last_loss']:.4f}, "
         f"reward accuracy {facts['reward_accuracy']:.2f}"

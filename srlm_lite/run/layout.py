@@ -105,6 +105,14 @@ class AnchorDir(StageDir):
         return adapter_files(self.adapter)
 
     @property
+    def sha256(self) -> str:
+        """Noted of the adapter's weights; empty before it is done. Anchors that are the same have
+        the same."""
+        noted = read_json(self.done, sha256=dict)["sha256"] if self.is_done else {}
+        found = [noted.get(file.name, "") for file in self.adapter_files if "json" not in file.name]
+        return str(found[0]) if found else ""
+
+    @property
     def reading(self) -> Path:
         """How well the bare base reads the run's data."""
         return self.path / "reading.json"
