@@ -61,6 +61,12 @@ class EngineKind:
     Raises:
         UserError: It is not.
     """
+    discreet: Callable[[Shared], None] = lambda recipe: None
+    """That its settings, which go to `run.json` and reports, hold no secret.
+
+    Raises:
+        UserError: They do.
+    """
     remote: bool = False
     """A server's own model answers. It has a template, a window and thoughts of its own, needs no
     base in this process, is asked by the first process alone, and learns nothing from the run."""
@@ -136,6 +142,12 @@ def _check_key(recipe: Shared) -> None:
     key_of(recipe.openai)
 
 
+def _refuse_secret(recipe: Shared) -> None:
+    from srlm_lite.rollout.openai_engine import refuse_secret_url
+
+    refuse_secret_url(recipe.openai)
+
+
 def _reach_server(recipe: Shared) -> str:
     from srlm_lite.rollout.openai_engine import reach
 
@@ -155,7 +167,9 @@ ENGINES: Mapping[EngineName, EngineKind] = {
             share=lambda recipe: recipe.vllm.memory,
             label="vLLM",
         ),
-        EngineKind("openai", _make_openai, _check_key, _reach_server, remote=True),
+        EngineKind(
+            "openai", _make_openai, _check_key, _reach_server, discreet=_refuse_secret, remote=True
+        ),
     )
 }
 SERVER: EngineName = "openai"

@@ -19,7 +19,8 @@ FILES = sorted(
 
 ALLOWED: dict[str, set[str]] = {
     # plain values
-    "errors": set(),
+    "telling": set(),
+    "errors": {"telling"},
     "conversation": set(),
     "records": {"conversation"},
     "seeds": set(),
@@ -28,11 +29,11 @@ ALLOWED: dict[str, set[str]] = {
     "tasks": set(),
     "window": set(),
     "stopping": {"errors"},
-    "processes": {"errors", "stopping"},
+    "processes": {"errors", "stopping", "telling"},
     # what a run is to do
     "yaml_text": {"errors"},
     "shipped": {"errors"},
-    "settings": {"errors", "shipped"},
+    "settings": {"errors", "shipped", "telling"},
     "recipe": {"errors", "methods", "settings", "shipped", "yaml_text"},
     "explain": {"errors", "methods", "recipe", "settings"},
     "engines": {"model", "progress", "recipe", "rollout", "run.run", "settings"},
@@ -57,7 +58,7 @@ ALLOWED: dict[str, set[str]] = {
     "run.files": {"errors", "records"},
     "run.journal": {"records", "run.files"},
     "run.layout": {"errors", "run.files"},
-    "run.run": {"errors", "recipe", "run.files", "run.layout"},
+    "run.run": {"errors", "recipe", "run.files", "run.layout", "telling"},
     "data": {"conversation", "errors", "progress", "records", "run.files"},
     # pure: from judgements to pairs and figures
     "judging": {"errors", "records", "shipped", "yaml_text"},
@@ -88,6 +89,7 @@ ALLOWED: dict[str, set[str]] = {
         "processes",
         "records",
         "settings",
+        "telling",
     },
     "training": {
         "errors",
@@ -179,6 +181,7 @@ ALLOWED: dict[str, set[str]] = {
         "settings",
         "shipped",
         "stages",
+        "telling",
     },
     "export": {
         "errors",
@@ -286,6 +289,7 @@ ALLOWED: dict[str, set[str]] = {
         "settings",
         "stages",
         "stopping",
+        "telling",
         "tracking",
     },
     "preflight": {

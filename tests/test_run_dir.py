@@ -329,9 +329,9 @@ def test_open_writes_what_the_run_is(tmp_path: Path) -> None:
 def test_the_same_configuration_goes_on(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     run.open(recipe(), {})
-    (run.path / "anchor").mkdir()
+    write_json(run.anchor.training, {})
     run.open(recipe(), {})
-    assert run.path.joinpath("anchor").is_dir()
+    assert run.anchor.training.is_file()
 
 
 def test_more_iterations_and_another_name_are_the_same_run(tmp_path: Path) -> None:
@@ -344,7 +344,7 @@ def test_more_iterations_and_another_name_are_the_same_run(tmp_path: Path) -> No
 def test_another_configuration_is_refused_by_its_keys(told: Told, tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     run.open(recipe(), {})
-    run.anchor.path.mkdir()
+    write_json(run.anchor.training, {})
     before = run.run_json.read_bytes()
     other = recipe(dpo={"beta": 0.2, "lora": {"rank": 4}}, seed=1)
     with told.refused() as caught:
@@ -365,16 +365,81 @@ def test_a_run_that_has_computed_nothing_may_still_be_another_one(
     run.open(recipe(seed=1), {})
     assert run.facts()["seed"] == 1
     run.hold_to_base({"name": "right/base", "revision": "def"})
-    run.anchor.path.mkdir()
+    write_json(run.anchor.training, {})
     assert run.is_begun
     with told.refused():
         run.open(recipe(), {})
 
 
+def test_what_a_run_leaves_that_found_a_mistake_before_it_learned_stands_in_nobodys_way(
+    tmp_path: Path,
+) -> None:
+    """A target that the base does not have is met when the base is in memory, and has been read."""
+    run = RunDir(tmp_path)
+    run.open(recipe(), {})
+    run.hold_to_base({"name": "some/base", "revision": "abc"})
+    run.tensorboard.mkdir()
+    write_json(run.tracking, {})
+    write_json(run.anchor.reading, {})
+    (run.anchor.path / ".reading.json.tmp").write_text("{")
+    run.add_metrics({"iteration": 0, "stage": "base"})
+    (run.path / "notes.txt").write_text("mine")
+    assert not run.is_begun
+    run.glance(recipe(seed=1))
+    run.open(recipe(seed=1), {})
+    assert sorted(path.name for path in run.path.iterdir()) == ["notes.txt", "run.json"]
+
+
+@pytest.mark.parametrize("work", [
+    "anchor/eft_judgements.jsonl", "anchor/ift_only/adapter_model.safetensors",
+    "anchor/adapter_model.safetensors", ".checkpoint/step_1/state.json", "iter_001/prompts.jsonl",
+    "reward/head.safetensors", "compare/replies/a.jsonl",
+])  # fmt: skip
+def test_what_took_work_is_not_given_up_for_another_run(tmp_path: Path, work: str) -> None:
+    run = RunDir(tmp_path)
+    run.open(recipe(), {})
+    (run.path / work).parent.mkdir(parents=True)
+    (run.path / work).write_text("")
+    with pytest.raises(UserError, match="another configuration"):
+        run.open(recipe(seed=1), {})
+    with pytest.raises(UserError, match="another configuration"):
+        run.glance(recipe(seed=1))
+    assert (run.path / work).is_file()
+
+
+def test_a_glance_reads_no_file_of_a_finished_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunDir(tmp_path)
+    run.open(recipe(), {})
+    write_json(run.anchor.training, {})
+    run.anchor.finish()
+    run.anchor.training.write_text("harmed")
+    run.glance(recipe())
+    with pytest.raises(UserError, match="changed"):
+        run.check(recipe())
+
+
+def test_a_glance_finds_a_place_where_nothing_can_be_written(
+    told: Told, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """root may write everywhere: only what the system says of the place is put in its mouth."""
+    place = tmp_path / "closed"
+    place.mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != place)
+    with told.refused():
+        RunDir(place / "deep" / "out").glance(recipe())
+    (tmp_path / "file").write_text("")
+    with told.refused():
+        RunDir(tmp_path / "file" / "out").glance(recipe())
+    RunDir(tmp_path / "out").glance(recipe())
+    assert not (tmp_path / "out").exists()
+
+
 def test_of_many_differences_a_few_are_named(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     run.open(recipe(), {})
-    run.anchor.path.mkdir()
+    write_json(run.anchor.training, {})
     with pytest.raises(UserError) as caught:
         run.open(load_recipe("toy-meta"), {})
     message = str(caught.value)
@@ -533,6 +598,29 @@ def test_a_broken_or_foreign_run_json_is_one_line(told: Told, tmp_path: Path, co
         RunDir(tmp_path).open(recipe(), {})
 
 
+@pytest.mark.parametrize("form", [2, "two", None])
+def test_a_run_of_a_later_version_is_refused_whatever_else_it_says(
+    told: Told, tmp_path: Path, form: object
+) -> None:
+    run = RunDir(tmp_path)
+    run.open(recipe(), {"versions": {"srlm-lite": "9.0"}})
+    facts = read_json(run.run_json)
+    assert facts["format"] == 1
+    facts["recipe"]["dpo"]["of_tomorrow"] = True
+    write_json(run.run_json, {**facts, "format": form})
+    for ask in (
+        run.facts,
+        run.recipe,
+        lambda: run.glance(recipe()),
+        lambda: run.open(recipe(), {}),
+    ):
+        with told.refused():
+            ask()
+    del facts["format"], facts["recipe"]["dpo"]["of_tomorrow"]  # as of one from before
+    write_json(run.run_json, facts)
+    run.open(recipe(), {})
+
+
 def test_iterations_are_counted_up_to_the_first_gap(told: Told, tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     for number in (1, 2, 4):
@@ -652,8 +740,11 @@ def test_two_processes_do_not_work_in_one_directory(tmp_path: Path) -> None:
             f"with RunDir(Path({str(run.path)!r})).locked(): pass"
         )
         other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        with pytest.raises(UserError, match="another srlm-lite is working here"):
+            run.glance(recipe())
     assert other.returncode != 0
     assert "another srlm-lite is working here" in other.stderr
+    run.glance(recipe())
     with run.locked():  # free again
         pass
 
@@ -696,7 +787,7 @@ def test_a_run_goes_on_from_another_installation(told: Told, tmp_path: Path) -> 
     """The shipped base lies elsewhere then; what was noted of it is where it lies now."""
     recipe, run = load_recipe("toy"), RunDir(tmp_path)
     run.open(recipe, {})
-    run.anchor.path.mkdir()
+    write_json(run.anchor.training, {})
     here = str(recipes_dir())
     run.run_json.write_text(run.run_json.read_text().replace(here, "/another/place/recipes"))
     assert run.facts()["recipe"]["base"]["name"] == "/another/place/recipes/toy/base"

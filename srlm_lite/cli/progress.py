@@ -27,6 +27,7 @@ from rich.text import Text
 
 from srlm_lite.evaluate.judge_figures import ACCURACY
 from srlm_lite.progress import Task
+from srlm_lite.telling import for_terminal, without_secrets
 
 
 class TimeLeft:
@@ -163,7 +164,7 @@ class ConsoleReporter:
 
     def say(self, text: str) -> None:
         """See `Reporter.say`."""
-        self._rich.print(text, markup=False)
+        self._rich.print(_fit_to_show(text), markup=False)
 
     def start(self, stage: str, total: int, unit: str) -> Task:
         """See `Reporter.start`."""
@@ -184,7 +185,11 @@ class ConsoleReporter:
 
     def warn(self, text: str) -> None:
         """See `Reporter.warn`."""
-        self._rich.print(f"  warning: {text}", style="yellow", markup=False)
+        self._rich.print(f"  warning: {_fit_to_show(text)}", style="yellow", markup=False)
+
+
+def _fit_to_show(text: str) -> str:
+    return for_terminal(without_secrets(text))
 
 
 def _duration(seconds: float) -> str:

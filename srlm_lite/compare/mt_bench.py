@@ -104,6 +104,7 @@ def run_mt_bench(
     place = _place(model, questions, judge)
     if place.result.is_file():
         return read_json(place.result), place.path
+    judge.reach("judge")
     first = _answers(model, questions, {}, place)
     second = _answers(model, questions, first, place)
     grades = _grades(judge, questions, (first, second), place)

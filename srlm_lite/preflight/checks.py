@@ -15,6 +15,7 @@ Check = Callable[[Launch], Seen]
 
 CHECKS: Mapping[str, Check] = {
     "processes": machine.processes,
+    "directory": machine.directory,
     "engines": inputs.engines,
     "judge": inputs.judge,
     "files": inputs.files,
@@ -23,8 +24,8 @@ CHECKS: Mapping[str, Check] = {
     "window": inputs.window,
     "prompts": inputs.prompts,
     "held-out": inputs.held_out,
-    "directory": machine.directory,
     "tracking": machine.tracking,
+    "server": machine.server,
     "backend": base.backend,
     "base": base.base,
     "device": base.device,
@@ -35,10 +36,9 @@ CHECKS: Mapping[str, Check] = {
     "judging": base.judging,
     "memory": machine.memory,
     "disk": machine.disk,
-    "server": machine.server,
 }
-"""Name to check. What costs nothing comes first, what asks another machine last; Unsloth comes
-before what imports transformers."""
+"""Name to check. From `backend` on they import torch, which takes seconds: whatever can be told
+without it comes before. Unsloth comes before what imports transformers."""
 
 NEEDS: Mapping[str, tuple[str, ...]] = {
     "prompts": ("window",),
@@ -87,8 +87,8 @@ def refuse(launch: Launch) -> list[str]:
     Raises:
         UserError: The first that stands in the way.
     """
-    # `RunDir.open` asks the directory next, under its lock; it may hash gigabytes.
-    asked = [check for name, check in _checks(launch).items() if name != "directory"]
+    # `RunDir.open` asks all of the directory next, under its lock; it may hash gigabytes.
+    asked = {**_checks(launch), "directory": machine.glance}.values()
     return [line for check in asked for line in check(launch).warnings]
 
 

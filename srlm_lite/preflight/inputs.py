@@ -35,6 +35,8 @@ def engines(launch: Launch) -> Seen:
     kinds = engines_of(launch.recipe)
     for kind in kinds:
         kind.check(launch.recipe)
+        if not launch.goes_on:  # an earlier version let one stand there
+            kind.discreet(launch.recipe)
     return Seen(", ".join(kind.name for kind in kinds))
 
 
