@@ -55,10 +55,11 @@ ALLOWED: dict[str, set[str]] = {
     },
     # files
     "run": set(),
-    "run.files": {"errors", "records"},
-    "run.journal": {"records", "run.files"},
-    "run.layout": {"errors", "run.files"},
-    "run.run": {"errors", "recipe", "run.files", "run.layout", "telling"},
+    "run.sums": {"errors"},
+    "run.files": {"errors", "records", "run.sums"},
+    "run.journal": {"records", "run.files", "run.sums"},
+    "run.layout": {"errors", "run.files", "run.sums"},
+    "run.run": {"errors", "recipe", "run.files", "run.layout", "run.sums", "telling"},
     "data": {"conversation", "errors", "progress", "records", "run.files"},
     # pure: from judgements to pairs and figures
     "judging": {"errors", "records", "shipped", "yaml_text"},

@@ -31,6 +31,7 @@ from srlm_lite.run.files import (
 )
 from srlm_lite.run.journal import Journal
 from srlm_lite.run.run import RunDir
+from srlm_lite.run.sums import is_harmed, sums_of
 from srlm_lite.shipped import recipes_dir
 
 CHUNKS = [["a", "b"], ["c"], ["d", "e"]]
@@ -211,6 +212,117 @@ def test_a_journal_keeps_none_and_defaults_apart(tmp_path: Path) -> None:
     filled(told, keys, lambda index: rows)
     assert filled(told, keys, recording([], kill_at=0)) == rows
     assert [row["score"] for row in read_jsonl(path)] == [None, 0.0]
+
+
+# --- what is harmed ---------------------------------------------------------------------------
+
+
+def flipped(data: bytes, at: int) -> bytes:
+    """One bit of it the other way round."""
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+
+
+def test_a_bit_that_flips_anywhere_in_a_journal_is_noticed(tmp_path: Path, whole: bytes) -> None:
+    path = tmp_path / "j.jsonl"
+    filled(journal(path), CHUNKS, made)
+    for at in range(len(whole)):
+        path.write_bytes(flipped(whole, at))
+        for read in (lambda: filled(journal(path), CHUNKS, made), lambda: read_jsonl(path)):
+            with pytest.raises(UserError, match="is not the file that the run has written"):
+                read()
+    path.write_bytes(whole)
+    assert len(read_records(path, Prompt)) == 5
+
+
+def test_what_is_cut_off_a_journal_is_made_again_and_what_is_left_is_held_to_its_sums(
+    tmp_path: Path, whole: bytes
+) -> None:
+    path = tmp_path / "j.jsonl"
+    filled(journal(path), CHUNKS, made)
+    sums = sums_of(path).read_bytes()
+    ends = [int(line.split()[0]) for line in sums.splitlines()]
+    assert ends[-1] == len(whole) and len(ends) == len(CHUNKS)
+    for cut in {*range(0, len(whole), 13), *(end + more for end in ends for more in (-1, 0))}:
+        path.write_bytes(whole[:cut])
+        sums_of(path).write_bytes(sums)
+        assert not is_harmed(path)
+        filled(journal(path), CHUNKS, made)
+        assert (path.read_bytes(), sums_of(path).read_bytes()) == (whole, sums)
+        if cut >= ends[0]:
+            path.write_bytes(flipped(whole[:cut], ends[0] - 2))
+            assert is_harmed(path)
+
+
+@pytest.mark.parametrize(
+    "left", [b"", b"\0" * 80, b"12", b"1 zz\n", b"99999999 " + b"a" * 64 + b"\n"]
+)
+def test_sums_that_say_nothing_and_none_at_all_stand_in_no_way(
+    tmp_path: Path, whole: bytes, left: bytes
+) -> None:
+    """As after a power failure, or of a run of an earlier version."""
+    path = tmp_path / "j.jsonl"
+    path.write_bytes(whole)
+    filled(journal(path), CHUNKS, recording([], kill_at=0))
+    sums = sums_of(path).read_bytes()
+    sums_of(path).write_bytes(left)
+    filled(journal(path), CHUNKS, recording([], kill_at=0))
+    assert sums_of(path).read_bytes() == sums
+
+
+def test_a_kill_between_a_chunk_and_its_sum(tmp_path: Path, whole: bytes) -> None:
+    path = tmp_path / "j.jsonl"
+    filled(journal(path), CHUNKS, made)
+    sums = sums_of(path).read_bytes()
+    sums_of(path).write_bytes(sums[: sums.rindex(b"\n", 0, -1) + 9])
+    filled(journal(path), CHUNKS, recording([], kill_at=0))
+    assert sums_of(path).read_bytes() == sums
+
+
+def test_files_of_a_stage_under_way_are_held_to_what_was_noted(told: Told, tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    run.open(recipe(), {})
+    place = run.iteration(1)
+    seen: dict[Path, tuple[int, int, str]] = {}
+    write_json(place.drops, {"tied": 1})
+    filled(journal(place.prompts), CHUNKS, made)
+    place.note(seen)
+    place.drops.write_text('{"tied": 2}')
+    with told.refused():
+        run.hold_to_files()
+    place.drops.unlink()  # what is missing is made again
+    run.hold_to_files()
+    place.prompts.write_bytes(flipped(place.prompts.read_bytes(), 20))
+    with told.refused():
+        run.hold_to_files()
+    place.prompts.unlink()
+    filled(journal(place.prompts), CHUNKS, made)
+    write_json(place.drops, {"tied": 1})
+    place.note(seen)
+    run.hold_to_files()
+    place.finish()
+    assert sorted(file.name for file in place.path.iterdir()) == [
+        "done.json", "drops.json", "prompts.jsonl",
+    ]  # fmt: skip
+    run.hold_to_files()
+
+
+def test_metrics_of_which_a_bit_has_flipped_are_one_line(told: Told, tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    run.add_metrics({"iteration": 1, "stage": "pairs", "pairs": 12})
+    run.metrics.write_text(run.metrics.read_text().replace("12", "13"))
+    with told.refused():
+        run.read_metrics()
+
+
+def test_a_result_that_no_done_json_knows_has_its_own_sum(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    write_json(path, {"win_rate": 0.5}, noted=True)
+    assert read_json(path) == {"win_rate": 0.5}
+    path.write_text(path.read_text().replace("0.5", "0.7"))
+    with pytest.raises(UserError, match="is not the file that the run has written"):
+        read_json(path)
+    write_json(path, {"win_rate": 0.6}, noted=True)
+    assert read_json(path) == {"win_rate": 0.6}
 
 
 # --- files ------------------------------------------------------------------------------------
@@ -621,6 +733,21 @@ def test_a_run_of_a_later_version_is_refused_whatever_else_it_says(
     run.open(recipe(), {})
 
 
+def test_a_run_json_that_contradicts_itself_is_refused(told: Told, tmp_path: Path) -> None:
+    """A digit of its recipe or of its identity has flipped: each is there to check the other."""
+    run = RunDir(tmp_path)
+    run.open(recipe(), {})
+    before = run.run_json.read_text()
+    assert before.count('"beta": 0.1') == 2
+    for text in (before.replace('"beta": 0.1', '"beta": 0.3', 1),
+                 '"beta": 0.3'.join(before.rsplit('"beta": 0.1', 1))):  # fmt: skip
+        run.run_json.write_text(text)
+        with told.refused():
+            run.facts()
+    run.run_json.write_text(before)
+    run.facts()
+
+
 def test_iterations_are_counted_up_to_the_first_gap(told: Told, tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     for number in (1, 2, 4):
@@ -722,10 +849,11 @@ def test_metrics_go_on_after_a_cut_at_every_byte(tmp_path: Path) -> None:
     more = {"iteration": 2, "stage": "next"}
     for row in rows:
         run.add_metrics(row)
-    content = run.metrics.read_bytes()
+    content, sums = run.metrics.read_bytes(), sums_of(run.metrics).read_bytes()
     first = content.index(b"\n") + 1
     for cut in range(len(content) + 1):
         run.metrics.write_bytes(content[:cut])
+        sums_of(run.metrics).write_bytes(sums)
         kept = rows[: (cut >= first) + (cut == len(content))]
         assert run.read_metrics() == kept
         run.add_metrics(more)

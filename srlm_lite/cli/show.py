@@ -174,6 +174,7 @@ def _opened(adapters: Path, number: int | None) -> tuple[RunDir, IterationDir, W
             where=str(adapters),
             way_out=f"It has: {', '.join(map(str, begun))}" if begun else None,
         )
+    run_dir.hold_to_rows(wanted)
     return run_dir, run_dir.iteration(wanted), words(facts["recipe"])
 
 

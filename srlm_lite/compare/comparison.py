@@ -142,7 +142,7 @@ def compare(comparison: Comparison) -> dict[str, Any]:
         },
         "gold": _gold(comparison.session.recipe.evaluate.gold, annotations),
     }
-    write_json(place.result, result)
+    write_json(place.result, result, noted=True)
     return result
 
 

@@ -122,7 +122,7 @@ def run_mt_bench(
         "truncated": sum(row.n_tokens > 0 and row.finish_reason == "length" for row in answers),
         "did_not_fit": sum(row.n_tokens == 0 and row.finish_reason == "length" for row in answers),
     }
-    write_json(place.result, result)
+    write_json(place.result, result, noted=True)
     return result, place.path
 
 

@@ -25,6 +25,7 @@ from srlm_lite.run.layout import (
     RewardDir,
     StageDir,
 )
+from srlm_lite.run.sums import forget, is_harmed, note
 from srlm_lite.telling import without_secrets_in
 
 FORMAT = 1
@@ -36,12 +37,12 @@ _LOCK = ".lock"
 _ASIDE, _DROPPED = ".before", ".dropped"
 """Where the run lies that another one is to follow; and while it is deleted."""
 _OWN = re.compile(
-    r"run\.json|base\.json|metrics\.jsonl|anchor|base|reward|iter_\d{3,}|\.scratch|\.checkpoint|vllm\.log"
+    r"run\.json|base\.json|metrics\.jsonl|\.metrics\.jsonl\.sums|anchor|base|reward|iter_\d{3,}|\.scratch|\.checkpoint|vllm\.log"
     r"|compare|mt_bench|report\.html|tracking\.json|tensorboard|wandb"
 )
 
 _BEFORE = {
-    *("run.json", "base.json", "vllm.log", "metrics.jsonl", "report.html"),
+    *("run.json", "base.json", "vllm.log", "metrics.jsonl", ".metrics.jsonl.sums", "report.html"),
     *("tracking.json", "tensorboard", "wandb", ".scratch"),
 }
 """What a run leaves that has learned nothing yet, its anchor's folder apart."""
@@ -166,17 +167,41 @@ class RunDir:
     def hold_to_files(self) -> None:
         """Hold every file of the finished stages against the hash that was noted of it.
 
+        Of a stage under way, those that have been noted by now.
+
         Raises:
             UserError: Some have been edited, truncated or deleted since; names them.
         """
         stages: list[StageDir] = [self.anchor, self.reward, *self.iterations()]
-        changed = [line for stage in stages for line in stage.changed()]
+        harmed = [(stage, line) for stage in stages for line in stage.changed()]
+        changed = [line for stage, line in harmed if stage.is_done]
+        if harmed and not changed:
+            folder = harmed[0][0].path
+            raise UserError(
+                f"holds files that the run has not written so: {_some([o for _, o in harmed])}",
+                where=str(self.path),
+                way_out=f"Restore them, or delete {folder} and go on (iterate makes it again)",
+            )
         if changed:
             raise UserError(
                 f"holds files that the run has not written so: {_some(changed)}",
                 where=str(self.path),
                 way_out="Restore them, or delete the iterations from the first of them on and go "
                 "on (iterate makes them again)",
+            )
+
+    def hold_to_rows(self, number: int) -> None:
+        """The same of an iteration's rows and figures alone, in no time.
+
+        Raises:
+            UserError: As `hold_to_files`.
+        """
+        place = self.iteration(number)
+        if changed := place.changed(weights=False):
+            raise UserError(
+                f"holds files that the run has not written so: {_some(changed)}",
+                where=str(self.path),
+                way_out=f"Restore them, or delete {place.path} and what follows it, and go on",
             )
 
     @property
@@ -214,6 +239,12 @@ class RunDir:
         base = identity.get("base") if isinstance(identity, dict) else None
         if not isinstance(recipe, dict) or not isinstance(base, dict) or "name" not in base:
             raise UserError("not the run.json of a run of srlm-lite", where=str(self.run_json))
+        if differing := _contradictions(as_noted_now(identity), recipe):
+            raise UserError(
+                f"contradicts itself: its recipe and its identity differ in {_some(differing)}",
+                where=str(self.run_json),
+                way_out="Restore it: one of the two is not as the run has written it",
+            )
         return facts
 
     def _refuse_later(self, facts: Mapping[str, Any]) -> None:
@@ -488,10 +519,16 @@ class RunDir:
         What a killed run left of a last line is replaced, not continued.
         """
         line = json.dumps(row, ensure_ascii=False) + "\n"
-        write_atomically(self.metrics, self._whole_metrics() + line)
+        whole = self._whole_metrics()
+        if self.metrics.exists() and self.metrics.stat().st_size != len(whole.encode()):
+            forget(self.metrics)  # what was noted of the torn one is not what follows
+        write_atomically(self.metrics, whole + line)
+        note(self.metrics)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """All rows of `metrics.jsonl`; a torn last line is passed over."""
+        if is_harmed(self.metrics):
+            raise self._damaged_metrics("its hash is another one than was noted")
         try:
             rows = [json.loads(line) for line in self._whole_metrics().split("\n") if line]
             wanted = {"iteration", "stage"}
@@ -499,11 +536,14 @@ class RunDir:
                 raise ValueError("a row is not a stage's")
             return rows
         except ValueError as error:
-            raise UserError(
-                f"damaged ({error})",
-                where=str(self.metrics),
-                way_out="Restore it, or delete it: only figures of stages are lost",
-            ) from error
+            raise self._damaged_metrics(str(error)) from error
+
+    def _damaged_metrics(self, why: str) -> UserError:
+        return UserError(
+            f"damaged ({why})",
+            where=str(self.metrics),
+            way_out="Restore it, or delete it: only figures of stages are lost",
+        )
 
     def _whole_metrics(self) -> str:
         if not self.metrics.exists():
@@ -520,6 +560,23 @@ def _some(lines: Sequence[str]) -> str:
     """The first few in one line, and how many more there are."""
     more = len(lines) - _SHOWN
     return "; ".join([*lines[:_SHOWN], *([f"and {more} more"] if more > 0 else [])])
+
+
+def _contradictions(identity: Any, recipe: Any, prefix: str = "") -> list[str]:
+    """Settings of which a run's identity says another thing than its recipe, a line each.
+
+    What the identity knows by content, or by its place among the shipped, is passed over.
+    """
+    if isinstance(identity, dict) and isinstance(recipe, dict):
+        return [
+            line
+            for key in sorted(identity.keys() & recipe.keys())
+            for line in _contradictions(identity[key], recipe[key], f"{prefix}.{key}".lstrip("."))
+        ]
+    by_content = isinstance(identity, str) and identity.startswith("sha256:")
+    if identity == recipe or by_content or prefix == "base.name":
+        return []
+    return [f"{prefix} ({in_short(recipe)}, {in_short(identity)})"]
 
 
 def _differences(before: Any, now: Any, prefix: str = "") -> list[str]:
