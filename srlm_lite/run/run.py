@@ -235,7 +235,8 @@ class RunDir:
             )
         facts = read_json(self.run_json)
         self._refuse_later(facts)
-        recipe, identity = facts.get("recipe"), facts.get("identity")
+        recipe: Any = facts.get("recipe")
+        identity: Any = facts.get("identity")
         base = identity.get("base") if isinstance(identity, dict) else None
         if not isinstance(recipe, dict) or not isinstance(base, dict) or "name" not in base:
             raise UserError("not the run.json of a run of srlm-lite", where=str(self.run_json))
