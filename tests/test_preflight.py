@@ -125,6 +125,19 @@ def test_prompts_that_leave_no_room_are_counted_in_tokens_of_the_base(
     assert "prompts.reuse=true" in refused(cli, out, f"data.dir={data}")
 
 
+def test_judge_data_without_targets_or_scores_is_told_of_before_a_base_is_loaded(
+    cli: Cli, out: Path, data: Path
+) -> None:
+    path = data / "eft_train.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps({**row, "target": None}) + "\n" for row in rows))
+    assert "have no target" in asked(cli, out, f"data.dir={data}")["judge data"]
+    told = asked(cli, out, f"data.dir={data}", "anchor.eft_targets=human")["judge data"]
+    assert told == "not asked: its targets are made"
+    path.write_text("".join(json.dumps({**row, "target": "good"}) + "\n" for row in rows))
+    assert "score the rubric allows" in refused(cli, out, f"data.dir={data}")
+
+
 def test_a_held_out_prompt_among_the_training_s(cli: Cli, out: Path, data: Path) -> None:
     first = json.loads((data / "eval_prompts.jsonl").read_text().splitlines()[0])
     with (data / "prompts.jsonl").open("a") as file:

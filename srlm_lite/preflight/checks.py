@@ -20,6 +20,7 @@ CHECKS: Mapping[str, Check] = {
     "judge": inputs.judge,
     "files": inputs.files,
     "data": inputs.data,
+    "judge data": inputs.judge_data,
     "method": inputs.method,
     "window": inputs.window,
     "prompts": inputs.prompts,
@@ -42,6 +43,7 @@ without it comes before. Unsloth comes before what imports transformers."""
 
 NEEDS: Mapping[str, tuple[str, ...]] = {
     "prompts": ("window",),
+    "judge data": ("judge", "data"),
     "held-out": ("data",),
     "targets": ("base", "device"),
     "chat template": ("base", "device"),
