@@ -59,7 +59,7 @@ class StageDir:
 
     @property
     def _noted(self) -> Path:
-        """Of a folder that is not finished: the SHA-256 of each file that is."""
+        """In a folder that is not finished: the SHA-256 of each file that is."""
         return self.path / ".noted.json"
 
     def note(self, seen: dict[Path, tuple[int, int, str]]) -> None:
