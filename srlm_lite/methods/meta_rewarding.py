@@ -203,6 +203,11 @@ class MetaRewarding(SelfRewarding[MetaRewardingSettings]):
     def needs(self) -> None:
         """Written grades to compare; and what either role has learned is kept."""
         judge = self.recipe.judge
+        if judge.adaptive_votes:
+            raise ValueError(
+                "method meta-rewarding learns from grades that contradict each other, and "
+                "judge.adaptive_votes leaves such out"
+            )
         if judge.form != "grade" or not judge.rationale:
             told = "judge.rationale=false" if judge.form == "grade" else f"judge.form={judge.form}"
             raise ValueError(
