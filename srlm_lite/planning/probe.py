@@ -38,7 +38,7 @@ def thinks(section: Base) -> bool:
 def prompt_tokens(section: Base, prompts: Iterable[Answerable]) -> list[int] | None:
     """Tokens of prompts in the base's template, each up to where the reply starts.
 
-    None where its tokenizer is not here, as a GGUF file's is only once the file is converted.
+    None where its tokenizer is not here.
 
     Raises:
         UserError: The template does not write one of their turns.
@@ -57,16 +57,21 @@ def question_tokens(section: Base, texts: Iterable[str]) -> list[int] | None:
 def _chat_here(of_templates: str) -> ChatFormat | None:
     from transformers import AutoTokenizer
 
+    from srlm_lite.model.base import is_gguf, spoken_here
     from srlm_lite.model.chat import ChatFormat
 
     found = json.loads(of_templates)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            found["name"],
-            revision=found["revision"],
-            local_files_only=True,
-            trust_remote_code=False,
-        )
+        tokenizer: Any
+        if is_gguf(found["name"]):
+            tokenizer, _ = spoken_here(Base(name=found["name"])) or (None, ())
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(
+                found["name"],
+                revision=found["revision"],
+                local_files_only=True,
+                trust_remote_code=False,
+            )
         settings = found["chat_template_kwargs"]
         return ChatFormat(
             tokenizer,
