@@ -199,7 +199,7 @@ def _facts(setting: Setting) -> list[str]:
 def _readers(setting: Setting) -> str | None:
     """Which methods read it; None where no method is told apart."""
     if setting.read_by is not None:
-        return f"the method {setting.read_by} alone"
+        return f"{setting.read_by} alone"
     without = [method for method, values in setting.refused.items() if not values]
     return f"every method but {', '.join(without)}" if without else None
 

@@ -15,10 +15,10 @@ from operator import attrgetter
 from typing import Any
 
 from srlm_lite.data.self_instruct import MAX_NEW_TOKENS
+from srlm_lite.declared import Draws, Sizes, Trains, Weighs
 from srlm_lite.engines import ENGINES, EngineKind, kind_of
 from srlm_lite.errors import UserError
 from srlm_lite.methods import method_of
-from srlm_lite.methods.base import Draws, Sizes, Trains
 from srlm_lite.planning.gpus import gpu_names, known_gpu
 from srlm_lite.planning.lengths import Lengths
 from srlm_lite.planning.memory import (
@@ -226,6 +226,8 @@ class _Phases:
         for one in found:
             if isinstance(one, Draws):
                 yield self._drawn(one)
+            elif isinstance(one, Weighs):
+                yield self._weighed(one)
         if self.trains_anchor:
             yield self._anchor()
         for one in found:
@@ -264,6 +266,19 @@ class _Phases:
             engine=HERE if one.in_training else kind_of(self.recipe, one.role),
             like="judge" if one.role == "judge" else "candidates",
             whole=one.in_training,
+        )
+
+    def _weighed(self, one: Weighs) -> Phase:
+        """A prefill; what it draws is one token a question, whose time says nothing of it."""
+        return self._sampling(
+            one.name,
+            prompts=one.prompts,
+            samples=1,
+            prompt_tokens=one.prompt_tokens,
+            new=1,
+            tokens=one.texts,
+            engine=kind_of(self.recipe, one.role),
+            like="",
         )
 
     def _trained(self, one: Trains) -> Phase:
