@@ -188,9 +188,14 @@ def prepare_command(
             facts = prepare(source, out, options, force=force, reporter=reporter)
     else:
         facts = prepare(source, out, options, force=force)
+    from srlm_lite.cli.wrapping import columns, fitted, hung, of_stderr
+
     for note in facts["notes"]:
-        typer.echo(f"note: {note}", err=True)
-    typer.echo(json.dumps(facts, indent=2, ensure_ascii=False) if as_json else _account(facts, out))
+        typer.echo(hung("note: ", note, of_stderr()), err=True)
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2, ensure_ascii=False))
+    else:
+        typer.echo(fitted(_account(facts, out), columns()))
     typer.echo(_next(facts, out), err=as_json)
 
 

@@ -125,13 +125,16 @@ def plan(
     ] = None,
     gpus: Annotated[
         str | None,
-        typer.Option(help="Other hardware than this machine's: 2x80GB, 24GB.", metavar="NxSIZE"),
+        typer.Option(
+            help="Other hardware than this machine's: 8xH100, 2x80GB, 24GB.", metavar="NxGPU"
+        ),
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:
     """What a recipe will need: memory by phase and part, disk, tokens, time; no weights loaded.
 
-    Says what to change where a phase does not fit.
+    Says what to change where a phase does not fit, and what more GPUs or another way to sample
+    would bring. A time is measured, scaled from what was measured elsewhere, or unknown.
     """
     from srlm_lite.cli.plan import run_plan
 

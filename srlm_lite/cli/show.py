@@ -36,6 +36,7 @@ def run(adapters: Adapters, json_: Json = False) -> None:
     import json
 
     from srlm_lite.cli.tables import closing_table
+    from srlm_lite.cli.wrapping import columns, fitted
     from srlm_lite.run.run import RunDir
 
     run_dir = RunDir(adapters)
@@ -49,14 +50,16 @@ def run(adapters: Adapters, json_: Json = False) -> None:
         return
     recipe = run_dir.recipe()
     table = closing_table(run_dir, recipe)
-    typer.echo(f"{recipe.name}: {recipe.method}, seed {recipe.seed}, base {recipe.base.name}")
+    head = f"{recipe.name}: {recipe.method}, seed {recipe.seed}, base {recipe.base.name}"
+    typer.echo(fitted(head, columns()))
     typer.echo(table)
     if under_way:
         which = f" of iteration {under_way['iteration']}" if under_way["iteration"] else ""
-        typer.echo(
+        kept = (
             f"kept: the training of {under_way['name']}{which} after step {under_way['step']} of "
             f"{under_way['steps']}; iterate goes on from there"
         )
+        typer.echo(fitted(kept, columns()))
 
 
 @app.command()
@@ -220,13 +223,15 @@ def _tell(
     """The first ones, as rows of JSON or each as it is told; what is left out goes to stderr."""
     import json
 
+    from srlm_lite.cli.wrapping import fitted, of_stderr
+
     for one in found[:limit] if limit else found:
         if json_:
             typer.echo(json.dumps(one.to_row(), ensure_ascii=False))
         else:
             tell(one)
     if not found:
-        typer.echo(none, err=True)
+        typer.echo(fitted(none, of_stderr()), err=True)
     elif limit and len(found) > limit and not json_:
         typer.echo(f"{limit} of {len(found)}; --limit 0 shows all", err=True)
 
