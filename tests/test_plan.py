@@ -715,6 +715,11 @@ def test_rates_of_many_measured_at_once_are_all_kept(tmp_path: Path) -> None:
 # --- times ------------------------------------------------------------------------------------
 
 
+@pytest.fixture(autouse=True)
+def no_rates_of_one_s_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("srlm_lite.planning.times.rates_folder", lambda: tmp_path / "none")
+
+
 def timed(recipe: str, gpus: str, *settings: str) -> tuple[Plan, dict[str, Time]]:
     plan = plan_for(load_recipe(recipe, settings), parse_gpus(gpus))
     return plan, times_of(plan)
