@@ -164,7 +164,7 @@ def probe(settings: Any, targets: Iterable[str] = ()) -> Shape:
 
 
 def _windows(text: Any) -> tuple[int, ...]:
-    """Of the layers that see a window, how many tokens that has."""
+    """How many tokens each layer sees that does not see all of the past."""
     from transformers import DynamicCache
 
     layers = DynamicCache(config=text).layers
