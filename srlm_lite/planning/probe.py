@@ -164,7 +164,7 @@ def probe(settings: Any, targets: Iterable[str] = ()) -> Shape:
 
 
 def _windows(text: Any) -> tuple[int, ...]:
-    """How many tokens each layer sees that does not see all of the past."""
+    """Tokens of the window of each layer that sees one."""
     from transformers import DynamicCache
 
     layers = DynamicCache(config=text).layers

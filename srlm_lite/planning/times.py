@@ -244,7 +244,7 @@ class Other:
     setting: str
     """`key=value`."""
     seconds: float | None
-    """What all phases whose time is known then take; None: unknown."""
+    """The sum over the phases whose time is known; None: unknown."""
     why: str = ""
     """Where it is unknown, or no way at all."""
 
