@@ -295,7 +295,7 @@ def test_the_judge_s_pick_of_several_answers(finished: RunDir, tmp_path: Path) -
     after = read_json(place.evaluation)
     best = after["policy"].pop("best_of")
     assert after == before
-    rows = read_jsonl(place.evaluation_dir / "grades_best_of.jsonl")
+    rows = read_jsonl(place.evaluation_dir / "best_of_judgements.jsonl")
     votes: dict[str, list[float | None]] = {}
     for row in rows:
         votes.setdefault(row["candidate_id"], []).append(row["score"])

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from srlm_lite.cli.completion import overrides, recipe_names
+from srlm_lite.errors import UserError
 
 app = typer.Typer(help="Measure on this machine.", no_args_is_help=True)
 
@@ -83,8 +84,8 @@ def rollout(
 def judge(
     adapters: Annotated[Path, typer.Option("--adapters", help="The run directory.", metavar="DIR")],
     iteration: Annotated[
-        int | None, typer.Option(help="Default: the last one.", metavar="T", show_default=False)
-    ] = None,
+        str, typer.Option(help="Number of an iteration, or `last`: the last that is judged.")
+    ] = "last",
     json_: Json = False,
 ) -> None:
     """Sampled against expected scores, on the judgements of a run; samples nothing.
@@ -93,7 +94,14 @@ def judge(
     """
     from srlm_lite.bench.judge import bench_judge
 
-    show("judge", bench_judge(adapters, iteration), _judge_text, as_json=json_)
+    if iteration != "last" and not iteration.isdecimal():
+        raise UserError(
+            f"no judgements are of {iteration}",
+            where="--iteration",
+            way_out="Say the number of an iteration, or last",
+        )
+    number = None if iteration == "last" else int(iteration)
+    show("judge", bench_judge(adapters, number), _judge_text, as_json=json_)
 
 
 @app.command()
@@ -602,6 +610,7 @@ def show(
     from datetime import date
 
     from srlm_lite.cli.facts import hardware, versions
+    from srlm_lite.cli.wrapping import columns, fitted
 
     machine, software = hardware(), versions()
     if as_json:
@@ -609,11 +618,14 @@ def show(
         whole = {**head, **result, "machine": machine, "versions": software}
         typer.echo(json.dumps(whole, indent=2, ensure_ascii=False))
         return
-    typer.echo(text(result))
     graphics = "".join(f", {gpu['name']}" for gpu in machine["gpus"])
-    typer.echo(f"{machine['processor']}, {machine['cores']} cores{graphics}")
     packages = ("srlm-lite", "torch", "transformers")
-    typer.echo(", ".join(f"{each} {software[each]}" for each in packages) + f"; {date.today()}")
+    lines = [
+        text(result),
+        f"{machine['processor']}, {machine['cores']} cores{graphics}",
+        ", ".join(f"{each} {software[each]}" for each in packages) + f"; {date.today()}",
+    ]
+    typer.echo(fitted("\n".join(lines), columns()))
 
 
 def _rollout_text(result: dict[str, Any]) -> str:

@@ -20,6 +20,7 @@ from srlm_lite.evaluate.candidates import (
     on_policy_accuracy,
     vote_facts,
 )
+from srlm_lite.forms import form_of
 from srlm_lite.judging import mean_scores, unasked, votes_by_candidate
 from srlm_lite.methods.base import (
     CONTROLS,
@@ -86,7 +87,7 @@ class SelfRewarding(Method[S]):
         """N answers a prompt, the votes on each, and a pair a prompt."""
         yield self.answers(sizes)
         # Blind pairs and gold ones are judged too: it says how good the judge is on them.
-        yield self.votes(sizes)
+        yield from self.votes(sizes)
         yield from self.votes_on_older(sizes)
         yield self.dpo(sizes)
 
@@ -106,9 +107,10 @@ class SelfRewarding(Method[S]):
     def judgements(
         self, it: Iteration, prompts: Sequence[Prompt], candidates: Sequence[Candidate]
     ) -> tuple[list[Judgement], Facts]:
-        """K grades of each answer by the same weights."""
-        rows = it.grade(prompts, candidates)
-        return rows, {**vote_facts(rows), **self.accuracy(prompts, candidates, rows)}
+        """What the same weights, as judge, think of each answer, in the recipe's form."""
+        rows, facts = it.judged(prompts, candidates)
+        told = self.accuracy(prompts, candidates, rows)
+        return rows, {**vote_facts(rows), **told, **facts}
 
     def pairs(
         self,
@@ -150,7 +152,7 @@ class SelfRewarding(Method[S]):
         judgements: Sequence[Judgement],
     ) -> tuple[dict[str, list[Scored]], Drops]:
         """The candidates that can be part of a pair, with their mean scores."""
-        scores: Scores = mean_scores(judgements, min_votes=self.recipe.judge.min_votes)
+        scores: Scores = mean_scores(judgements, min_votes=form_of(self.recipe).min_votes)
         if self.recipe.pairing.source == "gold":
             scores = gold_scores(self.recipe.evaluate.gold, prompts, candidates)
         return usable_candidates(
@@ -217,17 +219,19 @@ class SelfRewarding(Method[S]):
         texts = self.all_prompts * n if texts is None else texts
         return Draws("candidates", self.chunk, n, sizes.prompt, sizes.answer, texts)
 
-    def votes(self, sizes: Sizes, *, answers: int | None = None) -> Draws:
-        """Votes on answers.
+    def votes(
+        self, sizes: Sizes, *, answers: int | None = None, prompts: int | None = None
+    ) -> Iterator[Phase]:
+        """The judging of answers, in the recipe's form.
 
         Args:
             answers: Of the whole run; default: `rollout.n` to each prompt.
+            prompts: That they answer; default: those of the whole run.
         """
-        n, votes = self.recipe.rollout.n, self.recipe.judge.votes
-        graded = self.all_prompts * n if answers is None else answers
-        at_once = self.chunk * n
-        return Draws(
-            "judge", at_once, votes, sizes.question, sizes.judgement, graded * votes, "judge"
+        n, prompts = self.recipe.rollout.n, self.all_prompts if prompts is None else prompts
+        graded = prompts * n if answers is None else answers
+        yield from form_of(self.recipe).phases(
+            sizes, prompts=prompts, answers=graded, at_once=self.chunk * n
         )
 
     def dpo(
@@ -264,5 +268,6 @@ class SelfRewarding(Method[S]):
         """
         if self.recipe.pairing.older_order == "keep":
             return
-        again = self.votes(sizes, answers=round(answers * self.learned_again(self.all_prompts)))
-        yield replace(again, name="judge, older pairs")
+        again = round(self.learned_again(self.all_prompts))
+        for one in self.votes(sizes, answers=answers * again, prompts=again):
+            yield replace(one, name=f"{one.name}, older pairs")
