@@ -9,6 +9,7 @@ meaning: that it may be a path, that it came later, that it decides nothing.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
@@ -26,6 +27,7 @@ from pydantic import (
 
 from srlm_lite.errors import shorten
 from srlm_lite.shipped import CHAT_TEMPLATES, RUBRICS, TEMPLATES, Shelf
+from srlm_lite.telling import looks_secret
 
 Positive = Annotated[int, Field(gt=0)]
 Probability = Annotated[float, Field(gt=0, le=1)]
@@ -407,6 +409,17 @@ class OpenAI(Section):
             raise ValueError(f"{shorten(repr(value))} is no URL such as http://127.0.0.1:8000/v1")
         return value
 
+    @field_validator("key_variable")
+    @classmethod
+    def _is_a_name(cls, value: str) -> str:
+        # Of a key that was put here nothing is to be said, in no message and no run.json.
+        if not re.fullmatch(r"[A-Za-z_]\w*", value) or looks_secret(value):
+            raise ValueError(
+                "is the name of an environment variable, such as OPENAI_API_KEY; the key itself "
+                "stands in that variable, and in no recipe"
+            )
+        return value
+
 
 class Pairing(Section):
     """How scores become preference pairs."""
@@ -465,7 +478,7 @@ class Dpo(Optim):
     reference: Literal["init", "anchor"] = "init"
     """The stack that DPO's log-ratios are taken against."""
     loss: Annotated[LossName, Before("sigmoid")] = "sigmoid"
-    """What is minimised, see [losses](training.md#losses). `sigmoid`: DPO's. `sigmoid_norm`: the
+    """What is minimised; docs/training.md has the formulas. `sigmoid`: DPO's. `sigmoid_norm`: the
     same on log-ratios per token. `ipo`: a square around a target margin per token, with `beta` for
     its tau. `apo_zero`: the chosen reply up and the rejected one down. `apo_down`: both down, the
     rejected one more. `simpo`: likelihoods per token, and no reference. `sft`: the chosen reply

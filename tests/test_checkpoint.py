@@ -387,7 +387,7 @@ def words(out: Path, *more: str) -> list[str]:
 
 def artefacts(run: RunDir) -> dict[str, str]:
     """Hashes of all that a run computes; seconds and hardware are no results."""
-    left_out = {"done.json", "metrics.jsonl", "run.json", ".lock"}
+    left_out = {"done.json", "metrics.jsonl", ".metrics.jsonl.sums", "run.json", ".lock"}
     return {
         str(file.relative_to(run.path)): sha256_file(file)
         for file in sorted(run.path.rglob("*"))

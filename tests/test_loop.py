@@ -83,7 +83,9 @@ def artefacts(directory: RunDir) -> dict[str, str]:
     return {
         str(file.relative_to(directory.path)): hashlib.sha256(file.read_bytes()).hexdigest()
         for file in sorted(directory.path.rglob("*"))
-        if file.is_file() and file.name not in {"done.json", "metrics.jsonl", "run.json", ".lock"}
+        if file.is_file()
+        and file.name
+        not in {"done.json", "metrics.jsonl", ".metrics.jsonl.sums", "run.json", ".lock"}
     }
 
 
@@ -295,7 +297,7 @@ def test_the_judge_s_pick_of_several_answers(finished: RunDir, tmp_path: Path) -
     after = read_json(place.evaluation)
     best = after["policy"].pop("best_of")
     assert after == before
-    rows = read_jsonl(place.evaluation_dir / "best_of_judgements.jsonl")
+    rows = read_jsonl(place.evaluation_dir / "grades_best_of.jsonl")
     votes: dict[str, list[float | None]] = {}
     for row in rows:
         votes.setdefault(row["candidate_id"], []).append(row["score"])

@@ -924,7 +924,9 @@ def artefacts(directory: RunDir) -> dict[str, str]:
     return {
         str(file.relative_to(directory.path)): hashlib.sha256(file.read_bytes()).hexdigest()
         for file in sorted(directory.path.rglob("*"))
-        if file.is_file() and file.name not in {"done.json", "metrics.jsonl", "run.json", ".lock"}
+        if file.is_file()
+        and file.name
+        not in {"done.json", "metrics.jsonl", ".metrics.jsonl.sums", "run.json", ".lock"}
     }
 
 

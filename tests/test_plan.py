@@ -797,7 +797,7 @@ def test_a_larger_base_takes_as_much_longer_as_it_has_weights() -> None:
 
 
 def test_work_is_shared_by_chunks_and_micro_batches() -> None:
-    """Of 7 chunks in an iteration, 4 devices take 2 rounds; of 16 micro-batches 4."""
+    """7 chunks in an iteration take 4 devices 2 rounds; 16 micro-batches take 4."""
     plan, _ = timed("llama3.1-8b", "8xH100")
     phases = {phase.name: phase for phase in plan.phases}
     assert speedup(replace(phases["candidates"], shares=7), 4) == 3.5

@@ -29,6 +29,7 @@ from rich.text import Text
 from srlm_lite.cli.wrapping import fitted, hung
 from srlm_lite.evaluate.judge_figures import ACCURACY
 from srlm_lite.progress import Task
+from srlm_lite.telling import for_terminal, without_secrets
 
 
 class TimeLeft:
@@ -169,11 +170,11 @@ class ConsoleReporter:
 
     def say(self, text: str) -> None:
         """See `Reporter.say`."""
-        self._rich.print(fitted(text, self._width), markup=False)
+        self._rich.print(fitted(_fit_to_show(text), self._width), markup=False)
 
     def command(self, line: str, what_for: str) -> None:
         """A command to type, and what for: whole, so that it can be copied, whatever the width."""
-        told = f"{line}  # {what_for}"
+        told = _fit_to_show(f"{line}  # {what_for}")
         if self._width is not None and len(told) > self._width:
             indent = " " * (len(line) - len(line.lstrip()) if line[:1] == " " else 6)
             told = f"{line}\n{fitted(f'{indent}  # {what_for}', self._width)}"
@@ -199,8 +200,12 @@ class ConsoleReporter:
 
     def warn(self, text: str) -> None:
         """See `Reporter.warn`."""
-        told = hung("  warning: ", text, self._width)
+        told = hung("  warning: ", _fit_to_show(text), self._width)
         self._rich.print(told, style="yellow", markup=False)
+
+
+def _fit_to_show(text: str) -> str:
+    return for_terminal(without_secrets(text))
 
 
 def _duration(seconds: float) -> str:

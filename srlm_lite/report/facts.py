@@ -30,6 +30,7 @@ from srlm_lite.report.words import Words, words
 from srlm_lite.run.files import read_json, read_records
 from srlm_lite.run.layout import IterationDir, StageDir
 from srlm_lite.run.run import RunDir
+from srlm_lite.telling import without_secrets_in
 
 Z95 = 1.96
 """Standard errors to either side of a mean that make its 95% interval."""
@@ -468,12 +469,16 @@ def _curves(place: IterationDir) -> list[Curve]:
 
 
 def public_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe with the names of files and directories in place of their absolute paths."""
+    """The recipe with the names of files and directories in place of their absolute paths.
+
+    A secret that an earlier version let stand in it, in a URL say, is left out.
+    """
     public = copy.deepcopy(dict(settings))
     for section, key, _ in paths_in(public):
         if Path(section[key]).is_absolute():
             section[key] = Path(section[key]).name
-    return public
+    hidden: dict[str, Any] = without_secrets_in(public)
+    return hidden
 
 
 def used_settings(facts: Facts) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from srlm_lite.report.controls import COLUMNS, comparisons, rows, verdict
 from srlm_lite.report.draw import svg
 from srlm_lite.report.facts import Duel, Estimate, Facts, ModelFacts, used_settings
 from srlm_lite.report.pack import Packed, pack
+from srlm_lite.telling import without_secrets_in
 
 MOST_BYTES = 5_000_000
 """No report is larger."""
@@ -106,7 +107,7 @@ def _page(facts: Facts) -> dict[str, Any]:
         ],
         "settings": _key_settings(facts),
         "recipe": yaml.safe_dump(used_settings(facts), sort_keys=False, allow_unicode=True),
-        "command": facts.run.get("command"),
+        "command": without_secrets_in(facts.run.get("command")),
         "versions": facts.run.get("versions") or {},
         "hardware": hardware(facts),
         "digest": facts.run.get("digest"),

@@ -157,12 +157,17 @@ def _picked(
 ) -> list[Candidate]:
     """The best answer to each prompt by the model's own judge, asked as it is of candidates."""
     recipe = session.recipe
+
+    def place(what: str) -> Path:
+        file = "grades_best_of" if what == "judgements" else f"grades_best_of_{what}"
+        return directory.evaluation_dir / f"{file}.jsonl"
+
     rows, _ = judged(
         session,
         judge,
         [Prompt(prompt_id, text) for prompt_id, text in texts.items()],
         [row for row in answers if row.text],
-        place=lambda name: directory.evaluation_dir / f"best_of_{name}.jsonl",
+        place=place,
         stage="evaluation, grades of the best of several",
         seed_path=(recipe.seed, "evaluation", "best of"),
     )
