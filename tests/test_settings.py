@@ -75,6 +75,8 @@ def test_settings_that_came_later() -> None:
         "judge.rationale": True,
         "dpo.target_margin": 0.5,
         "evaluate.best_of": None,
+        "judge.form": "grade",
+        "judge.rationale": True,
         "pairing.accumulate": False,
         "pairing.older_order": "keep",
         "pairing.older_steps": "more",
