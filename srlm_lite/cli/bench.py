@@ -696,6 +696,12 @@ def _judge_text(result: dict[str, Any]) -> str:
     )
 
 
+def _ahead(found: dict[str, float | None]) -> str:
+    mean, low, high = found["mean"], found["low"], found["high"]
+    ends = "" if low is None or high is None else f" (95% interval {low:+.2f} to {high:+.2f})"
+    return f"{mean or 0.0:+.2f}{ends}"
+
+
 def _methods_text(result: dict[str, Any]) -> str:
     from srlm_lite.cli.tables import plain_table
 
@@ -715,6 +721,7 @@ def _methods_text(result: dict[str, Any]) -> str:
                 name,
                 cell(bare),
                 *(cell(value) for value in found["gold"]),
+                *[""] * (result["iterations"] + 1 - len(found["gold"])),
                 cell(found["rise"]) + (f" ±{spread:.2f}" if spread is not None else ""),
                 cell(found["greedy"][-1]),
                 cell(last(found["ranker_accuracy"])),
@@ -745,6 +752,15 @@ def _methods_text(result: dict[str, Any]) -> str:
     if cold:
         temperature = result["cold_anchor"]["temperature"]
         lines.append(f"M1 at temperature {temperature}: gold {sum(cold) / len(cold):.2f}")
+    if picked := [value for value in result["best_of"]["gold"] if value is not None]:
+        n = result["best_of"]["n"]
+        lines.append(f"M1's pick, as judge, of {n} answers: gold {sum(picked) / len(picked):.2f}")
+    ahead = {
+        name: case["above_plain"] for name, case in result["cases"].items() if case["above_plain"]
+    }
+    if ahead:
+        lines += ["", "last model's gold above that of self-rewarding, seed by seed"]
+        lines += [f"  {name}: {_ahead(found)}" for name, found in ahead.items()]
     criteria = [name for found in cases.values() for name in found["by_criterion"][-1]]
     names = list(dict.fromkeys(criteria))
     points = [
