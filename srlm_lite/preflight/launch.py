@@ -69,8 +69,9 @@ class Launch:
         Raises:
             UserError: As `ChatFormat`.
         """
-        from srlm_lite.model.base import directory_here, spoken
+        from srlm_lite.model.base import spoken
         from srlm_lite.model.chat import ChatFormat
+        from srlm_lite.model.whereabouts import directory_here
 
         section = self.recipe.base
         folder = directory_here(section, revision=self.run.base_revision if self.run else None)
