@@ -37,7 +37,15 @@ from srlm_lite.model.quiet import first_line as _first_line
 from srlm_lite.model.quiet import quiet as _quiet
 from srlm_lite.model.sharding import load_shards
 from srlm_lite.model.tokenizer import open_tokenizer
-from srlm_lite.model.whereabouts import PATTERNS, WHERE, Kind, is_here, located, of_the_hub
+from srlm_lite.model.whereabouts import (
+    PATTERNS,
+    WHERE,
+    Kind,
+    directory_here,
+    is_here,
+    located,
+    of_the_hub,
+)
 from srlm_lite.settings import Base
 
 log = logging.getLogger(__name__)
@@ -192,7 +200,7 @@ def spoken(folder: Path) -> tuple[PreTrainedTokenizerBase, tuple[int, ...]]:
 
 def is_gguf(name: str) -> bool:
     """Whether a base of this name is a GGUF file, or a package's."""
-    return _locate(name)[0] == "gguf"
+    return located(name)[0] == "gguf"
 
 
 def spoken_here(
