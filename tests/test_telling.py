@@ -168,7 +168,7 @@ def test_a_server_that_quotes_the_key(planted: None, caplog: pytest.LogCaptureFi
     request = Request(messages=({"role": "user", "content": "q"},), prompt_ids=(), seeds=(1,))
     for status, body in refusing(KEY):
         with scripted(lambda number, asked, a=(status, {}, body): a) as server:  # type: ignore[misc]
-            settings = OpenAI(url=server.url, model="m", retries=0)
+            settings = OpenAI(url=server.url, model="not-listed", retries=0)
             said = []
             for ask in (
                 lambda s=settings: reach(s),
