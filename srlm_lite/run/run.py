@@ -238,7 +238,11 @@ class RunDir:
         recipe: Any = facts.get("recipe")
         identity: Any = facts.get("identity")
         base = identity.get("base") if isinstance(identity, dict) else None
-        if not isinstance(recipe, dict) or not isinstance(base, dict) or "name" not in base:
+        if (
+            not isinstance(recipe, dict)
+            or not isinstance(base, dict)
+            or not (isinstance(base.get("name"), str))
+        ):
             raise UserError("not the run.json of a run of srlm-lite", where=str(self.run_json))
         if differing := _contradictions(as_noted_now(identity), recipe):
             raise UserError(
