@@ -293,9 +293,10 @@ def shared_data() -> Path:
 @pytest.fixture(scope="session")
 def smollm2() -> LoadedBase:
     """SmolLM2-135M from its wheel, loaded once and shared: do not change it."""
-    from srlm_lite.model import base
+    from srlm_lite.model.base import load_base
+    from srlm_lite.model.whereabouts import SMOLLM2, SMOLLM2_WHEEL, smollm2_file
     from srlm_lite.settings import Base
 
-    if base.smollm2_file() is None:
-        pytest.skip(f"no SmolLM2 here ({base.SMOLLM2_WHEEL})")
-    return base.load_base(Base(name=base.SMOLLM2))
+    if smollm2_file() is None:
+        pytest.skip(f"no SmolLM2 here ({SMOLLM2_WHEEL})")
+    return load_base(Base(name=SMOLLM2))
