@@ -211,6 +211,13 @@ def data_page() -> str:
     return _with_parts("data.md", f"{table()}\n{names_table()}")
 
 
+def judges_page() -> str:
+    """The page with the layouts of preference files."""
+    from srlm_lite.data.preferences import formats_table
+
+    return _with_parts("judges.md", formats_table())
+
+
 def readme() -> str:
     """The README with the same table."""
     from srlm_lite.methods import table
@@ -291,6 +298,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "architecture.md": architecture_page,
     "methods.md": methods_page,
     "data.md": data_page,
+    "judges.md": judges_page,
     "../README.md": readme,
 }
 """The pages by file name, and what writes them."""

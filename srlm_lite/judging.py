@@ -79,8 +79,9 @@ def load_rubric(name_or_path: str) -> Rubric:
     return _read_rubric(path)
 
 
-QuestionKind = Literal["meta-judge", "mt-bench", "pairwise", "side-by-side"]
+QuestionKind = Literal["disturb", "meta-judge", "mt-bench", "pairwise", "side-by-side"]
 QUESTIONS: Mapping[QuestionKind, tuple[str, ...]] = {
+    "disturb": ("prompt",),
     "meta-judge": ("first", "second"),
     "mt-bench": ("turn", "conversation"),
     "pairwise": ("prompt", "first", "second"),

@@ -233,6 +233,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "loop": {"methods", "run.layout", "session", "stages"},
     "bench": {
+        "data",
         "errors",
         "evaluate",
         "export",

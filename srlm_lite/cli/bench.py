@@ -81,19 +81,98 @@ def rollout(
 
 @app.command()
 def judge(
-    adapters: Annotated[Path, typer.Option("--adapters", help="The run directory.", metavar="DIR")],
+    adapters: Annotated[
+        Path | None,
+        typer.Option(
+            "--adapters", help="A run directory: its last judge.", metavar="DIR", show_default=False
+        ),
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help="A recipe: its shipped anchor. With --pairs or --disturbed.",
+            metavar="NAME",
+            autocompletion=recipe_names,
+            show_default=False,
+        ),
+    ] = None,
+    pairs: Annotated[
+        Path | None,
+        typer.Option(
+            help="Ask the judge about a preference file: RewardBench 2, RM-Bench, JudgeBench, PPE, "
+            "or replies in an order as `data prepare` reads them.",
+            metavar="FILE",
+            show_default=False,
+        ),
+    ] = None,
+    disturbed: Annotated[
+        int | None,
+        typer.Option(
+            help="Ask it about pairs with a known loser: N of the run's prompts, answered, and an "
+            "answer to what the model makes of each, which only looks like it.",
+            metavar="N",
+            min=1,
+            show_default=False,
+        ),
+    ] = None,
+    prompts: Annotated[
+        int | None,
+        typer.Option(
+            help="Of the file at most P prompts, spread over it.",
+            metavar="P",
+            min=1,
+            show_default=False,
+        ),
+    ] = None,
     iteration: Annotated[
         int | None, typer.Option(help="Default: the last one.", metavar="T", show_default=False)
     ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="Ask in another way: a setting of judge, rollout, openai or vllm.",
+            metavar="KEY=VALUE",
+            autocompletion=overrides,
+        ),
+    ] = None,
     json_: Json = False,
 ) -> None:
-    """Sampled against expected scores, on the judgements of a run; samples nothing.
+    """How good a judge is, and what a judgement costs, by every way of asking it.
 
-    The run has to be one with judge.score=expected: its judgements carry both.
+    With --pairs or --disturbed it is asked about replies of which the better one is known. Without
+    either nothing is sampled: sampled against expected scores on the judgements of a run with
+    judge.score=expected, which carry both.
     """
-    from srlm_lite.bench.judge import bench_judge
+    from srlm_lite.errors import UserError
 
-    show("judge", bench_judge(adapters, iteration), _judge_text, as_json=json_)
+    if pairs is not None and disturbed is not None:
+        raise UserError("--pairs and --disturbed are two benchmarks: name one of them")
+    if pairs is None and disturbed is None:
+        from srlm_lite.bench.judge import bench_judge
+
+        if adapters is None:
+            raise UserError("name a run with --adapters")
+        if recipe is not None or prompts is not None or set_:
+            raise UserError("--recipe, --prompts and --set go with --pairs or --disturbed")
+        show("judge", bench_judge(adapters, iteration), _judge_text, as_json=json_)
+        return
+    from srlm_lite.bench.judge_pairs import bench_judge_on_disturbed, bench_judge_on_pairs
+    from srlm_lite.bench.judges import bench_judge_of
+    from srlm_lite.cli.progress import ConsoleReporter
+
+    console = ConsoleReporter()
+    with (
+        console,
+        bench_judge_of(
+            adapters, recipe, set_ or (), console, iteration=iteration, measured=True
+        ) as asked,
+    ):
+        if pairs is not None:
+            result = bench_judge_on_pairs(asked, pairs, prompts)
+        else:
+            result = bench_judge_on_disturbed(asked, disturbed or 1)
+    show("judge", result, _judge_pairs_text, as_json=json_)
 
 
 @app.command()
@@ -682,6 +761,122 @@ def _judge_text(result: dict[str, Any]) -> str:
             "",
         ]
     )
+
+
+def _judge_pairs_text(result: dict[str, Any]) -> str:
+    from srlm_lite.cli.tables import plain_table
+
+    def share(value: float | None) -> str:
+        return "-" if value is None else f"{value:.3f}"
+
+    def ends(found: list[float] | None) -> str:
+        return "-" if found is None else f"{found[0]:.3f} to {found[1]:.3f}"
+
+    def number(value: float | None, digits: int) -> str:
+        return "-" if value is None else f"{value:.{digits}f}"
+
+    rows, subsets = [], dict[str, list[str]]()
+    for name, found in result["forms"].items():
+        cost = found["cost"]
+        rows.append(
+            [
+                name,
+                share(found["accuracy"]),
+                ends(found["intervals"]["accuracy"]),
+                share(found["decided"]),
+                share(found["tie_rate"]),
+                share(found["unreadable"]),
+                share(found["position_consistency"]),
+                share(found["longer_errors"]),
+                f"{share(found['accuracy_longer'])} {share(found['accuracy_shorter'])}",
+                number(cost.get("seconds_per_reply"), 3),
+                number(cost.get("read"), 0),
+                number(cost.get("written"), 0),
+            ]
+        )
+        for subset, one in found["subsets"].items():
+            row = subsets.setdefault(subset or "(none)", [str(one["pairs"])])
+            row.append(f"{share(one['accuracy'])} ({ends(one['interval'])})")
+    columns = ["asked for", "accuracy", "95%", "of decided", "ties", "unreadable", "both orders"]
+    columns += ["longer wins", "longer, shorter better", "s a reply", "read", "written"]
+    forms = result["forms"]
+    any_form = next(iter(forms.values()))
+    lines = [
+        _judge_pairs_head(result, any_form),
+        plain_table(columns, rows),
+        "accuracy: ties and unreadable pairs count half; both orders: the same verdict in both; "
+        "longer wins: of the wrong verdicts; then the accuracy where the better reply is the "
+        "longer one, or the shorter; read, written: tokens a reply",
+    ]
+    if subsets:
+        lines += [
+            "",
+            plain_table(["domain", "pairs", *forms], [[k, *v] for k, v in subsets.items()]),
+        ]
+        means = ", ".join(f"{name} {share(one['subset_mean'])}" for name, one in forms.items())
+        lines.append(f"mean over domains: {means}")
+    lines += _judge_prompts_lines(forms, share, ends)
+    own = result["self_preference"]
+    if own is not None:
+        told = ", ".join(
+            f"{name} {number(own[key], 3)} ({ends(own['intervals'][key])})"
+            for name, key in (
+                ("noise", "noise"),
+                ("follows its model's confidence", "self_bias"),
+                ("too high rather than too low", "skew"),
+                ("kinder to own answers", "kinder"),
+            )
+        )
+        lines += [
+            "",
+            f"its model's own {own['answers']} answers, quality by {own['reference']}: {told}",
+        ]
+    return "\n".join([*lines, ""])
+
+
+def _judge_pairs_head(result: dict[str, Any], form: dict[str, Any]) -> str:
+    source = result["source"]
+    dropped = ", ".join(f"{count} {reason}" for reason, count in source["dropped"].items())
+    if "pairs" in source:
+        what = (
+            f"{source['pairs']} ({source['format']}), {source['tests']} of {source['of']} prompts"
+        )
+    else:
+        what = f"{source['tests']} of {source['disturbed']} disturbed prompts"
+        if "gold_agreement" in source:
+            what += f", {source['gold_agreement']:.2f} of them in gold's order"
+    left = f"; without a pair: {dropped}" if dropped else ""
+    unasked = f"; {form['unasked']} do not fit the window" if form["unasked"] else ""
+    return (
+        f"{result['recipe']}, {result['judge']} as judge, rubric {result['rubric']}: {what}{left}; "
+        f"{form['pairs']} pairs, {result['replies']} replies{unasked}"
+    )
+
+
+def _judge_prompts_lines(
+    forms: dict[str, Any],
+    share: Callable[[float | None], str],
+    ends: Callable[[list[float] | None], str],
+) -> list[str]:
+    """What is said of whole prompts, and of styles, where the file has such."""
+    told = {"best": "the best reply on top", "all_above": "all right replies above all wrong ones"}
+    lines = []
+    for key, words in told.items():
+        found = {name: one[key] for name, one in forms.items() if key in one}
+        if found:
+            shares = ", ".join(
+                f"{name} {share(one['share'])} ({ends(one['interval'])})"
+                for name, one in found.items()
+            )
+            lines.append(f"{words}: {shares}")
+    for name, one in forms.items():
+        if one["styles"]:
+            kinds = ", ".join(f"{kind} {share(one['styles'][kind])}" for kind in STYLE_KINDS)
+            lines.append(f"{name}, right against wrong replies by style: {kinds}")
+    return lines
+
+
+STYLE_KINDS = ("easy", "normal", "hard")
 
 
 def _methods_text(result: dict[str, Any]) -> str:

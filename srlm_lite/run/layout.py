@@ -119,6 +119,11 @@ class AnchorDir(StageDir):
         return self.path / "eft_judgements.jsonl"
 
     @property
+    def disturbed(self) -> Path:
+        """What the IFT-only model writes for pairs with a known loser."""
+        return self.path / "disturbed"
+
+    @property
     def eft_targets(self) -> Path:
         """The EFT rows that were kept, with their targets."""
         return self.path / "eft_targets.jsonl"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
@@ -25,10 +25,17 @@ from srlm_lite.run.files import read_json, write_json, write_records
 from srlm_lite.seeds import derive_seed
 from srlm_lite.session import Session
 from srlm_lite.settings import Optim
+from srlm_lite.stages.disturbed import disturbed_pairs
 from srlm_lite.stages.keeping import checkpoints, kept
 from srlm_lite.stages.replies import learned_ids, without_thoughts
 from srlm_lite.stages.sampling import judge_replies
-from srlm_lite.stages.seed_data import data_file, read_extra, read_ift, read_ranked
+from srlm_lite.stages.seed_data import (
+    data_file,
+    prompts_to_disturb,
+    read_extra,
+    read_ift,
+    read_ranked,
+)
 
 if TYPE_CHECKING:
     from srlm_lite.model.stack import Adapter
@@ -110,15 +117,18 @@ def ift_examples(
 def eft_rows(session: Session, ift: Sequence[Example], facts: dict[str, Any]) -> list[RankedReply]:
     """Judge data with targets, from where the recipe says."""
     section = session.recipe.anchor
-    path = data_file(session.recipe, "eft_train.jsonl")
-    groups = without_thoughts(session.chat, read_ranked(path, section.eft_prompts))
-    if section.eft_targets == "given":
-        return _given_targets(session, groups, path)
-    drops: dict[str, int] = {}
-    if section.eft_targets == "human":
-        scored = human_targets(groups, session.rubric)
+    drops: Mapping[str, int] = {}
+    if section.eft_targets == "disturbed":
+        scored, drops = _disturbed_targets(session, ift)
     else:
-        scored, drops = _self_written_targets(session, groups, ift, path)
+        path = data_file(session.recipe, "eft_train.jsonl")
+        groups = without_thoughts(session.chat, read_ranked(path, section.eft_prompts))
+        if section.eft_targets == "given":
+            return _given_targets(session, groups, path)
+        if section.eft_targets == "human":
+            scored = human_targets(groups, session.rubric)
+        else:
+            scored, drops = _self_written_targets(session, _ift_stack(session, ift), groups, path)
     thinned = thin_most_common(
         scored, max_share=section.max_score_share, rng=Random(f"{session.recipe.seed}/thin")
     )
@@ -150,13 +160,42 @@ def _given_targets(
     return rows
 
 
+def _disturbed_targets(
+    session: Session, ift: Sequence[Example]
+) -> tuple[list[tuple[RankedReply, float]], dict[str, int]]:
+    """Judgements that agree with the order of pairs whose loser is known, see `disturbed_pairs`.
+
+    The model that writes them has learned the extra rows too: such a question may be among them.
+    """
+    prompts, path = prompts_to_disturb(session.recipe)
+    extra = ift_examples(session, read_extra(session.recipe), as_they_stand=True)
+    stack = _ift_stack(session, [*ift, *extra])
+    found = disturbed_pairs(
+        session,
+        stack,
+        prompts,
+        folder=session.run.anchor.disturbed,
+        seed_path=(session.recipe.seed, "eft-disturbed"),
+    )
+    if not found.groups:
+        told = ", ".join(f"{count} {reason}" for reason, count in found.drops.items())
+        raise UserError(
+            f"the IFT-only model made no pair of {len(prompts)} prompts ({told})",
+            where=f"anchor.disturb_template = {session.recipe.anchor.disturb_template}",
+            way_out="Teach it such questions with rows of data.extra, give more prompts "
+            "(anchor.eft_prompts), or set anchor.eft_targets=self where replies are ranked",
+        )
+    scored, drops = _self_written_targets(session, stack, found.groups, path)
+    return scored, {**found.drops, **drops}
+
+
 def _self_written_targets(
     session: Session,
+    stack: Sequence[Adapter],
     groups: Sequence[Sequence[RankedReply]],
-    ift: Sequence[Example],
     path: Path,
 ) -> tuple[list[tuple[RankedReply, float]], dict[str, int]]:
-    stack = [_ift_only(session, ift)] if ift else []
+    known = "known" if session.recipe.anchor.eft_targets == "disturbed" else "human"
     replies = [(row.response_id, row.prompt, row.response) for group in groups for row in group]
     judgements = judge_replies(
         session,
@@ -171,7 +210,7 @@ def _self_written_targets(
     kept, drops = agreeing_targets(groups, judgements)
     if not kept:
         raise UserError(
-            f"the IFT-only model's judgements agree with the human order on none of "
+            f"the IFT-only model's judgements agree with the {known} order on none of "
             f"{len(groups)} prompts ({drops['unreadable']} unreadable, "
             f"{drops['disagreeing']} disagreeing)",
             where=str(path),
@@ -274,6 +313,11 @@ def thin_most_common(
     places = [i for i, (_, score) in enumerate(rows) if score == common]
     dropped = set(rng.sample(places, excess))
     return [row for i, row in enumerate(rows) if i not in dropped]
+
+
+def _ift_stack(session: Session, ift: Sequence[Example]) -> list[Adapter]:
+    """Who writes the EFT targets: the base where there is nothing to learn before."""
+    return [_ift_only(session, ift)] if ift else []
 
 
 def _ift_only(session: Session, ift: Sequence[Example]) -> Adapter:
