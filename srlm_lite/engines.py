@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 from srlm_lite.progress import Reporter
 from srlm_lite.recipe import Recipe
 from srlm_lite.run.run import RunDir
-from srlm_lite.settings import EngineName, Shared
+from srlm_lite.settings import SERVERS, EngineName, Shared
 
 if TYPE_CHECKING:  # torch is imported when an engine is made, and not before
     from srlm_lite.model.base import LoadedBase
@@ -61,9 +61,6 @@ class EngineKind:
     Raises:
         UserError: It is not.
     """
-    remote: bool = False
-    """A server's own model answers. It has a template, a window and thoughts of its own, needs no
-    base in this process, is asked by the first process alone, and learns nothing from the run."""
     samples_here: bool = False
     """On the base in this process, which takes no second copy of it."""
     package: str | None = None
@@ -74,6 +71,15 @@ class EngineKind:
     """The share of the device's memory that it takes beside the base in this process."""
     label: str = ""
     """What it is called where a sentence begins."""
+
+    @property
+    def remote(self) -> bool:
+        """Whether a server's own model answers.
+
+        It has a template, a window and thoughts of its own, needs no base in this process, is asked
+        by the first process alone, and learns nothing from the run.
+        """
+        return self.name in SERVERS
 
     @property
     def holds_base(self) -> bool:
@@ -155,7 +161,7 @@ ENGINES: Mapping[EngineName, EngineKind] = {
             share=lambda recipe: recipe.vllm.memory,
             label="vLLM",
         ),
-        EngineKind("openai", _make_openai, _check_key, _reach_server, remote=True),
+        EngineKind("openai", _make_openai, _check_key, _reach_server),
     )
 }
 SERVER: EngineName = "openai"

@@ -29,8 +29,18 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from srlm_lite.errors import UserError, shorten
+from srlm_lite.forms import FORMS, form_of, sections_of_other_forms
 from srlm_lite.methods import DEFAULT, METHODS, method_of, sections_of_others
-from srlm_lite.settings import Before, DecidesNothing, IsPath, Section, Shared, marked, sections_of
+from srlm_lite.settings import (
+    SERVERS,
+    Before,
+    DecidesNothing,
+    IsPath,
+    Section,
+    Shared,
+    marked,
+    sections_of,
+)
 from srlm_lite.shipped import place_of_base, recipes_dir
 from srlm_lite.yaml_text import parse_yaml, read_yaml
 
@@ -46,14 +56,15 @@ else:
         ),
         **{
             kind.section: (kind.Settings, kind.Settings())
-            for kind in METHODS.values()
+            for kind in (*METHODS.values(), *FORMS.values())
             if kind.section
         },
     )
 
 
 class Recipe(_OfMethods):
-    """All a run needs to know: what methods share, and a section for each that has its own."""
+    """All a run needs to know: what methods share, and a section for each method, and each form of
+    judging, that has its own."""
 
     @field_validator("method", mode="before")
     @classmethod
@@ -73,6 +84,7 @@ class Recipe(_OfMethods):
     @model_validator(mode="after")
     def _method_has_what_it_needs(self) -> Recipe:
         method_of(self).needs()
+        form_of(self).needs()
         return self
 
     @model_validator(mode="after")
@@ -105,7 +117,7 @@ class Recipe(_OfMethods):
     def asks_a_server(self) -> bool:
         """Whether the run needs the server of the section `openai`."""
         asks = method_of(self).asks_a_server
-        return asks or "openai" in (self.rollout.engine, self.judge.engine)
+        return asks or not SERVERS.isdisjoint({self.rollout.engine, self.judge.engine})
 
     @property
     def judge_makes_pairs(self) -> bool:
@@ -120,12 +132,12 @@ class Recipe(_OfMethods):
     def identity(self) -> dict[str, Any]:
         """What makes two runs the same run: every setting that decides what is computed.
 
-        Leaves out the sections of other methods and what `DecidesNothing`. A path counts by what
-        the file holds, not by where it lies; that of a shipped base by its place among the recipes,
-        so that a run goes on from another installation (`RunDir.hold_to_base` holds it to the
-        weights). A setting that came later counts where it is not what it was `Before`.
+        Leaves out the sections of other methods and forms, and what `DecidesNothing`. A path counts
+        by what the file holds, not by where it lies; that of a shipped base by its place among the
+        recipes, so that a run goes on from another installation (`RunDir.hold_to_base` holds it to
+        the weights). A setting that came later counts where it is not what it was `Before`.
         """
-        others = sections_of_others(self.method)
+        others = sections_of_others(self.method) | sections_of_other_forms(self.judge.form)
         settings = as_noted_now(self.model_dump(mode="json", exclude=others))
         for part, key, path in paths_in(settings):
             if path.by_content:

@@ -190,6 +190,25 @@ class Likelihood(Record):
 
 
 @dataclass(frozen=True, slots=True)
+class Weighed(Record):
+    """How likely a judge is to go on with each of some options; `name` is unique in its file.
+
+    `p` are probabilities in the order of the options, of the first token in which they differ, at
+    temperature 1; what they lack to 1 is what else the judge would say. None where the question
+    does not fit the window.
+    """
+
+    name: str
+    p: tuple[float, ...] | None
+
+    @property
+    def shares(self) -> tuple[float, ...] | None:
+        """The options' probabilities among themselves, sum 1; None where nothing is known."""
+        total = sum(self.p or ())
+        return tuple(one / total for one in self.p or ()) if total else None
+
+
+@dataclass(frozen=True, slots=True)
 class Reply(Record):
     """What a model said to a question that a method asked; `name` is unique in its file.
 

@@ -311,6 +311,8 @@ class Sampling(Section):
 
 
 EngineName = Literal["transformers", "vllm", "openai"]
+SERVERS: frozenset[EngineName] = frozenset({"openai"})
+"""Engines in which a server's own model answers; `openai.url` and `openai.model` say which."""
 
 
 class Rollout(Sampling):
@@ -339,9 +341,19 @@ class Rollout(Sampling):
     """Prompts whose results reach the disk together; a killed run loses at most one chunk."""
 
 
+FormName = Literal["grade"]
+
+
 class Judge(Sampling):
     """LLM-as-a-judge."""
 
+    form: Annotated[FormName, Before("grade")] = "grade"
+    """How candidates are judged. `grade`: each alone, by the rubric."""
+    rationale: Annotated[bool, Before(True)] = True
+    """False: the judge writes nothing. A score is the mean of the whole scores that it would give,
+    by their probability, for the price of reading the question once; `votes` and `score` count for
+    nothing then, and the anchor learns judge data without reasons. Needs a rubric whose scores are
+    one token each."""
     engine: EngineName | None = None
     """Default: `rollout.engine`. `openai` makes the judge an external one."""
     rubric: Annotated[str, IsPath(shipped=RUBRICS)] = "additive-5"

@@ -13,14 +13,17 @@ from toy_run import make_toy_run
 
 from srlm_lite.bench.judge_pairs import Way, pairs_of, prompt_figures, reply_id
 from srlm_lite.data.preferences import JudgeTest
-from srlm_lite.records import Candidate, Judgement
+from srlm_lite.records import Candidate
 from srlm_lite.run.files import write_records
 from srlm_lite.run.layout import StageDir
 from srlm_lite.run.run import RunDir
 from srlm_lite.stages.seed_data import policy_prompts
 
 PROMPT = "show me facts about the {}"
-GOOD = "sure, happy to help.\n1. {} has history\n2. it has friends\n3. it needs care\nenjoy your facts!"
+GOOD = (
+    "sure, happy to help.\n1. {} has history\n2. it has friends\n3. it needs care\n"
+    "enjoy your facts!"
+)
 BAD = "not again.\n1. it has history\n2. it has history"
 
 TESTS = [

@@ -119,6 +119,32 @@ def test_the_table_has_intervals_in_percent() -> None:
     assert any(row[:2] == ["win rate", "62.50"] for row in told)
 
 
+@pytest.mark.parametrize(
+    ("wins", "ties", "losses", "told"),
+    [
+        (18, 0, 2, "the model is better than the baseline: win rate "),
+        (2, 0, 18, "the model is worse than the baseline: win rate "),
+        (11, 0, 9, "not told apart: a tie, 50, is within win rate "),
+        (0, 4, 0, "not told apart"),
+        (0, 0, 0, "not told apart: nothing was decided"),
+    ],
+)
+def test_one_is_better_only_where_the_interval_has_no_tie(
+    wins: int, ties: int, losses: int, told: str
+) -> None:
+    preferences = [1.0] * wins + [0.5] * ties + [0.0] * losses or [None]
+    found = head_to_head([Outcome(one, 10, 10) for one in preferences])
+    assert told in head_to_head_text(found).splitlines()[-1]
+
+
+def test_a_head_to_head_fits_a_narrow_terminal() -> None:
+    outcomes = [Outcome(value, 10, 20) for value in (1.0, 1.0, 0.5, 0.0)]
+    found = {**head_to_head(outcomes), "model": "iteration 2", "baseline": "anchor"}
+    for width in (60, 80):
+        text = head_to_head_text(found, width=width)
+        assert max(len(line.rstrip()) for line in text.splitlines()) <= width
+
+
 def test_nothing_readable_gives_no_rate() -> None:
     found = head_to_head([Outcome(None, 1, 1)] * 3)
     assert found["win_rate"] is found["length_controlled"] is found["wins"]["share"] is None

@@ -33,12 +33,13 @@ ALLOWED: dict[str, set[str]] = {
     "yaml_text": {"errors"},
     "shipped": {"errors"},
     "settings": {"errors", "shipped"},
-    "recipe": {"errors", "methods", "settings", "shipped", "yaml_text"},
-    "explain": {"errors", "methods", "recipe", "settings"},
+    "recipe": {"errors", "forms", "methods", "settings", "shipped", "yaml_text"},
+    "explain": {"errors", "forms", "methods", "recipe", "settings"},
     "engines": {"model", "progress", "recipe", "rollout", "run.run", "settings"},
     "planning": {
         "conversation",
         "data",
+        "declared",
         "engines",
         "errors",
         "hardware",
@@ -64,10 +65,16 @@ ALLOWED: dict[str, set[str]] = {
     "pairing": {"records", "settings"},
     "evaluate": {"errors", "judging", "records", "settings"},
     "principles": {"errors", "judging", "shipped", "yaml_text"},
+    # what methods and forms of judging say of themselves
+    "declared": {"pairing", "settings", "window"},
+    # the forms of judging: they know no recipe, no session, no run and no stage
+    "forms": {"declared", "errors", "evaluate", "judging", "records", "settings", "shipped"},
     # what a method is: it knows no recipe, no session, no run and no stage
     "methods": {
         "conversation",
+        "declared",
         "errors",
+        "forms",
         "evaluate",
         "judging",
         "pairing",
@@ -121,9 +128,11 @@ ALLOWED: dict[str, set[str]] = {
     "stages": {
         "conversation",
         "data",
+        "declared",
         "engines",
         "errors",
         "evaluate",
+        "forms",
         "judging",
         "methods",
         "model",
@@ -293,6 +302,7 @@ ALLOWED: dict[str, set[str]] = {
         "engines",
         "errors",
         "evaluate",
+        "forms",
         "judging",
         "methods",
         "model",

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from srlm_lite.cli.completion import overrides, recipe_names
+from srlm_lite.errors import UserError
 
 app = typer.Typer(help="Measure on this machine.", no_args_is_help=True)
 
@@ -125,8 +126,8 @@ def judge(
         ),
     ] = None,
     iteration: Annotated[
-        int | None, typer.Option(help="Default: the last one.", metavar="T", show_default=False)
-    ] = None,
+        str, typer.Option(help="Number of an iteration (0: the anchor), or `last`.")
+    ] = "last",
     set_: Annotated[
         list[str] | None,
         typer.Option(
@@ -144,8 +145,13 @@ def judge(
     either nothing is sampled: sampled against expected scores on the judgements of a run with
     judge.score=expected, which carry both.
     """
-    from srlm_lite.errors import UserError
-
+    if iteration != "last" and not iteration.isdecimal():
+        raise UserError(
+            f"no judgements are of {iteration}",
+            where="--iteration",
+            way_out="Say the number of an iteration, or last",
+        )
+    number = None if iteration == "last" else int(iteration)
     if pairs is not None and disturbed is not None:
         raise UserError("--pairs and --disturbed are two benchmarks: name one of them")
     if pairs is None and disturbed is None:
@@ -155,7 +161,7 @@ def judge(
             raise UserError("name a run with --adapters")
         if recipe is not None or prompts is not None or set_:
             raise UserError("--recipe, --prompts and --set go with --pairs or --disturbed")
-        show("judge", bench_judge(adapters, iteration), _judge_text, as_json=json_)
+        show("judge", bench_judge(adapters, number), _judge_text, as_json=json_)
         return
     from srlm_lite.bench.judge_pairs import bench_judge_on_disturbed, bench_judge_on_pairs
     from srlm_lite.bench.judges import bench_judge_of
@@ -165,7 +171,7 @@ def judge(
     with (
         console,
         bench_judge_of(
-            adapters, recipe, set_ or (), console, iteration=iteration, measured=True
+            adapters, recipe, set_ or (), console, iteration=number, measured=True
         ) as asked,
     ):
         if pairs is not None:
@@ -681,6 +687,7 @@ def show(
     from datetime import date
 
     from srlm_lite.cli.facts import hardware, versions
+    from srlm_lite.cli.wrapping import columns, fitted
 
     machine, software = hardware(), versions()
     if as_json:
@@ -688,11 +695,14 @@ def show(
         whole = {**head, **result, "machine": machine, "versions": software}
         typer.echo(json.dumps(whole, indent=2, ensure_ascii=False))
         return
-    typer.echo(text(result))
     graphics = "".join(f", {gpu['name']}" for gpu in machine["gpus"])
-    typer.echo(f"{machine['processor']}, {machine['cores']} cores{graphics}")
     packages = ("srlm-lite", "torch", "transformers")
-    typer.echo(", ".join(f"{each} {software[each]}" for each in packages) + f"; {date.today()}")
+    lines = [
+        text(result),
+        f"{machine['processor']}, {machine['cores']} cores{graphics}",
+        ", ".join(f"{each} {software[each]}" for each in packages) + f"; {date.today()}",
+    ]
+    typer.echo(fitted("\n".join(lines), columns()))
 
 
 def _rollout_text(result: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 
 from srlm_lite.cli import bench, data, recipes, show
 from srlm_lite.cli.completion import overrides, recipe_names
+from srlm_lite.cli.usage import UsageError, as_told
 from srlm_lite.errors import SrlmError, UserError, same_command
 from srlm_lite.processes import place, say
 from srlm_lite.stopping import exit_code, terminable, told
@@ -573,7 +574,12 @@ def run() -> None:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     try:
         _stand_somewhere()
-        app()
+        code = app(standalone_mode=False)
+    except UsageError as wrong:
+        told_of = as_told(wrong)
+        if told_of is not None:
+            say(str(told_of))
+        raise SystemExit(2) from None
     except UserError as error:
         say(str(error))
         raise SystemExit(2) from None
@@ -586,3 +592,4 @@ def run() -> None:
             raise
         say(str(refused))
         raise SystemExit(2) from None
+    raise SystemExit(code or 0)

@@ -25,6 +25,7 @@ from rich.progress import (
 from rich.progress import Task as RichTask
 from rich.text import Text
 
+from srlm_lite.cli.wrapping import fitted, hung
 from srlm_lite.evaluate.judge_figures import ACCURACY
 from srlm_lite.progress import Task
 
@@ -161,9 +162,21 @@ class ConsoleReporter:
     ) -> None:
         self._progress.stop()
 
+    @property
+    def _width(self) -> int | None:
+        return self._rich.width if self._rich.is_terminal else None
+
     def say(self, text: str) -> None:
         """See `Reporter.say`."""
-        self._rich.print(text, markup=False)
+        self._rich.print(fitted(text, self._width), markup=False)
+
+    def command(self, line: str, what_for: str) -> None:
+        """A command to type, and what for: whole, so that it can be copied, whatever the width."""
+        told = f"{line}  # {what_for}"
+        if self._width is not None and len(told) > self._width:
+            indent = " " * (len(line) - len(line.lstrip()) if line[:1] == " " else 6)
+            told = f"{line}\n{fitted(f'{indent}  # {what_for}', self._width)}"
+        self._rich.print(told, markup=False)
 
     def start(self, stage: str, total: int, unit: str) -> Task:
         """See `Reporter.start`."""
@@ -180,11 +193,13 @@ class ConsoleReporter:
         for task in self._progress.task_ids:
             self._progress.remove_task(task)
         where = f"iteration {iteration}" if iteration else "anchor"
-        self.say(f"  {where:<12} {stage:<11} {_duration(seconds):>8}  {summary(stage, facts)}")
+        head = f"  {where:<12} {stage:<11} {_duration(seconds):>8}  "
+        self._rich.print(hung(head, summary(stage, facts), self._width), markup=False)
 
     def warn(self, text: str) -> None:
         """See `Reporter.warn`."""
-        self._rich.print(f"  warning: {text}", style="yellow", markup=False)
+        told = hung("  warning: ", text, self._width)
+        self._rich.print(told, style="yellow", markup=False)
 
 
 def _duration(seconds: float) -> str:

@@ -24,7 +24,7 @@ app = typer.Typer(help="Look into a run.", no_args_is_help=True)
 
 Adapters = Annotated[Path, typer.Option("--adapters", help="The run directory.", metavar="DIR")]
 Iteration = Annotated[
-    int | None, typer.Option(help="Default: the last one.", metavar="T", show_default=False)
+    str, typer.Option(help="Number of an iteration, or `last`: the last that is begun.")
 ]
 Limit = Annotated[int, typer.Option(help="At most so many; 0 for all.", min=0)]
 Json = Annotated[bool, typer.Option("--json", help="JSON lines instead of text.")]
@@ -61,7 +61,7 @@ def run(adapters: Adapters, json_: Json = False) -> None:
 
 @app.command()
 def pairs(
-    adapters: Adapters, iteration: Iteration = None, limit: Limit = 3, json_: Json = False
+    adapters: Adapters, iteration: Iteration = "last", limit: Limit = 3, json_: Json = False
 ) -> None:
     """Preference pairs: the prompt, both replies, and the judge's words on each."""
     from srlm_lite.errors import UserError
@@ -100,7 +100,7 @@ def pairs(
 
 @app.command()
 def judgements(
-    adapters: Adapters, iteration: Iteration = None, limit: Limit = 6, json_: Json = False
+    adapters: Adapters, iteration: Iteration = "last", limit: Limit = 6, json_: Json = False
 ) -> None:
     """The judge's replies and the scores read from them, or what a method has in their place."""
     from srlm_lite.records import Judgement, Label, Revision
@@ -145,7 +145,7 @@ def judgements(
 
 @app.command()
 def candidates(
-    adapters: Adapters, iteration: Iteration = None, limit: Limit = 6, json_: Json = False
+    adapters: Adapters, iteration: Iteration = "last", limit: Limit = 6, json_: Json = False
 ) -> None:
     """The answers that pairs are made of: the policy's, and others beside them."""
     from srlm_lite.records import Candidate
@@ -159,23 +159,27 @@ def candidates(
     _tell(_read(place.all_candidates or [place.candidates], Candidate), tell, limit, json_)
 
 
-def _opened(adapters: Path, number: int | None) -> tuple[RunDir, IterationDir, Words]:
-    """The run, the iteration or the last one, and the words of its method."""
+def _opened(adapters: Path, which: str) -> tuple[RunDir, IterationDir, Words]:
+    """The run, the iteration that is named, and the words of its method."""
     from srlm_lite.errors import UserError
     from srlm_lite.report.words import words
     from srlm_lite.run.run import RunDir
 
     run_dir = RunDir(adapters)
     facts = run_dir.facts()
-    begun = [place.number for place in run_dir.iterations()]
-    wanted = number if number is not None else max(begun, default=0)
-    if wanted not in begun:
+    begun = {str(place.number): place for place in run_dir.iterations()}
+    if which == "last":
+        which = max(begun, key=int, default=which)
+    if which not in begun:
+        what = f"has no iteration {which}" if begun else "has no iteration yet"
+        if which in ("anchor", "base"):
+            what = f"the {which} has no pairs, judgements or candidates: they are of iterations"
         raise UserError(
-            f"has no iteration {wanted}" if begun else "has no iteration yet",
+            what,
             where=str(adapters),
-            way_out=f"It has: {', '.join(map(str, begun))}" if begun else None,
+            way_out=f"It has: {', '.join(begun)}" if begun else None,
         )
-    return run_dir, run_dir.iteration(wanted), words(facts["recipe"])
+    return run_dir, begun[which], words(facts["recipe"])
 
 
 def _read(paths: Sequence[Path], kind: type[R]) -> list[R]:

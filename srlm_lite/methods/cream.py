@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 from srlm_lite.errors import UserError
 from srlm_lite.evaluate.candidates import NO_VOTES
+from srlm_lite.forms import form_of
 from srlm_lite.judging import mean_scores
 from srlm_lite.methods.base import Case, Facts, Iteration, MadePairs, Phase, Sizes, Source, Words
 from srlm_lite.methods.self_rewarding import SelfRewarding
@@ -137,7 +138,7 @@ class Cream(SelfRewarding[CreamSettings]):
         """Each answer is graded by two judges, or only read."""
         yield self.answers(sizes)
         if self.own.scores == "judge":
-            yield self.votes(sizes, answers=2 * self.all_prompts * self.recipe.rollout.n)
+            yield from self.votes(sizes, answers=2 * self.all_prompts * self.recipe.rollout.n)
         yield self.dpo(sizes)
 
     def judgements(
@@ -217,7 +218,7 @@ class Cream(SelfRewarding[CreamSettings]):
     ) -> Ranked:
         earlier = it.grade(prompts, candidates, by=it.earlier, kind="earlier")
         usable, drops = self.judged(prompts, candidates, judgements)
-        return usable, drops, mean_scores(earlier, min_votes=self.recipe.judge.min_votes)
+        return usable, drops, mean_scores(earlier, min_votes=form_of(self.recipe).min_votes)
 
 
 def _sign(value: float) -> int:

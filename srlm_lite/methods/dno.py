@@ -189,7 +189,7 @@ class Dno(SelfRewarding[DnoSettings]):
         n = recipe.rollout.n + (self.own.teacher is not None)
         yield self.answers(sizes)
         if self.own.grading == "rubric":
-            yield self.votes(sizes, answers=n * self.all_prompts)
+            yield from self.votes(sizes, answers=n * self.all_prompts)
         else:
             asked = self.all_prompts * recipe.judge.votes
             room = sizes.room(sizes.judgement)

@@ -247,7 +247,7 @@ class MetaRewarding(SelfRewarding[MetaRewardingSettings]):
         recipe, votes = self.recipe, self.recipe.judge.votes
         trained = [scheduled(self.own.schedule, t + 1) for t in range(recipe.iterations)]
         yield self.answers(sizes)
-        yield self.votes(sizes)
+        yield from self.votes(sizes)
         of_judge = sum(role != "policy" for role in trained) * recipe.prompts.per_iteration
         if of_judge:
             new = sizes.reply(self.own.max_new_tokens)

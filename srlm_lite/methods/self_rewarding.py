@@ -19,6 +19,7 @@ from srlm_lite.evaluate.candidates import (
     on_policy_accuracy,
     vote_facts,
 )
+from srlm_lite.forms import form_of
 from srlm_lite.judging import mean_scores, unasked, votes_by_candidate
 from srlm_lite.methods.base import (
     CONTROLS,
@@ -67,7 +68,7 @@ class SelfRewarding(Method[S]):
         """N answers a prompt, the votes on each, and a pair a prompt."""
         yield self.answers(sizes)
         # Blind pairs and gold ones are judged too: it says how good the judge is on them.
-        yield self.votes(sizes)
+        yield from self.votes(sizes)
         yield self.dpo(sizes)
 
     def pool(self, data: SeedData) -> Pool | None:
@@ -86,9 +87,10 @@ class SelfRewarding(Method[S]):
     def judgements(
         self, it: Iteration, prompts: Sequence[Prompt], candidates: Sequence[Candidate]
     ) -> tuple[list[Judgement], Facts]:
-        """K grades of each answer by the same weights."""
-        rows = it.grade(prompts, candidates)
-        return rows, {**vote_facts(rows), **self.accuracy(prompts, candidates, rows)}
+        """What the same weights, as judge, think of each answer, in the recipe's form."""
+        rows, facts = it.judged(prompts, candidates)
+        told = self.accuracy(prompts, candidates, rows)
+        return rows, {**vote_facts(rows), **told, **facts}
 
     def pairs(
         self,
@@ -130,7 +132,7 @@ class SelfRewarding(Method[S]):
         judgements: Sequence[Judgement],
     ) -> tuple[dict[str, list[Scored]], Drops]:
         """The candidates that can be part of a pair, with their mean scores."""
-        scores: Scores = mean_scores(judgements, min_votes=self.recipe.judge.min_votes)
+        scores: Scores = mean_scores(judgements, min_votes=form_of(self.recipe).min_votes)
         if self.recipe.pairing.source == "gold":
             scores = gold_scores(self.recipe.evaluate.gold, prompts, candidates)
         return usable_candidates(
@@ -197,17 +199,16 @@ class SelfRewarding(Method[S]):
         texts = self.all_prompts * n if texts is None else texts
         return Draws("candidates", self.chunk, n, sizes.prompt, sizes.answer, texts)
 
-    def votes(self, sizes: Sizes, *, answers: int | None = None) -> Draws:
-        """Votes on answers.
+    def votes(self, sizes: Sizes, *, answers: int | None = None) -> Iterator[Phase]:
+        """The judging of answers, in the recipe's form.
 
         Args:
             answers: Of the whole run; default: `rollout.n` to each prompt.
         """
-        n, votes = self.recipe.rollout.n, self.recipe.judge.votes
-        graded = self.all_prompts * n if answers is None else answers
-        at_once = self.chunk * n
-        return Draws(
-            "judge", at_once, votes, sizes.question, sizes.judgement, graded * votes, "judge"
+        n, prompts = self.recipe.rollout.n, self.all_prompts
+        graded = prompts * n if answers is None else answers
+        yield from form_of(self.recipe).phases(
+            sizes, prompts=prompts, answers=graded, at_once=self.chunk * n
         )
 
     def dpo(

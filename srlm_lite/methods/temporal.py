@@ -75,7 +75,7 @@ class Temporal(SelfRewarding[NoSettings]):
         recipe, n = self.recipe, self.recipe.rollout.n
         answers = n * recipe.prompts.per_iteration * max(0, 3 * recipe.iterations - 1)
         yield self.answers(sizes, texts=answers)
-        yield self.votes(sizes, answers=answers)
+        yield from self.votes(sizes, answers=answers)
         yield self.dpo(sizes, pairs=2)  # the provisional delta, too
 
     def candidates(self, it: Iteration, prompts: Sequence[Prompt]) -> tuple[list[Candidate], Facts]:

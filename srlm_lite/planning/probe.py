@@ -153,8 +153,17 @@ def probe(settings: Any, targets: Iterable[str] = ()) -> Shape:
         linears=linears,
         largest=max(parameter.numel() for parameter in model.parameters()),
         embedded=sum(ends.values()),
+        windows=_windows(text),
         experts=experts,
     )
+
+
+def _windows(text: Any) -> tuple[int, ...]:
+    """Of the layers that see a window, how many tokens that has."""
+    from transformers import DynamicCache
+
+    layers = DynamicCache(config=text).layers
+    return tuple(window for one in layers if (window := getattr(one, "sliding_window", None)))
 
 
 def _widest(text: Any, *, mixture: bool) -> int:

@@ -67,10 +67,23 @@ def best(facts: Facts) -> ModelFacts | None:
     return sound[0] if sound else max(made, key=lambda model: float(model.policy[found.figure]))
 
 
-def anchor_is_best(facts: Facts) -> bool:
-    """Whether no iteration has better answers than M1, by what was measured."""
+Standing = Literal["ahead", "alike", "behind"]
+
+
+def anchor_beside_best(facts: Facts) -> Standing | None:
+    """How M1 stands beside the best iteration, by what was measured; alike: within chance of it.
+
+    None where nothing tells.
+    """
     models, found = _ranked(facts)
-    return found is not None and not models[found.place].number
+    chosen = best(facts)
+    if found is None or chosen is None:
+        return None
+    places = {model.number: place for place, model in enumerate(models)}
+    anchor, iteration = places.get(0), places[chosen.number]
+    if found.place == anchor:
+        return "alike" if iteration in found.alike else "ahead"
+    return "alike" if anchor in found.alike else "behind"
 
 
 def _ranked(facts: Facts) -> tuple[list[ModelFacts], Best | None]:

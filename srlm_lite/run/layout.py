@@ -114,9 +114,9 @@ class AnchorDir(StageDir):
         """The IFT-only adapter that writes the EFT targets."""
         return self.path / "ift_only"
 
-    @property
-    def eft_judgements(self) -> Path:
-        return self.path / "eft_judgements.jsonl"
+    def eft_file(self, name: str) -> Path:
+        """What the model that writes EFT targets did, by name; `judgements` are its grades."""
+        return self.path / f"eft_{name}.jsonl"
 
     @property
     def disturbed(self) -> Path:

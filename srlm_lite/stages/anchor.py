@@ -10,8 +10,11 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
 
+from srlm_lite.declared import NoSettings
 from srlm_lite.errors import UserError
 from srlm_lite.evaluate.reading import ADVICE, anchor_doubts, doubts
+from srlm_lite.forms import form_of
+from srlm_lite.forms.grade import GradeForm
 from srlm_lite.judging import Rubric, as_sampled, parse_score
 from srlm_lite.progress import Training
 from srlm_lite.records import (
@@ -25,13 +28,14 @@ from srlm_lite.run.files import read_json, write_json, write_records
 from srlm_lite.seeds import derive_seed
 from srlm_lite.session import Session
 from srlm_lite.settings import Optim
-from srlm_lite.stages.disturbed import disturbed_pairs
+from srlm_lite.stages.disturbed import Disturbed, disturbed_pairs
+from srlm_lite.stages.judges import SessionJudge, as_candidates
 from srlm_lite.stages.keeping import checkpoints, kept
 from srlm_lite.stages.replies import learned_ids, without_thoughts
-from srlm_lite.stages.sampling import judge_replies
 from srlm_lite.stages.seed_data import (
     data_file,
     prompts_to_disturb,
+    ranked_file,
     read_extra,
     read_ift,
     read_ranked,
@@ -64,8 +68,7 @@ def anchor(session: Session) -> tuple[None, dict[str, Any]]:
     eft: list[Example] = []
     facts: dict[str, Any] = {"ift": len(ift), **({"extra": len(extra)} if extra else {})}
     if section.use_eft:
-        rows = eft_rows(session, ift, facts)
-        eft = [_judge_example(session, row) for row in rows]
+        eft = judge_examples(session, ift, facts)
         facts["eft"] = len(eft)
     examples, too_long = fitting_examples(session, [*ift, *extra, *eft])
     if not examples:
@@ -114,12 +117,46 @@ def ift_examples(
     ]
 
 
+def judge_examples(
+    session: Session, ift: Sequence[Example], facts: dict[str, Any]
+) -> list[Example]:
+    """Judge data as ids: questions of the recipe's form of judging, or the rubric's.
+
+    Raises:
+        UserError: No two replies to a prompt are ranked apart, and the form is taught by such.
+    """
+    recipe, form = session.recipe, form_of(session.recipe)
+    if not form.has_lessons:
+        return [_judge_example(session, row) for row in eft_rows(session, ift, facts)]
+    if recipe.anchor.eft_targets == "disturbed":
+        found, path = _disturbed(session, _writes_pairs(session, ift))
+        groups: Sequence[Sequence[RankedReply]] = found.groups
+        facts["eft_drops"] = dict(found.drops)
+    else:
+        path = ranked_file(recipe)
+        groups = without_thoughts(session.chat, read_ranked(path, recipe.anchor.eft_prompts))
+    lessons = form.lessons(groups, session.rubric)
+    if not lessons:
+        raise UserError(
+            f"ranks no two replies to a prompt apart, and judge.form={recipe.judge.form} is taught "
+            "by such",
+            where=str(path),
+            way_out="Name replies that people ranked as data.ranked, or leave judge data out "
+            "(anchor.use_eft=false)",
+        )
+    write_records(session.run.anchor.eft_targets, lessons)
+    return ift_examples(session, lessons, as_they_stand=True)
+
+
 def eft_rows(session: Session, ift: Sequence[Example], facts: dict[str, Any]) -> list[RankedReply]:
     """Judge data with targets, from where the recipe says."""
     section = session.recipe.anchor
     drops: Mapping[str, int] = {}
     if section.eft_targets == "disturbed":
-        scored, drops = _disturbed_targets(session, ift)
+        stack = _writes_pairs(session, ift)
+        found, path = _disturbed(session, stack)
+        scored, disagreeing = _self_written_targets(session, stack, found.groups, path)
+        drops = {**found.drops, **disagreeing}
     else:
         path = data_file(session.recipe, "eft_train.jsonl")
         groups = without_thoughts(session.chat, read_ranked(path, section.eft_prompts))
@@ -157,19 +194,27 @@ def _given_targets(
             f"the first for response {unread[0]}",
             where=str(path),
         )
-    return rows
+    if session.recipe.judge.rationale:
+        return rows
+    scores = [parse_score(row.target or "", session.rubric) for row in rows]
+    return [
+        replace(row, target=f"Score: {score:g}") for row, score in zip(rows, scores, strict=True)
+    ]
 
 
-def _disturbed_targets(
-    session: Session, ift: Sequence[Example]
-) -> tuple[list[tuple[RankedReply, float]], dict[str, int]]:
-    """Judgements that agree with the order of pairs whose loser is known, see `disturbed_pairs`.
+def _writes_pairs(session: Session, ift: Sequence[Example]) -> list[Adapter]:
+    """Who disturbs prompts. It has learned the extra rows, for the question may be among them."""
+    extra = ift_examples(session, read_extra(session.recipe), as_they_stand=True)
+    return _ift_stack(session, [*ift, *extra])
 
-    The model that writes them has learned the extra rows too: such a question may be among them.
+
+def _disturbed(session: Session, stack: Sequence[Adapter]) -> tuple[Disturbed, Path]:
+    """Pairs whose loser is known, and the file that their prompts are from.
+
+    Raises:
+        UserError: The model made none.
     """
     prompts, path = prompts_to_disturb(session.recipe)
-    extra = ift_examples(session, read_extra(session.recipe), as_they_stand=True)
-    stack = _ift_stack(session, [*ift, *extra])
     found = disturbed_pairs(
         session,
         stack,
@@ -185,8 +230,7 @@ def _disturbed_targets(
             way_out="Teach it such questions with rows of data.extra, give more prompts "
             "(anchor.eft_prompts), or set anchor.eft_targets=self where replies are ranked",
         )
-    scored, drops = _self_written_targets(session, stack, found.groups, path)
-    return scored, {**found.drops, **drops}
+    return found, path
 
 
 def _self_written_targets(
@@ -196,17 +240,15 @@ def _self_written_targets(
     path: Path,
 ) -> tuple[list[tuple[RankedReply, float]], dict[str, int]]:
     known = "known" if session.recipe.anchor.eft_targets == "disturbed" else "human"
-    replies = [(row.response_id, row.prompt, row.response) for group in groups for row in group]
-    judgements = judge_replies(
+    judge = SessionJudge(
         session,
         stack,
-        replies,
-        path=session.run.anchor.eft_judgements,
+        place=session.run.anchor.eft_file,
         stage="EFT targets",
-        votes=session.recipe.judge.votes,
-        chunk=session.recipe.rollout.chunk_prompts * session.recipe.rollout.n,
         seed_path=(session.recipe.seed, "eft-targets"),
     )
+    rows = [row for group in groups for row in group]
+    judgements, _ = GradeForm(session.recipe, NoSettings()).judge(judge, *as_candidates(rows))
     kept, drops = agreeing_targets(groups, judgements)
     if not kept:
         raise UserError(

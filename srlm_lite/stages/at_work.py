@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from srlm_lite.engines import Role
+from srlm_lite.forms.base import JudgeQuestion
 from srlm_lite.judging import Rubric
 from srlm_lite.methods.base import Facts, Iteration, Model
 from srlm_lite.pairing import Drops
@@ -20,16 +21,19 @@ from srlm_lite.records import (
     Prompt,
     Record,
     Reply,
+    Weighed,
 )
 from srlm_lite.run.files import read_records, write_records
 from srlm_lite.run.layout import DeltaPlace, IterationDir
 from srlm_lite.session import Session
 from srlm_lite.settings import Consistency, Dpo, Optim
 from srlm_lite.stages import learning, pairs, prompts, reward
+from srlm_lite.stages.judges import judged
 from srlm_lite.stages.likelihood import candidate_likelihoods
 from srlm_lite.stages.replies import read_as_reply
-from srlm_lite.stages.sampling import ask, judge_replies, limits_of, sample_candidates
+from srlm_lite.stages.sampling import ask, limits_of, sample_candidates
 from srlm_lite.stages.seed_data import FilesOfRecipe
+from srlm_lite.stages.weighing import weigh
 
 if TYPE_CHECKING:
     from srlm_lite.model.stack import Adapter
@@ -86,29 +90,27 @@ class AtWork(Iteration):
             role=role,
         )
 
-    def grade(
+    def judged(
         self,
         prompts: Sequence[Prompt],
         candidates: Sequence[Candidate],
         *,
         by: Model | None = None,
         kind: str = "",
-    ) -> list[Judgement]:
+    ) -> tuple[list[Judgement], Facts]:
         recipe, stage = self.recipe, f"{kind} judgements".strip()
-        texts = {prompt.prompt_id: prompt.text for prompt in prompts}
-        replies = [
-            (row.candidate_id, texts[row.prompt_id], row.text)
+        asked = [
+            row
             for row in candidates
             if row.text and not (recipe.pairing.drop_truncated and row.finish_reason == "length")
         ]
-        return judge_replies(
+        return judged(
             self._session,
             self._stack(by or self.judge),
-            replies,
-            path=self._file(kind, "judgements"),
+            prompts,
+            asked,
+            place=lambda name: self._file(kind, name),
             stage=stage,
-            votes=recipe.judge.votes,
-            chunk=recipe.rollout.chunk_prompts * recipe.rollout.n,
             seed_path=(recipe.seed, self.number, stage),
         )
 
@@ -134,6 +136,25 @@ class AtWork(Iteration):
             seed_path=(self.recipe.seed, self.number, *(seeded or (about,))),
             role="policy" if to_learn else "judge",
             learned=to_learn,
+        )
+
+    def weigh(
+        self,
+        questions: Sequence[JudgeQuestion],
+        options: Sequence[str],
+        *,
+        about: str,
+        by: Model,
+        setting: str,
+    ) -> dict[str, Weighed]:
+        return weigh(
+            self._session,
+            self._stack(by),
+            questions,
+            options,
+            path=self._file("", about.replace(" ", "_")),
+            stage=about,
+            setting=setting,
         )
 
     def likelihoods(
