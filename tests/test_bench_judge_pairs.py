@@ -98,17 +98,16 @@ def test_a_run_s_judge_on_a_preference_file(cli: Cli, run: RunDir, pairs: Path) 
     assert (found["bench"], found["judge"], found["replies"]) == ("judge", "iteration 1", 16)
     assert found["source"]["format"] == "RewardBench 2" and found["source"]["tests"] == 4
     ways = [
-        "grade, 1 vote",
-        "grade, 2 votes",
-        "grade, expected, 1 vote",
-        "grade, expected, 2 votes",
+        f"grade, {kind}{count}" for kind in ("", "expected, ") for count in ("1 vote", "2 votes")
     ]
-    assert [name for name in found["forms"] if name.startswith("grade, ")] == ways
+    assert list(found["forms"])[:5] == [*ways, "grade, no rationale"]
     form = found["forms"]["grade, expected, 2 votes"]
     assert form["accuracy"] > 0.8 and form["pairs"] == 12 and form["prompts"] == 4
     assert form["best"]["share"] > 0.7 and set(form["subsets"]) == {"plants", "things"}
     assert form["cost"]["seconds"] > 0 and form["cost"]["read"] > 20 < form["cost"]["written"]
     assert form["to_first"]["interval"] is not None
+    cheap = found["forms"]["grade, no rationale"]["cost"]
+    assert cheap["written"] == 0 and cheap["read"] > 20
     assert form["position_consistency"] is None  # it sees one reply at a time
     own = found["self_preference"]
     assert own["reference"] == "srlm_lite.tasks.toy:gold" and own["answers_of_others"] == "anchor"

@@ -243,9 +243,11 @@ ALLOWED: dict[str, set[str]] = {
     "loop": {"methods", "run.layout", "session", "stages"},
     "bench": {
         "data",
+        "engines",
         "errors",
         "evaluate",
         "export",
+        "forms",
         "hardware",
         "judging",
         "loop",

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -32,13 +32,15 @@ from srlm_lite.evaluate.judge_tests import (
     self_preference,
     style_figures,
 )
+from srlm_lite.forms import FORMS
 from srlm_lite.judging import as_sampled, mean_scores, unasked, whole_scores
 from srlm_lite.records import Candidate, Judgement, Prompt
 from srlm_lite.run.files import read_records
 from srlm_lite.run.layout import IterationDir, StageDir
+from srlm_lite.settings import FormName
 from srlm_lite.stages.disturbed import Disturbed, disturbed_pairs
+from srlm_lite.stages.judges import judged
 from srlm_lite.stages.likelihood import candidate_likelihoods
-from srlm_lite.stages.sampling import judge_replies
 from srlm_lite.stages.seed_data import policy_prompts, prompt_file, read_prompts
 
 if TYPE_CHECKING:
@@ -193,94 +195,112 @@ def _result(
     }
 
 
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What a judge is asked about, as candidates to prompts."""
+
+    prompts: Sequence[Prompt]
+    candidates: Sequence[Candidate]
+
+
+def _of_tests(tests: Sequence[JudgeTest]) -> _Asked:
+    return _Asked(
+        [Prompt(test.name, test.prompt) for test in tests],
+        [
+            Candidate(test.name, reply_id(test, place), text, 0, "stop")
+            for test in tests
+            for place, text in enumerate(test.replies)
+        ],
+    )
+
+
 def _ways(judge: BenchJudge, tests: Sequence[JudgeTest]) -> Iterator[tuple[str, Way]]:
-    """Every way of asking, the plainest first: one sampled vote."""
-    replies = [
-        (reply_id(test, place), test.prompt, text)
-        for test in tests
-        for place, text in enumerate(test.replies)
-    ]
-    rows, cost = _votes(judge, replies, "grades")
-    votes = judge.recipe.judge.votes
+    """Every way of asking: one sampled grade first, several, expected ones, and the other forms."""
+    asked, recipe = _of_tests(tests), judge.recipe.judge
+    rows, cost = _judged(judge, asked, "grade", score=_score(judge.session))
     left = len(unasked(rows))
-    sampled = [as_sampled(row) for row in rows]
-    kinds = [("grade", sampled)]
+    kinds = [("grade", [as_sampled(row) for row in rows])]
     if any(row.sampled_score is not None for row in rows):
         kinds.append(("grade, expected", rows))
     for name, some in kinds:
-        if votes > 1:
+        if recipe.votes > 1:
             yield f"{name}, 1 vote", Way(_means([row for row in some if row.vote == 0]), left)
-        yield f"{name}, {votes} vote{'s' * (votes > 1)}", Way(_means(some), left, cost)
+        votes = f"{recipe.votes} vote{'s' * (recipe.votes > 1)}"
+        yield f"{name}, {votes}", Way(_means(some), left, cost)
+    others: list[tuple[str, FormName, dict[str, Any]]] = [
+        ("grade, no rationale", "grade", {"rationale": False}),
+        *((name, name, {}) for name in FORMS if name != "grade"),
+    ]
+    for name, form, settings in others:
+        try:
+            rows, cost = _judged(judge, asked, name, form=form, **settings)
+        except UserError as problem:
+            judge.session.reporter.warn(f"{name}: {problem}")
+            continue
+        yield name, Way(_means(rows), len(unasked(rows)), cost)
 
 
 def _means(rows: Sequence[Judgement]) -> dict[str, float | None]:
     return mean_scores(rows, min_votes=1)
 
 
-def _votes(
-    judge: BenchJudge, replies: Sequence[tuple[str, str, str]], name: str
+def _score(session: Session) -> str:
+    """Expected scores, where every whole score of the rubric is one token."""
+    if session.engine_kind("judge").remote:
+        return session.recipe.judge.score  # it may tell probabilities, and may not
+
+    def is_token(score: int) -> bool:
+        ids = session.chat.target_ids(f"Score: {score}")
+        return str(score) in (session.chat.spell([one]).strip() for one in ids)
+
+    return "expected" if all(map(is_token, whole_scores(session.rubric))) else "sampled"
+
+
+def _judged(
+    judge: BenchJudge, asked: _Asked, name: str, **settings: Any
 ) -> tuple[list[Judgement], dict[str, float | None]]:
-    """The votes on replies (id, prompt, text), with expected scores where the base tells them."""
-    recipe, session = judge.recipe, judge.session
+    """The judgements of one way of asking, and what they cost.
+
+    Raises:
+        UserError: This base cannot be asked so.
+    """
+    session, folder = judge.session, judge.scratch / name.replace(" ", "_").replace(",", "")
+    folder.mkdir(parents=True, exist_ok=True)
     session.engine(judge.stack, "judge")  # loaded before the clock starts
-    started = time.perf_counter()
-    with _asking(session, score="expected" if _tells_expected(session) else recipe.judge.score):
-        rows = judge_replies(
+    read, written, started = session.read, session.written, time.perf_counter()
+    settings = {"form": "grade", "rationale": True, **settings}
+    with _asking(session, adaptive_votes=False, **settings):
+        rows, _ = judged(
             session,
             judge.stack,
-            replies,
-            path=judge.scratch / f"{name}.jsonl",
+            asked.prompts,
+            asked.candidates,
+            place=lambda file: folder / f"{file}.jsonl",
             stage=name,
-            votes=recipe.judge.votes,
-            chunk=recipe.rollout.chunk_prompts * recipe.rollout.n,
-            seed_path=(recipe.seed, "bench-judge", name),
+            seed_path=(session.recipe.seed, "bench-judge", name),
         )
-    return rows, _cost(session, replies, rows, time.perf_counter() - started)
+    seconds, count = time.perf_counter() - started, max(1, len(asked.candidates))
+    local = not session.engine_kind("judge").remote
+    return rows, {
+        "seconds": round(seconds, 2),
+        "seconds_per_reply": round(seconds / count, 4),
+        "read": round((session.read - read) / count, 1) if local else None,
+        "written": round((session.written - written) / count, 1),
+    }
 
 
 @contextmanager
 def _asking(session: Session, **settings: Any) -> Iterator[None]:
     """A session whose judge is asked in another way, for a while."""
     recipe = session.recipe
-    judge = recipe.judge.model_copy(update=settings)
-    session.recipe = recipe.model_copy(update={"judge": judge})
+    known = {
+        key: value for key, value in settings.items() if key in type(recipe.judge).model_fields
+    }
+    session.recipe = recipe.model_copy(update={"judge": recipe.judge.model_copy(update=known)})
     try:
         yield
     finally:
         session.recipe = recipe
-
-
-def _tells_expected(session: Session) -> bool:
-    """Whether every whole score of the rubric is one token, so that its probability is known."""
-    if session.engine_kind("judge").remote:
-        return False  # it may tell, and may not: it is asked as the recipe says
-
-    def is_token(score: int) -> bool:
-        ids = session.chat.target_ids(f"Score: {score}")
-        return str(score) in (session.chat.spell([one]).strip() for one in ids)
-
-    return all(map(is_token, whole_scores(session.rubric)))
-
-
-def _cost(
-    session: Session,
-    replies: Sequence[tuple[str, str, str]],
-    rows: Sequence[Judgement],
-    seconds: float,
-) -> dict[str, float | None]:
-    count = max(1, len(replies))
-    read = written = None
-    if not session.engine_kind("judge").remote:
-        questions = (session.rubric.render(prompt=p, response=r) for _, p, r in replies)
-        read = round(sum(len(session.chat.prompt_ids(text)) for text in questions) / count, 1)
-        drawn = sum(len(session.chat.target_ids(row.text)) for row in rows if row.text)
-        written = round(drawn / count, 1)
-    return {
-        "seconds": round(seconds, 2),
-        "seconds_per_reply": round(seconds / count, 4),
-        "read": read,
-        "written": written,
-    }
 
 
 def pairs_of(tests: Sequence[JudgeTest], way: Way) -> list[KnownPair]:
@@ -349,13 +369,14 @@ def _own_answers(judge: BenchJudge) -> dict[str, Any] | None:
     }
     if not references[True]:
         return None
-    replies = [
-        (f"{own}:{row.candidate_id}", prompts[row.prompt_id].text, row.text)
+    shown = [
+        replace(row, candidate_id=f"{own}:{row.candidate_id}")
         for own, side in sides.items()
         for row in side
         if row.candidate_id in references[own]
     ]
-    rows, _ = _votes(judge, replies, "grades of answers")
+    asked = _Asked(list(prompts.values()), shown)
+    rows, _ = _judged(judge, asked, "grades of answers", score=_score(judge.session))
     scores = _means(rows)
     confidence = candidate_likelihoods(
         judge.session,

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+from srlm_lite.engines import Role
 from srlm_lite.errors import UserError
 from srlm_lite.progress import Reporter
 from srlm_lite.recipe import Recipe, load_recipe, overridden
+from srlm_lite.rollout.protocol import Engine, Limits, Request, Sample
 from srlm_lite.run.run import RunDir
 from srlm_lite.session import Session
 
@@ -20,6 +22,47 @@ if TYPE_CHECKING:
 
 MEASURES = ("anchor.disturb_template", "judge", "openai", "rollout", "vllm")
 """The settings of a run that say how its judge is asked; the others say what it is."""
+
+
+class CountedSession(Session):
+    """A session that counts what its engines read and write.
+
+    `read` are the tokens of all questions, however much of them is computed once for several, and
+    `written` those of replies; of a single token that is only weighed, nothing is written. What a
+    server reads is not known, and not counted.
+    """
+
+    read = 0
+    written = 0
+
+    def engine(self, stack: Sequence[Adapter], role: Role = "policy") -> Engine:
+        """See `Session.engine`."""
+        return _CountedEngine(super().engine(stack, role), self)
+
+
+@dataclass(frozen=True, slots=True)
+class _CountedEngine:
+    engine: Engine
+    session: CountedSession
+
+    def load(self, stack: Sequence[Adapter]) -> None:
+        self.engine.load(stack)
+
+    def sample(
+        self,
+        requests: Sequence[Request],
+        limits: Limits,
+        *,
+        on_samples: Callable[[int], None] = lambda count: None,
+    ) -> list[list[Sample]]:
+        found = self.engine.sample(requests, limits, on_samples=on_samples)
+        self.session.read += sum(len(one.prompt_ids) for one in requests)
+        if limits.max_new_tokens > 1:
+            self.session.written += sum(one.n_tokens for some in found for one in some)
+        return found
+
+    def close(self) -> None:
+        self.engine.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +75,7 @@ class BenchJudge:
         scratch: A folder that is deleted when the benchmark ends.
     """
 
-    session: Session
+    session: CountedSession
     stack: Sequence[Adapter]
     policy: Sequence[Adapter]
     name: str
@@ -71,12 +114,14 @@ def bench_judge_of(
     with TemporaryDirectory(prefix="srlm-lite-judge-") as folder:
         scratch = Path(folder)
         if recipe is not None:
-            session = Session(load_recipe(recipe, overrides), RunDir(scratch / "run"), reporter)
+            session = CountedSession(
+                load_recipe(recipe, overrides), RunDir(scratch / "run"), reporter
+            )
             number = None
         else:
             run = RunDir(Path(str(adapters)))
             run.hold_to_files()
-            session = Session(_asked_as(run, overrides), run, reporter)
+            session = CountedSession(_asked_as(run, overrides), run, reporter)
             number = _number(run, iteration)
         own = [] if number is None else session.stack(number)
         if session.engine_kind("judge").remote:
