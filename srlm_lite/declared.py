@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from srlm_lite.pairing import JUDGE
+from srlm_lite.pairing import is_of_judgements
 from srlm_lite.settings import Section
 from srlm_lite.window import longest_prompt
 
@@ -69,7 +69,7 @@ class Words:
 
     def score_of(self, origin: str) -> str | None:
         """The figure of a pair's replies, by where the pair is from."""
-        return "rating by the meta-judge" if origin == JUDGE else self.score
+        return "rating by the meta-judge" if is_of_judgements(origin) else self.score
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,6 +61,12 @@ class EngineKind:
     Raises:
         UserError: It is not.
     """
+    discreet: Callable[[Shared], None] = lambda recipe: None
+    """That its settings, which go to `run.json` and reports, hold no secret.
+
+    Raises:
+        UserError: They do.
+    """
     samples_here: bool = False
     """On the base in this process, which takes no second copy of it."""
     package: str | None = None
@@ -142,6 +148,12 @@ def _check_key(recipe: Shared) -> None:
     key_of(recipe.openai)
 
 
+def _refuse_secret(recipe: Shared) -> None:
+    from srlm_lite.rollout.openai_engine import refuse_secret_url
+
+    refuse_secret_url(recipe.openai)
+
+
 def _reach_server(recipe: Shared) -> str:
     from srlm_lite.rollout.openai_engine import reach
 
@@ -161,7 +173,7 @@ ENGINES: Mapping[EngineName, EngineKind] = {
             share=lambda recipe: recipe.vllm.memory,
             label="vLLM",
         ),
-        EngineKind("openai", _make_openai, _check_key, _reach_server),
+        EngineKind("openai", _make_openai, _check_key, _reach_server, discreet=_refuse_secret),
     )
 }
 SERVER: EngineName = "openai"

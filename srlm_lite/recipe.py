@@ -96,6 +96,43 @@ class Recipe(_OfMethods):
         return self
 
     @model_validator(mode="after")
+    def _older_pairs_are_there(self) -> Recipe:
+        pairing, method = self.pairing, method_of(self)
+        if pairing.accumulate is True and pairing.replay:
+            raise ValueError(
+                "pairing.accumulate takes all older pairs, pairing.replay shares of them: "
+                "leave one out"
+            )
+        for name in ("older_steps", "older_order"):
+            value = getattr(pairing, name)
+            if value != type(pairing).model_fields[name].default and not method.has_older_pairs:
+                raise ValueError(
+                    f"pairing.{name}={value} is about older pairs, and none are learned: set "
+                    "pairing.accumulate=true, or dpo.init=anchor"
+                )
+        judged = method.judge_makes_pairs and pairing.source == "judge"
+        if pairing.older_order != "keep" and not judged:
+            raise ValueError(
+                f"pairing.older_order={pairing.older_order} asks the judge anew, which has not "
+                "made these pairs"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _pairs_have_what_is_asked(self) -> Recipe:
+        if self.pairing.weight == "gap" and self.pairing.source not in ("judge", "gold"):
+            raise ValueError(
+                f"pairing.weight=gap needs scores that order the pairs, and those of "
+                f"pairing.source={self.pairing.source} do not"
+            )
+        if self.pairing.older_order == "smooth" and self.dpo.loss == "sft":
+            raise ValueError(
+                "pairing.older_order=smooth turns a share of a pair's loss round, and dpo.loss=sft "
+                "learns the chosen reply alone: take pairing.older_order=drop"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _settings_are_read(self) -> Recipe:
         unread = METHODS[self.method].unread(self.own)
         for name, values in unread.items():
@@ -139,6 +176,7 @@ class Recipe(_OfMethods):
         """
         others = sections_of_others(self.method) | sections_of_other_forms(self.judge.form)
         settings = as_noted_now(self.model_dump(mode="json", exclude=others))
+        settings["pairing"]["accumulate"] = method_of(self).accumulates  # what `auto` comes to
         for part, key, path in paths_in(settings):
             if path.by_content:
                 part[key] = _content_digest(part[key], path)

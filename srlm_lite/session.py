@@ -208,6 +208,17 @@ class Session:
         """What the engine is that samples for a role."""
         return kind_of(self.recipe, role)
 
+    def reach(self, role: Role) -> None:
+        """Ask what the engine of a role depends on whether it is there, before all work for it.
+
+        Raises:
+            UserError: It is not, or what says where it is holds a secret.
+        """
+        kind = self.engine_kind(role)
+        if kind.reach is not None:
+            kind.discreet(self.recipe)
+            kind.reach(self.recipe)
+
     def close_engines(self) -> None:
         """Give back the memory of sampling, before a training needs it."""
         for engine in self._engines.values():

@@ -19,7 +19,8 @@ FILES = sorted(
 
 ALLOWED: dict[str, set[str]] = {
     # plain values
-    "errors": set(),
+    "telling": set(),
+    "errors": {"telling"},
     "conversation": set(),
     "records": {"conversation"},
     "seeds": set(),
@@ -28,11 +29,11 @@ ALLOWED: dict[str, set[str]] = {
     "tasks": set(),
     "window": set(),
     "stopping": {"errors"},
-    "processes": {"errors", "stopping"},
+    "processes": {"errors", "stopping", "telling"},
     # what a run is to do
     "yaml_text": {"errors"},
     "shipped": {"errors"},
-    "settings": {"errors", "shipped"},
+    "settings": {"errors", "shipped", "telling"},
     "recipe": {"errors", "forms", "methods", "settings", "shipped", "yaml_text"},
     "explain": {"errors", "forms", "methods", "recipe", "settings"},
     "engines": {"model", "progress", "recipe", "rollout", "run.run", "settings"},
@@ -55,10 +56,11 @@ ALLOWED: dict[str, set[str]] = {
     },
     # files
     "run": set(),
-    "run.files": {"errors", "records"},
-    "run.journal": {"records", "run.files"},
-    "run.layout": {"errors", "run.files"},
-    "run.run": {"errors", "recipe", "run.files", "run.layout"},
+    "run.sums": {"errors"},
+    "run.files": {"errors", "records", "run.sums"},
+    "run.journal": {"records", "run.files", "run.sums"},
+    "run.layout": {"errors", "run.files", "run.sums"},
+    "run.run": {"errors", "recipe", "run.files", "run.layout", "run.sums", "telling"},
     "data": {"conversation", "errors", "progress", "records", "run.files"},
     # pure: from judgements to pairs and figures
     "judging": {"errors", "records", "shipped", "yaml_text"},
@@ -95,6 +97,7 @@ ALLOWED: dict[str, set[str]] = {
         "processes",
         "records",
         "settings",
+        "telling",
     },
     "training": {
         "errors",
@@ -188,6 +191,7 @@ ALLOWED: dict[str, set[str]] = {
         "settings",
         "shipped",
         "stages",
+        "telling",
     },
     "export": {
         "errors",
@@ -298,6 +302,7 @@ ALLOWED: dict[str, set[str]] = {
         "settings",
         "stages",
         "stopping",
+        "telling",
         "tracking",
     },
     "preflight": {

@@ -23,6 +23,7 @@ from srlm_lite.planning.machine import plan_for, remade, settings_that_fit, shor
 from srlm_lite.planning.memory import ROUNDING, Held, holes, sampling, training
 from srlm_lite.planning.plan import (
     Hardware,
+    Phase,
     Plan,
     advice,
     needs_sharding,
@@ -509,6 +510,9 @@ def test_the_tokens_of_an_evaluation_by_hand() -> None:
     assert lengths_of(load_recipe("tiny")).graded == 16
     assert tokens() == 3 * 16 * 48 + (3 * 16 + 5 * 8) * 2 * 64
     assert tokens("evaluate.judged_answers=3") == 3 * 16 * 48 + (3 * 16 + 5 * 3) * 2 * 64
+    # The best of 3 answers to 8 prompts, each with the 2 votes of a candidate.
+    more = 3 * 8 * 3 * (48 + 2 * 64)
+    assert tokens("evaluate.best_of=3", "judge.votes=2") == tokens("judge.votes=2") + more
     server = ("openai.url=http://127.0.0.1:1/v1", "openai.model=m", "judge.engine=openai")
     assert tokens(*server) == 3 * 16 * 48 + (3 * 16 + 3 * 8) * 2 * 64
     assert tokens("evaluate.tasks=[piqa]") is None
@@ -520,6 +524,24 @@ def test_replayed_pairs_count() -> None:
     plan = plan_for(recipe, parse_gpus("24GB"))
     dpo = next(phase for phase in plan.phases if phase.name == "DPO")
     assert dpo.tokens == 36 * 2 * dpo.shape["tokens"]
+
+
+def test_all_pairs_so_far_count() -> None:
+    """A rebased delta: iteration t learns t shares of 12 pairs; 12 + 24 + 36. Regraded: 12 + 24."""
+
+    def phases(*overrides: str) -> dict[str, Phase]:
+        recipe = load_recipe("tiny", ["iterations=3", "judge.votes=2", *overrides])
+        return {one.name: one for one in plan_for(recipe, parse_gpus("24GB")).phases}
+
+    found = phases("pairing.older_order=drop")
+    assert found["DPO"].tokens == 72 * 2 * found["DPO"].shape["tokens"]
+    new_tokens = load_recipe("tiny").judge.max_new_tokens
+    assert found["judge, older pairs"].tokens == 36 * 2 * 2 * new_tokens
+    alone = phases("pairing.accumulate=false")
+    assert alone["DPO"].tokens == 36 * 2 * alone["DPO"].shape["tokens"]
+    assert "judge, older pairs" not in alone
+    chain = phases("dpo.init=previous")
+    assert chain["DPO"].tokens == alone["DPO"].tokens
 
 
 def test_the_trainings_of_other_methods_are_phases() -> None:
@@ -775,7 +797,7 @@ def test_a_larger_base_takes_as_much_longer_as_it_has_weights() -> None:
 
 
 def test_work_is_shared_by_chunks_and_micro_batches() -> None:
-    """Of 7 chunks in an iteration, 4 devices take 2 rounds; of 16 micro-batches 4."""
+    """7 chunks in an iteration take 4 devices 2 rounds; 16 micro-batches take 4."""
     plan, _ = timed("llama3.1-8b", "8xH100")
     phases = {phase.name: phase for phase in plan.phases}
     assert speedup(replace(phases["candidates"], shares=7), 4) == 3.5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import gzip
+import hashlib
 import json
 import os
 import re
@@ -56,6 +57,8 @@ NASTY = (
     "<svg onload=window.hurt=1>",
     "\"><iframe srcdoc='<script>parent.hurt=1</script>'>",
     "<!-- {{ 7 * 7 }} {% raw %} &lt;b&gt; \u2028",
+    "<a href='javascript:window.hurt=1'>a</a><base href='//hurt'><meta http-equiv=refresh>",
+    "<style>* { background: url(//hurt) }</style><p style='color: hurt'>",
 )
 
 
@@ -586,6 +589,9 @@ def test_no_text_becomes_markup(tmp_path: Path) -> None:
     assert {"img", "iframe", "object", "embed"}.isdisjoint(names)
     handlers = [key for _, given in parsed.tags for key in given if key.startswith("on")]
     assert handlers == []
+    assert "hurt" not in "".join(str(value) for _, given in parsed.tags for value in given.values())
+    styles = re.findall(r"<style[^>]*>(.*?)</style>", page, flags=re.DOTALL)
+    assert styles and all("hurt" not in style for style in styles) and "base" not in names
     scripts = re.findall(r"<script[^>]*>(.*?)</script>", page, flags=re.DOTALL)
     assert all("hurt" not in script for script in scripts)
     assert [row["p"] for row in packed_rows(page)] == list(NASTY)
@@ -599,6 +605,9 @@ def test_the_page_needs_nothing_from_outside(page: str) -> None:
         if "content-security-policy" in str(given.get("http-equiv")).lower()
     )
     assert policy is not None and policy.startswith("default-src 'none'")
+    [script] = re.findall(r"<script>(.*?)</script>", page, flags=re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in policy and policy.count("unsafe") == 1
     for tag, given in parsed.tags:
         if tag != "svg":
             links = [given.get(key) for key in ("src", "href", "xlink:href", "srcset", "action")]

@@ -165,6 +165,7 @@ def judge(
         return
     from srlm_lite.bench.judge_pairs import bench_judge_on_disturbed, bench_judge_on_pairs
     from srlm_lite.bench.judges import bench_judge_of
+    from srlm_lite.cli.judge_tables import judge_text
     from srlm_lite.cli.progress import ConsoleReporter
 
     console = ConsoleReporter()
@@ -178,7 +179,7 @@ def judge(
             result = bench_judge_on_pairs(asked, pairs, prompts)
         else:
             result = bench_judge_on_disturbed(asked, disturbed or 1)
-    show("judge", result, _judge_pairs_text, as_json=json_)
+    show("judge", result, judge_text, as_json=json_)
 
 
 @app.command()
@@ -773,120 +774,10 @@ def _judge_text(result: dict[str, Any]) -> str:
     )
 
 
-def _judge_pairs_text(result: dict[str, Any]) -> str:
-    from srlm_lite.cli.tables import plain_table
-
-    def share(value: float | None) -> str:
-        return "-" if value is None else f"{value:.3f}"
-
-    def ends(found: list[float] | None) -> str:
-        return "-" if found is None else f"{found[0]:.3f} to {found[1]:.3f}"
-
-    def number(value: float | None, digits: int) -> str:
-        return "-" if value is None else f"{value:.{digits}f}"
-
-    rows, subsets = [], dict[str, list[str]]()
-    for name, found in result["forms"].items():
-        cost = found["cost"]
-        rows.append(
-            [
-                name,
-                share(found["accuracy"]),
-                ends(found["intervals"]["accuracy"]),
-                share(found["decided"]),
-                share(found["tie_rate"]),
-                share(found["unreadable"]),
-                share(found["position_consistency"]),
-                share(found["longer_errors"]),
-                f"{share(found['accuracy_longer'])} {share(found['accuracy_shorter'])}",
-                number(cost.get("seconds_per_reply"), 3),
-                number(cost.get("read"), 0),
-                number(cost.get("written"), 0),
-            ]
-        )
-        for subset, one in found["subsets"].items():
-            row = subsets.setdefault(subset or "(none)", [str(one["pairs"])])
-            row.append(f"{share(one['accuracy'])} ({ends(one['interval'])})")
-    columns = ["asked for", "accuracy", "95%", "of decided", "ties", "unreadable", "both orders"]
-    columns += ["longer wins", "longer, shorter better", "s a reply", "read", "written"]
-    forms = result["forms"]
-    any_form = next(iter(forms.values()))
-    lines = [
-        _judge_pairs_head(result, any_form),
-        plain_table(columns, rows),
-        "accuracy: ties and unreadable pairs count half; both orders: the same verdict in both; "
-        "longer wins: of the wrong verdicts; then the accuracy where the better reply is the "
-        "longer one, or the shorter; read, written: tokens a reply",
-    ]
-    if subsets:
-        lines += [
-            "",
-            plain_table(["domain", "pairs", *forms], [[k, *v] for k, v in subsets.items()]),
-        ]
-        means = ", ".join(f"{name} {share(one['subset_mean'])}" for name, one in forms.items())
-        lines.append(f"mean over domains: {means}")
-    lines += _judge_prompts_lines(forms, share, ends)
-    own = result["self_preference"]
-    if own is not None:
-        told = ", ".join(
-            f"{name} {number(own[key], 3)} ({ends(own['intervals'][key])})"
-            for name, key in (
-                ("noise", "noise"),
-                ("follows its model's confidence", "self_bias"),
-                ("too high rather than too low", "skew"),
-                ("kinder to own answers", "kinder"),
-            )
-        )
-        lines += [
-            "",
-            f"its model's own {own['answers']} answers, quality by {own['reference']}: {told}",
-        ]
-    return "\n".join([*lines, ""])
-
-
-def _judge_pairs_head(result: dict[str, Any], form: dict[str, Any]) -> str:
-    source = result["source"]
-    dropped = ", ".join(f"{count} {reason}" for reason, count in source["dropped"].items())
-    if "pairs" in source:
-        what = (
-            f"{source['pairs']} ({source['format']}), {source['tests']} of {source['of']} prompts"
-        )
-    else:
-        what = f"{source['tests']} of {source['disturbed']} disturbed prompts"
-        if "gold_agreement" in source:
-            what += f", {source['gold_agreement']:.2f} of them in gold's order"
-    left = f"; without a pair: {dropped}" if dropped else ""
-    unasked = f"; {form['unasked']} do not fit the window" if form["unasked"] else ""
-    return (
-        f"{result['recipe']}, {result['judge']} as judge, rubric {result['rubric']}: {what}{left}; "
-        f"{form['pairs']} pairs, {result['replies']} replies{unasked}"
-    )
-
-
-def _judge_prompts_lines(
-    forms: dict[str, Any],
-    share: Callable[[float | None], str],
-    ends: Callable[[list[float] | None], str],
-) -> list[str]:
-    """What is said of whole prompts, and of styles, where the file has such."""
-    told = {"best": "the best reply on top", "all_above": "all right replies above all wrong ones"}
-    lines = []
-    for key, words in told.items():
-        found = {name: one[key] for name, one in forms.items() if key in one}
-        if found:
-            shares = ", ".join(
-                f"{name} {share(one['share'])} ({ends(one['interval'])})"
-                for name, one in found.items()
-            )
-            lines.append(f"{words}: {shares}")
-    for name, one in forms.items():
-        if one["styles"]:
-            kinds = ", ".join(f"{kind} {share(one['styles'][kind])}" for kind in STYLE_KINDS)
-            lines.append(f"{name}, right against wrong replies by style: {kinds}")
-    return lines
-
-
-STYLE_KINDS = ("easy", "normal", "hard")
+def _ahead(found: dict[str, float | None]) -> str:
+    mean, low, high = found["mean"], found["low"], found["high"]
+    ends = "" if low is None or high is None else f" (95% interval {low:+.2f} to {high:+.2f})"
+    return f"{mean or 0.0:+.2f}{ends}"
 
 
 def _methods_text(result: dict[str, Any]) -> str:
@@ -908,6 +799,7 @@ def _methods_text(result: dict[str, Any]) -> str:
                 name,
                 cell(bare),
                 *(cell(value) for value in found["gold"]),
+                *[""] * (result["iterations"] + 1 - len(found["gold"])),
                 cell(found["rise"]) + (f" ±{spread:.2f}" if spread is not None else ""),
                 cell(found["greedy"][-1]),
                 cell(last(found["ranker_accuracy"])),
@@ -938,6 +830,15 @@ def _methods_text(result: dict[str, Any]) -> str:
     if cold:
         temperature = result["cold_anchor"]["temperature"]
         lines.append(f"M1 at temperature {temperature}: gold {sum(cold) / len(cold):.2f}")
+    if picked := [value for value in result["best_of"]["gold"] if value is not None]:
+        n = result["best_of"]["n"]
+        lines.append(f"M1's pick, as judge, of {n} answers: gold {sum(picked) / len(picked):.2f}")
+    ahead = {
+        name: case["above_plain"] for name, case in result["cases"].items() if case["above_plain"]
+    }
+    if ahead:
+        lines += ["", "last model's gold above that of self-rewarding, seed by seed"]
+        lines += [f"  {name}: {_ahead(found)}" for name, found in ahead.items()]
     criteria = [name for found in cases.values() for name in found["by_criterion"][-1]]
     names = list(dict.fromkeys(criteria))
     points = [

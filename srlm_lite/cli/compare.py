@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from srlm_lite.compare.annotations import compare_annotations
 from srlm_lite.compare.comparison import Comparison, Judging, compare
 from srlm_lite.errors import UserError
 from srlm_lite.stages.seed_data import policy_prompts, read_prompts
+from srlm_lite.telling import for_terminal, json_for_terminal
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ def run_compare(wish: ComparisonWish, *, as_json: bool) -> None:
     with run.locked(), console:
         result = compare(comparison)
     if as_json:
-        typer.echo(json.dumps(result, indent=2, ensure_ascii=False))
+        typer.echo(json_for_terminal(result, indent=2))
         return
     width = columns()
     typer.echo(fitted(_head(result), width))
@@ -101,11 +101,11 @@ def run_annotations(*, path: Path, difficulty: Path | None, as_json: bool) -> No
     """Win rates of comparisons that others have annotated."""
     result = compare_annotations(path, difficulty)
     if as_json:
-        typer.echo(json.dumps(result, indent=2, ensure_ascii=False))
+        typer.echo(json_for_terminal(result, indent=2))
         return
     width = columns()
     head = f"{result['model']} against {result['baseline']}, {result['prompts']} annotations"
-    typer.echo(fitted(head, width))
+    typer.echo(for_terminal(fitted(head, width)))
     typer.echo(head_to_head_text(result, width=width))
     if difficulty is None:
         note = "AlpacaEval's own figure needs its difficulty of each prompt: --difficulty FILE"

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from srlm_lite.cli.completion import overrides, recipe_names
+from srlm_lite.telling import for_terminal, json_for_terminal
 
 app = typer.Typer(help="Make the seed data of a run.", no_args_is_help=True)
 
@@ -143,7 +144,6 @@ def prepare_command(
     prepare.json. What would lose a reply, a score, an input or a system
     message without a word is refused.
     """
-    import json
     import sys
 
     from srlm_lite.data.columns import Columns
@@ -189,8 +189,10 @@ def prepare_command(
     else:
         facts = prepare(source, out, options, force=force)
     for note in facts["notes"]:
-        typer.echo(f"note: {note}", err=True)
-    typer.echo(json.dumps(facts, indent=2, ensure_ascii=False) if as_json else _account(facts, out))
+        typer.echo(for_terminal(f"note: {note}"), err=True)
+    typer.echo(
+        json_for_terminal(facts, indent=2) if as_json else for_terminal(_account(facts, out))
+    )
     typer.echo(_next(facts, out), err=as_json)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -29,6 +28,7 @@ from srlm_lite.dataview.tokens import RecipeTokens
 from srlm_lite.errors import UserError
 from srlm_lite.recipe import Recipe, load_recipe, overridden
 from srlm_lite.run.files import write_atomically
+from srlm_lite.telling import for_terminal, json_for_terminal
 
 WIDTH = 80
 """Columns that are used, where a terminal has as many."""
@@ -60,10 +60,10 @@ def run_show(wish: ShowWish, *, as_json: bool) -> None:
     found = findings(figures, languages)
     if as_json:
         facts = _as_json(figures, languages, found)
-        typer.echo(json.dumps(facts, indent=2, ensure_ascii=False, default=str))
+        typer.echo(json_for_terminal(facts, indent=2))
     else:
         width = min(WIDTH, columns() or WIDTH)
-        typer.echo(told(figures, languages, found, width=width))
+        typer.echo(for_terminal(told(figures, languages, found, width=width)))
     if wish.page is not None:
         text = html(figures, languages, found, samples=wish.samples)
         write_atomically(wish.page, text)

@@ -52,6 +52,7 @@ def run_evaluate(
         session = Session(recipe, run, console, processes)
         with session.leading():
             if not where.evaluation.is_file():
+                session.reach("judge")
                 with run.locked(), console:
                     policy = [] if number is None else session.stack(number)
                     judge = [] if number is None else session.stack(number, "judge")

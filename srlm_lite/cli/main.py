@@ -7,7 +7,9 @@ import logging
 import os
 import re
 import sys
+import traceback
 from pathlib import Path
+from types import TracebackType
 from typing import Annotated, Any, Literal
 
 import typer
@@ -19,6 +21,7 @@ from srlm_lite.cli.usage import UsageError, as_told
 from srlm_lite.errors import SrlmError, UserError, same_command
 from srlm_lite.processes import place, say
 from srlm_lite.stopping import exit_code, terminable, told
+from srlm_lite.telling import Discreet, for_terminal, without_secrets
 
 IN_MANY_PROCESSES = ("iterate", "evaluate")
 """Commands that share their work out when a launcher starts them several times."""
@@ -485,6 +488,14 @@ def report(
         Path | None,
         typer.Option(help="File to write; default: report.html in DIR.", metavar="FILE.html"),
     ] = None,
+    control: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Another run to hold it against, such as one with pairing.source=random from the "
+            "same anchor; may be repeated.",
+            metavar="DIR",
+        ),
+    ] = None,
     markdown: Annotated[
         bool, typer.Option("--markdown", help="Print a summary for a model card instead.")
     ] = False,
@@ -495,7 +506,7 @@ def report(
     """
     from srlm_lite.cli.report import run_report
 
-    run_report(directory=adapters, out=out, as_markdown=markdown)
+    run_report(directory=adapters, out=out, as_markdown=markdown, controls=control or ())
 
 
 @app.callback(invoke_without_command=True)
@@ -506,9 +517,7 @@ def main(
 ) -> None:
     """Self-Rewarding Language Models on one machine."""
     logging.basicConfig(
-        level=logging.INFO if verbose else logging.WARNING,
-        format="%(name)s: %(message)s",
-        stream=sys.stderr,
+        level=logging.INFO if verbose else logging.WARNING, handlers=[_log_to_stderr()]
     )
     if not verbose:
         # It warns of a faster kernel for CPUs that a user of a CPU cannot install.
@@ -557,6 +566,20 @@ def refused_by_the_disk(error: Exception) -> UserError | None:
     )
 
 
+def _log_to_stderr() -> logging.Handler:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(Discreet("%(name)s: %(message)s"))
+    return handler
+
+
+def _tell_of_a_fault(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """A traceback, which may quote a key or a model's words."""
+    told = "".join(traceback.format_exception(kind, error, trace))
+    sys.stderr.write(for_terminal(without_secrets(told)))
+
+
 def _stand_somewhere() -> None:
     try:
         os.getcwd()
@@ -569,6 +592,7 @@ def _stand_somewhere() -> None:
 def run() -> None:
     """Entry point: a user's mistake is one line and exit code 2."""
     # Fork-based tokenizer workers warn, datasets draws bars of its own, and transformers advises.
+    sys.excepthook = _tell_of_a_fault
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from srlm_lite.cli.tables import plain_table
 from srlm_lite.cli.wrapping import columns, fitted
 from srlm_lite.compare.mt_bench import read_questions, run_mt_bench
 from srlm_lite.errors import UserError
+from srlm_lite.telling import json_for_terminal
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ def run_command(wish: MtBenchWish, *, as_json: bool) -> None:
     with models.session.run.locked(), console:
         result, folder = run_mt_bench(model, questions[: wish.limit], judge)
     if as_json:
-        typer.echo(json.dumps(result, indent=2, ensure_ascii=False))
+        typer.echo(json_for_terminal(result, indent=2))
         return
     typer.echo(fitted(mt_bench_text(result), columns()))
     console.say(f"answers, grades and all figures: {folder}")

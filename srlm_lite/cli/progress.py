@@ -5,6 +5,7 @@ On a terminal that is a bar with ETA; in a log file a line now and then.
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections import deque
@@ -28,6 +29,7 @@ from rich.text import Text
 from srlm_lite.cli.wrapping import fitted, hung
 from srlm_lite.evaluate.judge_figures import ACCURACY
 from srlm_lite.progress import Task
+from srlm_lite.telling import for_terminal, without_secrets
 
 
 class TimeLeft:
@@ -168,11 +170,11 @@ class ConsoleReporter:
 
     def say(self, text: str) -> None:
         """See `Reporter.say`."""
-        self._rich.print(fitted(text, self._width), markup=False)
+        self._rich.print(fitted(_fit_to_show(text), self._width), markup=False)
 
     def command(self, line: str, what_for: str) -> None:
         """A command to type, and what for: whole, so that it can be copied, whatever the width."""
-        told = f"{line}  # {what_for}"
+        told = _fit_to_show(f"{line}  # {what_for}")
         if self._width is not None and len(told) > self._width:
             indent = " " * (len(line) - len(line.lstrip()) if line[:1] == " " else 6)
             told = f"{line}\n{fitted(f'{indent}  # {what_for}', self._width)}"
@@ -198,8 +200,12 @@ class ConsoleReporter:
 
     def warn(self, text: str) -> None:
         """See `Reporter.warn`."""
-        told = hung("  warning: ", text, self._width)
+        told = hung("  warning: ", _fit_to_show(text), self._width)
         self._rich.print(told, style="yellow", markup=False)
+
+
+def _fit_to_show(text: str) -> str:
+    return for_terminal(without_secrets(text))
 
 
 def _duration(seconds: float) -> str:
@@ -299,6 +305,8 @@ def _reward(facts: dict[str, Any]) -> str:
 def _pairs(facts: dict[str, Any]) -> str:
     drops = ", ".join(f"{count} {reason}" for reason, count in facts["drops"].items())
     replayed = f" and {facts['replayed']} older ones" if facts.get("replayed") else ""
+    if facts.get("older"):  # the newest judge was asked of them
+        replayed += f" of {facts['older']}, {facts['disputed']} of them disputed"
     judge = f", {facts['judge_pairs']} of judgements" if facts.get("judge_pairs") else ""
     text = f"{facts['pairs']} preference pairs{judge}{replayed}" + (
         f"; no pair: {drops}" if drops else ""
@@ -328,7 +336,8 @@ def _delta(facts: dict[str, Any]) -> str:
         )
     # A delta that goes on from the one before it starts elsewhere, and below.
     first = facts["first_loss"]
-    from_zero = " (ln 2)" if abs(first - facts["step0_loss"]) < 1e-4 else ""
+    is_ln_2 = abs(facts["step0_loss"] - math.log(2)) < 1e-3
+    from_zero = " (ln 2)" if is_ln_2 and abs(first - facts["step0_loss"]) < 1e-4 else ""
     return (
         f"{facts['steps']} steps, loss {first:.4f}{from_zero} -> {facts['last_loss']:.4f}, "
         f"reward accuracy {facts['reward_accuracy']:.2f}"

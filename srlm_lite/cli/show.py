@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from srlm_lite.records import Record
+from srlm_lite.telling import for_terminal, json_for_terminal, without_secrets_in
 
 if TYPE_CHECKING:
     from srlm_lite.conversation import Asked
@@ -33,8 +34,6 @@ Json = Annotated[bool, typer.Option("--json", help="JSON lines instead of text."
 @app.command()
 def run(adapters: Adapters, json_: Json = False) -> None:
     """The table of the run's models."""
-    import json
-
     from srlm_lite.cli.tables import closing_table
     from srlm_lite.run.run import RunDir
 
@@ -45,15 +44,15 @@ def run(adapters: Adapters, json_: Json = False) -> None:
         told = {**facts, "stages": run_dir.read_metrics()}
         if under_way:
             told["checkpoint"] = under_way
-        typer.echo(json.dumps(told, ensure_ascii=False))
+        typer.echo(json_for_terminal(without_secrets_in(told)))
         return
     recipe = run_dir.recipe()
     table = closing_table(run_dir, recipe)
-    typer.echo(f"{recipe.name}: {recipe.method}, seed {recipe.seed}, base {recipe.base.name}")
-    typer.echo(table)
+    _echo(f"{recipe.name}: {recipe.method}, seed {recipe.seed}, base {recipe.base.name}")
+    _echo(table)
     if under_way:
         which = f" of iteration {under_way['iteration']}" if under_way["iteration"] else ""
-        typer.echo(
+        _echo(
             f"kept: the training of {under_way['name']}{which} after step {under_way['step']} of "
             f"{under_way['steps']}; iterate goes on from there"
         )
@@ -90,10 +89,10 @@ def pairs(
             ("rejected", record.rejected, record.rejected_id, pair.rejected_votes),
         ):
             scores = f"; votes {', '.join(_score(vote.score) for vote in said)}" if said else ""
-            typer.secho(f"{label} ({name}{scores})", fg="cyan")
-            typer.echo(_indented(text))
+            _secho(f"{label} ({name}{scores})", fg="cyan")
+            _echo(_indented(text))
             _words("the judge", said[0].text if said else "")
-            typer.echo("")
+            _echo("")
 
     _tell(found, tell, limit, json_, none=_why_no_pairs(words, place))
 
@@ -113,25 +112,25 @@ def judgements(
         vote = f" vote {row.vote}" if row.text else ""
         text = draft(row.candidate_id)
         _heading(f"{row.candidate_id}{vote}", f"{words.judgement} {_score(row.score)}{wrote}")
-        typer.echo(_indented(text))
+        _echo(_indented(text))
         _words("the judge's thought", row.thought or "")
         _words("the judge", row.text)
-        typer.echo("")
+        _echo("")
 
     def tell_revision(row: Revision) -> None:
         text = draft(row.candidate_id)
         _heading(f"{row.candidate_id} round {row.round}", f"principle {row.principle}")
-        typer.echo(_indented(text))
+        _echo(_indented(text))
         _words("the critique", row.critique)
         _words("the revision", "(unusable)" if row.text is None else row.text)
-        typer.echo("")
+        _echo("")
 
     def tell_label(row: Label) -> None:
         p = "unknown" if row.p_first is None else f"{row.p_first:.2f}"
         _heading(row.prompt_id, f"principle {row.principle}, the first is better: {p}")
         for name in (row.first_id, row.second_id):
-            typer.secho(name, fg="cyan")
-            typer.echo(_indented(draft(name)) + "\n")
+            _secho(name, fg="cyan")
+            _echo(_indented(draft(name)) + "\n")
 
     if place.revisions.is_file():
         _tell(_read([place.revisions], Revision), tell_revision, limit, json_)
@@ -153,7 +152,7 @@ def candidates(
     def tell(row: Candidate) -> None:
         _heading(row.candidate_id, f"{row.n_tokens} tokens, ended by {row.finish_reason}")
         _words("the thought", row.thought or "")
-        typer.echo(_indented(row.text) + "\n")
+        _echo(_indented(row.text) + "\n")
 
     _, place, _ = _opened(adapters, iteration)
     _tell(_read(place.all_candidates or [place.candidates], Candidate), tell, limit, json_)
@@ -179,7 +178,9 @@ def _opened(adapters: Path, which: str) -> tuple[RunDir, IterationDir, Words]:
             where=str(adapters),
             way_out=f"It has: {', '.join(begun)}" if begun else None,
         )
-    return run_dir, begun[which], words(facts["recipe"])
+    place = begun[which]
+    run_dir.hold_to_rows(place.number)
+    return run_dir, place, words(facts["recipe"])
 
 
 def _read(paths: Sequence[Path], kind: type[R]) -> list[R]:
@@ -218,11 +219,9 @@ def _tell(
     found: Sequence[T], tell: Callable[[T], None], limit: int, json_: bool, *, none: str = "none"
 ) -> None:
     """The first ones, as rows of JSON or each as it is told; what is left out goes to stderr."""
-    import json
-
     for one in found[:limit] if limit else found:
         if json_:
-            typer.echo(json.dumps(one.to_row(), ensure_ascii=False))
+            typer.echo(json_for_terminal(one.to_row()))
         else:
             tell(one)
     if not found:
@@ -231,27 +230,36 @@ def _tell(
         typer.echo(f"{limit} of {len(found)}; --limit 0 shows all", err=True)
 
 
+def _echo(text: str = "") -> None:
+    """A line, of which a terminal obeys nothing."""
+    typer.echo(for_terminal(text))
+
+
+def _secho(text: str, **style: Any) -> None:
+    typer.secho(for_terminal(text), **style)
+
+
 def _asked(asked: Asked) -> None:
     """A prompt: its text, or its turns, each below who says it."""
     from srlm_lite.conversation import turns
 
     if isinstance(asked, str):
-        typer.echo(f"{asked}\n")
+        _echo(f"{asked}\n")
         return
     for who, said in turns(asked):
-        typer.secho(f"{who}:", dim=True)
-        typer.echo(_indented(said) + "\n")
+        _secho(f"{who}:", dim=True)
+        _echo(_indented(said) + "\n")
 
 
 def _heading(name: str, rest: str) -> None:
-    typer.secho(f"--- {name}   {rest}".rstrip(), bold=True)
+    _secho(f"--- {name}   {rest}".rstrip(), bold=True)
 
 
 def _words(whose: str, text: str) -> None:
     """What was said of a reply, below it; nothing where nothing was said."""
     if text:
-        typer.secho(f"  {whose}:", dim=True)
-        typer.echo(_indented(text, by="    "))
+        _secho(f"  {whose}:", dim=True)
+        _echo(_indented(text, by="    "))
 
 
 def _indented(text: str, *, by: str = "  ") -> str:

@@ -106,6 +106,7 @@ def compare(comparison: Comparison) -> dict[str, Any]:
     place = comparison.place
     if place.result.is_file():
         return read_json(place.result)
+    comparison.judge.session.reach("judge")
     prompts, too_long = _fitting(comparison)
     model = _replies(comparison, comparison.model, prompts)
     baseline = _replies(comparison, comparison.baseline, prompts)
@@ -141,7 +142,7 @@ def compare(comparison: Comparison) -> dict[str, Any]:
         },
         "gold": _gold(comparison.session.recipe.evaluate.gold, annotations),
     }
-    write_json(place.result, result)
+    write_json(place.result, result, noted=True)
     return result
 
 

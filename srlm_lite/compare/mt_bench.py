@@ -104,6 +104,7 @@ def run_mt_bench(
     place = _place(model, questions, judge)
     if place.result.is_file():
         return read_json(place.result), place.path
+    judge.reach("judge")
     first = _answers(model, questions, {}, place)
     second = _answers(model, questions, first, place)
     grades = _grades(judge, questions, (first, second), place)
@@ -121,7 +122,7 @@ def run_mt_bench(
         "truncated": sum(row.n_tokens > 0 and row.finish_reason == "length" for row in answers),
         "did_not_fit": sum(row.n_tokens == 0 and row.finish_reason == "length" for row in answers),
     }
-    write_json(place.result, result)
+    write_json(place.result, result, noted=True)
     return result, place.path
 
 

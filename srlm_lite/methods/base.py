@@ -56,6 +56,8 @@ MadePairs = tuple[Sequence[PreferencePair], Drops, Facts]
 CONTROLS = "Self-rewarding and controls"
 RANKED_REPLIES = "Learning from ranked replies"
 OWN_GRADES = "Other ways with the own grades"
+REBASING = "What a rebased delta learns"
+SHARPENING = "Learning or sharpening"
 TAUGHT_MORE = "With an anchor that learned more"
 """What cases of the bench are shown beside."""
 
@@ -73,6 +75,8 @@ class Case:
     """Whether it takes longer than most."""
     group: str = OWN_GRADES
     """What it is shown beside."""
+    one_pass: bool = False
+    """Whether one iteration takes the prompts that others take in several."""
 
 
 # --- what a method's stages are given -------------------------------------------------------------
@@ -299,6 +303,11 @@ class Iteration(ABC):
         """The pairs whose two sequences both fit the window."""
 
     @abstractmethod
+    def older(self) -> list[PreferencePair]:
+        """The pairs of all iterations before, marked so, where a delta learns those; as the newest
+        judge has them, where the recipe asks for that."""
+
+    @abstractmethod
     def keep(
         self, pairs: Sequence[PreferencePair], drops: Drops, *, advice: Mapping[str, str],
         origin: str = "",
@@ -460,7 +469,18 @@ class Method(ABC, Generic[S]):
     @property
     def judge_makes_pairs(self) -> bool:
         """Whether differences of the rubric's scores decide what is a pair."""
-        return self.recipe.pairing.source == "judge"
+        return self.recipe.pairing.source in ("judge", "flipped")
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether a delta learns the pairs of all iterations so far."""
+        told, replay = self.recipe.pairing.accumulate, self.recipe.pairing.replay
+        return self.recipe.dpo.init == "anchor" and not replay if told == "auto" else told
+
+    @property
+    def has_older_pairs(self) -> bool:
+        """Whether pairs of earlier iterations are learned once more."""
+        return self.accumulates or any(self.recipe.pairing.replay)
 
     @property
     def judge_has_deltas(self) -> bool:

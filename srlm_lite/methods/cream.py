@@ -126,8 +126,10 @@ class Cream(SelfRewarding[CreamSettings]):
 
     @classmethod
     def unread(cls, own: CreamSettings) -> Mapping[str, Collection[Any]]:
-        """Gold takes a judge's place, and no likelihood's."""
-        return {"pairing.source": ("gold",)} if own.scores == "likelihood" else {}
+        """Gold takes a judge's place, and no likelihood's; the chosen reply alone is not
+        smoothed."""
+        unread: dict[str, Collection[Any]] = {"dpo.loss": ("sft",)}
+        return unread | ({"pairing.source": ("gold",)} if own.scores == "likelihood" else {})
 
     @property
     def judge_makes_pairs(self) -> bool:
@@ -139,6 +141,7 @@ class Cream(SelfRewarding[CreamSettings]):
         yield self.answers(sizes)
         if self.own.scores == "judge":
             yield from self.votes(sizes, answers=2 * self.all_prompts * self.recipe.rollout.n)
+        yield from self.votes_on_older(sizes)
         yield self.dpo(sizes)
 
     def judgements(

@@ -195,6 +195,7 @@ class Dno(SelfRewarding[DnoSettings]):
             room = sizes.room(sizes.judgement)
             at_once = 4 * recipe.rollout.chunk_prompts
             yield Draws("side by side", at_once, 1, room, sizes.judgement, asked, "judge")
+        yield from self.votes_on_older(sizes, answers=n)
         tokens = sizes.own if self.own.teacher is None else sizes.window
         yield self.dpo(sizes, pairs=n * (n - 1) / 2, tokens=tokens)
 

@@ -42,7 +42,7 @@ from srlm_lite.methods.base import (
     Source,
 )
 from srlm_lite.methods.self_rewarding import SelfRewarding
-from srlm_lite.pairing import JUDGE, Drops, at_iteration
+from srlm_lite.pairing import JUDGE, Drops, at_iteration, is_of_judgements, replay_age
 from srlm_lite.records import Candidate, Judgement, PreferencePair, Prompt, Reply
 from srlm_lite.settings import IsPath, Positive, Section
 from srlm_lite.shipped import TEMPLATES
@@ -248,6 +248,7 @@ class MetaRewarding(SelfRewarding[MetaRewardingSettings]):
         trained = [scheduled(self.own.schedule, t + 1) for t in range(recipe.iterations)]
         yield self.answers(sizes)
         yield from self.votes(sizes)
+        yield from self.votes_on_older(sizes)
         of_judge = sum(role != "policy" for role in trained) * recipe.prompts.per_iteration
         if of_judge:
             new = sizes.reply(self.own.max_new_tokens)
@@ -292,12 +293,13 @@ class MetaRewarding(SelfRewarding[MetaRewardingSettings]):
         """DPO on all pairs at once, or on each role's for a delta of its own."""
         if not self.judge_has_deltas:
             return None, it.learn(pairs)
-        of_judge = [one for one in pairs if one.origin == JUDGE]
-        facts = it.learn(of_judge, called="judge delta") if of_judge else {}
+        of_judge = [one for one in pairs if is_of_judgements(one.origin)]
+        new = any(not replay_age(one) for one in of_judge)
+        facts = it.learn(of_judge, called="judge delta") if new else {}
         if self._trained(it) == "judge":
             it.stay()
             return None, facts
-        return None, it.learn([one for one in pairs if one.origin != JUDGE])
+        return None, it.learn([one for one in pairs if not is_of_judgements(one.origin)])
 
     def _trained(self, it: Iteration) -> str:
         return scheduled(self.own.schedule, it.number)

@@ -11,6 +11,7 @@ stated there, and it picked checkpoints by an outside judge, which a run here do
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import ClassVar
 
 from srlm_lite.evaluate.candidates import (
@@ -23,6 +24,8 @@ from srlm_lite.forms import form_of
 from srlm_lite.judging import mean_scores, unasked, votes_by_candidate
 from srlm_lite.methods.base import (
     CONTROLS,
+    REBASING,
+    SHARPENING,
     Case,
     Draws,
     Facts,
@@ -41,6 +44,9 @@ from srlm_lite.pairing import Drops, Scored, Scores, length_penalty, pairs_of, u
 from srlm_lite.records import Candidate, Judgement, PreferencePair, Prompt
 from srlm_lite.seeds import derive_seed
 
+REBASED = ("dpo.init=anchor", "pairing.accumulate=true")
+REBASED_ALONE = ("dpo.init=anchor", "pairing.accumulate=false")
+
 
 class SelfRewarding(Method[S]):
     """Answers, grades by the same weights, the best against the worst, DPO.
@@ -57,11 +63,24 @@ class SelfRewarding(Method[S]):
     recipe_name = "toy-paper"
     cases = {
         "self-rewarding": Case("toy", group=CONTROLS),
-        "init: anchor": Case("toy", ("dpo.init=anchor",), group=CONTROLS),
+        "init: anchor": Case("toy", REBASED_ALONE, group=CONTROLS),
         "paper's chain": Case("toy-paper", group=CONTROLS),
         "random pairs": Case("toy", ("pairing.source=random",), group=CONTROLS),
         "gold pairs": Case("toy", ("pairing.source=gold",), group=CONTROLS),
         "no judge data": Case("toy", ("anchor.use_eft=false",), anchor=None, group=CONTROLS),
+        "flipped pairs": Case("toy", ("pairing.source=flipped",), group=SHARPENING),
+        "SFT on the best": Case("toy", ("dpo.loss=sft",), group=SHARPENING),
+        "one pass": Case("toy", group=SHARPENING, one_pass=True),
+        "all pairs so far": Case("toy", REBASED, group=REBASING),
+        "all pairs, same steps": Case(
+            "toy", (*REBASED, "pairing.older_steps=same"), group=REBASING
+        ),
+        "all pairs, disputed dropped": Case(
+            "toy", (*REBASED, "pairing.older_order=drop"), group=REBASING
+        ),
+        "all pairs, disputed smoothed": Case(
+            "toy", (*REBASED, "pairing.older_order=smooth"), group=REBASING
+        ),
     }
 
     def phases(self, sizes: Sizes) -> Iterator[Phase]:
@@ -69,6 +88,7 @@ class SelfRewarding(Method[S]):
         yield self.answers(sizes)
         # Blind pairs and gold ones are judged too: it says how good the judge is on them.
         yield from self.votes(sizes)
+        yield from self.votes_on_older(sizes)
         yield self.dpo(sizes)
 
     def pool(self, data: SeedData) -> Pool | None:
@@ -226,5 +246,25 @@ class SelfRewarding(Method[S]):
         seen = self.all_prompts if prompts is None else prompts
         told = None
         if pairs is not None:
-            told = seen * pairs * (1 + sum(recipe.pairing.replay)) * recipe.dpo.epochs
+            told = (seen + self.learned_again(seen)) * pairs * recipe.dpo.epochs
         return Trains("DPO", "dpo", "dpo", tokens or sizes.own, told)
+
+    def learned_again(self, prompts: int) -> float:
+        """Prompts whose pairs are learned once more, of so many that the iterations learn."""
+        if not self.accumulates:
+            return prompts * sum(self.recipe.pairing.replay)
+        # Iteration t has t - 1 shares before its own.
+        learning = min(self.recipe.iterations, prompts // self.recipe.prompts.per_iteration)
+        return prompts * max(0, learning - 1) / 2
+
+    def votes_on_older(self, sizes: Sizes, *, answers: int = 2) -> Iterator[Phase]:
+        """Votes of the newest judge on the replies of older pairs, where it is asked.
+
+        Args:
+            answers: A prompt.
+        """
+        if self.recipe.pairing.older_order == "keep":
+            return
+        graded = round(answers * self.learned_again(self.all_prompts))
+        for phase in self.votes(sizes, answers=graded):
+            yield replace(phase, name=f"{phase.name}, older pairs")

@@ -67,8 +67,8 @@ class Temporal(SelfRewarding[NoSettings]):
 
     @classmethod
     def unread(cls, own: NoSettings) -> Mapping[str, Collection[Any]]:
-        """Blind pairs have no past and no future."""
-        return {"pairing.source": ("random",)}
+        """Blind pairs have no past and no future, and a future of flipped ones is none to go by."""
+        return {"pairing.source": ("random", "flipped")}
 
     def phases(self, sizes: Sizes) -> Iterator[Phase]:
         """The policy, the next model and, from the second iteration on, the first one answer."""
@@ -76,6 +76,7 @@ class Temporal(SelfRewarding[NoSettings]):
         answers = n * recipe.prompts.per_iteration * max(0, 3 * recipe.iterations - 1)
         yield self.answers(sizes, texts=answers)
         yield from self.votes(sizes, answers=answers)
+        yield from self.votes_on_older(sizes)
         yield self.dpo(sizes, pairs=2)  # the provisional delta, too
 
     def candidates(self, it: Iteration, prompts: Sequence[Prompt]) -> tuple[list[Candidate], Facts]:
@@ -104,7 +105,7 @@ class Temporal(SelfRewarding[NoSettings]):
         fitting = it.fitting(provisional)
         if len(fitting) < pairing.min_pairs:
             return provisional, undone, {}  # too few for any delta: the stage will say so
-        it.learn(fitting, called="provisional")
+        it.learn([*fitting, *it.older()], called="provisional")
         future = self._future(it, prompts)
         pairs = anchored_pairs(prompts, usable, drops, future=future, **rules)
         return (

@@ -23,7 +23,7 @@ import httpx
 import torch
 import transformers
 from accelerate import init_empty_weights
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -153,10 +153,15 @@ def base_is_here(section: Base, *, conversion: int | None = None) -> bool:
     with contextlib.suppress(LocalEntryNotFoundError):
         return _is_complete(_snapshot_here(location, section.revision))
     with _quiet(), _explained(section, kind, location):
-        api = HfApi()
-        if api.model_info(location, revision=section.revision, timeout=_HUB_TIMEOUT_S).gated:
-            api.auth_check(location)
+        _ask_hub(section, location)
     return False
+
+
+def _ask_hub(section: Base, location: str) -> None:
+    """Ask the Hub once whether it has a model and gives it out; whatever it says is let through."""
+    api = HfApi()
+    if api.model_info(location, revision=section.revision, timeout=_HUB_TIMEOUT_S).gated:
+        api.auth_check(location)
 
 
 def directory_here(section: Base, *, revision: str | None = None) -> Path | None:
@@ -204,8 +209,16 @@ def read_config(section: Base) -> Any:
     if kind == "gguf":
         return gguf_settings(Path(location))
     with _quiet(), _explained(section, kind, location):
+        here = kind != "hub" or isinstance(
+            try_to_load_from_cache(location, "config.json", revision=section.revision), str
+        )
+        if not here:  # transformers would ask an absent Hub for one file after another, and again
+            _ask_hub(section, location)
         return hf.AutoConfig.from_pretrained(
-            location, revision=section.revision or "main", trust_remote_code=False
+            location,
+            revision=section.revision or "main",
+            local_files_only=here,
+            trust_remote_code=False,
         )
 
 

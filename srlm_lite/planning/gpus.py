@@ -42,7 +42,7 @@ GPUS: tuple[GpuModel, ...] = (
     GpuModel("RTX4090", 24 * _GIGA, 165 * _TERA, 1.008 * _TERA),
     GpuModel("RTX5090", 32 * _GIGA, 209 * _TERA, 1.792 * _TERA),
 )
-"""Of data-center ones the SXM kind, where there are several. Source: NVIDIA's data sheets of the
+"""Data-center ones are the SXM kind, where there are several. Source: NVIDIA's data sheets of the
 T4, L4, L40S, A100, H100, H200, HGX B200 and RTX A6000, and its white papers of the architectures
 GA102, AD102 and GB202."""
 

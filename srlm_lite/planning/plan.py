@@ -461,7 +461,8 @@ class _Phases:
         votes = recipe.evaluate.votes or recipe.judge.votes
         chunk = recipe.rollout.chunk_prompts
         models, section = recipe.iterations + 1, recipe.evaluate
-        drawn = models * section.policy_prompts * (section.samples + 1)
+        picked_from = section.policy_prompts * (section.best_of or 0)
+        drawn = models * (section.policy_prompts * (section.samples + 1) + picked_from)
         total, requests = None, 0
         if self.lengths.graded is not None and not (section.ifeval or section.tasks):
             # A model's own answers are graded by itself and by the anchor, the anchor's by itself.
@@ -469,7 +470,8 @@ class _Phases:
             external = kind_of(recipe, "judge").remote
             judges = models if external else 2 * models - 1
             requests = models * self.lengths.graded + judges * own
-            total = drawn * self._answer + requests * votes * self._judgement
+            voted = requests * votes + models * picked_from * recipe.judge.votes
+            total = drawn * self._answer + voted * self._judgement
         as_judge = self._sampling(
             "evaluation",
             prompts=chunk * recipe.rollout.n,
@@ -485,7 +487,7 @@ class _Phases:
         as_policy = self._sampling(
             "evaluation",
             prompts=max(1, min(chunk, recipe.evaluate.policy_prompts)),
-            samples=recipe.evaluate.samples,
+            samples=max(section.samples, section.best_of or 0),
             prompt_tokens=self._room,
             new=self._answer,
             tokens=total,

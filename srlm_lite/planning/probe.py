@@ -159,7 +159,7 @@ def probe(settings: Any, targets: Iterable[str] = ()) -> Shape:
 
 
 def _windows(text: Any) -> tuple[int, ...]:
-    """Of the layers that see a window, how many tokens that has."""
+    """Tokens of the window of each layer that sees one."""
     from transformers import DynamicCache
 
     layers = DynamicCache(config=text).layers

@@ -51,7 +51,7 @@ class Time:
 
 
 @dataclass(frozen=True, slots=True)
-class Rate:
+class MeasuredRate:
     """Tokens a second of one kind of work, as measured somewhere.
 
     `at_once` are the sequences drawn at the same time, or the tokens in memory. `weights` are
@@ -74,9 +74,9 @@ class Rate:
 
 
 @lru_cache
-def shipped_rates() -> tuple[Rate, ...]:
+def shipped_rates() -> tuple[MeasuredRate, ...]:
     """What comes with the package."""
-    return tuple(Rate(**row) for row in json.loads(_SHIPPED.read_text(encoding="utf-8")))
+    return tuple(MeasuredRate(**row) for row in json.loads(_SHIPPED.read_text(encoding="utf-8")))
 
 
 def times_of(plan: Plan) -> dict[str, Time]:
@@ -149,7 +149,7 @@ def _by_shipped_rates(plan: Plan, phase: Phase, gpu: GpuModel) -> Time:
     return _shared(plan, phase, seconds, "scaled" if known == "scaled" else "measured", notes)
 
 
-def _nearest(plan: Plan, gpu: GpuModel, work: Work, at_once: int) -> Rate | None:
+def _nearest(plan: Plan, gpu: GpuModel, work: Work, at_once: int) -> MeasuredRate | None:
     """By base, then by device, then by batch."""
     folded = plan.recipe.rollout.fold and work == "draw"
     fit = [
@@ -160,7 +160,7 @@ def _nearest(plan: Plan, gpu: GpuModel, work: Work, at_once: int) -> Rate | None
         and _apart(rate.parameters, plan.shape.parameters) <= math.log(FARTHEST)
     ]
 
-    def distance(rate: Rate) -> tuple[float, float, float]:
+    def distance(rate: MeasuredRate) -> tuple[float, float, float]:
         return (
             _apart(rate.parameters, plan.shape.parameters),
             _apart(_bound(rate, gpu, work), 1.0),
@@ -174,7 +174,7 @@ def _apart(a: float, b: float) -> float:
     return abs(math.log(a / b)) if a and b else math.inf
 
 
-def _bound(rate: Rate, gpu: GpuModel, work: Work) -> float:
+def _bound(rate: MeasuredRate, gpu: GpuModel, work: Work) -> float:
     """How many times as fast a GPU is as that of a measurement, by what bounds the work."""
     measured = known_gpu(rate.gpu)
     if measured is None:
@@ -184,7 +184,7 @@ def _bound(rate: Rate, gpu: GpuModel, work: Work) -> float:
     return gpu.flops / measured.flops
 
 
-def _scaled(plan: Plan, gpu: GpuModel, rate: Rate, at_once: int) -> tuple[float, list[str]]:
+def _scaled(plan: Plan, gpu: GpuModel, rate: MeasuredRate, at_once: int) -> tuple[float, list[str]]:
     """The factor from a measured rate to that of the plan, and by what in words."""
     factor, reasons = 1.0, []
     if gpu.name != rate.gpu:
@@ -244,7 +244,7 @@ class Other:
     setting: str
     """`key=value`."""
     seconds: float | None
-    """Of all phases whose time is known; None: unknown."""
+    """The sum over the phases whose time is known; None: unknown."""
     why: str = ""
     """Where it is unknown, or no way at all."""
 

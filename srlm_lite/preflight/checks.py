@@ -15,16 +15,18 @@ Check = Callable[[Launch], Seen]
 
 CHECKS: Mapping[str, Check] = {
     "processes": machine.processes,
+    "directory": machine.directory,
     "engines": inputs.engines,
     "judge": inputs.judge,
     "files": inputs.files,
     "data": inputs.data,
+    "judge data": inputs.judge_data,
     "method": inputs.method,
     "window": inputs.window,
     "prompts": inputs.prompts,
     "held-out": inputs.held_out,
-    "directory": machine.directory,
     "tracking": machine.tracking,
+    "server": machine.server,
     "backend": base.backend,
     "base": base.base,
     "device": base.device,
@@ -36,13 +38,13 @@ CHECKS: Mapping[str, Check] = {
     "judging": base.judging,
     "memory": machine.memory,
     "disk": machine.disk,
-    "server": machine.server,
 }
-"""Name to check. What costs nothing comes first, what asks another machine last; Unsloth comes
-before what imports transformers."""
+"""Name to check. From `backend` on they import torch, which takes seconds: whatever can be told
+without it comes before. Unsloth comes before what imports transformers."""
 
 NEEDS: Mapping[str, tuple[str, ...]] = {
     "prompts": ("window",),
+    "judge data": ("judge", "data"),
     "held-out": ("data",),
     "targets": ("base", "device"),
     "chat template": ("base", "device"),
@@ -90,8 +92,8 @@ def refuse(launch: Launch) -> list[str]:
     Raises:
         UserError: The first that stands in the way.
     """
-    # `RunDir.open` asks the directory next, under its lock; it may hash gigabytes.
-    asked = [check for name, check in _checks(launch).items() if name != "directory"]
+    # `RunDir.open` asks all of the directory next, under its lock; it may hash gigabytes.
+    asked = {**_checks(launch), "directory": machine.glance}.values()
     return [line for check in asked for line in check(launch).warnings]
 
 

@@ -14,6 +14,7 @@ from srlm_lite.methods import method_of
 from srlm_lite.preflight.launch import Launch, Seen
 from srlm_lite.recipe import Recipe
 from srlm_lite.shipped import CHAT_TEMPLATES, shipped_text
+from srlm_lite.stages.anchor import given_targets
 from srlm_lite.stages.seed_data import (
     FilesOfRecipe,
     check_window,
@@ -37,6 +38,8 @@ def engines(launch: Launch) -> Seen:
     kinds = engines_of(launch.recipe)
     for kind in kinds:
         kind.check(launch.recipe)
+        if not launch.goes_on:  # an earlier version let one stand there
+            kind.discreet(launch.recipe)
     return Seen(", ".join(kind.name for kind in kinds))
 
 
@@ -104,6 +107,19 @@ def data(launch: Launch) -> Seen:
     return Seen(told, tuple(unmeasured(recipe)))
 
 
+def judge_data(launch: Launch) -> Seen:
+    """That the anchor's judge data says what is to be learned, in the judge's own scores."""
+    recipe = launch.recipe
+    section = recipe.anchor
+    if section.init != "base" or not section.use_eft or section.eft_targets != "given":
+        return Seen("its targets are made", asked=False)
+    path = data_file(recipe, "eft_train.jsonl")
+    rows = given_targets(
+        read_ranked(path, section.eft_prompts), load_rubric(recipe.judge.rubric), path
+    )
+    return Seen(f"{len(rows):,} targets, each with a score")
+
+
 def held_out(launch: Launch) -> Seen:
     """That nothing which measures a model is learned from; of a run that goes on it was asked."""
     if not launch.goes_on:
@@ -139,7 +155,7 @@ def prompts(launch: Launch) -> Seen:
     return Seen(f"{len(listed):,}, and {wanted:,} are wanted")
 
 
-INPUTS = (engines, judge, files, data, method, window, prompts)
+INPUTS = (engines, judge, files, data, judge_data, method, window, prompts)
 
 
 def check_inputs(recipe: Recipe) -> None:

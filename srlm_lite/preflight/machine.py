@@ -14,10 +14,19 @@ from srlm_lite.settings import LORA_TARGETS
 from srlm_lite.tracking import check_installed
 
 
+def glance(launch: Launch) -> Seen:
+    """What of `directory` shows at once."""
+    if launch.run is None:
+        return Seen("none named", asked=False)
+    launch.run.glance(launch.recipe, fresh=launch.fresh)
+    return Seen("can be written")
+
+
 def directory(launch: Launch) -> Seen:
     """That the run can begin in its directory, or go on there."""
     if launch.run is None:
         return Seen("none named", asked=False)
+    glance(launch)
     launch.run.check(launch.recipe, fresh=launch.fresh)
     if launch.begun is None:
         return Seen("a new run")

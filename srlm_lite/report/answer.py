@@ -338,8 +338,10 @@ def worries(facts: Facts) -> list[str]:
             f"answers grew from {lengths[0]:.0f} to {lengths[-1]:.0f} characters on average: part "
             "of what a judge prefers here may be length"
         )
-    if (facts.settings.get("pairing") or {}).get("source") == "random":
-        found.append("the pairs were drawn blindly: this is a control, not a self-rewarding model")
+    source = (facts.settings.get("pairing") or {}).get("source")
+    if source in ("random", "flipped"):
+        made = "drawn blindly" if source == "random" else "turned round"
+        found.append(f"the pairs were {made}: this is a control, not a self-rewarding model")
     return found
 
 

@@ -161,7 +161,8 @@ def eft_rows(session: Session, ift: Sequence[Example], facts: dict[str, Any]) ->
         path = data_file(session.recipe, "eft_train.jsonl")
         groups = without_thoughts(session.chat, read_ranked(path, section.eft_prompts))
         if section.eft_targets == "given":
-            return _given_targets(session, groups, path)
+            rows = given_targets(groups, session.rubric, path)
+            return rows if session.recipe.judge.rationale else score_lines(rows, session.rubric)
         if section.eft_targets == "human":
             scored = human_targets(groups, session.rubric)
         else:
@@ -175,9 +176,14 @@ def eft_rows(session: Session, ift: Sequence[Example], facts: dict[str, Any]) ->
     return rows
 
 
-def _given_targets(
-    session: Session, groups: Sequence[Sequence[RankedReply]], path: Path
+def given_targets(
+    groups: Sequence[Sequence[RankedReply]], rubric: Rubric, path: Path
 ) -> list[RankedReply]:
+    """The replies of judge data whose targets the data has.
+
+    Raises:
+        UserError: Some have none, or one that ends in no score of the rubric.
+    """
     rows = [row for group in groups for row in group]
     without = sum(row.target is None for row in rows)
     if without or not rows:
@@ -187,16 +193,19 @@ def _given_targets(
             way_out="Set anchor.eft_targets=self to let the IFT-only model write them, or =human "
             "to take the human order as it is",
         )
-    unread = [r.response_id for r in rows if parse_score(r.target or "", session.rubric) is None]
+    unread = [r.response_id for r in rows if parse_score(r.target or "", rubric) is None]
     if unread:
         raise UserError(
             f"{len(unread)} targets do not end in a score the rubric allows, "
             f"the first for response {unread[0]}",
             where=str(path),
         )
-    if session.recipe.judge.rationale:
-        return rows
-    scores = [parse_score(row.target or "", session.rubric) for row in rows]
+    return rows
+
+
+def score_lines(rows: Sequence[RankedReply], rubric: Rubric) -> list[RankedReply]:
+    """The same rows with targets that are nothing but the score line: no reasons before it."""
+    scores = [parse_score(row.target or "", rubric) for row in rows]
     return [
         replace(row, target=f"Score: {score:g}") for row, score in zip(rows, scores, strict=True)
     ]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from srlm_lite.engines import Role
 from srlm_lite.forms.base import JudgeQuestion
 from srlm_lite.judging import Rubric
+from srlm_lite.methods import method_of
 from srlm_lite.methods.base import Facts, Iteration, Model
 from srlm_lite.pairing import Drops
 from srlm_lite.records import (
@@ -186,6 +187,12 @@ class AtWork(Iteration):
     def fitting(self, made: Sequence[PreferencePair]) -> list[PreferencePair]:
         return pairs.fitting_pairs(self._session, made)
 
+    def older(self) -> list[PreferencePair]:
+        if not method_of(self._session.recipe).accumulates:
+            return []
+        found, _ = pairs.older_pairs(self._session, self._directory, self._grade_older, new=0)
+        return found
+
     def keep(
         self,
         made: Sequence[PreferencePair],
@@ -195,7 +202,13 @@ class AtWork(Iteration):
         origin: str = "",
     ) -> tuple[list[PreferencePair], Facts]:
         return pairs.keep_pairs(
-            self._session, self._directory, made, drops, advice=advice, origin=origin
+            self._session,
+            self._directory,
+            made,
+            drops,
+            advice=advice,
+            grade=self._grade_older,
+            origin=origin,
         )
 
     def keep_none(self) -> tuple[list[PreferencePair], Facts]:
@@ -232,6 +245,11 @@ class AtWork(Iteration):
         return learning.rloo_delta(
             self._session, self._directory, prompts, reward, kl_weight=kl_weight
         )
+
+    def _grade_older(
+        self, prompts: Sequence[Prompt], candidates: Sequence[Candidate]
+    ) -> list[Judgement]:
+        return self.grade(prompts, candidates, kind="older")
 
     def _stack(self, model: Model) -> list[Adapter]:
         """The adapters of a model, from disk."""

@@ -14,7 +14,12 @@ from srlm_lite.evaluate.gate import best_model, findings
 from srlm_lite.evaluate.gold import load_gold
 from srlm_lite.evaluate.intervals import interval
 from srlm_lite.evaluate.judge_metrics import calibration, judge_metrics, share_in_gold_order
-from srlm_lite.evaluate.policy_metrics import means_by_prompt, policy_metrics, standard_error
+from srlm_lite.evaluate.policy_metrics import (
+    best_graded,
+    means_by_prompt,
+    policy_metrics,
+    standard_error,
+)
 from srlm_lite.forms import form_of
 from srlm_lite.judging import mean_scores
 from srlm_lite.records import Candidate, Prompt
@@ -125,6 +130,11 @@ def _policy(
     points = {}
     if gold is not None:
         points = {row.candidate_id: gold.total(texts[row.prompt_id], row.text) for row in sampled}
+    best: dict[str, Any] = {}
+    if recipe.evaluate.best_of:
+        several = answers("best_of", temperature=temperature, n=recipe.evaluate.best_of)
+        picks = _picked(session, directory, judge, texts, several)
+        best["best_of"] = {"n": recipe.evaluate.best_of, **policy_metrics(texts, picks, gold)}
     graded, ends = _grades(session, directory, judge, texts, sampled, points)
     return {
         **figures,
@@ -133,8 +143,35 @@ def _policy(
         "intervals": {**figures["intervals"], **ends},
         "temperature": temperature,
         "greedy": policy_metrics(texts, greedy, gold),
+        **best,
         **left_out,
     }
+
+
+def _picked(
+    session: Session,
+    directory: StageDir,
+    judge: Sequence[Adapter],
+    texts: Mapping[str, str],
+    answers: Sequence[Candidate],
+) -> list[Candidate]:
+    """The best answer to each prompt by the model's own judge, asked as it is of candidates."""
+    recipe = session.recipe
+
+    def place(what: str) -> Path:
+        file = "grades_best_of" if what == "judgements" else f"grades_best_of_{what}"
+        return directory.evaluation_dir / f"{file}.jsonl"
+
+    rows, _ = judged(
+        session,
+        judge,
+        [Prompt(prompt_id, text) for prompt_id, text in texts.items()],
+        [row for row in answers if row.text],
+        place=place,
+        stage="evaluation, grades of the best of several",
+        seed_path=(recipe.seed, "evaluation", "best of"),
+    )
+    return best_graded(answers, mean_scores(rows, min_votes=form_of(recipe).min_votes))
 
 
 def _grades(
