@@ -61,6 +61,12 @@ class EngineKind:
     Raises:
         UserError: It is not.
     """
+    tells_probabilities: Callable[[Shared], None] | None = None
+    """Asks an engine that may not tell the probabilities of tokens whether it does.
+
+    Raises:
+        UserError: It does not.
+    """
     discreet: Callable[[Shared], None] = lambda recipe: None
     """That its settings, which go to `run.json` and reports, hold no secret.
 
@@ -148,6 +154,16 @@ def _check_key(recipe: Shared) -> None:
     key_of(recipe.openai)
 
 
+def _has_probabilities(recipe: Shared) -> None:
+    from srlm_lite.rollout.openai_engine import refuse_untold
+
+    refuse_untold(
+        recipe.openai,
+        way_out="Let the judge write its reply (judge.rationale=true, or pairwise.verdict=reply), "
+        "or take a server that has them, such as vLLM",
+    )
+
+
 def _refuse_secret(recipe: Shared) -> None:
     from srlm_lite.rollout.openai_engine import refuse_secret_url
 
@@ -173,7 +189,14 @@ ENGINES: Mapping[EngineName, EngineKind] = {
             share=lambda recipe: recipe.vllm.memory,
             label="vLLM",
         ),
-        EngineKind("openai", _make_openai, _check_key, _reach_server, discreet=_refuse_secret),
+        EngineKind(
+            "openai",
+            _make_openai,
+            _check_key,
+            _reach_server,
+            tells_probabilities=_has_probabilities,
+            discreet=_refuse_secret,
+        ),
     )
 }
 SERVER: EngineName = "openai"

@@ -344,14 +344,15 @@ class Rollout(Sampling):
     """Prompts whose results reach the disk together; a killed run loses at most one chunk."""
 
 
-FormName = Literal["grade"]
+FormName = Literal["grade", "pairwise"]
 
 
 class Judge(Sampling):
     """LLM-as-a-judge."""
 
     form: Annotated[FormName, Before("grade")] = "grade"
-    """How candidates are judged. `grade`: each alone, by the rubric."""
+    """How candidates are judged. `grade`: each alone, by the rubric. `pairwise`: a prompt's against
+    each other."""
     rationale: Annotated[bool, Before(True)] = True
     """False: the judge writes nothing. A score is the mean of the whole scores that it would give,
     by their probability, for the price of reading the question once; `votes` and `score` count for
@@ -369,6 +370,10 @@ class Judge(Sampling):
     """Judgements sampled for each candidate; their mean is its score."""
     min_votes: Positive = 2
     """Candidates with fewer readable votes are dropped."""
+    adaptive_votes: Annotated[bool, Before(False)] = False
+    """Draw more votes only where they can still matter: two on every candidate, and then up to
+    `votes` on those that may yet be the best or the worst of their prompt, until the chance that
+    another one would be is below 5%. Those that are drawn are the same as without."""
     max_new_tokens: Positive = 256
     retry_max_new_tokens: Positive = 512
     """An unreadable vote is sampled once more with this limit."""
@@ -377,6 +382,8 @@ class Judge(Sampling):
     def _votes_suffice(self) -> Judge:
         if self.min_votes > self.votes:
             raise ValueError("min_votes exceeds votes")
+        if self.adaptive_votes and not self.rationale:
+            raise ValueError("without a rationale there are no votes: leave out adaptive_votes")
         return self
 
 

@@ -20,14 +20,13 @@ from srlm_lite.compare.models import file_name, read_replies
 from srlm_lite.errors import UserError
 from srlm_lite.evaluate.gold import load_gold
 from srlm_lite.evaluate.head_to_head import (
-    WRITTEN,
     Outcome,
     head_to_head,
     of_scores,
     of_verdicts,
-    read_verdict,
 )
-from srlm_lite.judging import fill, load_question
+from srlm_lite.questions import WRITTEN, load_question, read_verdict
+from srlm_lite.quoting import fill
 from srlm_lite.records import Annotation, FinishReason, Judgement, Prompt
 from srlm_lite.rollout import openai_engine
 from srlm_lite.run.files import read_jsonl, read_records

@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 
 from srlm_lite.errors import UserError
-from srlm_lite.judging import fill, load_question
 from srlm_lite.loop import iterate
 from srlm_lite.methods import METHODS, method_of, table
 from srlm_lite.methods.cream import consistencies, kendall, refuse_nothing_to_learn
@@ -50,6 +49,8 @@ from srlm_lite.methods.spin import against_human
 from srlm_lite.methods.temporal import anchored_pairs
 from srlm_lite.pairing import Drops, Scored, judge_preference, replay_age
 from srlm_lite.principles import load_principles
+from srlm_lite.questions import load_question
+from srlm_lite.quoting import fill
 from srlm_lite.recipe import Recipe, load_recipe, recipe_from, shipped_recipes
 from srlm_lite.records import (
     Candidate,

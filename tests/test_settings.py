@@ -70,6 +70,7 @@ def test_settings_that_came_later() -> None:
         "base.system": None,
         "dpo.loss": "sigmoid",
         "dpo.micro_batch_tokens": "auto",
+        "judge.adaptive_votes": False,
         "judge.form": "grade",
         "judge.rationale": True,
         "dpo.target_margin": 0.5,

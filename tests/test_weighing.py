@@ -7,15 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chat_server import completion, scripted
 from messages import Told
 
 from srlm_lite.forms.base import JudgeQuestion
 from srlm_lite.forms.grade import expected
 from srlm_lite.recipe import load_recipe
 from srlm_lite.records import Candidate, Weighed
+from srlm_lite.rollout.openai_engine import refuse_untold
 from srlm_lite.rollout.protocol import Token
 from srlm_lite.run.run import RunDir
 from srlm_lite.session import Session
+from srlm_lite.settings import OpenAI
 from srlm_lite.stages.weighing import chunks_of, options_of, told_by, told_in, weigh
 
 SCORES = [f"Score: {score}" for score in range(6)]
@@ -129,3 +132,37 @@ def test_an_expected_score_is_the_mean_by_probability() -> None:
 def test_a_judge_that_would_say_something_else_has_given_no_score(p: Any, reason: str) -> None:
     row = expected(answer("x"), Weighed("p#0", p), (0, 1))
     assert (row.score, row.text, row.finish_reason) == (None, "", reason)
+
+
+def asking(url: str) -> OpenAI:
+    return OpenAI(url=url, model="m", retries=0)
+
+
+def test_a_server_that_tells_no_probabilities_is_refused_before_a_run(told: Told) -> None:
+    with (
+        scripted(lambda number, body: completion("yes")) as server,
+        told.refused(),
+    ):
+        refuse_untold(asking(server.url), way_out="Let the judge write its reply")
+    assert server.bodies[0]["top_logprobs"] == 2
+
+
+def test_a_server_that_tells_them_is_asked_for_the_verdict_alone(tmp_path: Path) -> None:
+    """What it says first, with what else it might have said, is the probability of each option."""
+    entry = {"token": "B", "logprob": -0.5, "top_logprobs": [
+        {"token": "B", "logprob": math.log(0.6)}, {"token": "A", "logprob": math.log(0.3)},
+    ]}  # fmt: skip
+    reply = completion("B", logprobs={"content": [entry]})
+    with scripted(lambda number, body: reply) as server:
+        refuse_untold(asking(server.url), way_out="")
+        session = session_of(
+            tmp_path, "judge.engine=openai", f"openai.url={server.url}", "openai.model=m"
+        )
+        questions = [JudgeQuestion("a>b", "Which?", "p"), JudgeQuestion("b>a", "And now?", "p")]
+        found = weigh(
+            session, (), questions, ["A", "B"], path=tmp_path / "w.jsonl", stage="t", setting="t"
+        )
+    assert [one.p for one in found.values()] == [(0.3, 0.6)] * 2
+    asked = [body["messages"][-1]["content"] for body in server.bodies[1:]]
+    assert sorted(text.split("\n")[0] for text in asked) == ["And now?", "Which?"]
+    assert all(text.endswith("\nA\nB") for text in asked)

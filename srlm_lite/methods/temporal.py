@@ -20,6 +20,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, TypedDict
 
 from srlm_lite.evaluate.candidates import candidate_facts
+from srlm_lite.forms import form_of
 from srlm_lite.methods.base import (
     Case,
     Facts,
@@ -64,6 +65,15 @@ class Temporal(SelfRewarding[NoSettings]):
         "against the first one's worst"
     )
     cases = {"temporal": Case("toy-temporal")}
+
+    def needs(self) -> None:
+        """Scores of different models' answers that can be held against each other."""
+        if form_of(self.recipe).compares:
+            raise ValueError(
+                "method temporal holds the next model's answers against the policy's by their "
+                f"scores, and judge.form={self.recipe.judge.form} scores each only against the "
+                "answers beside it"
+            )
 
     @classmethod
     def unread(cls, own: NoSettings) -> Mapping[str, Collection[Any]]:

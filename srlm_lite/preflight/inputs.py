@@ -9,9 +9,10 @@ from srlm_lite.errors import UserError
 from srlm_lite.evaluate import ifeval
 from srlm_lite.evaluate.gold import load_gold
 from srlm_lite.forms import form_of
-from srlm_lite.judging import load_question, load_rubric
+from srlm_lite.judging import load_rubric
 from srlm_lite.methods import method_of
 from srlm_lite.preflight.launch import Launch, Seen
+from srlm_lite.questions import load_question
 from srlm_lite.recipe import Recipe
 from srlm_lite.shipped import CHAT_TEMPLATES, shipped_text
 from srlm_lite.stages.anchor import given_targets

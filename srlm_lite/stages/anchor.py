@@ -255,6 +255,7 @@ def _self_written_targets(
         place=session.run.anchor.eft_file,
         stage="EFT targets",
         seed_path=(session.recipe.seed, "eft-targets"),
+        every_vote=True,
     )
     rows = [row for group in groups for row in group]
     judgements, _ = GradeForm(session.recipe, NoSettings()).judge(judge, *as_candidates(rows))

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from srlm_lite.data.text import words_of
-from srlm_lite.judging import fill, load_question
+from srlm_lite.questions import load_question
+from srlm_lite.quoting import fill
 from srlm_lite.records import Candidate, Prompt, RankedReply, Reply
 from srlm_lite.session import Session
 from srlm_lite.settings import Sampling

@@ -74,6 +74,7 @@ def evaluation(
         stage="evaluation, judge",
         votes=recipe.evaluate.votes or recipe.judge.votes,
         seed_path=(recipe.seed, "evaluation", "judge"),
+        every_vote=True,
     )
     scale = form_of(recipe).scale(session.rubric)
     result = {
@@ -226,6 +227,7 @@ def _grades(
             stage=f"evaluation, grades of the {'model' if name == 'self' else name}",
             votes=recipe.evaluate.votes or recipe.judge.votes,
             seed_path=(recipe.seed, "evaluation", "grades"),
+            every_vote=True,
         )
         scores = _with_blanks(mean_scores(rows, min_votes=1), some, beside, scale)
         means = means_by_prompt(some, scores)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from srlm_lite.declared import Facts
 from srlm_lite.forms import form_of
+from srlm_lite.forms.adaptive import START, Rule, pooled_variance, wanted
 from srlm_lite.forms.base import JudgeAtWork, JudgeQuestion
 from srlm_lite.judging import Rubric
 from srlm_lite.records import Candidate, Judgement, Prompt, RankedReply, Record, Reply, Weighed
@@ -32,6 +34,8 @@ class SessionJudge(JudgeAtWork):
         stage: What the judging is called while it goes on.
         seed_path: What its seeds come of.
         votes: Votes on a candidate; default: `judge.votes`.
+        every_vote: All of them are drawn, whatever `judge.adaptive_votes` says: somebody is going
+            to look at each.
     """
 
     def __init__(
@@ -43,10 +47,12 @@ class SessionJudge(JudgeAtWork):
         stage: str,
         seed_path: Sequence[object],
         votes: int | None = None,
+        every_vote: bool = False,
     ) -> None:
         self._session, self._stack, self._place = session, stack, place
         self._stage, self._seed_path = stage, seed_path
         self._votes = votes or session.recipe.judge.votes
+        self._adapts = session.recipe.judge.adaptive_votes and not every_vote
         self.recipe = session.recipe
         self.where = str(place("judgements").parent)
 
@@ -58,19 +64,54 @@ class SessionJudge(JudgeAtWork):
     def vote(
         self, prompts: Sequence[Prompt], candidates: Sequence[Candidate]
     ) -> tuple[list[Judgement], Facts]:
+        if not self._adapts:
+            return self._voted(prompts, candidates, self._votes, self._place("judgements")), {}
+        judge = self.recipe.judge
+        numbers = {row.candidate_id: range(min(START, self._votes)) for row in candidates}
+        rows: dict[str, list[Judgement]] = {name: [] for name in numbers}
+        for number in count(1):
+            asked = [row for row in candidates if numbers[row.candidate_id]]
+            if not asked:
+                break
+            path = self._file(f"votes_{number}")
+            for row in self._voted(prompts, asked, numbers, path):
+                rows[row.candidate_id].append(row)
+            votes = {name: [row.score for row in some] for name, some in rows.items()}
+            rule = Rule(
+                total=self._votes,
+                least=min(judge.min_votes, self._votes),
+                scale=(self.rubric.min, self.rubric.max),
+                variance=pooled_variance(votes),
+            )
+            wanting = set(wanted(rule, candidates, votes))
+            numbers = {
+                name: range(len(some), len(some) + (name in wanting))
+                for name, some in votes.items()
+            }
+        every = [vote for row in candidates for vote in rows[row.candidate_id]]
+        write_records(self._place("judgements"), every)
+        most = self._votes * len(candidates)
+        return every, {"votes_drawn": round(len(every) / most, 4) if most else None}
+
+    def _voted(
+        self,
+        prompts: Sequence[Prompt],
+        candidates: Sequence[Candidate],
+        votes: int | Mapping[str, range],
+        path: Path,
+    ) -> list[Judgement]:
         recipe = self.recipe
         texts = {prompt.prompt_id: prompt.text for prompt in prompts}
-        rows = judge_replies(
+        return judge_replies(
             self._session,
             self._stack,
             [(row.candidate_id, texts[row.prompt_id], row.text) for row in candidates],
-            path=self._place("judgements"),
+            path=path,
             stage=self._stage,
-            votes=self._votes,
+            votes=votes,
             chunk=recipe.rollout.chunk_prompts * recipe.rollout.n,
             seed_path=self._seed_path,
         )
-        return rows, {}
 
     def ask(
         self, questions: Sequence[JudgeQuestion], *, about: str, max_new_tokens: int | None = None
@@ -141,6 +182,7 @@ def judged(
     stage: str,
     seed_path: Sequence[object],
     votes: int | None = None,
+    every_vote: bool = False,
 ) -> tuple[list[Judgement], Facts]:
     """The judgements of a stack on candidates, in the recipe's form; see `SessionJudge`."""
     judge = SessionJudge(
@@ -150,5 +192,6 @@ def judged(
         stage=stage,
         seed_path=seed_path,
         votes=votes,
+        every_vote=every_vote,
     )
     return form_of(session.recipe).judge(judge, prompts, candidates)
