@@ -494,7 +494,7 @@ class Dpo(Optim):
     reference: Literal["init", "anchor"] = "init"
     """The stack that DPO's log-ratios are taken against."""
     loss: Annotated[LossName, Before("sigmoid")] = "sigmoid"
-    """What is minimised, see [losses](training.md#losses). `sigmoid`: DPO's. `sigmoid_norm`: the
+    """What is minimised; docs/training.md has the formulas. `sigmoid`: DPO's. `sigmoid_norm`: the
     same on log-ratios per token. `ipo`: a square around a target margin per token, with `beta` for
     its tau. `apo_zero`: the chosen reply up and the rejected one down. `apo_down`: both down, the
     rejected one more. `simpo`: likelihoods per token, and no reference. `sft`: the chosen reply

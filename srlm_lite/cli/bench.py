@@ -508,6 +508,8 @@ def plan(
 def _plan_text(result: dict[str, Any]) -> str:
     from srlm_lite.cli.tables import plain_table
 
+    rates = result["tokens_per_s"]
+    heads = ["phase", "predicted GB", "measured GB", "error", "libraries GB", "s", "tokens/s"]
     rows = [
         [
             name,
@@ -516,19 +518,20 @@ def _plan_text(result: dict[str, Any]) -> str:
             "-" if row["error"] is None else f"{row['error']:+.1%}",
             _gigabytes(row["libraries_bytes"]),
             f"{row['seconds']:.0f}",
+            f"{rates[name]:,.0f}" if name in rates else "-",
         ]
         for name, row in result["phases"].items()
     ]
+    kept = "tokens/s are kept on this machine: `srlm-lite plan` says times by them first"
     quantized = "" if result["quantization"] == "none" else f"{result['quantization']}, "
     quantized = f"random weights, {quantized}" if result["random"] else quantized
     return "\n".join(
         [
             f"{result['recipe']}: {result['base']}, {quantized}{result['bits']} bit, window "
             f"{result['window']}; {result['device']}, {result['threads']} threads",
-            plain_table(
-                ["phase", "predicted GB", "measured GB", "error", "libraries GB", "s"], rows
-            ),
+            plain_table(heads, rows),
             "",
+            *([kept] if rates else []),
         ]
     )
 
