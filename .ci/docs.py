@@ -197,6 +197,13 @@ def architecture_page() -> str:
     return _with_parts("architecture.md", _parts())
 
 
+def judges_page() -> str:
+    """The page with its table of forms of judging as they declare themselves."""
+    from srlm_lite.forms import forms_table
+
+    return _with_parts("judges.md", f"{forms_table()}\n")
+
+
 def methods_page() -> str:
     """The page with its table of methods as they declare themselves."""
     from srlm_lite.methods import table
@@ -289,6 +296,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "commands.md": commands_page,
     "bases.md": bases_page,
     "architecture.md": architecture_page,
+    "judges.md": judges_page,
     "methods.md": methods_page,
     "data.md": data_page,
     "../README.md": readme,

@@ -145,6 +145,22 @@ def test_a_held_out_prompt_among_the_training_s(cli: Cli, out: Path, data: Path)
     assert "1 of its prompts are also in" in asked(cli, out, f"data.dir={data}")["held-out"]
 
 
+def test_thoughts_that_a_base_would_learn_as_text(cli: Cli, out: Path, data: Path) -> None:
+    path = data / "ift.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row, opening, closing in zip(
+        rows, ("<think>", "[THINK]"), ("</think>", "[/THINK]"), strict=False
+    ):
+        row["response"] = f"{opening}hm{closing} {row['response']}"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    told = asked(cli, out, f"data.dir={data}")["thoughts"]
+    assert told == "warning: 2 are taught as text"
+    assert asked(cli, out, f"data.dir={data}", "anchor.use_ift=false")["thoughts"].startswith(
+        "ok: "
+    )
+    assert asked(cli, out)["thoughts"] == "ok: none are taught"
+
+
 def test_replies_that_no_judge_could_be_asked_about(cli: Cli, out: Path) -> None:
     told = asked(cli, out, "rollout.max_new_tokens=200")["judging"]
     assert told.startswith("warning: ") and "may be sampled" in told

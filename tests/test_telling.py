@@ -29,7 +29,7 @@ from srlm_lite.settings import OpenAI
 from srlm_lite.telling import for_terminal, json_for_terminal, secret_in_url, without_secrets
 
 KEY = "planted-7f3a9c-key"
-"""Of no known form: it is known by the variable that it stands in."""
+"""It has no known form: it is known by the variable that it stands in."""
 PASSWORD = "planted-5e21d0-word"
 """It stands in a URL alone."""
 

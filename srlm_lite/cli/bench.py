@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from srlm_lite.cli.completion import overrides, recipe_names
+from srlm_lite.errors import UserError
 
 app = typer.Typer(help="Measure on this machine.", no_args_is_help=True)
 
@@ -83,8 +84,8 @@ def rollout(
 def judge(
     adapters: Annotated[Path, typer.Option("--adapters", help="The run directory.", metavar="DIR")],
     iteration: Annotated[
-        int | None, typer.Option(help="Default: the last one.", metavar="T", show_default=False)
-    ] = None,
+        str, typer.Option(help="Number of an iteration, or `last`: the last that is judged.")
+    ] = "last",
     json_: Json = False,
 ) -> None:
     """Sampled against expected scores, on the judgements of a run; samples nothing.
@@ -93,7 +94,14 @@ def judge(
     """
     from srlm_lite.bench.judge import bench_judge
 
-    show("judge", bench_judge(adapters, iteration), _judge_text, as_json=json_)
+    if iteration != "last" and not iteration.isdecimal():
+        raise UserError(
+            f"no judgements are of {iteration}",
+            where="--iteration",
+            way_out="Say the number of an iteration, or last",
+        )
+    number = None if iteration == "last" else int(iteration)
+    show("judge", bench_judge(adapters, number), _judge_text, as_json=json_)
 
 
 @app.command()
@@ -422,6 +430,8 @@ def plan(
 def _plan_text(result: dict[str, Any]) -> str:
     from srlm_lite.cli.tables import plain_table
 
+    rates = result["tokens_per_s"]
+    heads = ["phase", "predicted GB", "measured GB", "error", "libraries GB", "s", "tokens/s"]
     rows = [
         [
             name,
@@ -430,19 +440,20 @@ def _plan_text(result: dict[str, Any]) -> str:
             "-" if row["error"] is None else f"{row['error']:+.1%}",
             _gigabytes(row["libraries_bytes"]),
             f"{row['seconds']:.0f}",
+            f"{rates[name]:,.0f}" if name in rates else "-",
         ]
         for name, row in result["phases"].items()
     ]
+    kept = "tokens/s are kept on this machine: `srlm-lite plan` says times by them first"
     quantized = "" if result["quantization"] == "none" else f"{result['quantization']}, "
     quantized = f"random weights, {quantized}" if result["random"] else quantized
     return "\n".join(
         [
             f"{result['recipe']}: {result['base']}, {quantized}{result['bits']} bit, window "
             f"{result['window']}; {result['device']}, {result['threads']} threads",
-            plain_table(
-                ["phase", "predicted GB", "measured GB", "error", "libraries GB", "s"], rows
-            ),
+            plain_table(heads, rows),
             "",
+            *([kept] if rates else []),
         ]
     )
 
@@ -602,6 +613,7 @@ def show(
     from datetime import date
 
     from srlm_lite.cli.facts import hardware, versions
+    from srlm_lite.cli.wrapping import columns, fitted
 
     machine, software = hardware(), versions()
     if as_json:
@@ -609,11 +621,14 @@ def show(
         whole = {**head, **result, "machine": machine, "versions": software}
         typer.echo(json.dumps(whole, indent=2, ensure_ascii=False))
         return
-    typer.echo(text(result))
     graphics = "".join(f", {gpu['name']}" for gpu in machine["gpus"])
-    typer.echo(f"{machine['processor']}, {machine['cores']} cores{graphics}")
     packages = ("srlm-lite", "torch", "transformers")
-    typer.echo(", ".join(f"{each} {software[each]}" for each in packages) + f"; {date.today()}")
+    lines = [
+        text(result),
+        f"{machine['processor']}, {machine['cores']} cores{graphics}",
+        ", ".join(f"{each} {software[each]}" for each in packages) + f"; {date.today()}",
+    ]
+    typer.echo(fitted("\n".join(lines), columns()))
 
 
 def _rollout_text(result: dict[str, Any]) -> str:
@@ -684,6 +699,12 @@ def _judge_text(result: dict[str, Any]) -> str:
     )
 
 
+def _ahead(found: dict[str, float | None]) -> str:
+    mean, low, high = found["mean"], found["low"], found["high"]
+    ends = "" if low is None or high is None else f" (95% interval {low:+.2f} to {high:+.2f})"
+    return f"{mean or 0.0:+.2f}{ends}"
+
+
 def _methods_text(result: dict[str, Any]) -> str:
     from srlm_lite.cli.tables import plain_table
 
@@ -703,6 +724,7 @@ def _methods_text(result: dict[str, Any]) -> str:
                 name,
                 cell(bare),
                 *(cell(value) for value in found["gold"]),
+                *[""] * (result["iterations"] + 1 - len(found["gold"])),
                 cell(found["rise"]) + (f" ±{spread:.2f}" if spread is not None else ""),
                 cell(found["greedy"][-1]),
                 cell(last(found["ranker_accuracy"])),
@@ -733,6 +755,15 @@ def _methods_text(result: dict[str, Any]) -> str:
     if cold:
         temperature = result["cold_anchor"]["temperature"]
         lines.append(f"M1 at temperature {temperature}: gold {sum(cold) / len(cold):.2f}")
+    if picked := [value for value in result["best_of"]["gold"] if value is not None]:
+        n = result["best_of"]["n"]
+        lines.append(f"M1's pick, as judge, of {n} answers: gold {sum(picked) / len(picked):.2f}")
+    ahead = {
+        name: case["above_plain"] for name, case in result["cases"].items() if case["above_plain"]
+    }
+    if ahead:
+        lines += ["", "last model's gold above that of self-rewarding, seed by seed"]
+        lines += [f"  {name}: {_ahead(found)}" for name, found in ahead.items()]
     criteria = [name for found in cases.values() for name in found["by_criterion"][-1]]
     names = list(dict.fromkeys(criteria))
     points = [

@@ -20,7 +20,7 @@ from srlm_lite.telling import for_terminal
 
 HELP = """\
 /judge          the model's own grading of its last answer
-/iter T         go on with another model of the run: a number, anchor, or base
+/iter T         go on with another model of the run: a number, anchor, base, last
 /reset          forget the conversation
 /quit           leave (so do the end of the input, and Ctrl-C when nothing is being said)
 /help           this list

@@ -17,6 +17,8 @@ from typer.core import TyperGroup
 
 from srlm_lite.cli import bench, data, recipes, show
 from srlm_lite.cli.completion import overrides, recipe_names
+from srlm_lite.cli.usage import UsageError, as_told
+from srlm_lite.cli.wrapping import after_name
 from srlm_lite.errors import SrlmError, UserError, same_command
 from srlm_lite.processes import place, say
 from srlm_lite.stopping import exit_code, terminable, told
@@ -127,13 +129,16 @@ def plan(
     ] = None,
     gpus: Annotated[
         str | None,
-        typer.Option(help="Other hardware than this machine's: 2x80GB, 24GB.", metavar="NxSIZE"),
+        typer.Option(
+            help="Other hardware than this machine's: 8xH100, 2x80GB, 24GB.", metavar="NxGPU"
+        ),
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:
     """What a recipe will need: memory by phase and part, disk, tokens, time; no weights loaded.
 
-    Says what to change where a phase does not fit.
+    Says what to change where a phase does not fit, and what more GPUs or another way to sample
+    would bring. A time is measured, scaled from what was measured elsewhere, or unknown.
     """
     from srlm_lite.cli.plan import run_plan
 
@@ -487,6 +492,14 @@ def report(
         Path | None,
         typer.Option(help="File to write; default: report.html in DIR.", metavar="FILE.html"),
     ] = None,
+    control: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Another run to hold it against, such as one with pairing.source=random from the "
+            "same anchor; may be repeated.",
+            metavar="DIR",
+        ),
+    ] = None,
     markdown: Annotated[
         bool, typer.Option("--markdown", help="Print a summary for a model card instead.")
     ] = False,
@@ -497,7 +510,7 @@ def report(
     """
     from srlm_lite.cli.report import run_report
 
-    run_report(directory=adapters, out=out, as_markdown=markdown)
+    run_report(directory=adapters, out=out, as_markdown=markdown, controls=control or ())
 
 
 @app.callback(invoke_without_command=True)
@@ -589,16 +602,22 @@ def run() -> None:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     try:
         _stand_somewhere()
-        app()
+        code = app(standalone_mode=False)
+    except UsageError as wrong:
+        told_of = as_told(wrong)
+        if told_of is not None:
+            say(after_name(str(told_of)))
+        raise SystemExit(2) from None
     except UserError as error:
-        say(str(error))
+        say(after_name(str(error)))
         raise SystemExit(2) from None
     except SrlmError as error:
-        say(f"stopped: {error}")
+        say(after_name(f"stopped: {error}"))
         raise SystemExit(1) from None
     except Exception as error:
         refused = refused_by_the_disk(error)
         if refused is None:
             raise
-        say(str(refused))
+        say(after_name(str(refused)))
         raise SystemExit(2) from None
+    raise SystemExit(code or 0)

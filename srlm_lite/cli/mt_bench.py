@@ -12,6 +12,7 @@ import typer
 from srlm_lite.cli.models import Models
 from srlm_lite.cli.progress import ConsoleReporter
 from srlm_lite.cli.tables import plain_table
+from srlm_lite.cli.wrapping import columns, fitted
 from srlm_lite.compare.mt_bench import read_questions, run_mt_bench
 from srlm_lite.errors import UserError
 from srlm_lite.telling import json_for_terminal
@@ -47,7 +48,7 @@ def run_command(wish: MtBenchWish, *, as_json: bool) -> None:
     if as_json:
         typer.echo(json_for_terminal(result, indent=2))
         return
-    typer.echo(mt_bench_text(result))
+    typer.echo(fitted(mt_bench_text(result), columns()))
     console.say(f"answers, grades and all figures: {folder}")
 
 

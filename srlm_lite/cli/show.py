@@ -25,7 +25,7 @@ app = typer.Typer(help="Look into a run.", no_args_is_help=True)
 
 Adapters = Annotated[Path, typer.Option("--adapters", help="The run directory.", metavar="DIR")]
 Iteration = Annotated[
-    int | None, typer.Option(help="Default: the last one.", metavar="T", show_default=False)
+    str, typer.Option(help="Number of an iteration, or `last`: the last that is begun.")
 ]
 Limit = Annotated[int, typer.Option(help="At most so many; 0 for all.", min=0)]
 Json = Annotated[bool, typer.Option("--json", help="JSON lines instead of text.")]
@@ -35,6 +35,7 @@ Json = Annotated[bool, typer.Option("--json", help="JSON lines instead of text."
 def run(adapters: Adapters, json_: Json = False) -> None:
     """The table of the run's models."""
     from srlm_lite.cli.tables import closing_table
+    from srlm_lite.cli.wrapping import columns, fitted
     from srlm_lite.run.run import RunDir
 
     run_dir = RunDir(adapters)
@@ -48,19 +49,21 @@ def run(adapters: Adapters, json_: Json = False) -> None:
         return
     recipe = run_dir.recipe()
     table = closing_table(run_dir, recipe)
-    _echo(f"{recipe.name}: {recipe.method}, seed {recipe.seed}, base {recipe.base.name}")
+    head = f"{recipe.name}: {recipe.method}, seed {recipe.seed}, base {recipe.base.name}"
+    _echo(fitted(head, columns()))
     _echo(table)
     if under_way:
         which = f" of iteration {under_way['iteration']}" if under_way["iteration"] else ""
-        _echo(
+        kept = (
             f"kept: the training of {under_way['name']}{which} after step {under_way['step']} of "
             f"{under_way['steps']}; iterate goes on from there"
         )
+        _echo(fitted(kept, columns()))
 
 
 @app.command()
 def pairs(
-    adapters: Adapters, iteration: Iteration = None, limit: Limit = 3, json_: Json = False
+    adapters: Adapters, iteration: Iteration = "last", limit: Limit = 3, json_: Json = False
 ) -> None:
     """Preference pairs: the prompt, both replies, and the judge's words on each."""
     from srlm_lite.errors import UserError
@@ -99,7 +102,7 @@ def pairs(
 
 @app.command()
 def judgements(
-    adapters: Adapters, iteration: Iteration = None, limit: Limit = 6, json_: Json = False
+    adapters: Adapters, iteration: Iteration = "last", limit: Limit = 6, json_: Json = False
 ) -> None:
     """The judge's replies and the scores read from them, or what a method has in their place."""
     from srlm_lite.records import Judgement, Label, Revision
@@ -144,7 +147,7 @@ def judgements(
 
 @app.command()
 def candidates(
-    adapters: Adapters, iteration: Iteration = None, limit: Limit = 6, json_: Json = False
+    adapters: Adapters, iteration: Iteration = "last", limit: Limit = 6, json_: Json = False
 ) -> None:
     """The answers that pairs are made of: the policy's, and others beside them."""
     from srlm_lite.records import Candidate
@@ -158,24 +161,29 @@ def candidates(
     _tell(_read(place.all_candidates or [place.candidates], Candidate), tell, limit, json_)
 
 
-def _opened(adapters: Path, number: int | None) -> tuple[RunDir, IterationDir, Words]:
-    """The run, the iteration or the last one, and the words of its method."""
+def _opened(adapters: Path, which: str) -> tuple[RunDir, IterationDir, Words]:
+    """The run, the iteration that is named, and the words of its method."""
     from srlm_lite.errors import UserError
     from srlm_lite.report.words import words
     from srlm_lite.run.run import RunDir
 
     run_dir = RunDir(adapters)
     facts = run_dir.facts()
-    begun = [place.number for place in run_dir.iterations()]
-    wanted = number if number is not None else max(begun, default=0)
-    if wanted not in begun:
+    begun = {str(place.number): place for place in run_dir.iterations()}
+    if which == "last":
+        which = max(begun, key=int, default=which)
+    if which not in begun:
+        what = f"has no iteration {which}" if begun else "has no iteration yet"
+        if which in ("anchor", "base"):
+            what = f"the {which} has no pairs, judgements or candidates: they are of iterations"
         raise UserError(
-            f"has no iteration {wanted}" if begun else "has no iteration yet",
+            what,
             where=str(adapters),
-            way_out=f"It has: {', '.join(map(str, begun))}" if begun else None,
+            way_out=f"It has: {', '.join(begun)}" if begun else None,
         )
-    run_dir.hold_to_rows(wanted)
-    return run_dir, run_dir.iteration(wanted), words(facts["recipe"])
+    place = begun[which]
+    run_dir.hold_to_rows(place.number)
+    return run_dir, place, words(facts["recipe"])
 
 
 def _read(paths: Sequence[Path], kind: type[R]) -> list[R]:
@@ -214,13 +222,15 @@ def _tell(
     found: Sequence[T], tell: Callable[[T], None], limit: int, json_: bool, *, none: str = "none"
 ) -> None:
     """The first ones, as rows of JSON or each as it is told; what is left out goes to stderr."""
+    from srlm_lite.cli.wrapping import fitted, of_stderr
+
     for one in found[:limit] if limit else found:
         if json_:
             typer.echo(json_for_terminal(one.to_row()))
         else:
             tell(one)
     if not found:
-        typer.echo(none, err=True)
+        typer.echo(fitted(none, of_stderr()), err=True)
     elif limit and len(found) > limit and not json_:
         typer.echo(f"{limit} of {len(found)}; --limit 0 shows all", err=True)
 

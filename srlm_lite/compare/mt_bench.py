@@ -19,7 +19,8 @@ from srlm_lite.evaluate.mt_bench import (
     mt_bench,
     read_rating,
 )
-from srlm_lite.judging import fill, load_question
+from srlm_lite.questions import load_question
+from srlm_lite.quoting import fill
 from srlm_lite.records import Candidate, Prompt
 from srlm_lite.rollout.protocol import Limits, Request
 from srlm_lite.run.files import read_json, read_jsonl, write_json

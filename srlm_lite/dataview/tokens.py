@@ -23,6 +23,7 @@ class RecipeTokens:
     def __init__(self, recipe: Recipe) -> None:
         self.window = recipe.base.window
         self._chat = _chat(recipe)
+        self.thinks = self._chat.thinks
         self._rubric = load_rubric(recipe.judge.rubric)
         thought = recipe.rollout.max_thought_tokens if self._chat.thinks else 0
         self._answer = recipe.rollout.max_new_tokens + thought

@@ -29,7 +29,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from srlm_lite.errors import UserError
 from srlm_lite.model import unsloth_backend
 from srlm_lite.model.checkpoint import INDEX, Checkpoint, weight_files
-from srlm_lite.model.gguf import CONVERSION, converted, gguf_settings
+from srlm_lite.model.gguf import CONVERSION, converted, gguf_settings, gguf_tokenizer
 from srlm_lite.model.heap import give_back
 from srlm_lite.model.layout import Layout
 from srlm_lite.model.nf4 import nf4_settings
@@ -37,7 +37,15 @@ from srlm_lite.model.quiet import first_line as _first_line
 from srlm_lite.model.quiet import quiet as _quiet
 from srlm_lite.model.sharding import load_shards
 from srlm_lite.model.tokenizer import open_tokenizer
-from srlm_lite.model.whereabouts import PATTERNS, WHERE, Kind, is_here, located, of_the_hub
+from srlm_lite.model.whereabouts import (
+    PATTERNS,
+    WHERE,
+    Kind,
+    directory_here,
+    is_here,
+    located,
+    of_the_hub,
+)
 from srlm_lite.settings import Base
 
 log = logging.getLogger(__name__)
@@ -188,6 +196,32 @@ def spoken(folder: Path) -> tuple[PreTrainedTokenizerBase, tuple[int, ...]]:
         if (folder / "generation_config.json").is_file():
             generation = hf.GenerationConfig.from_pretrained(str(folder))
     return tokenizer, _settle_tokenizer(tokenizer, generation, settings)
+
+
+def is_gguf(name: str) -> bool:
+    """Whether a base of this name is a GGUF file, or a package's."""
+    return located(name)[0] == "gguf"
+
+
+def spoken_here(
+    section: Base, *, revision: str | None = None, conversion: int | None = None
+) -> tuple[PreTrainedTokenizerBase, tuple[int, ...]] | None:
+    """The same of the base that a recipe names, where its files are here; nothing is converted.
+
+    Args:
+        revision: Commit on the Hub; default: the recipe's.
+        conversion: Of a GGUF file, by number: an earlier one made a tokenizer of its own.
+    """
+    kind, location = located(section.name)
+    if kind == "gguf":
+        if conversion not in (None, CONVERSION):
+            return None
+        settings = gguf_settings(Path(location))
+        with _quiet():
+            tokenizer = gguf_tokenizer(Path(location))
+        return tokenizer, _settle_tokenizer(tokenizer, settings, settings)
+    folder = directory_here(section, revision=revision)
+    return None if folder is None else spoken(folder)
 
 
 def tokenizer_of(section: Base) -> PreTrainedTokenizerBase:

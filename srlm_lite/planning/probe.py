@@ -39,7 +39,7 @@ def thinks(section: Base) -> bool:
 def prompt_tokens(section: Base, prompts: Iterable[Answerable]) -> list[int] | None:
     """Tokens of prompts in the base's template, each up to where the reply starts.
 
-    None where its tokenizer is not here, as a GGUF file's is only once the file is converted.
+    None where its tokenizer is not here.
 
     Raises:
         UserError: The template does not write one of their turns.
@@ -58,16 +58,21 @@ def question_tokens(section: Base, texts: Iterable[str]) -> list[int] | None:
 def _chat_here(of_templates: str) -> ChatFormat | None:
     from transformers import AutoTokenizer
 
+    from srlm_lite.model.base import is_gguf, spoken_here
     from srlm_lite.model.chat import ChatFormat
 
     found = json.loads(of_templates)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            found["name"],
-            revision=found["revision"],
-            local_files_only=True,
-            trust_remote_code=False,
-        )
+        tokenizer: Any
+        if is_gguf(found["name"]):
+            tokenizer, _ = spoken_here(Base(name=found["name"])) or (None, ())
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(
+                found["name"],
+                revision=found["revision"],
+                local_files_only=True,
+                trust_remote_code=False,
+            )
         settings = found["chat_template_kwargs"]
         return ChatFormat(
             tokenizer,
@@ -179,8 +184,17 @@ def probe(settings: Any, targets: Iterable[str] = ()) -> Shape:
         linears=linears,
         largest=max(parameter.numel() for parameter in model.parameters()),
         embedded=sum(ends.values()),
+        windows=_windows(text),
         experts=experts,
     )
+
+
+def _windows(text: Any) -> tuple[int, ...]:
+    """Tokens of the window of each layer that sees one."""
+    from transformers import DynamicCache
+
+    layers = DynamicCache(config=text).layers
+    return tuple(window for one in layers if (window := getattr(one, "sliding_window", None)))
 
 
 def _widest(text: Any, *, mixture: bool) -> int:

@@ -15,7 +15,12 @@ from srlm_lite.session import (
     refuse_unreadable_base,
 )
 from srlm_lite.settings import LORA_TARGETS
-from srlm_lite.stages.seed_data import FilesOfRecipe, check_window, shapes_asked
+from srlm_lite.stages.seed_data import (
+    FilesOfRecipe,
+    check_window,
+    shapes_asked,
+    taught_thoughts,
+)
 from srlm_lite.window import leaves_room
 
 
@@ -87,6 +92,24 @@ def conversations(launch: Launch) -> Seen:
         alone = recipe.base.system is None
         return Seen("single user turns" if alone else "single user turns, under a system message")
     return Seen(f"{len(shapes)} successions of turns, all of which the template writes")
+
+
+def thoughts(launch: Launch) -> Seen:
+    """That thoughts which stand in what the anchor learns are going to be taken for thoughts."""
+    chat = launch.chat
+    if chat is None:
+        return Seen("not known before the base is loaded", asked=False)
+    if chat.thinks:
+        return Seen("the base thinks")
+    count = taught_thoughts(launch.recipe)
+    told = (
+        f"{count:,} replies of the instruction data begin with a thought, and the base does not "
+        "think, or is told not to: it learns them as text. Take the thoughts out, or let it think "
+        "(base.chat_template_kwargs)"
+    )
+    if count:
+        return Seen(f"{count:,} are taught as text", (told,))
+    return Seen("none are taught")
 
 
 def judging(launch: Launch) -> Seen:

@@ -34,6 +34,7 @@ CHECKS: Mapping[str, Check] = {
     "targets": base.targets,
     "chat template": base.template,
     "conversations": base.conversations,
+    "thoughts": base.thoughts,
     "prompts that fit": base.prompts_that_fit,
     "judging": base.judging,
     "memory": machine.memory,
@@ -50,6 +51,7 @@ NEEDS: Mapping[str, tuple[str, ...]] = {
     "targets": ("base", "base files", "device"),
     "chat template": ("base", "base files", "device"),
     "conversations": ("base", "data", "prompts", "chat template"),
+    "thoughts": ("base", "data", "chat template"),
     "prompts that fit": ("base", "chat template", "prompts", "conversations"),
     "judging": ("base", "data", "judge", "prompts", "chat template", "conversations"),
     "memory": ("base", "device", "targets"),
@@ -61,6 +63,7 @@ OF_WORK = (
     "device",
     "chat template",
     "conversations",
+    "thoughts",
     "prompts that fit",
     "judging",
     "disk",
@@ -115,6 +118,21 @@ def answers(launch: Launch) -> Iterator[Answer]:
         else:
             state: State = "ok" if seen.asked else "not asked"
             yield Answer(name, "warning" if seen.warnings else state, seen.text, seen.warnings)
+
+
+def answers_of_files(launch: Launch) -> Iterator[Answer]:
+    """The answers of the checks that need neither a directory nor a machine: settings and files."""
+    named = {check: name for name, check in CHECKS.items()}
+    for check in inputs.INPUTS:
+        try:
+            seen = check(launch)
+        except UserError as error:
+            yield Answer(named[check], "bad", str(error))
+        else:
+            state: State = "ok" if seen.asked else "not asked"
+            yield Answer(
+                named[check], "warning" if seen.warnings else state, seen.text, seen.warnings
+            )
 
 
 def _checks(launch: Launch) -> Mapping[str, Check]:

@@ -8,6 +8,7 @@ from srlm_lite.engines import engines_of
 from srlm_lite.errors import UserError
 from srlm_lite.evaluate import ifeval
 from srlm_lite.evaluate.gold import load_gold
+from srlm_lite.forms import form_of
 from srlm_lite.judging import load_rubric
 from srlm_lite.methods import method_of
 from srlm_lite.preflight.launch import Launch, Seen
@@ -42,13 +43,19 @@ def engines(launch: Launch) -> Seen:
 
 
 def judge(launch: Launch) -> Seen:
-    """The rubric, and that two of its scores can be as far apart as a pair's have to be."""
-    recipe = launch.recipe
+    """The rubric, what the form of judging reads beside it, and that two scores can be as far
+    apart as a pair's have to be."""
+    recipe, form = launch.recipe, form_of(launch.recipe)
     rubric, gap = load_rubric(recipe.judge.rubric), recipe.pairing.min_gap
-    if recipe.judge_makes_pairs and gap >= rubric.max - rubric.min:
+    form.preflight()
+    low, high = form.scale(rubric)
+    if recipe.judge_makes_pairs and gap >= high - low:
+        whose = f"the rubric {rubric.name}"
+        if (low, high) != (rubric.min, rubric.max):
+            whose = f"judge.form={form.name}"
         raise UserError(
-            f"no two scores of the rubric {rubric.name} differ by more than {gap:g}: it goes from "
-            f"{rubric.min:g} to {rubric.max:g}",
+            f"no two scores of {whose} differ by more than {gap:g}: it goes from "
+            f"{low:g} to {high:g}",
             where="pairing.min_gap",
             way_out="Lower it",
         )

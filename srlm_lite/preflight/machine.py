@@ -5,8 +5,9 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from srlm_lite.engines import engines_of
+from srlm_lite.engines import engines_of, kind_of
 from srlm_lite.errors import UserError
+from srlm_lite.forms import form_of
 from srlm_lite.planning.machine import shortfall
 from srlm_lite.preflight.launch import Launch, Seen
 from srlm_lite.session import refuse_several, refuse_sharding
@@ -58,11 +59,17 @@ def tracking(launch: Launch) -> Seen:
 
 
 def server(launch: Launch) -> Seen:
-    """That the servers of the run's engines are there."""
-    asked = [kind.reach for kind in engines_of(launch.recipe) if kind.reach is not None]
+    """That the servers of the run's engines are there, and tell probabilities if it needs them."""
+    recipe = launch.recipe
+    asked = [kind.reach for kind in engines_of(recipe) if kind.reach is not None]
     if not asked:
         return Seen("none is asked", asked=False)
-    return Seen(", ".join(reach(launch.recipe) for reach in asked))
+    found = ", ".join(reach(recipe) for reach in asked)
+    tells = kind_of(recipe, "judge").tells_probabilities
+    if form_of(recipe).weighs and tells is not None:
+        tells(recipe)
+        found += ", and tells probabilities"
+    return Seen(found)
 
 
 def memory(launch: Launch) -> Seen:

@@ -103,7 +103,8 @@ class Pair:
     @property
     def source(self) -> str:
         """Where it is from, in words; empty for the iteration's own answers."""
-        return "a pair of judgements" if self.record.origin == JUDGE else self.record.origin
+        origin = self.record.origin
+        return origin.replace(JUDGE, "a pair of judgements", 1)
 
     @property
     def gap(self) -> float:
@@ -199,6 +200,12 @@ class ModelFacts:
         return figure(greedy, "gold_mean", greedy.get("gold_se"))
 
     @property
+    def best_of_gold(self) -> Estimate | None:
+        """Gold score of the answers that its judge picked of several (`evaluate.best_of`)."""
+        best = self.policy.get("best_of") or {}
+        return figure(best, "gold_mean", best.get("gold_se"))
+
+    @property
     def anchor_score(self) -> Estimate | None:
         """What the anchor, as judge, thinks of its answers."""
         return figure(self.policy, "anchor_score", self.policy.get("anchor_score_se"))
@@ -266,6 +273,10 @@ class Facts:
     """Those of which there is anything yet, in order; the base where it has been measured."""
     duels: tuple[Duel, ...] = ()
     """Head to heads of its models and others, as `srlm-lite compare` has left them."""
+    anchor_sha256: str = ""
+    """The hash of the anchor's adapter; empty before there is one."""
+    controls: tuple[Facts, ...] = ()
+    """Other runs to hold it against, without their texts."""
 
     @property
     def name(self) -> str:
@@ -351,7 +362,9 @@ def gather(run: RunDir, *, last: int | None = None, texts: bool = True) -> Facts
             models.append(_model(place.number, place, stages, iteration))
     results = [read_json(place.result) for place in run.comparisons.finished()]
     duels = tuple(Duel(one["model"], one["baseline"], one["judge"]["name"], one) for one in results)
-    return Facts(run.path, facts["recipe"], facts, tuple(models), duels)
+    return Facts(
+        run.path, facts["recipe"], facts, tuple(models), duels, anchor_sha256=run.anchor.sha256
+    )
 
 
 def _model(

@@ -23,6 +23,7 @@ from srlm_lite.evaluate.reading import KINDS, first_loss
 from srlm_lite.methods import METHODS, own_settings
 from srlm_lite.report.answer import answer, duration, hardware
 from srlm_lite.report.charts import groups, number
+from srlm_lite.report.controls import COLUMNS, comparisons, rows, verdict
 from srlm_lite.report.draw import svg
 from srlm_lite.report.facts import Duel, Estimate, Facts, ModelFacts, used_settings
 from srlm_lite.report.pack import Packed, pack
@@ -48,6 +49,7 @@ KEY_SETTINGS = (
     ("pairing.source", "pairs by"),
     ("dpo.init", "each delta starts from"),
     ("dpo.reference", "reference"),
+    ("dpo.loss", "loss"),
     ("dpo.beta", "beta"),
     ("dpo.learning_rate", "learning rate"),
     ("dpo.epochs", "epochs"),
@@ -99,6 +101,7 @@ def _page(facts: Facts) -> dict[str, Any]:
         ],
         "others": [row for model in facts.models for row in _others(model)],
         "duels": [_duel(one) for one in facts.duels],
+        "controls": _controls(facts),
         "groups": [
             (group, [(chart, svg(chart)) for chart in group.charts]) for group in groups(facts)
         ],
@@ -159,6 +162,9 @@ def _columns(facts: Facts) -> list[tuple[str, Cell]]:
     if facts.gold_name:
         columns += [("gold", lambda m: _with_bounds(m.gold))]
         columns += [("gold, greedy", lambda m: _with_bounds(m.greedy_gold))]
+    if several := next((m.policy["best_of"]["n"] for m in facts.models if m.best_of_gold), None):
+        name = f"gold, best of {several} by its judge"
+        columns += [(name, lambda m: _with_bounds(m.best_of_gold))]
     columns += [
         *((one.label.replace("-", _HYPHEN), judged(one)) for one in JUDGE_FIGURES),
         ("characters", lambda m: number(m.policy.get("mean_length_chars"), 0)),
@@ -198,6 +204,15 @@ def _duel(duel: Duel) -> tuple[str, ...]:
         else _with_bounds(duel.length_controlled, 1),
         number(gold, 1),
     )
+
+
+def _controls(facts: Facts) -> dict[str, Any] | None:
+    """What stands beside the run's controls; None where none was named."""
+    if not facts.controls:
+        return None
+    found = comparisons(facts)
+    told = [one.text for one in found]
+    return {"verdict": verdict(found), "told": told, "columns": COLUMNS, "rows": rows(facts)}
 
 
 def _others(model: ModelFacts) -> list[tuple[str, str, str]]:

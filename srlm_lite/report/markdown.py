@@ -5,6 +5,7 @@ from __future__ import annotations
 from srlm_lite.evaluate.judge_figures import SHORT_FIGURES
 from srlm_lite.report.answer import Headline, answer, worries
 from srlm_lite.report.charts import number
+from srlm_lite.report.controls import COLUMNS, comparisons, rows, verdict
 from srlm_lite.report.facts import Facts, ModelFacts
 from srlm_lite.shipped import short_base
 
@@ -27,6 +28,8 @@ def markdown(facts: Facts) -> str:
         ),
         "## Measured\n\n" + measured(facts),
     ]
+    if facts.controls:
+        parts.append(_beside_controls(facts))
     if warned := warned_of(facts):
         parts.append(warned)
     parts.append(f"Recipe digest `{facts.run.get('digest', '')}`. Made with srlm-lite.")
@@ -59,6 +62,14 @@ def measured(facts: Facts) -> str:
     if gold:
         notes += f" Gold: `{gold}` on sampled answers to held-out prompts, with 95% intervals."
     return "\n".join([*lines, "", notes])
+
+
+def _beside_controls(facts: Facts) -> str:
+    found = comparisons(facts)
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+    lines += ["| " + " | ".join(row) + " |" for row in rows(facts)]
+    told = "\n".join([verdict(found), "", *(f"- {one.text}" for one in found)])
+    return f"## Controls\n\n{told}\n\n" + "\n".join(lines)
 
 
 def warned_of(facts: Facts) -> str:

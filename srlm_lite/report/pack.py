@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from srlm_lite.conversation import last_turn, turns
-from srlm_lite.pairing import JUDGE
+from srlm_lite.pairing import is_of_judgements
 from srlm_lite.records import Judgement
 from srlm_lite.report.facts import Pair
 
@@ -68,7 +68,7 @@ def _row(pair: Pair, gold: GoldScores | None) -> dict[str, Any]:
     """
     record = pair.record
     scored = None
-    if gold is not None and record.origin != JUDGE:  # a judgement is no answer
+    if gold is not None and not is_of_judgements(record.origin):  # a judgement is no answer
         scored = [gold(record.prompt, record.chosen), gold(record.prompt, record.rejected)]
     return {
         "t": pair.iteration,

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
+from srlm_lite.conversation import Message
 from srlm_lite.errors import SrlmError, UserError, same_command, shorten
 from srlm_lite.records import FinishReason
 from srlm_lite.rollout.protocol import Limits, Request, Sample, StopRule, Token
@@ -49,6 +50,8 @@ them, and are asked without."""
 
 TELLING_WORDS = 8
 """A reply so long is not given to every seed by chance."""
+
+UNTOLD = "the server gives no log-probabilities"
 
 _RETRIED = {408, 409, 425, 429}
 _WHERE = "engine openai"
@@ -321,7 +324,7 @@ def _sample(answer: dict[str, Any], limits: Limits) -> Sample:
         ) from error
     if limits.alternatives and text and not tokens:
         raise UserError(
-            "the server gives no log-probabilities",
+            UNTOLD,
             where=_WHERE,
             way_out="Set judge.score=sampled, or take a server that has them, such as vLLM",
         )
@@ -442,6 +445,30 @@ def reach(settings: OpenAI) -> str:
             "Correct openai.url, up to and including /v1",
         ) from error
     return f"{url} answers"
+
+
+def refuse_untold(settings: OpenAI, *, way_out: str) -> None:
+    """Ask a server for a token with its log-probabilities.
+
+    Args:
+        way_out: What to do about a server that has none.
+
+    Raises:
+        UserError: It gives none.
+    """
+    message: Message = {"role": "user", "content": "Say yes."}
+    limits = Limits(temperature=0.0, top_p=1.0, max_new_tokens=1, alternatives=2)
+    engine = OpenAIEngine(settings)
+    try:
+        [[sample]] = engine.sample([Request((), (0,), (message,))], limits)
+    except UserError as error:
+        if error.what != UNTOLD:
+            raise
+        raise UserError(UNTOLD, where=error.where, way_out=way_out) from error
+    finally:
+        engine.close()
+    if not sample.tokens:
+        raise UserError(UNTOLD, where=_WHERE, way_out=way_out)
 
 
 def _listed(response: httpx.Response) -> set[str] | None:

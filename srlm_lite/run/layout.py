@@ -59,7 +59,7 @@ class StageDir:
 
     @property
     def _noted(self) -> Path:
-        """Of a folder that is not finished: the SHA-256 of each file that is."""
+        """In a folder that is not finished: the SHA-256 of each file that is."""
         return self.path / ".noted.json"
 
     def note(self, seen: dict[Path, tuple[int, int, str]]) -> None:
@@ -148,6 +148,14 @@ class AnchorDir(StageDir):
         return adapter_files(self.adapter)
 
     @property
+    def sha256(self) -> str:
+        """Noted of the adapter's weights; empty before it is done. Anchors that are the same have
+        the same."""
+        noted = read_json(self.done, sha256=dict)["sha256"] if self.is_done else {}
+        found = [noted.get(file.name, "") for file in self.adapter_files if "json" not in file.name]
+        return str(found[0]) if found else ""
+
+    @property
     def reading(self) -> Path:
         """How well the bare base reads the run's data."""
         return self.path / "reading.json"
@@ -157,9 +165,9 @@ class AnchorDir(StageDir):
         """The IFT-only adapter that writes the EFT targets."""
         return self.path / "ift_only"
 
-    @property
-    def eft_judgements(self) -> Path:
-        return self.path / "eft_judgements.jsonl"
+    def eft_file(self, name: str) -> Path:
+        """What the model that writes EFT targets did, by name; `judgements` are its grades."""
+        return self.path / f"eft_{name}.jsonl"
 
     @property
     def eft_targets(self) -> Path:

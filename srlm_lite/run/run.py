@@ -570,7 +570,8 @@ def _some(lines: Sequence[str]) -> str:
 def _contradictions(identity: Any, recipe: Any, prefix: str = "") -> list[str]:
     """Settings of which a run's identity says another thing than its recipe, a line each.
 
-    What the identity knows by content, or by its place among the shipped, is passed over.
+    What the identity knows by content, by its place among the shipped, or by what `auto` came to is
+    passed over.
     """
     if isinstance(identity, dict) and isinstance(recipe, dict):
         return [
@@ -579,7 +580,7 @@ def _contradictions(identity: Any, recipe: Any, prefix: str = "") -> list[str]:
             for line in _contradictions(identity[key], recipe[key], f"{prefix}.{key}".lstrip("."))
         ]
     by_content = isinstance(identity, str) and identity.startswith("sha256:")
-    if identity == recipe or by_content or prefix == "base.name":
+    if identity == recipe or by_content or prefix == "base.name" or recipe == "auto":
         return []
     return [f"{prefix} ({in_short(recipe)}, {in_short(identity)})"]
 

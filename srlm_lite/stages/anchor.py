@@ -10,8 +10,11 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
 
+from srlm_lite.declared import NoSettings
 from srlm_lite.errors import UserError
 from srlm_lite.evaluate.reading import ADVICE, anchor_doubts, doubts
+from srlm_lite.forms import form_of
+from srlm_lite.forms.grade import GradeForm
 from srlm_lite.judging import Rubric, as_sampled, parse_score
 from srlm_lite.progress import Training
 from srlm_lite.records import (
@@ -25,10 +28,16 @@ from srlm_lite.run.files import read_json, write_json, write_records
 from srlm_lite.seeds import derive_seed
 from srlm_lite.session import Session
 from srlm_lite.settings import Optim
+from srlm_lite.stages.judges import SessionJudge, as_candidates
 from srlm_lite.stages.keeping import checkpoints, kept
 from srlm_lite.stages.replies import learned_ids, without_thoughts
-from srlm_lite.stages.sampling import judge_replies
-from srlm_lite.stages.seed_data import data_file, read_extra, read_ift, read_ranked
+from srlm_lite.stages.seed_data import (
+    data_file,
+    ranked_file,
+    read_extra,
+    read_ift,
+    read_ranked,
+)
 
 if TYPE_CHECKING:
     from srlm_lite.model.stack import Adapter
@@ -57,8 +66,7 @@ def anchor(session: Session) -> tuple[None, dict[str, Any]]:
     eft: list[Example] = []
     facts: dict[str, Any] = {"ift": len(ift), **({"extra": len(extra)} if extra else {})}
     if section.use_eft:
-        rows = eft_rows(session, ift, facts)
-        eft = [_judge_example(session, row) for row in rows]
+        eft = judge_examples(session, ift, facts)
         facts["eft"] = len(eft)
     examples, too_long = fitting_examples(session, [*ift, *extra, *eft])
     if not examples:
@@ -107,13 +115,40 @@ def ift_examples(
     ]
 
 
+def judge_examples(
+    session: Session, ift: Sequence[Example], facts: dict[str, Any]
+) -> list[Example]:
+    """Judge data as ids: questions of the recipe's form of judging, or the rubric's.
+
+    Raises:
+        UserError: No two replies to a prompt are ranked apart, and the form is taught by such.
+    """
+    recipe, form = session.recipe, form_of(session.recipe)
+    if not form.has_lessons:
+        return [_judge_example(session, row) for row in eft_rows(session, ift, facts)]
+    path = ranked_file(recipe)
+    groups = without_thoughts(session.chat, read_ranked(path, recipe.anchor.eft_prompts))
+    lessons = form.lessons(groups, session.rubric)
+    if not lessons:
+        raise UserError(
+            f"ranks no two replies to a prompt apart, and judge.form={recipe.judge.form} is taught "
+            "by such",
+            where=str(path),
+            way_out="Name replies that people ranked as data.ranked, or leave judge data out "
+            "(anchor.use_eft=false)",
+        )
+    write_records(session.run.anchor.eft_targets, lessons)
+    return ift_examples(session, lessons, as_they_stand=True)
+
+
 def eft_rows(session: Session, ift: Sequence[Example], facts: dict[str, Any]) -> list[RankedReply]:
     """Judge data with targets, from where the recipe says."""
     section = session.recipe.anchor
     path = data_file(session.recipe, "eft_train.jsonl")
     groups = without_thoughts(session.chat, read_ranked(path, section.eft_prompts))
     if section.eft_targets == "given":
-        return given_targets(groups, session.rubric, path)
+        rows = given_targets(groups, session.rubric, path)
+        return rows if session.recipe.judge.rationale else score_lines(rows, session.rubric)
     drops: dict[str, int] = {}
     if section.eft_targets == "human":
         scored = human_targets(groups, session.rubric)
@@ -155,24 +190,30 @@ def given_targets(
     return rows
 
 
+def score_lines(rows: Sequence[RankedReply], rubric: Rubric) -> list[RankedReply]:
+    """The same rows with targets that are nothing but the score line: no reasons before it."""
+    scores = [parse_score(row.target or "", rubric) for row in rows]
+    return [
+        replace(row, target=f"Score: {score:g}") for row, score in zip(rows, scores, strict=True)
+    ]
+
+
 def _self_written_targets(
     session: Session,
     groups: Sequence[Sequence[RankedReply]],
     ift: Sequence[Example],
     path: Path,
 ) -> tuple[list[tuple[RankedReply, float]], dict[str, int]]:
-    stack = [_ift_only(session, ift)] if ift else []
-    replies = [(row.response_id, row.prompt, row.response) for group in groups for row in group]
-    judgements = judge_replies(
+    judge = SessionJudge(
         session,
-        stack,
-        replies,
-        path=session.run.anchor.eft_judgements,
+        [_ift_only(session, ift)] if ift else [],
+        place=session.run.anchor.eft_file,
         stage="EFT targets",
-        votes=session.recipe.judge.votes,
-        chunk=session.recipe.rollout.chunk_prompts * session.recipe.rollout.n,
         seed_path=(session.recipe.seed, "eft-targets"),
+        every_vote=True,
     )
+    rows = [row for group in groups for row in group]
+    judgements, _ = GradeForm(session.recipe, NoSettings()).judge(judge, *as_candidates(rows))
     kept, drops = agreeing_targets(groups, judgements)
     if not kept:
         raise UserError(

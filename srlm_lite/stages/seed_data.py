@@ -16,7 +16,7 @@ from srlm_lite.conversation import (
     with_both_faces,
     with_system,
 )
-from srlm_lite.data.text import words_of
+from srlm_lite.data.text import begins_with_thought, words_of
 from srlm_lite.engines import kind_of
 from srlm_lite.errors import UserError, shorten
 from srlm_lite.evaluate import ifeval
@@ -90,6 +90,19 @@ def read_ift(recipe: Recipe) -> list[Instruction]:
         UserError: There is none, or a row has no text to answer, or no answer.
     """
     return _instructions(data_file(recipe, "ift.jsonl"))[: recipe.anchor.ift_limit]
+
+
+def taught_thoughts(recipe: Recipe) -> int:
+    """Rows that the anchor learns whose reply begins with a thought.
+
+    Raises:
+        UserError: As `read_ift`.
+    """
+    section = recipe.anchor
+    if section.init != "base":
+        return 0
+    rows = [*(read_ift(recipe) if section.use_ift else ()), *read_extra(recipe)]
+    return sum(begins_with_thought(row.response) for row in rows)
 
 
 def read_extra(recipe: Recipe) -> list[Instruction]:
