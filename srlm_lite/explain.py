@@ -77,7 +77,11 @@ class Setting:
         A method's own settings are at their defaults.
         """
         unread = {name: kind.unread(kind.Settings()) for name, kind in METHODS.items()}
-        return {name: tuple(keys[self.key]) for name, keys in unread.items() if self.key in keys}
+        return {
+            name: tuple(written(value) for value in keys[self.key])
+            for name, keys in unread.items()
+            if self.key in keys
+        }
 
 
 def settings_in(

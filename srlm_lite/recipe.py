@@ -140,7 +140,8 @@ class Recipe(_OfMethods):
             value = getattr(getattr(self, section), key)
             plain = type(getattr(self, section)).model_fields[key].default
             if value in values if values else value != plain:
-                told = f"{name}={value}" if values else name
+                shown = str(value).lower() if isinstance(value, bool) else value
+                told = f"{name}={shown}" if values else name
                 raise ValueError(f"method {self.method} knows no {told}")
         return self
 

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from typer.main import get_command
 
 from srlm_lite import __version__
-from srlm_lite.cli import iterate, main
+from srlm_lite.cli import iterate, main, wrapping
 from srlm_lite.cli.progress import ConsoleReporter, TimeLeft, _Bar, _duration, _Eta, summary
 from srlm_lite.cli.tables import closing_table, plain_table
 from srlm_lite.cli.wrapping import fitted
@@ -757,6 +757,17 @@ def test_lines_are_whole_in_a_pipe_and_words_are_never_broken() -> None:
         "  one two three four five six\n    seven"
     )
     assert fitted("x" * 50, 40) == "x" * 50
+
+
+def test_a_mistake_is_broken_between_words_on_a_terminal_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    line = "out/mine: holds no run (no run.json). Start one with: srlm-lite iterate --adapters out"
+    assert wrapping.after_name(line) == line
+    monkeypatch.setattr(wrapping, "of_stderr", lambda: 60)
+    first, *rest = wrapping.after_name(line).splitlines()
+    assert len(f"srlm-lite: {first}") <= 60 and all(len(part) <= 60 for part in rest)
+    assert " ".join([first, *(part.strip() for part in rest)]) == line
 
 
 @pytest.mark.parametrize(

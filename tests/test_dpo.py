@@ -290,6 +290,34 @@ def test_the_nll_term_is_added_to_the_loss(
     assert facts["first_loss"] > LN2 + 0.1
 
 
+def test_a_pair_s_weight_counts_in_the_nll_term_too(
+    base: LoadedBase, slot: Slot, anchor: Adapter, tmp_path: Path
+) -> None:
+    """All at half their weight: half the loss, DPO's ln 2 and the NLL alike. One alone: its own."""
+
+    def first_loss(*weights: float) -> float:
+        _, facts = train_dpo(
+            slot,
+            base,
+            anchor=[anchor],
+            delta=slot.fresh(LORA, seed=2),
+            reference=[anchor],
+            pairs=[
+                replace(pair, weight=weight)
+                for pair, weight in zip(pairs(base, 4), weights, strict=True)
+            ],
+            dpo=DPO.model_copy(update={"nll_weight": 0.5, "epochs": 1}),
+            scratch=tmp_path,
+            seed=2,
+        )
+        return facts["first_loss"]
+
+    whole = first_loss(1, 1, 1, 1)
+    assert first_loss(0.5, 0.5, 0.5, 0.5) == pytest.approx(whole / 2, abs=1e-3)
+    alone = [first_loss(*(float(i == j) for j in range(4))) for i in range(4)]
+    assert sum(alone) == pytest.approx(whole, abs=2e-3)
+
+
 # --- weights and smoothing --------------------------------------------------------------------
 
 

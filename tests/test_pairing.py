@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -41,8 +42,9 @@ from srlm_lite.recipe import Recipe, recipe_from
 from srlm_lite.records import Candidate, FinishReason, Judgement, PreferencePair, Prompt
 from srlm_lite.run.run import RunDir
 from srlm_lite.session import Session
-from srlm_lite.settings import Pairing
+from srlm_lite.settings import Dpo, Pairing
 from srlm_lite.stages.at_work import AtWork
+from srlm_lite.stages.learning import beside_new_ones
 
 DEFAULT = Pairing()
 
@@ -649,6 +651,17 @@ def test_pairs_count_by_their_gap() -> None:
     assert [one.weight for one in found] == [0.5, 0.5, 1.0]
     assert [replace(one, weight=1.0) for one in found[:2]] == pairs[:2]
     assert weighted_by_gap([]) == []
+
+
+@pytest.mark.parametrize(("older", "batch"), [(0, 16), (8, 16), (20, 32), (41, 48)])
+def test_older_pairs_in_the_steps_of_the_new_ones(older: int, batch: int) -> None:
+    """20 new pairs in batches of 16; with as many older ones twice as large, to the nearest."""
+    pairs = [*numbered("new", 20), *numbered("old", older, "replay, 1 back")]
+    dpo = Dpo(batch_size=16, micro_batch_size=16)
+    found = beside_new_ones(dpo, pairs)
+    assert found.batch_size == batch
+    assert found.model_copy(update={"batch_size": 16}) == dpo
+    assert math.ceil(len(pairs) / batch) == 2  # as many steps as the new ones take
 
 
 def test_older_pairs_as_the_newest_judge_has_them() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 from live_bytes import LiveBytes
+from messages import Told
 from typer.testing import CliRunner
 
 from srlm_lite.errors import UserError
@@ -673,8 +675,8 @@ def test_every_method_has_phases(method: str) -> None:
 @pytest.mark.parametrize(
     "text", ["80", "0x80GB", "two", "2x0GB", "", "2x", "80GB,24GB", "8xA100", "NVIDIA H100 PCIe"]
 )
-def test_odd_gpus_are_refused(text: str) -> None:
-    with pytest.raises(UserError, match=r"2x80GB.*A100-40GB"):
+def test_odd_gpus_are_refused(told: Told, text: str) -> None:
+    with told.refused():
         parse_gpus(text)
 
 
@@ -734,6 +736,11 @@ def test_rates_of_many_measured_at_once_are_all_kept(tmp_path: Path) -> None:
 
 
 # --- times ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def no_rates_of_one_s_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("srlm_lite.planning.times.rates_folder", lambda: tmp_path / "none")
 
 
 def timed(recipe: str, gpus: str, *settings: str) -> tuple[Plan, dict[str, Time]]:
@@ -841,6 +848,18 @@ def test_a_user_s_own_rates_come_first_whatever_the_driver_calls_the_device(
     assert times["DPO"].source.startswith("your own, ")
     assert "H100" in times["judge"].source  # measured elsewhere
     assert "your own" not in timed("llama3.1-8b", "H200")[1]["DPO"].source
+
+
+@pytest.mark.parametrize(
+    ("recipe", "gpus"),
+    [("llama3.1-8b", "H100"), ("llama2-70b", "8xH200"), ("gemma3-4b", "T4"), ("qwen3-8b", "24GB")],
+)
+def test_where_times_are_from_is_told_in_words(told: Told, recipe: str, gpus: str) -> None:
+    """Without the figures: those follow from the recipe, whose plan others change."""
+    shown = run("plan", "--recipe", recipe, "--gpus", gpus).stdout
+    for line in shown.splitlines():
+        if line.startswith(("time of ", "in all ", "with ", "`srlm-lite bench plan`")):
+            told(re.sub(r"\d[\d.]*(?= (?:h|min|s|GB)\b)|(?<= x)\d\.\d+", "#", line))
 
 
 def test_other_engines_are_told_of_with_what_they_bring() -> None:

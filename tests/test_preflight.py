@@ -401,6 +401,8 @@ def test_what_can_be_told_without_torch_is_told_before_it_is_loaded(tmp_path: Pa
         ("new", ["judge.rubric=nowhere"], "shipped rubrics"),
         ("new", ["rollout.engine=vllm"], "vLLM is not installed"),
         ("new", ["anchor.init=nowhere"], "no such directory"),
+        ("new", ["base.name=/no/base"], "there is nothing at /no/base"),
+        ("new", ["base.name=some-org/base"], "the Hub cannot be reached"),
         ("new", [*judge, f"openai.url={absent}"], "cannot be reached"),
         ("new", [*judge, "openai.url=http://me:word@host/v1"], "holds a user or password"),
     ]
@@ -412,6 +414,8 @@ def test_what_can_be_told_without_torch_is_told_before_it_is_loaded(tmp_path: Pa
     there = ["--adapters", str(tmp_path / "another")]
     for words, told in (
         (["plan", "--recipe", "tiny", "--set", "dpo.bet=1"], "unknown key"),
+        (["plan", "--recipe", "tiny", "--set", "base.name=some-org/base"], "cannot be reached"),
+        (["plan", "--recipe", "tiny", "--set", "base.name=./nothing"], "nothing at ./nothing"),
         (["export", *there, "--iteration", "7", "--out", "x"], "has no iteration 7"),
         (["evaluate", *there, "--iteration", "7"], "has no iteration 7"),
         (["compare", *there, "7", "anchor"], "has no iteration 7"),

@@ -153,6 +153,9 @@ def test_yes_with_the_best_not_the_last(facts: Facts) -> None:
     assert "2.00 (M1) to 2.50 (M2): +0.50 (95% interval +0.22 to +0.78)" in found.headline
     assert "M2, iteration 1" in found.export[0] and "M3 is the last one" in found.export[0]
     assert any("best of 2 iterations" in text for text in found.by_how_much)
+    assert "report --control" in found.by_how_much[-1]
+    held = answer(replace(facts, controls=(facts,)))
+    assert not any("--control" in text for text in held.by_how_much)
     assert "3.0 min" in found.cost[0] and "50 pairs" in found.cost[-1]
 
 

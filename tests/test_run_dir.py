@@ -700,7 +700,7 @@ def test_where_no_directory_can_be_made_there_is_no_run(told: Told) -> None:
 
 @pytest.mark.parametrize("content", [
     "", "{", "[]", "5", '{"other": "tool"}', '{"recipe": {}}', '{"recipe": {}, "identity": {}}',
-    '{"recipe": {}, "identity": {"base": {}}}',
+    '{"recipe": {}, "identity": {"base": {}}}', '{"recipe": {}, "identity": {"base": {"name": 1}}}',
 ])  # fmt: skip
 def test_a_broken_or_foreign_run_json_is_one_line(told: Told, tmp_path: Path, content: str) -> None:
     (tmp_path / "run.json").write_text(content)

@@ -28,6 +28,7 @@ def test_settings_that_may_be_paths() -> None:
         "data.dir": IsPath(),
         "data.extra": IsPath(),
         "data.ranked": IsPath(),
+        "anchor.disturb_template": IsPath(shipped=TEMPLATES),
         "anchor.init": IsPath(words=("base",)),
         "prompts.file": IsPath(),
         "judge.rubric": IsPath(shipped=RUBRICS),
@@ -64,17 +65,18 @@ def test_settings_that_decide_nothing() -> None:
 
 def test_settings_that_came_later() -> None:
     assert {name: mark.value for name, mark in marked(Shared, Before)} == {
+        "anchor.disturb_template": "disturb",
         "anchor.micro_batch_tokens": "auto",
         "base.attention": "sdpa",
         "base.chat_template_kwargs": {},
         "base.system": None,
         "dpo.loss": "sigmoid",
         "dpo.micro_batch_tokens": "auto",
+        "dpo.target_margin": 0.5,
+        "evaluate.best_of": None,
         "judge.adaptive_votes": False,
         "judge.form": "grade",
         "judge.rationale": True,
-        "dpo.target_margin": 0.5,
-        "evaluate.best_of": None,
         "pairing.accumulate": False,
         "pairing.older_order": "keep",
         "pairing.older_steps": "more",

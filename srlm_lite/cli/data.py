@@ -188,11 +188,14 @@ def prepare_command(
             facts = prepare(source, out, options, force=force, reporter=reporter)
     else:
         facts = prepare(source, out, options, force=force)
+    from srlm_lite.cli.wrapping import columns, fitted, hung, of_stderr
+
     for note in facts["notes"]:
-        typer.echo(for_terminal(f"note: {note}"), err=True)
-    typer.echo(
-        json_for_terminal(facts, indent=2) if as_json else for_terminal(_account(facts, out))
-    )
+        typer.echo(hung("note: ", for_terminal(note), of_stderr()), err=True)
+    if as_json:
+        typer.echo(json_for_terminal(facts, indent=2))
+    else:
+        typer.echo(fitted(for_terminal(_account(facts, out)), columns()))
     typer.echo(_next(facts, out), err=as_json)
 
 

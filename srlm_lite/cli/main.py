@@ -18,6 +18,7 @@ from typer.core import TyperGroup
 from srlm_lite.cli import bench, data, recipes, show
 from srlm_lite.cli.completion import overrides, recipe_names
 from srlm_lite.cli.usage import UsageError, as_told
+from srlm_lite.cli.wrapping import after_name
 from srlm_lite.errors import SrlmError, UserError, same_command
 from srlm_lite.processes import place, say
 from srlm_lite.stopping import exit_code, terminable, told
@@ -128,13 +129,16 @@ def plan(
     ] = None,
     gpus: Annotated[
         str | None,
-        typer.Option(help="Other hardware than this machine's: 2x80GB, 24GB.", metavar="NxSIZE"),
+        typer.Option(
+            help="Other hardware than this machine's: 8xH100, 2x80GB, 24GB.", metavar="NxGPU"
+        ),
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:
     """What a recipe will need: memory by phase and part, disk, tokens, time; no weights loaded.
 
-    Says what to change where a phase does not fit.
+    Says what to change where a phase does not fit, and what more GPUs or another way to sample
+    would bring. A time is measured, scaled from what was measured elsewhere, or unknown.
     """
     from srlm_lite.cli.plan import run_plan
 
@@ -602,18 +606,18 @@ def run() -> None:
     except UsageError as wrong:
         told_of = as_told(wrong)
         if told_of is not None:
-            say(str(told_of))
+            say(after_name(str(told_of)))
         raise SystemExit(2) from None
     except UserError as error:
-        say(str(error))
+        say(after_name(str(error)))
         raise SystemExit(2) from None
     except SrlmError as error:
-        say(f"stopped: {error}")
+        say(after_name(f"stopped: {error}"))
         raise SystemExit(1) from None
     except Exception as error:
         refused = refused_by_the_disk(error)
         if refused is None:
             raise
-        say(str(refused))
+        say(after_name(str(refused)))
         raise SystemExit(2) from None
     raise SystemExit(code or 0)

@@ -174,7 +174,8 @@ class ConsoleReporter:
 
     def command(self, line: str, what_for: str) -> None:
         """A command to type, and what for: whole, so that it can be copied, whatever the width."""
-        told = _fit_to_show(f"{line}  # {what_for}")
+        line, what_for = _fit_to_show(line), _fit_to_show(what_for)
+        told = f"{line}  # {what_for}"
         if self._width is not None and len(told) > self._width:
             indent = " " * (len(line) - len(line.lstrip()) if line[:1] == " " else 6)
             told = f"{line}\n{fitted(f'{indent}  # {what_for}', self._width)}"
@@ -196,7 +197,7 @@ class ConsoleReporter:
             self._progress.remove_task(task)
         where = f"iteration {iteration}" if iteration else "anchor"
         head = f"  {where:<12} {stage:<11} {_duration(seconds):>8}  "
-        self._rich.print(hung(head, summary(stage, facts), self._width), markup=False)
+        self._rich.print(hung(head, _fit_to_show(summary(stage, facts)), self._width), markup=False)
 
     def warn(self, text: str) -> None:
         """See `Reporter.warn`."""

@@ -35,6 +35,7 @@ Json = Annotated[bool, typer.Option("--json", help="JSON lines instead of text."
 def run(adapters: Adapters, json_: Json = False) -> None:
     """The table of the run's models."""
     from srlm_lite.cli.tables import closing_table
+    from srlm_lite.cli.wrapping import columns, fitted
     from srlm_lite.run.run import RunDir
 
     run_dir = RunDir(adapters)
@@ -48,14 +49,16 @@ def run(adapters: Adapters, json_: Json = False) -> None:
         return
     recipe = run_dir.recipe()
     table = closing_table(run_dir, recipe)
-    _echo(f"{recipe.name}: {recipe.method}, seed {recipe.seed}, base {recipe.base.name}")
+    head = f"{recipe.name}: {recipe.method}, seed {recipe.seed}, base {recipe.base.name}"
+    _echo(fitted(head, columns()))
     _echo(table)
     if under_way:
         which = f" of iteration {under_way['iteration']}" if under_way["iteration"] else ""
-        _echo(
+        kept = (
             f"kept: the training of {under_way['name']}{which} after step {under_way['step']} of "
             f"{under_way['steps']}; iterate goes on from there"
         )
+        _echo(fitted(kept, columns()))
 
 
 @app.command()
@@ -234,13 +237,15 @@ def _tell(
     found: Sequence[T], tell: Callable[[T], None], limit: int, json_: bool, *, none: str = "none"
 ) -> None:
     """The first ones, as rows of JSON or each as it is told; what is left out goes to stderr."""
+    from srlm_lite.cli.wrapping import fitted, of_stderr
+
     for one in found[:limit] if limit else found:
         if json_:
             typer.echo(json_for_terminal(one.to_row()))
         else:
             tell(one)
     if not found:
-        typer.echo(none, err=True)
+        typer.echo(fitted(none, of_stderr()), err=True)
     elif limit and len(found) > limit and not json_:
         typer.echo(f"{limit} of {len(found)}; --limit 0 shows all", err=True)
 

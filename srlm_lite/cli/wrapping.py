@@ -46,6 +46,13 @@ def hung(head: str, text: str, width: int | None) -> str:
     )
 
 
+def after_name(line: str) -> str:
+    """What stderr gets behind the program's name: one line, which a terminal gets in several."""
+    name = "srlm-lite: "
+    width = of_stderr()
+    return fitted(name + line, width).removeprefix(name)
+
+
 def _broken(line: str, width: int) -> str:
     if len(line) <= width:
         return line

@@ -223,13 +223,16 @@ class SelfRewarding(Method[S]):
         texts = self.all_prompts * n if texts is None else texts
         return Draws("candidates", self.chunk, n, sizes.prompt, sizes.answer, texts)
 
-    def votes(self, sizes: Sizes, *, answers: int | None = None) -> Iterator[Phase]:
+    def votes(
+        self, sizes: Sizes, *, answers: int | None = None, prompts: int | None = None
+    ) -> Iterator[Phase]:
         """The judging of answers, in the recipe's form.
 
         Args:
             answers: Of the whole run; default: `rollout.n` to each prompt.
+            prompts: That they answer; default: those of the whole run.
         """
-        n, prompts = self.recipe.rollout.n, self.all_prompts
+        n, prompts = self.recipe.rollout.n, self.all_prompts if prompts is None else prompts
         graded = prompts * n if answers is None else answers
         yield from form_of(self.recipe).phases(
             sizes, prompts=prompts, answers=graded, at_once=self.chunk * n
@@ -269,6 +272,6 @@ class SelfRewarding(Method[S]):
         """
         if self.recipe.pairing.older_order == "keep":
             return
-        graded = round(answers * self.learned_again(self.all_prompts))
-        for phase in self.votes(sizes, answers=graded):
-            yield replace(phase, name=f"{phase.name}, older pairs")
+        again = round(self.learned_again(self.all_prompts))
+        for one in self.votes(sizes, answers=answers * again, prompts=again):
+            yield replace(one, name=f"{one.name}, older pairs")

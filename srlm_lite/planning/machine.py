@@ -20,7 +20,7 @@ from srlm_lite.planning.plan import (
     make_plan,
     needs_sharding,
 )
-from srlm_lite.planning.probe import probe, shape_of_base
+from srlm_lite.planning.probe import probe, refuse_unknown, shape_of_base
 from srlm_lite.recipe import Recipe
 from srlm_lite.settings import Shared
 
@@ -49,6 +49,8 @@ def plan_for(
     Raises:
         UserError: Nothing is known of the base's shape, or a LoRA target is not of it.
     """
+    if shape is None:
+        refuse_unknown(recipe.base)
     hardware = hardware or hardware_found(recipe)
     return make_plan(
         recipe,

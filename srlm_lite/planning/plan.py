@@ -471,6 +471,7 @@ class _Phases:
             judges = models if external else 2 * models - 1
             requests = models * self.lengths.graded + judges * own
             voted = requests * votes + models * picked_from * recipe.judge.votes
+            requests += models * picked_from
             total = drawn * self._answer + voted * self._judgement
         as_judge = self._sampling(
             "evaluation",

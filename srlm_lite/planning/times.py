@@ -145,7 +145,7 @@ def _by_shipped_rates(plan: Plan, phase: Phase, gpu: GpuModel) -> Time:
         known = "scaled" if reasons else known
         note = f"{found}{': ' if reasons else ''}{', '.join(reasons)}"
         if note not in notes:
-            notes.append(f"prompts as {note}" if work == "read" else note)
+            notes.append(f"prompts read as {note}" if work == "read" else note)
     return _shared(plan, phase, seconds, "scaled" if known == "scaled" else "measured", notes)
 
 

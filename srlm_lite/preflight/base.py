@@ -8,7 +8,12 @@ from srlm_lite.errors import UserError
 from srlm_lite.methods import method_of
 from srlm_lite.planning.room import room_for, unjudged
 from srlm_lite.preflight.launch import Launch, Seen
-from srlm_lite.session import import_backend, refuse_absent_base, refuse_unexportable
+from srlm_lite.session import (
+    import_backend,
+    refuse_absent_base,
+    refuse_unexportable,
+    refuse_unreadable_base,
+)
 from srlm_lite.settings import LORA_TARGETS
 from srlm_lite.stages.seed_data import (
     FilesOfRecipe,
@@ -26,12 +31,18 @@ def backend(launch: Launch) -> Seen:
 
 
 def base(launch: Launch) -> Seen:
-    """The base's files, here or on the Hub."""
+    """That the base is here, or on the Hub."""
     here = refuse_absent_base(launch.recipe, launch.run)
     name = launch.recipe.base.name
     if not here:
         return Seen(name, (f"{name} is not here yet: it is going to be downloaded",))
     return Seen(name)
+
+
+def files(launch: Launch) -> Seen:
+    """What is in the base's files, where they are here."""
+    refuse_unreadable_base(launch.recipe, launch.run)
+    return Seen("can be read, as far as that shows without loading them")
 
 
 def device(launch: Launch) -> Seen:

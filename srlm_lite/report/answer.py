@@ -224,13 +224,19 @@ def _change(
 
 
 def _caution(facts: Facts) -> list[str]:
+    found = []
     tried = sum(1 for model in _ranked(facts)[0] if model.number)
-    if tried < 2:
-        return []
-    return [
-        f"the best of {tried} iterations, picked on the prompts it is measured on: expect a "
-        "little less on new ones; one seed"
-    ]
+    if tried > 1:
+        found.append(
+            f"the best of {tried} iterations, picked on the prompts it is measured on: expect a "
+            "little less on new ones; one seed"
+        )
+    if not facts.controls:
+        found.append(
+            "any training sharpens a model: whether the judge has taught it something, a control "
+            "tells, such as pairs drawn blindly (report --control)"
+        )
+    return found
 
 
 def _cost(facts: Facts) -> tuple[str, ...]:

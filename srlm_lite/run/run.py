@@ -238,7 +238,11 @@ class RunDir:
         recipe: Any = facts.get("recipe")
         identity: Any = facts.get("identity")
         base = identity.get("base") if isinstance(identity, dict) else None
-        if not isinstance(recipe, dict) or not isinstance(base, dict) or "name" not in base:
+        if (
+            not isinstance(recipe, dict)
+            or not isinstance(base, dict)
+            or not (isinstance(base.get("name"), str))
+        ):
             raise UserError("not the run.json of a run of srlm-lite", where=str(self.run_json))
         if differing := _contradictions(as_noted_now(identity), recipe):
             raise UserError(
@@ -566,7 +570,8 @@ def _some(lines: Sequence[str]) -> str:
 def _contradictions(identity: Any, recipe: Any, prefix: str = "") -> list[str]:
     """Settings of which a run's identity says another thing than its recipe, a line each.
 
-    What the identity knows by content, or by its place among the shipped, is passed over.
+    What the identity knows by content, by its place among the shipped, or by what `auto` came to is
+    passed over.
     """
     if isinstance(identity, dict) and isinstance(recipe, dict):
         return [
@@ -575,7 +580,7 @@ def _contradictions(identity: Any, recipe: Any, prefix: str = "") -> list[str]:
             for line in _contradictions(identity[key], recipe[key], f"{prefix}.{key}".lstrip("."))
         ]
     by_content = isinstance(identity, str) and identity.startswith("sha256:")
-    if identity == recipe or by_content or prefix == "base.name":
+    if identity == recipe or by_content or prefix == "base.name" or recipe == "auto":
         return []
     return [f"{prefix} ({in_short(recipe)}, {in_short(identity)})"]
 

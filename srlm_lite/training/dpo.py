@@ -186,7 +186,8 @@ def consistency_loss(
 class PairTrainer(StepTrainer):
     """Learns from pairs; each reply is computed once, however many of them it is in.
 
-    The loss is a mean over the step's pairs, that of the NLL term over the step's chosen tokens.
+    The loss is a mean over the step's pairs, that of the NLL term over the step's chosen tokens;
+    in either a pair counts as its weight says.
     """
 
     pairs: Sequence[PairExample]
@@ -218,7 +219,8 @@ class PairTrainer(StepTrainer):
             place_of = {text: i for i, text in enumerate(batch.texts)}
             sums = batch.summed(scores)
             of_chosen = sums[[place_of[self.examples[one][0]] for one in examples]]
-            loss = loss - self.nll_weight * shares.token * of_chosen.sum()
+            weight = of_chosen.new_tensor([self.pairs[one].weight for one in examples])
+            loss = loss - self.nll_weight * shares.token * (weight * of_chosen).sum()
         return loss, told | {
             "rewards/chosen": rewards[0],
             "rewards/rejected": rewards[1],
