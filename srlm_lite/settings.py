@@ -131,6 +131,20 @@ def marked(section: type[BaseModel], kind: type[M], prefix: str = "") -> Iterato
                 yield f"{prefix}{name}", mark
 
 
+def as_before(section: Section) -> dict[str, Any]:
+    """What a section says, without the settings that came later and are what they were before.
+
+    For names that go by settings: what was made without such a setting keeps its name.
+    """
+    came = dict(marked(type(section), Before))
+    found = section.model_dump()
+    return {
+        name: value
+        for name, value in found.items()
+        if name not in came or value != came[name].value
+    }
+
+
 class Base(Section):
     """The frozen weights."""
 

@@ -178,6 +178,7 @@ ALLOWED: dict[str, set[str]] = {
         "engines",
         "errors",
         "evaluate",
+        "forms",
         "judging",
         "model",
         "questions",

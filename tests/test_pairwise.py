@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
+from pathlib import Path
 from random import Random
+from statistics import fmean
 from typing import Any
 
 import pytest
+from commands import Cli
 from messages import Told
+from toy_run import make_toy_run
 
 from srlm_lite.declared import Facts, Sizes, Weighs
-from srlm_lite.forms import form_of
+from srlm_lite.evaluate.gate import findings
+from srlm_lite.forms import form_of, pairwise
 from srlm_lite.forms.base import JudgeAtWork, JudgeQuestion
 from srlm_lite.forms.tournament import (
     AllPairs,
@@ -23,7 +29,21 @@ from srlm_lite.forms.tournament import (
 )
 from srlm_lite.judging import Rubric, load_rubric
 from srlm_lite.recipe import Recipe, load_recipe
-from srlm_lite.records import Candidate, Contest, Judgement, Prompt, RankedReply, Reply, Weighed
+from srlm_lite.records import (
+    Annotation,
+    Candidate,
+    Contest,
+    Judgement,
+    Prompt,
+    RankedReply,
+    Reply,
+    Weighed,
+)
+from srlm_lite.run.files import read_records
+from srlm_lite.run.run import RunDir
+from srlm_lite.session import Session
+from srlm_lite.settings import Gate
+from srlm_lite.stages.evaluation import evaluation
 
 
 def contest(a: str, b: str, first: float | None, last: float | None) -> Contest:
@@ -372,3 +392,101 @@ def test_a_form_s_settings_count_for_it_alone() -> None:
     pairwise = load_recipe("toy-pairwise").digest()
     assert load_recipe("toy-pairwise", ["pairwise.score=bradley-terry"]).digest() != pairwise
     assert pairwise != grade
+
+
+def forms_run(path: Path, *overrides: str) -> RunDir:
+    return make_toy_run(
+        path,
+        models=2,
+        overrides=(
+            "judge.form=pairwise",
+            "pairwise.template=toy-pairwise",
+            "pairwise.winners=['1', '2']",
+            "evaluate.policy_prompts=6",
+            "evaluate.eft_prompts=4",
+            *overrides,
+        ),
+    )
+
+
+@pytest.fixture
+def hears_anything(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The toy base without an anchor that learned to compare would rather say something else."""
+    monkeypatch.setattr(pairwise, "LEAST_MASS", 0.0)
+
+
+@pytest.mark.model
+@pytest.mark.usefixtures("hears_anything")
+def test_a_judge_that_compares_decides_a_comparison_in_its_form(cli: Cli, tmp_path: Path) -> None:
+    """The same question and the same verdicts as of candidates; nothing is written."""
+    run = forms_run(tmp_path / "run")
+    options = ["--adapters", run.path, "1", "anchor", "--json"]
+    done = cli("compare", *options)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["judge"] == {"name": "iteration 1", "judging": "pairwise", "form": "pairwise"}
+    [result] = run.comparisons.finished()
+    contests = read_records(result.file("comparisons"), Contest)
+    rows = read_records(result.annotations, Annotation)
+    for row in rows:
+        held = next((one for one in contests if one.prompt_id == row.prompt_id), None)
+        if held is None:
+            assert row.output_1 == row.output_2 or not (row.output_1 and row.output_2)
+            continue
+        a, b = (p is not None and p > 0.5 for p in (held.p_shown_first, held.p_shown_last))
+        assert row.verdicts == ("A" if a else "B", "B" if b else "A")
+        assert row.preference == (1.5 if a != b else 1.0 + a)
+    assert not result.verdicts.exists()
+
+
+@pytest.mark.model
+@pytest.mark.usefixtures("hears_anything")
+def test_an_evaluation_holds_answers_against_the_anchor_s(tmp_path: Path) -> None:
+    """A win rate in the place of a grade: the anchor's own is a half, and needs no question."""
+    run = forms_run(tmp_path / "run", "pairwise.score=probability")
+    session = Session(run.recipe(), run)
+    _, told = evaluation(session, run.anchor, session.stack(0))
+    assert told["judge"]["comparisons"] == 4 * 6
+    assert told["judge"]["position_consistency"] is not None
+    anchor = told["policy"]
+    assert (anchor["anchor_score"], anchor["self_score"], anchor["score_scale"]) == (
+        0.5,
+        0.5,
+        [0, 1],
+    )
+    asked = run.anchor.evaluation_dir / "grades_anchor_comparisons.jsonl"
+    assert read_records(asked, Contest) == []
+    later = run.iteration(1)
+    _, told = evaluation(session, later, session.stack(1))
+    contests = read_records(later.evaluation_dir / "grades_self_comparisons.jsonl", Contest)
+    wins = []
+    answers = {
+        whose: {
+            row.candidate_id: row.text
+            for row in read_records(place.evaluation_dir / "answers_sampled.jsonl", Candidate)
+        }
+        for whose, place in (("own", later), ("anchor", run.anchor))
+    }
+    held = {one.prompt_id: one for one in contests}
+    for name, text in answers["own"].items():
+        other, contest = answers["anchor"][name], held.get(name.partition("#")[0])
+        if contest is None:
+            wins.append(0.5 if bool(text) == bool(other) else float(bool(text)))
+        else:
+            wins.append(fmean(contest.readable))
+    assert told["policy"]["self_score"] == pytest.approx(fmean(wins), abs=1e-4)
+    assert len(set(wins)) > 1
+
+
+def test_a_gate_on_the_order_of_verdicts_and_on_circles() -> None:
+    def judge(**figures: float) -> dict[str, Any]:
+        return {"judge": {"score_histogram": {"0.5": 1, "0": 1}, **figures}, "policy": {}}
+
+    def failed(**figures: float) -> list[str]:
+        return [found.gate for found in findings([judge(**figures)], Gate())]
+
+    assert failed(position_consistency=0.6, intransitive=0.2, triples=100) == []
+    assert failed(position_consistency=0.4, first_wins=0.9) == ["position_consistency"]
+    # One in four is chance, and a tenth more is with a hundred triples.
+    assert failed(intransitive=0.34, triples=100) == []
+    assert failed(intransitive=0.36, triples=100) == ["intransitive"]

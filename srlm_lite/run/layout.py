@@ -435,6 +435,10 @@ class ComparisonDir:
 
     path: Path
 
+    def file(self, name: str) -> Path:
+        """What a judge that is asked in its run's form made of the replies, by name."""
+        return self.path / f"{name}.jsonl"
+
     @property
     def verdicts(self) -> Path:
         """A pairwise judge's replies, two a prompt."""
