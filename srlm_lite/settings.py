@@ -220,7 +220,8 @@ class Data(Section):
     the replies that it hopes for. They are learned as they stand, without `base.system`."""
     ranked: Annotated[str | None, IsPath()] = None
     """Replies that humans ranked, a file of the form of `eft_train.jsonl`, for the methods that
-    learn from them (`dpo`, `rlhf`: default `eft_train.jsonl`; `spin`: default `ift.jsonl`)."""
+    learn from them (`dpo`, `rlhf`: default `eft_train.jsonl`; `spin`: default `ift.jsonl`), and for
+    an anchor that is taught to compare (`judge.form: pairwise`: default `eft_train.jsonl`)."""
 
 
 class Optim(Section):
