@@ -33,15 +33,10 @@ from transformers import (
 from srlm_lite.errors import UserError
 from srlm_lite.model import base as base_module
 from srlm_lite.model import gguf as gguf_module
-from srlm_lite.model.base import (
-    SMOLLM2,
-    SMOLLM2_WHEEL,
-    LoadedBase,
-    load_base,
-    load_files,
-)
+from srlm_lite.model.base import LoadedBase, load_base, load_files
 from srlm_lite.model.heap import give_back
 from srlm_lite.model.targets import check_targets
+from srlm_lite.model.whereabouts import SMOLLM2, SMOLLM2_WHEEL
 from srlm_lite.settings import Base
 
 DIMENSION, HIDDEN, HEADS, LAYERS = 32, 64, 4, 2
