@@ -256,6 +256,10 @@ class Optim(Section):
         return self
 
 
+DISTURBED_PROMPTS = 64
+"""Prompts of which `anchor.eft_targets: disturbed` makes pairs where `eft_prompts` is not set."""
+
+
 class Anchor(Optim):
     """The SFT adapter on instruction data (IFT) and judge data (EFT): the paper's M1."""
 
@@ -271,10 +275,15 @@ class Anchor(Optim):
     """At most this many rows of `ift.jsonl`, the first ones."""
     eft_prompts: Positive | None = None
     """At most this many EFT prompts (with all their replies)."""
-    eft_targets: Literal["self", "given", "human"] = "self"
+    eft_targets: Literal["self", "given", "human", "disturbed"] = "self"
     """`self`: the IFT-only model writes rationale and score; a prompt's judgements are kept when
     their order agrees with the human order. `given`: the data has them. `human`: the human
-    quality, or rank, on the rubric's scale and no rationale, for bases too small to write one."""
+    quality, or rank, on the rubric's scale and no rationale, for bases too small to write one.
+    `disturbed`: as `self`, without ranked replies: of each of `eft_prompts` prompts (64 unless
+    said) the model writes one that only looks like it, and its answer to that is the worse one."""
+    disturb_template: Annotated[str, IsPath(shipped=TEMPLATES), Before("disturb")] = "disturb"
+    """The question for an instruction that only looks like a given one: name of a shipped template
+    or a path. Also asked by `srlm-lite bench judge --disturbed`."""
     max_score_share: Annotated[float, Field(gt=0, le=1)] = 0.35
     """The most common score is thinned to this share of the targets, unless they are given."""
     lora: Lora = Lora()

@@ -25,7 +25,13 @@ from gguf_files import (
 
 from srlm_lite.errors import UserError
 from srlm_lite.model import gguf as gguf_module
-from srlm_lite.model.base import LoadedBase, base_files, load_base, read_config, spoken_here
+from srlm_lite.model.base import (
+    LoadedBase,
+    base_files,
+    load_base,
+    read_config,
+    spoken_here,
+)
 from srlm_lite.model.chat import ChatFormat
 from srlm_lite.model.companions import write_tokenizer
 from srlm_lite.model.gguf_header import read_header

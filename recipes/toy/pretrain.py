@@ -31,6 +31,7 @@ Row = dict[str, Any]
 
 RUBRIC = Path(__file__).parent.parent / "rubrics" / "toy.yaml"
 META_TEMPLATE = Path(__file__).parent.parent / "templates" / "toy-meta.txt"
+DISTURB_TEMPLATE = Path(__file__).parent.parent / "templates" / "toy-disturb.txt"
 PRINCIPLES = Path(__file__).parent.parent / "principles" / "toy.yaml"
 TEMPLATE: str = yaml.safe_load(RUBRIC.read_text(encoding="utf-8"))["template"]
 
@@ -156,6 +157,26 @@ def make_rlaif(*, seed: int) -> list[Row]:
     return rows
 
 
+def make_disturbed(*, seed: int) -> list[Row]:
+    """Questions for a prompt that only looks like a given one: about another topic."""
+    known = toy.prompts(held_out=False)
+    random.Random(f"toy data {seed}").shuffle(known)
+    rng = random.Random(f"toy disturbed {seed}")
+    template = DISTURB_TEMPLATE.read_text(encoding="utf-8")
+    rows = []
+    for number, prompt in enumerate(known[3100:3900]):
+        topic = toy.topic_of(prompt) or ""
+        other = rng.choice([one for one in toy.TOPICS if one != topic])
+        rows.append(
+            {
+                "prompt_id": f"toy-disturb-{number:04}",
+                "prompt": template.replace("{{prompt}}", prompt),
+                "response": prompt.replace(topic, other),
+            }
+        )
+    return rows
+
+
 def _with_one_verdict_wrong(rng: random.Random, review: str) -> str:
     *verdicts, score = review.split("\n")
     at = rng.randrange(len(verdicts))
@@ -174,6 +195,7 @@ def write_data(directory: Path, *, seed: int) -> None:
     _write_rows(directory.parent / "ranked.jsonl", make_ranked(seed=seed))
     _write_rows(directory.parent / "meta.jsonl", make_meta(seed=seed))
     _write_rows(directory.parent / "rlaif.jsonl", make_rlaif(seed=seed))
+    _write_rows(directory.parent / "disturb.jsonl", make_disturbed(seed=seed))
 
 
 def _write_rows(path: Path, rows: list[Row]) -> None:

@@ -12,6 +12,7 @@ from srlm_lite.forms import form_of
 from srlm_lite.judging import load_rubric
 from srlm_lite.methods import method_of
 from srlm_lite.preflight.launch import Launch, Seen
+from srlm_lite.questions import load_question
 from srlm_lite.recipe import Recipe
 from srlm_lite.shipped import CHAT_TEMPLATES, shipped_text
 from srlm_lite.stages.anchor import given_targets
@@ -23,6 +24,7 @@ from srlm_lite.stages.seed_data import (
     nearly_held_out,
     policy_prompts,
     prompts_suffice,
+    prompts_to_disturb,
     read_extra,
     read_ift,
     read_ranked,
@@ -92,7 +94,10 @@ def data(launch: Launch) -> Seen:
         counted["IFT rows"] = len(read_ift(recipe))
     if trained and recipe.data.extra:
         counted["extra rows"] = len(read_extra(recipe))
-    if trained and recipe.anchor.use_eft:
+    if trained and recipe.anchor.use_eft and recipe.anchor.eft_targets == "disturbed":
+        load_question("disturb", recipe.anchor.disturb_template)
+        counted["prompts to disturb"] = len(prompts_to_disturb(recipe)[0])
+    elif trained and recipe.anchor.use_eft:
         path = data_file(recipe, "eft_train.jsonl")
         groups = refuse_none(read_ranked(path, recipe.anchor.eft_prompts), path)
         counted["EFT prompts"] = len(groups)

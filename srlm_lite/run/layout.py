@@ -170,6 +170,11 @@ class AnchorDir(StageDir):
         return self.path / f"eft_{name}.jsonl"
 
     @property
+    def disturbed(self) -> Path:
+        """What the IFT-only model writes for pairs with a known loser."""
+        return self.path / "disturbed"
+
+    @property
     def eft_targets(self) -> Path:
         """The EFT rows that were kept, with their targets."""
         return self.path / "eft_targets.jsonl"
