@@ -285,3 +285,10 @@ def total(times: Mapping[str, Time]) -> tuple[float, list[str]]:
     """Seconds of all phases that are known, and the names of the others."""
     missing = [name for name, time in times.items() if time.seconds is None]
     return sum(time.seconds or 0.0 for time in times.values()), missing
+
+
+def in_words(seconds: float) -> str:
+    """Hours, minutes or seconds, whichever fits."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -39,6 +39,7 @@ CHECKS: Mapping[str, Check] = {
     "judging": base.judging,
     "memory": machine.memory,
     "disk": machine.disk,
+    "time": machine.time,
 }
 """Name to check. From `backend` on they import torch, which takes seconds: whatever can be told
 without it comes before. Unsloth comes before what imports transformers."""
@@ -56,6 +57,7 @@ NEEDS: Mapping[str, tuple[str, ...]] = {
     "judging": ("base", "data", "judge", "prompts", "chat template", "conversations"),
     "memory": ("base", "device", "targets"),
     "disk": ("base", "device", "targets"),
+    "time": ("base", "device", "targets"),
 }
 """Checks that mean nothing where another one has found something: they would say it again."""
 
@@ -67,6 +69,7 @@ OF_WORK = (
     "prompts that fit",
     "judging",
     "disk",
+    "time",
     "server",
 )
 """Checks of what a run that is finished does not need any more."""
