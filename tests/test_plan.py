@@ -850,6 +850,9 @@ def test_a_user_s_own_rates_come_first_whatever_the_driver_calls_the_device(
     assert times["DPO"].source.startswith("your own, ")
     assert "H100" in times["judge"].source  # measured elsewhere
     assert "your own" not in timed("llama3.1-8b", "H200")[1]["DPO"].source
+    for other in ("rollout.fold=true", "rollout.engine=vllm"):  # neither was what was measured
+        _, times = timed("llama3.1-8b", "H100", other)
+        assert "your own" not in times["candidates"].source
 
 
 @pytest.mark.parametrize(
