@@ -77,11 +77,7 @@ def test_a_run_that_can_start_says_so_and_what_to_type(
     done = cli("iterate", "--recipe", "tiny", "--adapters", out, "--dry-run")
     assert done.returncode == 0
     assert [line.split()[0] for line in done.stdout.splitlines()] == [
-<<<<<<< HEAD
-        "-" if name in ("tracking", "server", "time") else "ok" for name in CHECKS
-=======
-        "-" if name in ("anchor", "tracking", "server") else "ok" for name in CHECKS
->>>>>>> reliab
+        "-" if name in ("anchor", "tracking", "server", "time") else "ok" for name in CHECKS
     ]
     [line] = done.stderr.strip().splitlines()
     assert line.startswith("next: srlm-lite iterate --recipe tiny --adapters ")
