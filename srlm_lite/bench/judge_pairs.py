@@ -269,15 +269,17 @@ def _judged(
     session.engine(judge.stack, "judge")  # loaded before the clock starts
     read, written, started = session.read, session.written, time.perf_counter()
     settings = {"form": "grade", "rationale": True, **settings}
-    with _asking(session, adaptive_votes=False, **settings):
+    with _asking(session, **settings):
         rows, _ = judged(
             session,
             judge.stack,
             asked.prompts,
             asked.candidates,
             place=lambda file: folder / f"{file}.jsonl",
+            shared=lambda file: judge.scratch / f"{file}.jsonl",
             stage=name,
             seed_path=(session.recipe.seed, "bench-judge", name),
+            every_vote=True,
         )
     seconds, count = time.perf_counter() - started, max(1, len(asked.candidates))
     local = not session.engine_kind("judge").remote
@@ -293,10 +295,8 @@ def _judged(
 def _asking(session: Session, **settings: Any) -> Iterator[None]:
     """A session whose judge is asked in another way, for a while."""
     recipe = session.recipe
-    known = {
-        key: value for key, value in settings.items() if key in type(recipe.judge).model_fields
-    }
-    session.recipe = recipe.model_copy(update={"judge": recipe.judge.model_copy(update=known)})
+    judge = recipe.judge.model_copy(update=settings)
+    session.recipe = recipe.model_copy(update={"judge": judge})
     try:
         yield
     finally:
