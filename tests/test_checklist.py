@@ -93,7 +93,7 @@ def weighed(*p: tuple[float, float] | None, of: str = "p#0") -> dict[str, Weighe
 
 
 def test_the_score_is_the_weighted_share() -> None:
-    """Of yes .6 and no .2: .75. (80 * .75 + 40 * 1 + 40 * .25) / 160 = .6875."""
+    """Yes has .6 and no .2: .75. (80 * .75 + 40 * 1 + 40 * .25) / 160 = .6875."""
     row = judged_by(LIST, TWO, weighed((0.6, 0.2), (0.1, 0.3)))
     assert row.score == 0.6875
     assert row.items == (
@@ -120,7 +120,7 @@ def test_a_question_that_does_not_fit_gives_no_verdict() -> None:
 
 
 def test_facts_and_words() -> None:
-    """Of 2 rows with 3 items: .75, 1, .25 and .75, 0, unreadable; the five known have 2.75."""
+    """Two rows with 3 items: .75, 1, .25 and .75, 0, unreadable; the five known have 2.75."""
     rows = [
         judged_by(LIST, TWO, weighed((0.6, 0.2), (0.1, 0.3))),
         judged_by(LIST, ONE, weighed((0.6, 0.2), (0.0, 0.0), of="p#1")),

@@ -347,7 +347,7 @@ def judged_by(found: Checklist, candidate: Candidate, weighed: Mapping[str, Weig
 def widest(
     pairs: Sequence[PreferencePair], judgements: Sequence[Judgement], *, share: float
 ) -> list[PreferencePair]:
-    """Of the pairs that share with the widest gap on a single item, in their order.
+    """The share of the pairs with the widest gap on a single item, in their order.
 
     The gap is the largest distance, over the items, of what holds of the chosen reply and of the
     rejected one; an item that is unreadable of either says nothing. At least one pair is kept, and
