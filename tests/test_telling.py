@@ -168,7 +168,7 @@ def test_a_server_that_quotes_the_key(planted: None, caplog: pytest.LogCaptureFi
     request = Request(messages=({"role": "user", "content": "q"},), prompt_ids=(), seeds=(1,))
     for status, body in refusing(KEY):
         with scripted(lambda number, asked, a=(status, {}, body): a) as server:  # type: ignore[misc]
-            settings = OpenAI(url=server.url, model="m", retries=0)
+            settings = OpenAI(url=server.url, model="not-listed", retries=0)
             said = []
             for ask in (
                 lambda s=settings: reach(s),
@@ -286,3 +286,60 @@ def test_overrides_of_a_run_s_url_decide_nothing_secret() -> None:
     raw = {"name": "t", "base": {"name": "some/base"}, "data": {"dir": "nowhere"}}
     recipe = overridden(raw, [f"openai.url=http://me:{PASSWORD}@h/v1"], where="r")
     assert PASSWORD in str(recipe.openai.url)
+
+
+# --- all of it --------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.model
+def test_a_secret_planted_everywhere_is_in_no_file_and_in_nothing_that_is_said(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run whose judge fails on its way, quoting the key; and all that is made of it."""
+    for name in ("HF_TOKEN", "WANDB_API_KEY", "SRLM_API_KEY", "OPENAI_API_KEY", "OF_MY_JUDGE"):
+        monkeypatch.setenv(name, f"{KEY}-{name.lower()}")
+    out, said, asked = tmp_path / "out", [], 0
+    small = (
+        *("base.quantization=none", "iterations=1", "anchor.ift_limit=8", "anchor.eft_prompts=4"),
+        *("prompts.per_iteration=4", "rollout.chunk_prompts=2", "judge.engine=openai"),
+        *("judge.votes=1", "judge.min_votes=1", "pairing.min_pairs=1", "evaluate.eft_prompts=2"),
+        *("evaluate.votes=1", "evaluate.policy_prompts=1", "openai.model=judge"),
+        *("openai.retries=0", "openai.parallel=1", "openai.key_variable=OF_MY_JUDGE"),
+    )
+
+    def judge(number: int, body: dict[str, object]) -> tuple[int, dict[str, str], object]:
+        nonlocal asked
+        asked += 1
+        key = server.headers[-1]["Authorization"].removeprefix("Bearer ")
+        assert key == f"{KEY}-of_my_judge"
+        if asked == 6:
+            return 500, {}, {"error": f"no more with {key} of http://me:{PASSWORD}@here/v1"}
+        return completion(f"It is said.\nScore: {number % 6}")
+
+    with scripted(judge) as server:
+        sets = [word for one in (*small, f"openai.url={server.url}") for word in ("--set", one)]
+        words = ("-v", "iterate", "--recipe", "tiny", "--adapters", out, *sets)
+        ended = [cli(*words), cli(*words)]
+        there = ("--adapters", out)
+        ended += [
+            cli("iterate", *there, "--dry-run"),
+            cli("plan", "--recipe", "tiny", *sets),
+            cli("report", *there),
+            cli("report", *there, "--markdown"),
+            cli("show", "run", *there, "--json"),
+            cli("show", "judgements", *there, "--limit", "0"),
+            cli("evaluate", *there, "--iteration", "1", "--json"),
+            cli("compare", *there, "1", "anchor", "--limit", "1"),
+            cli("export", *there, "--iteration", "1", "--out", tmp_path / "merged"),
+            cli("export", *there, "--out", tmp_path / "m", "--push-to-hub", "me/m", "--dry-run"),
+        ]
+    codes = [one.returncode for one in ended]
+    assert codes == [1, *[0] * (len(ended) - 1)], [one.stderr[-300:] for one in ended]
+    assert "500: no more with ***" in ended[0].stderr
+    said = [text for one in ended for text in (one.stdout, one.stderr)]
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert (tmp_path / "merged" / "README.md") in files and out / "report.html" in files
+    for secret in (KEY, PASSWORD):
+        assert not [text for text in said if secret in text]
+        assert not [str(file) for file in files if secret.encode() in file.read_bytes()]

@@ -27,7 +27,8 @@ MAIN = "import sys; sys.argv[0] = 'srlm-lite'\nfrom srlm_lite.cli.main import ru
 LORA = "{rank: 2, alpha: 8, targets: [q_proj, v_proj]}"
 SMALL = (
     *("base.quantization=none", f"anchor.lora={LORA}", f"dpo.lora={LORA}", "base.device=cpu"),
-    *("anchor.ift_limit=16", "anchor.eft_prompts=8", "anchor.batch_size=8"),
+    *("anchor.ift_limit=16", "anchor.eft_prompts=8", "anchor.batch_size=8", "anchor.epochs=1"),
+    *("anchor.micro_batch_size=4", "dpo.batch_size=4", "dpo.micro_batch_size=2", "dpo.epochs=1"),
     *("prompts.per_iteration=6", "prompts.reuse=true", "rollout.n=3", "rollout.chunk_prompts=2"),
     *("rollout.max_new_tokens=32", "pairing.drop_truncated=false", "pairing.min_pairs=1"),
     *("judge.votes=2", "judge.min_votes=1", "judge.retry_max_new_tokens=64"),
@@ -194,7 +195,8 @@ def methods() -> dict[str, tuple[str, tuple[str, ...]]]:
     for name, kind in METHODS.items():
         more = [*SMALL, f"data.ranked={recipes_dir() / 'toy' / 'ranked.jsonl'}"]
         more += [*OF_METHODS.get(name, ()), "iterations=2"]
-        found[name] = (kind.shipped_recipe(), tuple(more))
+        recipe = "toy" if name == "self-rewarding" else kind.shipped_recipe()
+        found[name] = (recipe, tuple(more))
     return found
 
 
@@ -213,7 +215,7 @@ OF_METHODS: dict[str, tuple[str, ...]] = {
         "rlaif.max_new_tokens=72",
         "rlaif.rounds=1",
     ),
-    "rlhf": ("dpo.batch_size=4", "rollout.temperature=1"),
+    "rlhf": ("dpo.batch_size=6", "dpo.micro_batch_size=3", "rollout.temperature=1"),
     "dno": ("dno.least_positive=1",),
 }
 """What some of them need beside that, so that two iterations find something to learn."""
