@@ -180,6 +180,18 @@ class Contest(Record):
         """Both candidates."""
         return self.first_id, self.second_id
 
+    def told(self, of: str) -> str:
+        """What the judge made of one of them against the other, in words."""
+
+        def shown(p: float | None) -> str:
+            if p is None:
+                return "unreadable"
+            return f"{p if of == self.first_id else 1 - p:.2f}"
+
+        shown_as = self.p_shown_first, self.p_shown_last
+        first, last = shown_as if of == self.first_id else shown_as[::-1]
+        return f"wins with {shown(first)} where it is shown first, with {shown(last)} last"
+
     @property
     def readable(self) -> tuple[float, ...]:
         """How likely the first wins, by the verdicts that can be read."""

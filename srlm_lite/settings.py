@@ -569,6 +569,11 @@ class Gate(Section):
     """Share of the judge's votes with one and the same score at which its grades have collapsed."""
     readable: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Least share of readable votes."""
+    position_consistency: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Least share of comparisons whose two orders name the same reply, of a judge that compares."""
+    intransitive: Annotated[float, Field(ge=0, le=1)] = 0.25
+    """Largest share of triples of replies that such a judge puts in a circle; one in four is what a
+    coin does."""
     length: Annotated[float, Field(ge=0)] = 0.3
     """Answers may have grown since the anchor by so much more, as a share of their length, than
     their score has, as a share of the rubric's scale. The score is the anchor's."""

@@ -35,6 +35,12 @@ def sections_of_other_forms(form: str) -> set[str]:
     return {kind.section for name, kind in FORMS.items() if kind.section and name != form}
 
 
+def form_in(settings: Mapping[str, Any]) -> type[Form[Any]]:
+    """The form of a recipe as `run.json` has it; the default one for a form that is not known."""
+    named = (settings.get("judge") or {}).get("form", DEFAULT_FORM)
+    return FORMS.get(named, FORMS[DEFAULT_FORM])
+
+
 def forms_table() -> str:
     """The forms with what they ask and their sources, as a table in Markdown."""
     rows = ["| recipe | `judge.form` | the judge is asked for | source |", "|---|---|---|---|"]

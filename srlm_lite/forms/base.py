@@ -156,6 +156,11 @@ class Form(ABC, Generic[S]):
     figures: ClassVar[Mapping[str, str]] = {}
     """Facts of its judging that reports show, with what they are called there."""
 
+    @classmethod
+    def told(cls, judgement: Judgement) -> tuple[str, ...]:
+        """What a judgement says beside its score and its text, a line each, for reports."""
+        return ()
+
     def __init__(self, recipe: Shared, own: S) -> None:
         self.recipe, self.own = recipe, own
 

@@ -24,6 +24,7 @@ from srlm_lite.forms import form_of
 from srlm_lite.judging import mean_scores, unasked, votes_by_candidate
 from srlm_lite.methods.base import (
     CONTROLS,
+    OF_FORMS,
     REBASING,
     SHARPENING,
     Case,
@@ -68,6 +69,9 @@ class SelfRewarding(Method[S]):
         "random pairs": Case("toy", ("pairing.source=random",), group=CONTROLS),
         "gold pairs": Case("toy", ("pairing.source=gold",), group=CONTROLS),
         "no judge data": Case("toy", ("anchor.use_eft=false",), anchor=None, group=CONTROLS),
+        "expected scores": Case("toy", ("judge.score=expected",), group=OF_FORMS),
+        "no rationale": Case("toy", ("judge.rationale=false",), anchor=None, group=OF_FORMS),
+        "pairwise": Case("toy-pairwise", anchor=None, is_long=True, group=OF_FORMS),
         "flipped pairs": Case("toy", ("pairing.source=flipped",), group=SHARPENING),
         "SFT on the best": Case("toy", ("dpo.loss=sft",), group=SHARPENING),
         "one pass": Case("toy", group=SHARPENING, one_pass=True),
