@@ -359,7 +359,7 @@ class Rollout(Sampling):
     """Prompts whose results reach the disk together; a killed run loses at most one chunk."""
 
 
-FormName = Literal["grade", "pairwise"]
+FormName = Literal["grade", "pairwise", "checklist"]
 
 
 class Judge(Sampling):
@@ -367,7 +367,7 @@ class Judge(Sampling):
 
     form: Annotated[FormName, Before("grade")] = "grade"
     """How candidates are judged. `grade`: each alone, by the rubric. `pairwise`: a prompt's against
-    each other."""
+    each other. `checklist`: each by a few yes-or-no items that the model writes for the prompt."""
     rationale: Annotated[bool, Before(True)] = True
     """False: the judge writes nothing. A score is the mean of the whole scores that it would give,
     by their probability, for the price of reading the question once; `votes` and `score` count for

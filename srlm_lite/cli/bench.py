@@ -132,7 +132,7 @@ def judge(
         list[str] | None,
         typer.Option(
             "--set",
-            help="Ask in another way: a setting of judge, rollout, openai or vllm.",
+            help="Ask in another way: a setting of judge, of a form of judging, or of rollout.",
             metavar="KEY=VALUE",
             autocompletion=overrides,
         ),

@@ -7,6 +7,7 @@ from typing import Any
 
 from srlm_lite.declared import NoSettings
 from srlm_lite.forms.base import Form
+from srlm_lite.forms.checklist import ChecklistForm
 from srlm_lite.forms.grade import GradeForm
 from srlm_lite.forms.pairwise import PairwiseForm
 from srlm_lite.settings import FormName, Shared
@@ -14,6 +15,7 @@ from srlm_lite.settings import FormName, Shared
 FORMS: Mapping[FormName, type[Form[Any]]] = {
     "grade": GradeForm,
     "pairwise": PairwiseForm,
+    "checklist": ChecklistForm,
 }
 """Every form that a recipe may name, a row each; their sections stand in this order in a recipe."""
 

@@ -125,6 +125,11 @@ class SelfRewarding(Method[S]):
     ) -> tuple[list[PreferencePair], Facts]:
         """What to learn from; methods change `make_pairs`."""
         made, drops, facts = self.make_pairs(it, prompts, candidates, judgements)
+        if self.recipe.pairing.source == "judge":
+            worth = form_of(self.recipe).kept(made, judgements)
+            if len(worth) < len(made):
+                drops.prompts["not_widest"] += len(made) - len(worth)
+                made = worth
         kept, counts = it.keep(made, drops, advice=self.advice, origin=self.origin_of_pairs(it))
         return kept, {**counts, **facts}
 
