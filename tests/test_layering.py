@@ -43,6 +43,7 @@ ALLOWED: dict[str, set[str]] = {
         "declared",
         "engines",
         "errors",
+        "forms",
         "hardware",
         "judging",
         "methods",
