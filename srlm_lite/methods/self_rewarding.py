@@ -72,6 +72,7 @@ class SelfRewarding(Method[S]):
         "expected scores": Case("toy", ("judge.score=expected",), group=OF_FORMS),
         "no rationale": Case("toy", ("judge.rationale=false",), anchor=None, group=OF_FORMS),
         "pairwise": Case("toy-pairwise", anchor=None, is_long=True, group=OF_FORMS),
+        "checklist": Case("toy-checklist", anchor=None, is_long=True, group=OF_FORMS),
         "flipped pairs": Case("toy", ("pairing.source=flipped",), group=SHARPENING),
         "SFT on the best": Case("toy", ("dpo.loss=sft",), group=SHARPENING),
         "one pass": Case("toy", group=SHARPENING, one_pass=True),
