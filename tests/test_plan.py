@@ -812,6 +812,8 @@ def test_work_is_shared_by_chunks_and_micro_batches() -> None:
     assert speedup(phases["prompts"], 8) == 1.0  # the first process writes them
     assert plan.recipe.prompts.per_iteration == 2000 and plan.recipe.rollout.chunk_prompts == 64
     assert phases["candidates"].shares == phases["judge"].shares == 32
+    alone = plan_for(load_recipe("toy-rlhf"), parse_gpus("8xH100"))
+    assert {phase.shares for phase in alone.phases} == {1}  # rlhf runs in one process
     by = by_devices(plan)
     assert list(by) == [1, 2, 4, 8, 16] and by[1] > by[2] > by[8]
 
@@ -848,6 +850,9 @@ def test_a_user_s_own_rates_come_first_whatever_the_driver_calls_the_device(
     assert times["DPO"].source.startswith("your own, ")
     assert "H100" in times["judge"].source  # measured elsewhere
     assert "your own" not in timed("llama3.1-8b", "H200")[1]["DPO"].source
+    for other in ("rollout.fold=true", "rollout.engine=vllm"):  # neither was what was measured
+        _, times = timed("llama3.1-8b", "H100", other)
+        assert "your own" not in times["candidates"].source
 
 
 @pytest.mark.parametrize(

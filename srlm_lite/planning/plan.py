@@ -347,13 +347,14 @@ class _Phases:
             "batch_rows": at_once * samples,
         }
         least = sum(parts(at_once if whole else 1).values())
+        alone = whole or method_of(self.recipe).one_process
         return Phase(
             name,
             parts(at_once),
             least,
             tokens,
             read=None if tokens is None else requests * prompt_tokens,
-            shares=1 if whole else max(1, math.ceil(requests / rounds / max(1, prompts))),
+            shares=1 if alone else max(1, math.ceil(requests / rounds / max(1, prompts))),
             engine=engine.name,
             shape=shape,
             like=like,

@@ -58,13 +58,14 @@ def question_tokens(section: Base, texts: Iterable[str]) -> list[int] | None:
 def _chat_here(of_templates: str) -> ChatFormat | None:
     from transformers import AutoTokenizer
 
-    from srlm_lite.model.base import is_gguf, spoken_here
+    from srlm_lite.model.base import spoken_here
     from srlm_lite.model.chat import ChatFormat
+    from srlm_lite.model.whereabouts import located
 
     found = json.loads(of_templates)
     try:
         tokenizer: Any
-        if is_gguf(found["name"]):
+        if located(found["name"])[0] == "gguf":
             tokenizer, _ = spoken_here(Base(name=found["name"])) or (None, ())
         else:
             tokenizer = AutoTokenizer.from_pretrained(

@@ -32,6 +32,7 @@ CHECKS: Mapping[str, Check] = {
     "base files": base.files,
     "device": base.device,
     "targets": base.targets,
+    "anchor": base.anchor,
     "chat template": base.template,
     "conversations": base.conversations,
     "thoughts": base.thoughts,
@@ -39,6 +40,7 @@ CHECKS: Mapping[str, Check] = {
     "judging": base.judging,
     "memory": machine.memory,
     "disk": machine.disk,
+    "time": machine.time,
 }
 """Name to check. From `backend` on they import torch, which takes seconds: whatever can be told
 without it comes before. Unsloth comes before what imports transformers."""
@@ -49,6 +51,7 @@ NEEDS: Mapping[str, tuple[str, ...]] = {
     "held-out": ("data",),
     "base files": ("base",),
     "targets": ("base", "base files", "device"),
+    "anchor": ("files", "targets"),
     "chat template": ("base", "base files", "device"),
     "conversations": ("base", "data", "prompts", "chat template"),
     "thoughts": ("base", "data", "chat template"),
@@ -56,6 +59,7 @@ NEEDS: Mapping[str, tuple[str, ...]] = {
     "judging": ("base", "data", "judge", "prompts", "chat template", "conversations"),
     "memory": ("base", "device", "targets"),
     "disk": ("base", "device", "targets"),
+    "time": ("base", "device", "targets"),
 }
 """Checks that mean nothing where another one has found something: they would say it again."""
 
@@ -67,6 +71,7 @@ OF_WORK = (
     "prompts that fit",
     "judging",
     "disk",
+    "time",
     "server",
 )
 """Checks of what a run that is finished does not need any more."""
