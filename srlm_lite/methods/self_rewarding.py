@@ -126,7 +126,7 @@ class SelfRewarding(Method[S]):
     ) -> tuple[list[PreferencePair], Facts]:
         """What to learn from; methods change `make_pairs`."""
         made, drops, facts = self.make_pairs(it, prompts, candidates, judgements)
-        if self.recipe.pairing.source == "judge":
+        if self.recipe.pairing.source in ("judge", "flipped"):
             worth = form_of(self.recipe).kept(made, judgements)
             if len(worth) < len(made):
                 drops.prompts["not_widest"] += len(made) - len(worth)
