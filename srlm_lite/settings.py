@@ -344,7 +344,7 @@ class Rollout(Sampling):
     """Prompts whose results reach the disk together; a killed run loses at most one chunk."""
 
 
-FormName = Literal["grade", "pairwise"]
+FormName = Literal["grade", "pairwise", "checklist"]
 
 
 class Judge(Sampling):
@@ -352,7 +352,7 @@ class Judge(Sampling):
 
     form: Annotated[FormName, Before("grade")] = "grade"
     """How candidates are judged. `grade`: each alone, by the rubric. `pairwise`: a prompt's against
-    each other."""
+    each other. `checklist`: each by a few yes-or-no items that the model writes for the prompt."""
     rationale: Annotated[bool, Before(True)] = True
     """False: the judge writes nothing. A score is the mean of the whole scores that it would give,
     by their probability, for the price of reading the question once; `votes` and `score` count for
@@ -569,6 +569,11 @@ class Gate(Section):
     """Share of the judge's votes with one and the same score at which its grades have collapsed."""
     readable: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Least share of readable votes."""
+    position_consistency: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Least share of comparisons whose two orders name the same reply, of a judge that compares."""
+    intransitive: Annotated[float, Field(ge=0, le=1)] = 0.25
+    """Largest share of triples of replies that such a judge puts in a circle; one in four is what a
+    coin does."""
     length: Annotated[float, Field(ge=0)] = 0.3
     """Answers may have grown since the anchor by so much more, as a share of their length, than
     their score has, as a share of the rubric's scale. The score is the anchor's."""

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 from chat_server import free_port
 from commands import Cli, Done
+from safetensors.torch import load_file, save_file
 from toy_run import make_toy_run
 
 from srlm_lite import tracking
@@ -76,7 +77,7 @@ def test_a_run_that_can_start_says_so_and_what_to_type(
     done = cli("iterate", "--recipe", "tiny", "--adapters", out, "--dry-run")
     assert done.returncode == 0
     assert [line.split()[0] for line in done.stdout.splitlines()] == [
-        "-" if name in ("tracking", "server", "time") else "ok" for name in CHECKS
+        "-" if name in ("anchor", "tracking", "server", "time") else "ok" for name in CHECKS
     ]
     [line] = done.stderr.strip().splitlines()
     assert line.startswith("next: srlm-lite iterate --recipe tiny --adapters ")
@@ -181,6 +182,24 @@ def test_thoughts_that_a_base_would_learn_as_text(cli: Cli, out: Path, data: Pat
         "ok: "
     )
     assert asked(cli, out)["thoughts"] == "ok: none are taught"
+
+
+def test_an_anchor_of_another_base_is_told_of_before_anything_is_loaded(
+    cli: Cli, out: Path, tmp_path: Path
+) -> None:
+    kept = Path(__file__).parent / "data" / "run-513090d" / "anchor"
+    lora = "{rank: 1, targets: [q_proj, v_proj]}"
+    given = [f"anchor.init={kept}", f"dpo.lora={lora}", f"anchor.lora={lora}"]
+    assert asked(cli, out, *given)["anchor"].startswith("ok: rank 1, for ")
+    other = ["dpo.lora={rank: 1, targets: [q_proj]}", "anchor.lora={rank: 1, targets: [q_proj]}"]
+    assert "v_proj, which the base does not have or" in refused(cli, out, given[0], *other)
+    wide = shutil.copytree(kept, tmp_path / "wide")
+    tensors = load_file(wide / "adapter_model.safetensors")
+    widened = {name: one.repeat(1, 2) if "lora_A" in name else one for name, one in tensors.items()}
+    save_file(widened, wide / "adapter_model.safetensors")
+    assert "is for a layer of " in refused(cli, out, f"anchor.init={wide}", *given[1:])
+    (wide / "adapter_model.safetensors").write_bytes(b"harmed")
+    assert "damaged" in refused(cli, out, f"anchor.init={wide}", *given[1:])
 
 
 def test_replies_that_no_judge_could_be_asked_about(cli: Cli, out: Path) -> None:

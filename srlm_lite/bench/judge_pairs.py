@@ -33,8 +33,9 @@ from srlm_lite.evaluate.judge_tests import (
     style_figures,
 )
 from srlm_lite.forms import FORMS
+from srlm_lite.forms.tournament import verdict
 from srlm_lite.judging import as_sampled, mean_scores, unasked, whole_scores
-from srlm_lite.records import Candidate, Judgement, Prompt
+from srlm_lite.records import Candidate, Contest, Judgement, Prompt
 from srlm_lite.run.files import read_records
 from srlm_lite.run.layout import IterationDir, StageDir
 from srlm_lite.settings import FormName
@@ -237,7 +238,8 @@ def _ways(judge: BenchJudge, tests: Sequence[JudgeTest]) -> Iterator[tuple[str, 
         except UserError as problem:
             judge.session.reporter.warn(f"{name}: {problem}")
             continue
-        yield name, Way(_means(rows), len(unasked(rows)), cost)
+        consistent = _consistent(judge, name)
+        yield name, Way(_means(rows), len(unasked(rows)), cost, consistent)
 
 
 def _means(rows: Sequence[Judgement]) -> dict[str, float | None]:
@@ -264,20 +266,22 @@ def _judged(
     Raises:
         UserError: This base cannot be asked so.
     """
-    session, folder = judge.session, judge.scratch / name.replace(" ", "_").replace(",", "")
+    session, folder = judge.session, _folder(judge, name)
     folder.mkdir(parents=True, exist_ok=True)
     session.engine(judge.stack, "judge")  # loaded before the clock starts
     read, written, started = session.read, session.written, time.perf_counter()
     settings = {"form": "grade", "rationale": True, **settings}
-    with _asking(session, adaptive_votes=False, **settings):
+    with _asking(session, **settings):
         rows, _ = judged(
             session,
             judge.stack,
             asked.prompts,
             asked.candidates,
             place=lambda file: folder / f"{file}.jsonl",
+            shared=lambda file: judge.scratch / f"{file}.jsonl",
             stage=name,
             seed_path=(session.recipe.seed, "bench-judge", name),
+            every_vote=True,
         )
     seconds, count = time.perf_counter() - started, max(1, len(asked.candidates))
     local = not session.engine_kind("judge").remote
@@ -289,14 +293,28 @@ def _judged(
     }
 
 
+def _folder(judge: BenchJudge, name: str) -> Path:
+    return judge.scratch / name.replace(" ", "_").replace(",", "")
+
+
+def _consistent(judge: BenchJudge, name: str) -> dict[tuple[str, str], bool]:
+    """Of two replies that a form has compared, whether both orders have the same verdict."""
+    path = _folder(judge, name) / "comparisons.jsonl"
+    found: dict[tuple[str, str], bool] = {}
+    for one in read_records(path, Contest) if path.is_file() else []:
+        first, last = one.p_shown_first, one.p_shown_last
+        if first is not None and last is not None:
+            same = verdict(first) == verdict(last)
+            found[one.first_id, one.second_id] = found[one.second_id, one.first_id] = same
+    return found
+
+
 @contextmanager
 def _asking(session: Session, **settings: Any) -> Iterator[None]:
     """A session whose judge is asked in another way, for a while."""
     recipe = session.recipe
-    known = {
-        key: value for key, value in settings.items() if key in type(recipe.judge).model_fields
-    }
-    session.recipe = recipe.model_copy(update={"judge": recipe.judge.model_copy(update=known)})
+    judge = recipe.judge.model_copy(update=settings)
+    session.recipe = recipe.model_copy(update={"judge": judge})
     try:
         yield
     finally:

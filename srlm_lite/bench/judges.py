@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from srlm_lite.engines import Role
 from srlm_lite.errors import UserError
+from srlm_lite.forms import FORMS
 from srlm_lite.progress import Reporter
 from srlm_lite.recipe import Recipe, load_recipe, overridden
 from srlm_lite.rollout.protocol import Engine, Limits, Request, Sample
@@ -20,7 +21,10 @@ from srlm_lite.session import Session
 if TYPE_CHECKING:
     from srlm_lite.model.stack import Adapter
 
-MEASURES = ("anchor.disturb_template", "judge", "openai", "rollout", "vllm")
+MEASURES = (
+    *("anchor.disturb_template", "judge", "openai", "rollout", "vllm"),
+    *(kind.section for kind in FORMS.values() if kind.section is not None),
+)
 """The settings of a run that say how its judge is asked; the others say what it is."""
 
 

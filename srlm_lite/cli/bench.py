@@ -132,7 +132,7 @@ def judge(
         list[str] | None,
         typer.Option(
             "--set",
-            help="Ask in another way: a setting of judge, rollout, openai or vllm.",
+            help="Ask in another way: a setting of judge, of a form of judging, or of rollout.",
             metavar="KEY=VALUE",
             autocompletion=overrides,
         ),
@@ -741,6 +741,11 @@ def _rollout_text(result: dict[str, Any]) -> str:
         f"{max(rates['matmul_flops_per_s'].values()) / 1e12:.2f} TFLOP/s and "
         f"{rates['copy_bytes_per_s'] / 1e9:.0f} GB/s, both measured here",
     ]
+    if result["prefill_s"] is not None:
+        lines.append(
+            f"without a rationale (judge.rationale=false): all candidates judged in "
+            f"{result['prefill_s']:.2f} s, {result['prefill_share']:.3f} of the votes' time"
+        )
     if result["vllm"]:
         lines.append(f"vLLM: {result['vllm']}, its start not counted")
     if "batched" in shown:

@@ -21,8 +21,10 @@ def judge_text(result: dict[str, Any]) -> str:
     def number(value: float | None, digits: int) -> str:
         return "-" if value is None else f"{value:.{digits}f}"
 
-    rows, subsets = [], dict[str, list[str]]()
-    for name, found in result["forms"].items():
+    forms = result["forms"]
+    rows, prices = [], []
+    subsets: dict[str, list[str]] = {}
+    for name, found in forms.items():
         cost = found["cost"]
         rows.append(
             [
@@ -33,8 +35,14 @@ def judge_text(result: dict[str, Any]) -> str:
                 share(found["tie_rate"]),
                 share(found["unreadable"]),
                 share(found["position_consistency"]),
+            ]
+        )
+        prices.append(
+            [
+                name,
                 share(found["longer_errors"]),
-                f"{share(found['accuracy_longer'])} {share(found['accuracy_shorter'])}",
+                share(found["accuracy_longer"]),
+                share(found["accuracy_shorter"]),
                 number(cost.get("seconds_per_reply"), 3),
                 number(cost.get("read"), 0),
                 number(cost.get("written"), 0),
@@ -44,15 +52,15 @@ def judge_text(result: dict[str, Any]) -> str:
             row = subsets.setdefault(subset or "(none)", [str(one["pairs"])])
             row.append(f"{share(one['accuracy'])} ({ends(one['interval'])})")
     columns = ["asked for", "accuracy", "95%", "of decided", "ties", "unreadable", "both orders"]
-    columns += ["longer wins", "longer, shorter better", "s a reply", "read", "written"]
-    forms = result["forms"]
-    any_form = next(iter(forms.values()))
+    more = ["asked for", "longer wins", "if longer", "if shorter", "s a reply", "read", "written"]
     lines = [
-        _head(result, any_form),
+        _head(result, next(iter(forms.values()))),
         plain_table(columns, rows),
-        "accuracy: ties and unreadable pairs count half; both orders: the same verdict in both; "
-        "longer wins: of the wrong verdicts; then the accuracy where the better reply is the "
-        "longer one, or the shorter; read, written: tokens a reply",
+        "accuracy: ties and unreadable pairs count half; both orders: the same verdict in both",
+        "",
+        plain_table(more, prices),
+        "longer wins: of the wrong verdicts; if longer, if shorter: the accuracy where the better "
+        "reply is; read, written: tokens a reply",
     ]
     if subsets:
         lines += [

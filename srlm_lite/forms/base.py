@@ -20,6 +20,7 @@ from srlm_lite.records import (
     Candidate,
     Instruction,
     Judgement,
+    PreferencePair,
     Prompt,
     RankedReply,
     Record,
@@ -116,11 +117,15 @@ class JudgeAtWork(ABC):
         """Tokens of a reply."""
 
     @abstractmethod
-    def write(self, name: str, rows: Sequence[Record]) -> None:
-        """Write a file of the form's own, whole; `judgements` holds what `Form.judge` gives."""
+    def write(self, name: str, rows: Sequence[Record], *, shared: bool = False) -> None:
+        """Write a file of the form's own, whole; `judgements` holds what `Form.judge` gives.
+
+        Args:
+            shared: It is one for the whole run, which people may edit between two judgings.
+        """
 
     @abstractmethod
-    def read(self, name: str, kind: type[R]) -> list[R] | None:
+    def read(self, name: str, kind: type[R], *, shared: bool = False) -> list[R] | None:
         """The rows of such a file; None where there is none yet."""
 
 
@@ -150,6 +155,11 @@ class Form(ABC, Generic[S]):
     """Whether an anchor is taught its own questions (`lessons`), and not the rubric's."""
     figures: ClassVar[Mapping[str, str]] = {}
     """Facts of its judging that reports show, with what they are called there."""
+
+    @classmethod
+    def told(cls, judgement: Judgement) -> tuple[str, ...]:
+        """What a judgement says beside its score and its text, a line each, for reports."""
+        return ()
 
     def __init__(self, recipe: Shared, own: S) -> None:
         self.recipe, self.own = recipe, own
@@ -198,6 +208,12 @@ class Form(ABC, Generic[S]):
             answers: Candidates of the whole run.
             at_once: Candidates that are judged at once.
         """
+
+    def kept(
+        self, pairs: Sequence[PreferencePair], judgements: Sequence[Judgement]
+    ) -> list[PreferencePair]:
+        """Those of an iteration's pairs that are worth learning, in their order."""
+        return list(pairs)
 
     def lessons(self, groups: Sequence[Sequence[RankedReply]], rubric: Rubric) -> list[Instruction]:
         """What teaches an anchor to judge in this form, from replies that humans ranked.

@@ -100,6 +100,11 @@ class PairwiseForm(Form[PairwiseSettings]):
         "longer_wins": "won by the longer one",
     }
 
+    @classmethod
+    def told(cls, judgement: Judgement) -> tuple[str, ...]:
+        """On how many verdicts the score rests."""
+        return () if judgement.verdicts is None else (f"of {judgement.verdicts} verdicts",)
+
     @property
     def weighs(self) -> bool:
         """Unless verdicts are written."""

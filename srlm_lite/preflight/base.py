@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import islice
+from pathlib import Path
 
 from srlm_lite.errors import UserError
 from srlm_lite.methods import method_of
@@ -67,6 +68,40 @@ def targets(launch: Launch) -> Seen:
             raise
         return Seen("not known before the base is loaded", asked=False)
     return Seen(f"{len(shape.adapted(recipe.targets))} layers carry an adapter")
+
+
+def anchor(launch: Launch) -> Seen:
+    """That an anchor which is taken from elsewhere can be read, and is one for this base."""
+    from srlm_lite.model.stack import Adapter
+
+    recipe = launch.recipe
+    if recipe.anchor.init == "base":
+        return Seen("it is trained", asked=False)
+    if launch.begun is not None and launch.begun.anchor.training.is_file():
+        return Seen("the run has it", asked=False)
+    where = f"anchor.init = {recipe.anchor.init}"
+    adapter = Adapter.load(Path(recipe.anchor.init))
+    try:
+        layers = {one.name: one for one in launch.plan.shape.adapted(recipe.targets)}
+    except UserError:
+        return Seen("not known before the base is loaded", asked=False)
+    if missing := adapter.factors.keys() - layers.keys():
+        raise UserError(
+            f"it has weights for {min(missing)}, which the base does not have or the recipe does "
+            "not target",
+            where=where,
+            way_out="Take the base that it was trained on, and the same lora.targets",
+        )
+    for name, (a, b) in adapter.factors.items():
+        layer = layers[name]
+        if (a.shape[1], b.shape[0]) != (layer.inputs, layer.outputs):
+            raise UserError(
+                f"its {name} is for a layer of {a.shape[1]} to {b.shape[0]}, the base's is one of "
+                f"{layer.inputs} to {layer.outputs}",
+                where=where,
+                way_out="Take the base that it was trained on",
+            )
+    return Seen(f"rank {adapter.rank}, for {len(adapter.factors)} layers")
 
 
 def template(launch: Launch) -> Seen:

@@ -327,6 +327,11 @@ class IterationDir(StageDir):
         return self.path / "revisions.jsonl"
 
     @property
+    def comparisons(self) -> Path:
+        """What the judge made of every two candidates, where it compares them."""
+        return self.path / "comparisons.jsonl"
+
+    @property
     def labels(self) -> Path:
         """What principles made of pairs of candidates."""
         return self.path / "labels.jsonl"

@@ -97,6 +97,10 @@ class RunDir:
         """The training under way, as it was after one of its steps."""
         return CheckpointDir(self.path / ".checkpoint")
 
+    def shared(self, name: str) -> Path:
+        """A file of the judge's that the whole run shares and people may edit."""
+        return self.path / f"{name}.jsonl"
+
     @property
     def anchor(self) -> AnchorDir:
         return AnchorDir(self.path / "anchor")
