@@ -35,6 +35,7 @@ from srlm_lite.run.layout import CheckpointDir
 from srlm_lite.run.run import RunDir
 from srlm_lite.session import Session
 from srlm_lite.settings import Anchor, Base, Consistency, Dpo, Rollout
+from srlm_lite.shipped import recipes_dir
 from srlm_lite.stopping import Terminated, deferred, terminable
 from srlm_lite.training import checkpoint
 from srlm_lite.training.checkpoint import Checkpoints, packed, unpacked, write_checkpoint
@@ -372,6 +373,7 @@ def test_a_folder_has_its_name_when_it_is_whole(tmp_path: Path) -> None:
 
 SETTINGS = (
     "base.quantization=none",
+    "base.device=cpu",
     "checkpoint_minutes=1e-9",
     "anchor.ift_limit=12",
     "anchor.eft_prompts=2",
@@ -478,13 +480,12 @@ def test_ctrl_c_on_a_launcher_stops_both_after_a_step(launcher: str, tmp_path: P
     assert as_two(whole, "0", "SFT", "0", "SIGKILL")[0] == [0, 0]
 
     def started(*stop: str) -> tuple[int, str]:
-        launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-        launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        config, port = recipes_dir() / "accelerate" / "ddp-2.yaml", str(free_port())
+        launch = ["-m", "accelerate.commands.launch", "--config_file", str(config)]
+        launch += ["--main_process_port", port]
         if launcher == "torchrun":
-            launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
-        port = f"--main_process_port={free_port()}"
-        port = port if launcher == "accelerate" else f"--master-port={free_port()}"
-        program = [sys.executable, *launch, port, str(SCRIPT), *stop]
+            launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port]
+        program = [sys.executable, *launch, str(SCRIPT), *stop]
         done = subprocess.run(
             [*program, *words(out.path, "iterations=0")],
             env=environment(),
