@@ -9,11 +9,11 @@ VENV      := .venv
 BIN       := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEMO      := out/demo
-PYTEST     = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+PYTEST     = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 HERE      := not gpu and not vllm and not unsloth and not browser
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test slow quick docs gpu wheels lint wheel clean
+.PHONY: help install demo test slow quick campaign docs gpu wheels lint wheel clean
 
 help:  ## List the targets.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ slow: $(INSTALLED)  ## The slow ones: longer runs on SmolLM2, more kills, famili
 
 quick: $(INSTALLED)  ## Those of them that compute with no model, or for a moment: under 90 seconds.
 	$(PYTEST) --quick -m "$(HERE) and not slow" $(ARGS)
+
+campaign: $(INSTALLED)  ## Kills, full disks, harmed files, garbled input. A part: ARGS="--only kills --n 10 --seed 3"
+	OMP_NUM_THREADS=1 $(BIN)/python tests/campaign $(ARGS)
 
 docs: $(INSTALLED)  ## Write the pages that the code says, and build all of docs/ as a site in site/.
 	$(BIN)/python .ci/docs.py

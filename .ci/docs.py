@@ -197,6 +197,14 @@ def architecture_page() -> str:
     return _with_parts("architecture.md", _parts())
 
 
+def judges_page() -> str:
+    """The page with its tables of forms of judging and of the layouts of preference files."""
+    from srlm_lite.data.preferences import formats_table
+    from srlm_lite.forms import forms_table
+
+    return _with_parts("judges.md", f"{forms_table()}\n", formats_table())
+
+
 def methods_page() -> str:
     """The page with its table of methods as they declare themselves."""
     from srlm_lite.methods import table
@@ -218,11 +226,13 @@ def readme() -> str:
     return _with_parts("../README.md", f"{table()}\n")
 
 
-def _with_parts(name: str, parts: str) -> str:
-    """A page that is written by hand, but for one part."""
-    before, rest = (DOCS / name).read_text(encoding="utf-8").split(BEGIN)
-    _, after = rest.split(END)
-    return f"{before}{BEGIN}\n\n{parts}\n{END}{after}"
+def _with_parts(name: str, *parts: str) -> str:
+    """A page that is written by hand, but for some parts, in their order."""
+    page, *rest = (DOCS / name).read_text(encoding="utf-8").split(BEGIN)
+    for part, text in zip(parts, rest, strict=True):
+        _, after = text.split(END)
+        page += f"{BEGIN}\n\n{part}\n{END}{after}"
+    return page
 
 
 def _parts() -> str:
@@ -289,6 +299,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "commands.md": commands_page,
     "bases.md": bases_page,
     "architecture.md": architecture_page,
+    "judges.md": judges_page,
     "methods.md": methods_page,
     "data.md": data_page,
     "../README.md": readme,

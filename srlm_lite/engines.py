@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 from srlm_lite.progress import Reporter
 from srlm_lite.recipe import Recipe
 from srlm_lite.run.run import RunDir
-from srlm_lite.settings import EngineName, Shared
+from srlm_lite.settings import SERVERS, EngineName, Shared
 
 if TYPE_CHECKING:  # torch is imported when an engine is made, and not before
     from srlm_lite.model.base import LoadedBase
@@ -61,9 +61,18 @@ class EngineKind:
     Raises:
         UserError: It is not.
     """
-    remote: bool = False
-    """A server's own model answers. It has a template, a window and thoughts of its own, needs no
-    base in this process, is asked by the first process alone, and learns nothing from the run."""
+    tells_probabilities: Callable[[Shared], None] | None = None
+    """Asks an engine that may not tell the probabilities of tokens whether it does.
+
+    Raises:
+        UserError: It does not.
+    """
+    discreet: Callable[[Shared], None] = lambda recipe: None
+    """That its settings, which go to `run.json` and reports, hold no secret.
+
+    Raises:
+        UserError: They do.
+    """
     samples_here: bool = False
     """On the base in this process, which takes no second copy of it."""
     package: str | None = None
@@ -74,6 +83,15 @@ class EngineKind:
     """The share of the device's memory that it takes beside the base in this process."""
     label: str = ""
     """What it is called where a sentence begins."""
+
+    @property
+    def remote(self) -> bool:
+        """Whether a server's own model answers.
+
+        It has a template, a window and thoughts of its own, needs no base in this process, is asked
+        by the first process alone, and learns nothing from the run.
+        """
+        return self.name in SERVERS
 
     @property
     def holds_base(self) -> bool:
@@ -136,6 +154,22 @@ def _check_key(recipe: Shared) -> None:
     key_of(recipe.openai)
 
 
+def _has_probabilities(recipe: Shared) -> None:
+    from srlm_lite.rollout.openai_engine import refuse_untold
+
+    refuse_untold(
+        recipe.openai,
+        way_out="Let the judge write its reply (judge.rationale=true, or pairwise.verdict=reply), "
+        "or take a server that has them, such as vLLM",
+    )
+
+
+def _refuse_secret(recipe: Shared) -> None:
+    from srlm_lite.rollout.openai_engine import refuse_secret_url
+
+    refuse_secret_url(recipe.openai)
+
+
 def _reach_server(recipe: Shared) -> str:
     from srlm_lite.rollout.openai_engine import reach
 
@@ -155,7 +189,14 @@ ENGINES: Mapping[EngineName, EngineKind] = {
             share=lambda recipe: recipe.vllm.memory,
             label="vLLM",
         ),
-        EngineKind("openai", _make_openai, _check_key, _reach_server, remote=True),
+        EngineKind(
+            "openai",
+            _make_openai,
+            _check_key,
+            _reach_server,
+            tells_probabilities=_has_probabilities,
+            discreet=_refuse_secret,
+        ),
     )
 }
 SERVER: EngineName = "openai"

@@ -6,9 +6,17 @@ import os
 import shutil
 import sys
 
+from srlm_lite.telling import for_terminal, without_secrets
+
 
 class SrlmError(Exception):
-    """Base of every error that srlm-lite raises on purpose; the command exits with 1."""
+    """Base of every error that srlm-lite raises on purpose; the command exits with 1.
+
+    What it says holds no secret, and nothing that a terminal obeys, whoever is quoted.
+    """
+
+    def __init__(self, line: str = "") -> None:
+        super().__init__(for_terminal(without_secrets(line)))
 
 
 class UserError(SrlmError):

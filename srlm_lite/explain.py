@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BaseModel
 from pydantic.fields import FieldInfo
 
 from srlm_lite.errors import UserError
+from srlm_lite.forms import FORMS
 from srlm_lite.methods import METHODS
 from srlm_lite.recipe import Recipe, layers_of, load_recipe
 from srlm_lite.settings import Before, DecidesNothing, IsPath, Section, known_temperature
@@ -32,7 +33,8 @@ class Setting:
     """Dotted, such as `dpo.beta`."""
     field: FieldInfo
     read_by: str | None
-    """The method that alone reads it; None where whichever a recipe names may."""
+    """The method, or the form of judging, that alone reads it; None where whichever a recipe names
+    may."""
     decides: bool
     """Whether another value makes another run."""
     meaning: str
@@ -75,7 +77,11 @@ class Setting:
         A method's own settings are at their defaults.
         """
         unread = {name: kind.unread(kind.Settings()) for name, kind in METHODS.items()}
-        return {name: tuple(keys[self.key]) for name, keys in unread.items() if self.key in keys}
+        return {
+            name: tuple(written(value) for value in keys[self.key])
+            for name, keys in unread.items()
+            if self.key in keys
+        }
 
 
 def settings_in(
@@ -189,15 +195,17 @@ def _setting(section: type[BaseModel], name: str, above: Setting | None) -> Sett
     return Setting(
         key=name if above is None else f"{above.key}.{name}",
         field=field,
-        read_by=_method_of_section(name) if above is None else above.read_by,
+        read_by=_reader_of_section(name) if above is None else above.read_by,
         decides=not marked and (above is None or above.decides),
         meaning=_meaning(section, name),
     )
 
 
-def _method_of_section(name: str) -> str | None:
-    """The method whose own section this is."""
-    return next((kind.name for kind in METHODS.values() if kind.section == name), None)
+def _reader_of_section(name: str) -> str | None:
+    """The method, or the form of judging, whose own section this is."""
+    named = [(f"the method {kind.name}", kind.section) for kind in METHODS.values()]
+    named += [(f"judge.form={kind.name}", kind.section) for kind in FORMS.values()]
+    return next((reader for reader, section in named if section == name), None)
 
 
 def _meaning(section: type[BaseModel], name: str) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from random import Random
+from typing import Literal
 
 from srlm_lite.records import Candidate, PreferencePair, Prompt
 from srlm_lite.settings import Pairing
@@ -276,6 +277,106 @@ def replayed(
     return chosen
 
 
+def flipped(pair: PreferencePair) -> PreferencePair:
+    """The same pair with its rejected reply chosen: a control."""
+    return replace(
+        pair,
+        chosen_id=pair.rejected_id,
+        rejected_id=pair.chosen_id,
+        chosen=pair.rejected,
+        rejected=pair.chosen,
+        chosen_score=pair.rejected_score,
+        rejected_score=pair.chosen_score,
+        chosen_ids=pair.rejected_ids,
+        rejected_ids=pair.chosen_ids,
+    )
+
+
+def weighted_by_gap(pairs: Sequence[PreferencePair]) -> list[PreferencePair]:
+    """Pairs whose weight is their score gap over the mean gap, times what it was.
+
+    Source: linear, and 1 on average, is our formulation of what several have: the quality weight
+    of Peng et al. 2025, arXiv:2506.10054, known to us from summaries, grows with the gap too.
+    """
+    gaps = [one.chosen_score - one.rejected_score for one in pairs]
+    mean = sum(gaps) / len(gaps) if gaps else 0.0
+    return [
+        replace(one, weight=round(one.weight * gap / mean, 6))
+        for one, gap in zip(pairs, gaps, strict=True)
+        if mean > 0
+    ]
+
+
+def accumulated(older: Sequence[Sequence[PreferencePair]]) -> list[PreferencePair]:
+    """The pairs that were new in earlier iterations, marked `replay`, the latest ones first.
+
+    Args:
+        older: The pairs of the last iteration, of the one before it, and so on.
+    """
+    return [
+        replace(one, origin=f"{one.origin}, {origin}".removeprefix(", "))
+        for back, pairs in enumerate(older, start=1)
+        for origin in (f"replay, {back} back",)
+        for one in pairs
+        if not replay_age(one)
+    ]
+
+
+def judge_preference(chosen: Sequence[float | None], rejected: Sequence[float | None]) -> float:
+    """How likely a vote on one reply is above a vote on the other; equal ones count half.
+
+    0.5 where a reply has no readable vote.
+    """
+    credits = [
+        0.5 if one == other else float(one > other)
+        for one in chosen
+        for other in rejected
+        if one is not None and other is not None
+    ]
+    return sum(credits) / len(credits) if credits else 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Regraded:
+    """The newest votes on the two replies of an older pair."""
+
+    pair: PreferencePair
+    chosen: Sequence[float | None]
+    rejected: Sequence[float | None]
+
+    @property
+    def doubt(self) -> float:
+        """Share of the votes by which the chosen reply is not the better one; 0 where a reply has
+        no readable vote, for then nobody disputes the order."""
+        read = all(
+            any(vote is not None for vote in votes) for votes in (self.chosen, self.rejected)
+        )
+        return 1 - judge_preference(self.chosen, self.rejected) if read else 0.0
+
+
+def as_newest_judge_has_it(
+    older: Sequence[Regraded], order: Literal["drop", "smooth"]
+) -> tuple[list[PreferencePair], int]:
+    """Older pairs under `pairing.older_order`, and how many of them are disputed.
+
+    A pair is disputed where the newest judge does not prefer its chosen reply. `smooth`: the order
+    is wrong where either the pair's own smoothing or the newest judge has it so, but not both.
+    """
+    disputed = sum(one.doubt >= 0.5 for one in older)
+    if order == "drop":
+        return [one.pair for one in older if one.doubt < 0.5], disputed
+    smoothed = [
+        replace(
+            one.pair,
+            smoothing=round(
+                one.pair.smoothing * (1 - one.doubt) + (1 - one.pair.smoothing) * one.doubt, 6
+            ),
+        )
+        for one in older
+    ]
+    return smoothed, disputed
+
+
 def has_tag(candidate_id: str, tag: str) -> bool:
     """Whether a candidate's name, `<prompt_id>#<tag><i>`, has this tag; a prompt's may spell it."""
     return candidate_id.rpartition("#")[2].startswith(tag)
@@ -283,8 +384,13 @@ def has_tag(candidate_id: str, tag: str) -> bool:
 
 def replay_age(pair: PreferencePair) -> int:
     """How many iterations ago the pair was new: 0 unless it is a replay."""
-    match = re.fullmatch(r"replay, (\d+) back", pair.origin)
+    match = re.fullmatch(rf"(?:{JUDGE}, )?replay, (\d+) back", pair.origin)
     return int(match[1]) if match else 0
+
+
+def is_of_judgements(origin: str) -> bool:
+    """Whether the prompt of such a pair is a question to the judge, and its replies judgements."""
+    return origin.partition(",")[0] == JUDGE
 
 
 def _usable(

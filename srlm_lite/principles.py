@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pydantic import TypeAdapter, ValidationError
 
 from srlm_lite.errors import UserError
-from srlm_lite.judging import closing_tags, options, quote
+from srlm_lite.quoting import closing_tags, options, quote
 from srlm_lite.shipped import PRINCIPLES, shipped_file
 from srlm_lite.yaml_text import read_yaml
 

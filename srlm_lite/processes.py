@@ -25,6 +25,7 @@ from typing import Any
 
 from srlm_lite.errors import SrlmError, UserError
 from srlm_lite.stopping import exit_code, told
+from srlm_lite.telling import for_terminal, without_secrets
 
 BEAT_S = 1.0
 """Seconds between two signs of life."""
@@ -362,7 +363,7 @@ def say(line: str) -> None:
 
 
 def _say(line: str) -> None:
-    sys.stderr.write(f"srlm-lite: {line}\n")
+    sys.stderr.write(f"srlm-lite: {for_terminal(without_secrets(line))}\n")
     sys.stderr.flush()
 
 

@@ -29,8 +29,18 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from srlm_lite.errors import UserError, shorten
+from srlm_lite.forms import FORMS, form_of, sections_of_other_forms
 from srlm_lite.methods import DEFAULT, METHODS, method_of, sections_of_others
-from srlm_lite.settings import Before, DecidesNothing, IsPath, Section, Shared, marked, sections_of
+from srlm_lite.settings import (
+    SERVERS,
+    Before,
+    DecidesNothing,
+    IsPath,
+    Section,
+    Shared,
+    marked,
+    sections_of,
+)
 from srlm_lite.shipped import place_of_base, recipes_dir
 from srlm_lite.yaml_text import parse_yaml, read_yaml
 
@@ -46,14 +56,15 @@ else:
         ),
         **{
             kind.section: (kind.Settings, kind.Settings())
-            for kind in METHODS.values()
+            for kind in (*METHODS.values(), *FORMS.values())
             if kind.section
         },
     )
 
 
 class Recipe(_OfMethods):
-    """All a run needs to know: what methods share, and a section for each that has its own."""
+    """All a run needs to know: what methods share, and a section for each method, and each form of
+    judging, that has its own."""
 
     @field_validator("method", mode="before")
     @classmethod
@@ -73,6 +84,7 @@ class Recipe(_OfMethods):
     @model_validator(mode="after")
     def _method_has_what_it_needs(self) -> Recipe:
         method_of(self).needs()
+        form_of(self).needs()
         return self
 
     @model_validator(mode="after")
@@ -84,6 +96,43 @@ class Recipe(_OfMethods):
         return self
 
     @model_validator(mode="after")
+    def _older_pairs_are_there(self) -> Recipe:
+        pairing, method = self.pairing, method_of(self)
+        if pairing.accumulate is True and pairing.replay:
+            raise ValueError(
+                "pairing.accumulate takes all older pairs, pairing.replay shares of them: "
+                "leave one out"
+            )
+        for name in ("older_steps", "older_order"):
+            value = getattr(pairing, name)
+            if value != type(pairing).model_fields[name].default and not method.has_older_pairs:
+                raise ValueError(
+                    f"pairing.{name}={value} is about older pairs, and none are learned: set "
+                    "pairing.accumulate=true, or dpo.init=anchor"
+                )
+        judged = method.judge_makes_pairs and pairing.source == "judge"
+        if pairing.older_order != "keep" and not judged:
+            raise ValueError(
+                f"pairing.older_order={pairing.older_order} asks the judge anew, which has not "
+                "made these pairs"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _pairs_have_what_is_asked(self) -> Recipe:
+        if self.pairing.weight == "gap" and self.pairing.source not in ("judge", "gold"):
+            raise ValueError(
+                f"pairing.weight=gap needs scores that order the pairs, and those of "
+                f"pairing.source={self.pairing.source} do not"
+            )
+        if self.pairing.older_order == "smooth" and self.dpo.loss == "sft":
+            raise ValueError(
+                "pairing.older_order=smooth turns a share of a pair's loss round, and dpo.loss=sft "
+                "learns the chosen reply alone: take pairing.older_order=drop"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _settings_are_read(self) -> Recipe:
         unread = METHODS[self.method].unread(self.own)
         for name, values in unread.items():
@@ -91,7 +140,8 @@ class Recipe(_OfMethods):
             value = getattr(getattr(self, section), key)
             plain = type(getattr(self, section)).model_fields[key].default
             if value in values if values else value != plain:
-                told = f"{name}={value}" if values else name
+                shown = str(value).lower() if isinstance(value, bool) else value
+                told = f"{name}={shown}" if values else name
                 raise ValueError(f"method {self.method} knows no {told}")
         return self
 
@@ -105,7 +155,7 @@ class Recipe(_OfMethods):
     def asks_a_server(self) -> bool:
         """Whether the run needs the server of the section `openai`."""
         asks = method_of(self).asks_a_server
-        return asks or "openai" in (self.rollout.engine, self.judge.engine)
+        return asks or not SERVERS.isdisjoint({self.rollout.engine, self.judge.engine})
 
     @property
     def judge_makes_pairs(self) -> bool:
@@ -120,13 +170,14 @@ class Recipe(_OfMethods):
     def identity(self) -> dict[str, Any]:
         """What makes two runs the same run: every setting that decides what is computed.
 
-        Leaves out the sections of other methods and what `DecidesNothing`. A path counts by what
-        the file holds, not by where it lies; that of a shipped base by its place among the recipes,
-        so that a run goes on from another installation (`RunDir.hold_to_base` holds it to the
-        weights). A setting that came later counts where it is not what it was `Before`.
+        Leaves out the sections of other methods and forms, and what `DecidesNothing`. A path counts
+        by what the file holds, not by where it lies; that of a shipped base by its place among the
+        recipes, so that a run goes on from another installation (`RunDir.hold_to_base` holds it to
+        the weights). A setting that came later counts where it is not what it was `Before`.
         """
-        others = sections_of_others(self.method)
+        others = sections_of_others(self.method) | sections_of_other_forms(self.judge.form)
         settings = as_noted_now(self.model_dump(mode="json", exclude=others))
+        settings["pairing"]["accumulate"] = method_of(self).accumulates  # what `auto` comes to
         for part, key, path in paths_in(settings):
             if path.by_content:
                 part[key] = _content_digest(part[key], path)

@@ -20,6 +20,11 @@ Ids = tuple[int, ...]
 it ran into the token limit. A record has them where reading the text again would give others."""
 
 
+CheckedItem = tuple[str, float | None, str]
+"""An item of a checklist, how likely it holds of a candidate, from 0 to 1 (None is unreadable), and
+who checked it: `judge` or `code`."""
+
+
 @dataclass(frozen=True, slots=True)
 class Record:
     """A row. Unknown keys in a file are ignored, so that files may carry more than we read."""
@@ -110,14 +115,15 @@ class Candidate(Record):
 
 @dataclass(frozen=True, slots=True)
 class Judgement(Record):
-    """One sampled grading of a candidate.
+    """One judgement of a candidate: a sampled grade, or what another form of judging comes to.
 
     `score` is what counts. It is None when the judge's reply could not be read; None never counts
     as a number. `sampled_score` is what the reply says, where `score` is an expected one. `text`
-    is without the judge's thought; `ids` are what is learned, see `Ids`.
+    is without the judge's thought; `ids` are what is learned, see `Ids`. `verdicts` is on how many
+    comparisons with other candidates the score rests, `items` what a checklist's items came to.
     """
 
-    omitted = frozenset({"thought", "ids"})
+    omitted = frozenset({"thought", "ids", "verdicts", "items"})
 
     candidate_id: str
     vote: int
@@ -128,6 +134,68 @@ class Judgement(Record):
     sampled_score: float | None = None
     thought: str | None = None
     ids: Ids | None = None
+    verdicts: int | None = None
+    items: tuple[CheckedItem, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Checklist(Record):
+    """What replies to a prompt are held against; people may edit it.
+
+    Each of `items` has its text (`item`), a `weight` above 0, and who checks it (`by`): `judge` or
+    `code`. `reference` is an answer by the model itself, where a judge is shown one.
+    """
+
+    omitted = frozenset({"reference"})
+
+    prompt_id: str
+    prompt: str
+    items: tuple[dict[str, Any], ...]
+    reference: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Contest(Record):
+    """What a judge makes of two candidates of a prompt, in both orders.
+
+    Both probabilities are of the first candidate's winning: `p_shown_first` where it was shown
+    first, `p_shown_last` where it was shown last. A verdict that was written is 1, 0, or 0.5 for a
+    tie; None is one that could not be read. `round` is that of a bracket, from 2 on; `said_first`
+    and `said_last` are the judge's replies, where it wrote any.
+    """
+
+    omitted = frozenset({"round", "said_first", "said_last"})
+
+    prompt_id: str
+    first_id: str
+    second_id: str
+    p_shown_first: float | None
+    p_shown_last: float | None
+    round: int | None = None
+    said_first: str | None = None
+    said_last: str | None = None
+
+    @property
+    def ids(self) -> tuple[str, str]:
+        """Both candidates."""
+        return self.first_id, self.second_id
+
+    def told(self, of: str) -> str:
+        """What the judge made of one of them against the other, in words."""
+
+        def shown(p: float | None) -> str:
+            if p is None:
+                return "unreadable"
+            return f"{p if of == self.first_id else 1 - p:.2f}"
+
+        shown_as = self.p_shown_first, self.p_shown_last
+        first, last = shown_as if of == self.first_id else shown_as[::-1]
+        return f"wins with {shown(first)} where it is shown first, with {shown(last)} last"
+
+    @property
+    def readable(self) -> tuple[float, ...]:
+        """How likely the first wins, by the verdicts that can be read."""
+        return tuple(p for p in (self.p_shown_first, self.p_shown_last) if p is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +255,25 @@ class Likelihood(Record):
     candidate_id: str
     logp: float
     n_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Weighed(Record):
+    """How likely a judge is to go on with each of some options; `name` is unique in its file.
+
+    `p` are probabilities in the order of the options, of the first token in which they differ, at
+    temperature 1; what they lack to 1 is what else the judge would say. None where the question
+    does not fit the window.
+    """
+
+    name: str
+    p: tuple[float, ...] | None
+
+    @property
+    def shares(self) -> tuple[float, ...] | None:
+        """The options' probabilities among themselves, sum 1; None where nothing is known."""
+        total = sum(self.p or ())
+        return tuple(one / total for one in self.p or ()) if total else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -208,6 +208,17 @@ class Session:
         """What the engine is that samples for a role."""
         return kind_of(self.recipe, role)
 
+    def reach(self, role: Role) -> None:
+        """Ask what the engine of a role depends on whether it is there, before all work for it.
+
+        Raises:
+            UserError: It is not, or what says where it is holds a secret.
+        """
+        kind = self.engine_kind(role)
+        if kind.reach is not None:
+            kind.discreet(self.recipe)
+            kind.reach(self.recipe)
+
     def close_engines(self) -> None:
         """Give back the memory of sampling, before a training needs it."""
         for engine in self._engines.values():
@@ -388,7 +399,7 @@ class _PassBy:
 
 
 def refuse_absent_base(recipe: Recipe, run: RunDir | None) -> bool:
-    """Ask for the base before anything is written; whether its files are here.
+    """Ask for the base before anything is written; whether its files are here. It takes no torch.
 
     Args:
         run: Which may have noted the commit of its base; None: there is none yet.
@@ -396,11 +407,21 @@ def refuse_absent_base(recipe: Recipe, run: RunDir | None) -> bool:
     Raises:
         UserError: It is neither here nor to be had from the Hub.
     """
-    from srlm_lite.model.base import base_is_here
+    from srlm_lite.model.whereabouts import is_here
 
     noted = None if run is None else run.base_revision
-    section = recipe.base.model_copy(update={"revision": noted or recipe.base.revision})
-    return base_is_here(section, conversion=None if run is None else run.base_conversion)
+    return is_here(recipe.base.model_copy(update={"revision": noted or recipe.base.revision}))
+
+
+def refuse_unreadable_base(recipe: Recipe, run: RunDir | None) -> None:
+    """Look into the files of a base that are here.
+
+    Raises:
+        UserError: They are no base, or one that cannot be loaded.
+    """
+    from srlm_lite.model.base import refuse_unreadable
+
+    refuse_unreadable(recipe.base, conversion=None if run is None else run.base_conversion)
 
 
 def refuse_unexportable(recipe: Recipe, run: RunDir | None) -> None:
@@ -412,8 +433,8 @@ def refuse_unexportable(recipe: Recipe, run: RunDir | None) -> None:
     Raises:
         UserError: It cannot be, and why.
     """
-    from srlm_lite.model.base import directory_here
     from srlm_lite.model.exportable import refuse_unexportable as refuse
+    from srlm_lite.model.whereabouts import directory_here
 
     if run is not None and run.anchor.is_done:
         return

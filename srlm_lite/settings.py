@@ -8,6 +8,8 @@ meaning: that it may be a path, that it came later, that it decides nothing.
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
@@ -25,6 +27,7 @@ from pydantic import (
 
 from srlm_lite.errors import shorten
 from srlm_lite.shipped import CHAT_TEMPLATES, RUBRICS, TEMPLATES, Shelf
+from srlm_lite.telling import looks_secret
 
 Positive = Annotated[int, Field(gt=0)]
 Probability = Annotated[float, Field(gt=0, le=1)]
@@ -253,6 +256,10 @@ class Optim(Section):
         return self
 
 
+DISTURBED_PROMPTS = 64
+"""Prompts of which `anchor.eft_targets: disturbed` makes pairs where `eft_prompts` is not set."""
+
+
 class Anchor(Optim):
     """The SFT adapter on instruction data (IFT) and judge data (EFT): the paper's M1."""
 
@@ -268,10 +275,15 @@ class Anchor(Optim):
     """At most this many rows of `ift.jsonl`, the first ones."""
     eft_prompts: Positive | None = None
     """At most this many EFT prompts (with all their replies)."""
-    eft_targets: Literal["self", "given", "human"] = "self"
+    eft_targets: Literal["self", "given", "human", "disturbed"] = "self"
     """`self`: the IFT-only model writes rationale and score; a prompt's judgements are kept when
     their order agrees with the human order. `given`: the data has them. `human`: the human
-    quality, or rank, on the rubric's scale and no rationale, for bases too small to write one."""
+    quality, or rank, on the rubric's scale and no rationale, for bases too small to write one.
+    `disturbed`: as `self`, without ranked replies: of each of `eft_prompts` prompts (64 unless
+    said) the model writes one that only looks like it, and its answer to that is the worse one."""
+    disturb_template: Annotated[str, IsPath(shipped=TEMPLATES), Before("disturb")] = "disturb"
+    """The question for an instruction that only looks like a given one: name of a shipped template
+    or a path. Also asked by `srlm-lite bench judge --disturbed`."""
     max_score_share: Annotated[float, Field(gt=0, le=1)] = 0.35
     """The most common score is thinned to this share of the targets, unless they are given."""
     lora: Lora = Lora()
@@ -302,6 +314,8 @@ class Sampling(Section):
 
 
 EngineName = Literal["transformers", "vllm", "openai"]
+SERVERS: frozenset[EngineName] = frozenset({"openai"})
+"""Engines in which a server's own model answers; `openai.url` and `openai.model` say which."""
 
 
 class Rollout(Sampling):
@@ -330,9 +344,20 @@ class Rollout(Sampling):
     """Prompts whose results reach the disk together; a killed run loses at most one chunk."""
 
 
+FormName = Literal["grade", "pairwise", "checklist"]
+
+
 class Judge(Sampling):
     """LLM-as-a-judge."""
 
+    form: Annotated[FormName, Before("grade")] = "grade"
+    """How candidates are judged. `grade`: each alone, by the rubric. `pairwise`: a prompt's against
+    each other. `checklist`: each by a few yes-or-no items that the model writes for the prompt."""
+    rationale: Annotated[bool, Before(True)] = True
+    """False: the judge writes nothing. A score is the mean of the whole scores that it would give,
+    by their probability, for the price of reading the question once; `votes` and `score` count for
+    nothing then, and the anchor learns judge data without reasons. Needs a rubric whose scores are
+    one token each."""
     engine: EngineName | None = None
     """Default: `rollout.engine`. `openai` makes the judge an external one."""
     rubric: Annotated[str, IsPath(shipped=RUBRICS)] = "additive-5"
@@ -345,6 +370,10 @@ class Judge(Sampling):
     """Judgements sampled for each candidate; their mean is its score."""
     min_votes: Positive = 2
     """Candidates with fewer readable votes are dropped."""
+    adaptive_votes: Annotated[bool, Before(False)] = False
+    """Draw more votes only where they can still matter: two on every candidate, and then up to
+    `votes` on those that may yet be the best or the worst of their prompt, until the chance that
+    another one would be is below 5%. Those that are drawn are the same as without."""
     max_new_tokens: Positive = 256
     retry_max_new_tokens: Positive = 512
     """An unreadable vote is sampled once more with this limit."""
@@ -353,6 +382,8 @@ class Judge(Sampling):
     def _votes_suffice(self) -> Judge:
         if self.min_votes > self.votes:
             raise ValueError("min_votes exceeds votes")
+        if self.adaptive_votes and not self.rationale:
+            raise ValueError("without a rationale there are no votes: leave out adaptive_votes")
         return self
 
 
@@ -394,15 +425,29 @@ class OpenAI(Section):
             raise ValueError(f"{shorten(repr(value))} is no URL such as http://127.0.0.1:8000/v1")
         return value
 
+    @field_validator("key_variable")
+    @classmethod
+    def _is_a_name(cls, value: str) -> str:
+        # Of a key that was put here nothing is to be said, in no message and no run.json.
+        if not re.fullmatch(r"[A-Za-z_]\w*", value) or looks_secret(value):
+            raise ValueError(
+                "is the name of an environment variable, such as OPENAI_API_KEY; the key itself "
+                "stands in that variable, and in no recipe"
+            )
+        return value
+
 
 class Pairing(Section):
     """How scores become preference pairs."""
 
-    source: Literal["judge", "random", "gold"] = "judge"
-    """`random` is the control: two candidates of a prompt, drawn blindly. `gold` is the upper
-    bound: the scorer that `evaluate.gold` names takes the judge's place."""
+    source: Literal["judge", "random", "flipped", "gold"] = "judge"
+    """`random` is the control: two candidates of a prompt, drawn blindly. `flipped` is another one:
+    the judge's pairs turned round, so that what it rejects is chosen. `gold` is the upper bound:
+    the scorer that `evaluate.gold` names takes the judge's place."""
     min_gap: Annotated[float, Field(ge=0)] = 0.0
     """The scores of a pair must differ by more than this."""
+    weight: Annotated[Literal["equal", "gap"], Before("equal")] = "equal"
+    """`gap`: the loss of a pair counts by its score gap, as a multiple of the iteration's mean."""
     rho: (
         Annotated[float, Field(ge=0, le=0.5)] | tuple[Annotated[float, Field(ge=0, le=0.5)], ...]
     ) = 0.0
@@ -416,10 +461,27 @@ class Pairing(Section):
     replay: tuple[Annotated[float, Field(ge=0)], ...] = ()
     """Pairs of the last iteration, of the one before it, and so on that are learned once more: at
     most so many for each new pair."""
+    accumulate: Annotated[bool | Literal["auto"], Before(False)] = "auto"
+    """Learn the pairs of all iterations so far, those of judgements included, each time. `auto`:
+    where a delta is rebased (`dpo.init: anchor`) and `replay` names no shares, for such a delta
+    has forgotten what the last one learned. Iteration t then takes about t times the steps of the
+    first one."""
+    older_steps: Annotated[Literal["more", "same"], Before("more")] = "more"
+    """`same`: older pairs take no steps of their own: `dpo.batch_size` counts new pairs, and each
+    step has their share of older ones beside them, to the nearest whole multiple."""
+    older_order: Annotated[Literal["keep", "drop", "smooth"], Before("keep")] = "keep"
+    """What becomes of older pairs whose order the newest judge does not share. `drop` and `smooth`
+    have it grade both replies anew, `judge.votes` times: `drop` leaves a pair out where it does
+    not prefer the chosen one; `smooth` takes the share of its votes that do not for how likely the
+    order is wrong, as `dpo.label_smoothing` does."""
     drop_truncated: bool = True
     """Leave out candidates that ran into the token limit; else they are learned without an end."""
     min_pairs: Annotated[Positive, DECIDES_NOTHING] = 8
     """Stop when an iteration finds fewer."""
+
+
+LossName = Literal["sigmoid", "sigmoid_norm", "ipo", "apo_zero", "apo_down", "simpo", "sft"]
+"""What a delta may minimise; all but `simpo` by the names that TRL has for them."""
 
 
 class Dpo(Optim):
@@ -431,6 +493,14 @@ class Dpo(Optim):
     """`anchor` rebases: the delta starts from zero. `previous` starts from the last delta."""
     reference: Literal["init", "anchor"] = "init"
     """The stack that DPO's log-ratios are taken against."""
+    loss: Annotated[LossName, Before("sigmoid")] = "sigmoid"
+    """What is minimised; docs/training.md has the formulas. `sigmoid`: DPO's. `sigmoid_norm`: the
+    same on log-ratios per token. `ipo`: a square around a target margin per token, with `beta` for
+    its tau. `apo_zero`: the chosen reply up and the rejected one down. `apo_down`: both down, the
+    rejected one more. `simpo`: likelihoods per token, and no reference. `sft`: the chosen reply
+    alone, for a control."""
+    target_margin: Annotated[float, Field(ge=0), Before(0.5)] = 0.5
+    """Margin by which the chosen reply is to be ahead, of `simpo` alone: its gamma."""
     beta: Annotated[float, Field(gt=0)] = 0.1
     """DPO's inverse temperature: the larger, the closer the delta stays to the reference."""
     nll_weight: Annotated[float, Field(ge=0)] = 0.0
@@ -442,6 +512,32 @@ class Dpo(Optim):
     """Length-desensitised DPO (LD-DPO): weight of the tokens by which one reply is longer than the
     other. Default: 1, plain DPO."""
     lora: Lora = Lora()
+
+    @property
+    def loss_of_equals(self) -> float | None:
+        """The loss of a pair where policy and reference are one model, whatever the pair; None
+        where there is no such value."""
+        of_equals: dict[str, float] = {
+            "sigmoid": math.log(2),
+            "sigmoid_norm": math.log(2),
+            "ipo": 1 / (2 * self.beta) ** 2,
+            "apo_zero": 1.0,
+            "apo_down": 1.0,
+        }
+        return of_equals.get(self.loss)
+
+    @model_validator(mode="after")
+    def _terms_go_with_the_loss(self) -> Dpo:
+        if self.ld_alpha is not None and self.loss in ("sigmoid_norm", "ipo", "simpo", "sft"):
+            raise ValueError(f"loss={self.loss} knows no ld_alpha: it goes by the token already")
+        if self.loss != "simpo" and self.target_margin != 0.5:
+            raise ValueError(f"loss={self.loss} knows no target_margin: it is that of simpo")
+        if self.loss == "sft" and (self.label_smoothing or self.nll_weight):
+            raise ValueError(
+                "loss=sft is the likelihood of the chosen reply alone: leave out label_smoothing "
+                "and nll_weight"
+            )
+        return self
 
     @model_validator(mode="after")
     def _no_dropout(self) -> Dpo:
@@ -473,6 +569,11 @@ class Gate(Section):
     """Share of the judge's votes with one and the same score at which its grades have collapsed."""
     readable: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Least share of readable votes."""
+    position_consistency: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Least share of comparisons whose two orders name the same reply, of a judge that compares."""
+    intransitive: Annotated[float, Field(ge=0, le=1)] = 0.25
+    """Largest share of triples of replies that such a judge puts in a circle; one in four is what a
+    coin does."""
     length: Annotated[float, Field(ge=0)] = 0.3
     """Answers may have grown since the anchor by so much more, as a share of their length, than
     their score has, as a share of the rubric's scale. The score is the anchor's."""
@@ -496,6 +597,9 @@ class Evaluate(Section):
     """Sampled answers a prompt, beside one greedy answer."""
     temperature: Annotated[Temperature, Field(gt=0)] | None = None
     """Temperature of the sampled answers; default: `rollout.temperature`."""
+    best_of: Annotated[Annotated[int, Field(ge=2)] | None, Before(None)] = None
+    """So many answers to each prompt are sampled and graded by the model, as candidates are, and
+    the best one is measured too: what the judge brings without any training."""
     gold: str | None = None
     """`module:function`: an external score of an answer that the model never sees."""
     judged_answers: Annotated[int, Field(ge=0)] = 64

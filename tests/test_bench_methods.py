@@ -23,6 +23,9 @@ from srlm_lite.bench.methods import (
     SMALLER,
     Case,
     MethodsBench,
+    _place,
+    _recipe,
+    above,
     bench_methods,
     cases_of,
     summary,
@@ -77,6 +80,18 @@ def test_what_cases_have_in_common() -> None:
     assert same_first_grades(shared, recipe(toy, "dpo.beta=0.3", "pairing.rho=0.3", "iterations=1"))
 
 
+def test_one_pass_takes_the_prompts_of_all_iterations() -> None:
+    settings = MethodsBench(Path("out"), iterations=3, overrides=("prompts.per_iteration=20",))
+    case = CASES["one pass"]
+    recipe = _recipe(settings, case, 1, Path("anchor"), 3)
+    assert (recipe.iterations, recipe.prompts.per_iteration, recipe.seed) == (1, 60, 1)
+    assert _recipe(settings, case, 1, None, 0).iterations == 0
+    # For another number of iterations it is another run.
+    assert _place(settings, "one pass", 1).path == Path("out/one-pass-for-3-1")
+    plain = CASES["self-rewarding"]
+    assert _recipe(settings, plain, 1, None, 3).prompts.per_iteration == 20
+
+
 def test_cases_by_name() -> None:
     assert cases_of(None) == tuple(CASES)
     assert cases_of("gold pairs; cream, judge") == ("gold pairs", "cream, judge")
@@ -99,6 +114,22 @@ def test_mean_and_spread_over_seeds() -> None:
     assert found["by_criterion"] == [{"unique": 0.44, "topic": 1.0}, {"unique": 0.6, "topic": 1.0}]
     assert found["greedy_by_criterion"] == [{}, {}]  # not measured
     assert summary(runs[:1])["rise_spread"] is None
+
+
+def test_how_far_a_case_is_above_another_by_seed() -> None:
+    # Gaps 0.5, 0.3, 0.1: mean 0.3, standard deviation 0.2, t 4.303: 4.303 * 0.2 / sqrt(3) = 0.4969.
+    case, other = (
+        [{"models": [model(1.0), model(gold)]} for gold in golds]
+        for golds in ((3.0, 2.9, 2.8), (2.5, 2.6, 2.7))
+    )
+    found = above(case, other)
+    assert found == {
+        "mean": 0.3,
+        "low": pytest.approx(-0.1969, abs=1e-4),
+        "high": pytest.approx(0.7969, abs=1e-4),
+    }
+    assert above(case[:1], other[:1]) == {"mean": 0.5, "low": None, "high": None}
+    assert above(case, []) is None
 
 
 def test_the_plot_names_every_case_in_the_panel_of_its_group() -> None:

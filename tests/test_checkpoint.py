@@ -245,6 +245,10 @@ def test_what_memory_allows_may_change(slot: Slot, base: LoadedBase, tmp_path: P
     told = [checkpoint.deciding(one) for one in (optim, smaller, slower)]
     assert checkpoint.differing(told[0], told[1]) == []
     assert checkpoint.differing(told[0], told[2]) == ["learning_rate"]
+    # Of a setting that came later an earlier version's checkpoint says nothing.
+    assert "loss" not in told[0]
+    other = checkpoint.deciding(optim.model_copy(update={"loss": "ipo"}))
+    assert checkpoint.differing(told[0], other) == ["loss"]
     assert checkpoint.differing({"a": None}, {}) == checkpoint.differing({}, {"a": None}) == ["a"]
 
 
@@ -403,7 +407,7 @@ def words(out: Path, *more: str) -> list[str]:
 
 def artefacts(run: RunDir) -> dict[str, str]:
     """Hashes of all that a run computes; seconds and hardware are no results."""
-    left_out = {"done.json", "metrics.jsonl", "run.json", ".lock"}
+    left_out = {"done.json", "metrics.jsonl", ".metrics.jsonl.sums", "run.json", ".lock"}
     return {
         str(file.relative_to(run.path)): sha256_file(file)
         for file in sorted(run.path.rglob("*"))

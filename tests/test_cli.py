@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import re
@@ -17,14 +18,16 @@ import pytest
 import yaml
 from commands import Cli, Done
 from messages import Told
+from rich.console import Console
 from rich.progress import Progress
 from safetensors import SafetensorError
 from typer.main import get_command
 
 from srlm_lite import __version__
-from srlm_lite.cli import iterate, main
+from srlm_lite.cli import iterate, main, wrapping
 from srlm_lite.cli.progress import ConsoleReporter, TimeLeft, _Bar, _duration, _Eta, summary
-from srlm_lite.cli.tables import closing_table
+from srlm_lite.cli.tables import closing_table, plain_table
+from srlm_lite.cli.wrapping import fitted
 from srlm_lite.errors import UserError
 from srlm_lite.preflight.inputs import check_inputs
 from srlm_lite.recipe import load_recipe, recipe_from, shipped_recipes
@@ -280,6 +283,8 @@ def test_a_directory_without_a_run(
 def test_an_iteration_that_is_not_there(told: Told, cli: Cli, run: RunDir) -> None:
     for command in (("show", "pairs"), ("evaluate",)):
         told(mistake(cli(*command, "--adapters", run.path, "--iteration", "7")))
+    told(mistake(cli("show", "judgements", "--adapters", run.path, "--iteration", "anchor")))
+    told(mistake(cli("bench", "judge", "--adapters", run.path, "--iteration", "anchor")))
 
 
 def test_files_of_the_run_that_somebody_has_emptied_are_one_line(
@@ -338,14 +343,18 @@ def test_a_wrong_recipe_file_is_found_by_check(told: Told, cli: Cli, tmp_path: P
         ["iterate", "--adapters", "x", "--iterations", "many"],
         ["show", "pairs", "--adapters", "x", "--limit", "-1"],
         ["show", "everything", "--adapters", "x"],
+        ["plan", "--gpu", "1x24GB"],
+        ["compare", "1", "2", "3"],
+        ["export", "--adapters", "x", "--out", "y", "--as", "onnx"],
     ],
 )
-def test_a_wrong_call_is_no_traceback(cli: Cli, args: list[str]) -> None:
-    done = cli(*args)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert "Error" in done.stderr
-    assert "Traceback" not in done.stderr
+def test_a_wrong_call_is_one_line(told: Told, cli: Cli, args: list[str]) -> None:
+    told(mistake(cli(*args)))
+
+
+def test_a_command_without_a_word_is_its_help(cli: Cli) -> None:
+    done = cli("recipes")
+    assert done.returncode == 2 and "check" in done.stdout and done.stderr == ""
 
 
 # --- show -------------------------------------------------------------------------------------
@@ -399,6 +408,8 @@ def test_show_candidates_defaults_to_the_last_iteration(cli: Cli, run: RunDir) -
     assert done.stdout.count("---") == 1
     done = cli("show", "candidates", "--adapters", run.path, "--iteration", "1")
     assert "--- p1#2   1 tokens, ended by length\n  Cut\n" in done.stdout
+    by_word = cli("show", "candidates", "--adapters", run.path, "--iteration", "last")
+    assert by_word.stdout == cli("show", "candidates", "--adapters", run.path).stdout
     rows = cli("show", "candidates", "--adapters", run.path, "--json").stdout
     assert json.loads(rows)["candidate_id"] == "p1#0"
 
@@ -569,9 +580,9 @@ def test_evaluate_prints_what_has_been_measured(cli: Cli, run: RunDir) -> None:
     done = cli("evaluate", "--adapters", run.path, "--iteration", "anchor", "--json")
     assert json.loads(done.stdout) == evaluation(2.5)
     done = cli("evaluate", "--adapters", run.path, "--iteration", "anchor")
-    assert re.search(r"^policy gold_mean +2\.5$", done.stdout, re.MULTILINE)
-    assert re.search(r"^judge scores +3: 4  unreadable: 1$", done.stdout, re.MULTILINE)
-    assert "calibration" not in done.stdout and "human quality" not in done.stdout
+    assert re.search(r"^ gold +2\.50 ±0\.08", done.stdout, re.MULTILINE)
+    assert "\nvotes by score: 3: 4, unreadable: 1\n" in done.stdout
+    assert "calibration" not in done.stdout and "people's quality" not in done.stdout
 
 
 # --- the closing table ------------------------------------------------------------------------
@@ -585,7 +596,7 @@ def table_of(run: RunDir) -> list[list[str]]:
 
 def test_the_table_has_a_row_for_each_model_that_is_done(run: RunDir) -> None:
     rows = table_of(run)
-    columns = ["model", "pairs", "gold", "greedy", "judge acc.", "ties", "readable"]
+    columns = ["model", "pairs", "gold", "greedy", "judge", "ties", "readable"]
     assert rows[1] == [*columns, "chars", "min"]
     # 90 s are 1.5 minutes; the anchor comes of no pairs; iteration 2 is not done.
     assert rows[3] == ["M1, anchor", "2.50 ±0.08", "3.50", "0.75", "0.12", "0.98", "123", "1.5"]
@@ -596,13 +607,13 @@ def test_the_table_has_a_row_for_each_model_that_is_done(run: RunDir) -> None:
     ]
     assert rows[5] == [""]
     told = " ".join(word for row in rows[6:] for word in row)
-    for word in ("gold:", GOLD, "judge acc.:", "ties, readable:", "chars:", "greedy:"):
+    for word in ("gold:", GOLD, "judge:", "ties, readable:", "chars:", "greedy:"):
         assert word in told
 
 
 def test_without_a_gold_scorer_there_is_no_gold(tmp_path: Path) -> None:
     rows = table_of(make_run(tmp_path / "out", gold=None))
-    assert rows[1] == ["model", "pairs", "judge acc.", "ties", "readable", "chars", "min"]
+    assert rows[1] == ["model", "pairs", "judge", "ties", "readable", "chars", "min"]
     assert rows[4] == ["M2, iteration 1", "5", "0.75", "0.12", "0.98", "123", "1.5"]
     assert not any("gold" in word for row in rows for word in row)
 
@@ -653,6 +664,25 @@ def test_recipes_show_prints_the_file_and_check_fills_in_defaults(cli: Cli) -> N
     assert recipe_from(checked, where="stdout").name == "llama2-70b"
 
 
+def test_check_ends_with_a_verdict_and_says_which_files_are_missing(
+    told: Told, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = cli("recipes", "check", "toy")
+    assert done.returncode == 0
+    told(done.stderr.splitlines()[-1])
+    assert re.search(r"^  ok +data +400 IFT rows", done.stderr, re.MULTILINE)
+    Path("mine.yaml").write_text(
+        "name: mine\nbase: {name: ./base}\ndata: {dir: nowhere}\njudge: {rubric: additive-5}\n"
+    )
+    done = cli("recipes", "check", "mine.yaml")
+    assert done.returncode == 0 and yaml.safe_load(done.stdout)["name"] == "mine"
+    told(done.stderr.splitlines()[-1])
+    fails = re.findall(r"^  fails +(\w+)", done.stderr, re.MULTILINE)
+    assert fails == ["data", "prompts", "base"]
+    assert "there is nothing at ./base" in done.stderr and "ok      judge" in done.stderr
+
+
 @pytest.mark.parametrize("name", shipped_recipes())
 def test_what_show_prints_and_new_begins_is_the_same_recipe(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
@@ -683,6 +713,61 @@ def test_new_replaces_no_file_and_begins_with_shipped_recipes_alone(
     told(mistake(cli("recipes", "new", "no/where.yaml", "--from", "toy")))
     assert Path("mine.yaml").read_text() == "precious"
     assert not Path("other.yaml").exists()
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_lines_of_a_run_are_broken_between_words(
+    width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = io.StringIO()
+    reporter = ConsoleReporter()
+    console = Console(file=out, force_terminal=True, width=width, color_system=None, soft_wrap=True)
+    monkeypatch.setattr(reporter, "_rich", console)
+    warning = "answers grew from 60 to 120 characters on average: look at the report, and at them"
+    reporter.warn(warning)
+    facts = {"candidates": 800, "mean_tokens": 40, "truncated": 3}
+    reporter.finish(1, "candidates", facts, 12.0)
+    reporter.say(f"wrote {warning}")
+    command = (
+        "next: srlm-lite export --adapters out/mine --iteration 12 --out out/mine-m13 --dry-run"
+    )
+    reporter.command(command, "its best iteration, as weights")
+    reporter.command("next: srlm-lite", "what for")
+    lines = out.getvalue().splitlines()
+    words = " ".join(out.getvalue().split())
+    assert warning in words and summary("candidates", facts) in words
+    assert command in lines and lines[-1] == "next: srlm-lite  # what for"  # to be copied whole
+    assert max(len(line) for line in lines if line != command) <= width
+
+
+def test_a_table_that_is_too_wide_comes_in_several_with_its_names() -> None:
+    columns = ["model", *("abcdefgh" * 2)]
+    rows = [[f"M{number}", *["1234"] * 16] for number in range(3)]
+    whole, narrow = plain_table(columns, rows), plain_table(columns, rows, width=40)
+    assert max(len(line.rstrip()) for line in narrow.splitlines()) <= 40
+    assert whole.count("M1") == 1 and narrow.count("M1") == narrow.count("model") == 4
+    assert narrow.count("1234") == whole.count("1234") == 48
+    assert plain_table(columns, rows, width=200) == whole
+
+
+def test_lines_are_whole_in_a_pipe_and_words_are_never_broken() -> None:
+    text = "  a line of words\n" + "x" * 50
+    assert fitted(text, None) == fitted(text, 20) == text  # no terminal, or too narrow a one
+    assert fitted("  one two three four five six seven", 30) == (
+        "  one two three four five six\n    seven"
+    )
+    assert fitted("x" * 50, 40) == "x" * 50
+
+
+def test_a_mistake_is_broken_between_words_on_a_terminal_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    line = "out/mine: holds no run (no run.json). Start one with: srlm-lite iterate --adapters out"
+    assert wrapping.after_name(line) == line
+    monkeypatch.setattr(wrapping, "of_stderr", lambda: 60)
+    first, *rest = wrapping.after_name(line).splitlines()
+    assert len(f"srlm-lite: {first}") <= 60 and all(len(part) <= 60 for part in rest)
+    assert " ".join([first, *(part.strip() for part in rest)]) == line
 
 
 @pytest.mark.parametrize(

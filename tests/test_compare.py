@@ -20,14 +20,13 @@ from srlm_lite.compare.models import file_name, read_replies
 from srlm_lite.errors import UserError
 from srlm_lite.evaluate.gold import load_gold
 from srlm_lite.evaluate.head_to_head import (
-    WRITTEN,
     Outcome,
     head_to_head,
     of_scores,
     of_verdicts,
-    read_verdict,
 )
-from srlm_lite.judging import fill, load_question
+from srlm_lite.questions import WRITTEN, load_question, read_verdict
+from srlm_lite.quoting import fill
 from srlm_lite.records import Annotation, FinishReason, Judgement, Prompt
 from srlm_lite.rollout import openai_engine
 from srlm_lite.run.files import read_jsonl, read_records
@@ -117,6 +116,32 @@ def test_the_table_has_intervals_in_percent() -> None:
     told = [re.split(r"\s{2,}", line.strip()) for line in lines]
     assert ["wins", "2", "50.0", "15.0 to 85.0"] in told
     assert any(row[:2] == ["win rate", "62.50"] for row in told)
+
+
+@pytest.mark.parametrize(
+    ("wins", "ties", "losses", "told"),
+    [
+        (18, 0, 2, "the model is better than the baseline: win rate "),
+        (2, 0, 18, "the model is worse than the baseline: win rate "),
+        (11, 0, 9, "not told apart: a tie, 50, is within win rate "),
+        (0, 4, 0, "not told apart"),
+        (0, 0, 0, "not told apart: nothing was decided"),
+    ],
+)
+def test_one_is_better_only_where_the_interval_has_no_tie(
+    wins: int, ties: int, losses: int, told: str
+) -> None:
+    preferences = [1.0] * wins + [0.5] * ties + [0.0] * losses or [None]
+    found = head_to_head([Outcome(one, 10, 10) for one in preferences])
+    assert told in head_to_head_text(found).splitlines()[-1]
+
+
+def test_a_head_to_head_fits_a_narrow_terminal() -> None:
+    outcomes = [Outcome(value, 10, 20) for value in (1.0, 1.0, 0.5, 0.0)]
+    found = {**head_to_head(outcomes), "model": "iteration 2", "baseline": "anchor"}
+    for width in (60, 80):
+        text = head_to_head_text(found, width=width)
+        assert max(len(line.rstrip()) for line in text.splitlines()) <= width
 
 
 def test_nothing_readable_gives_no_rate() -> None:

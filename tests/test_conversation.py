@@ -10,7 +10,8 @@ from srlm_lite.conversation import (
     with_both_faces,
     with_system,
 )
-from srlm_lite.judging import load_rubric, quote
+from srlm_lite.judging import load_rubric
+from srlm_lite.quoting import quote
 from srlm_lite.records import Prompt, RankedReply
 
 USER = {"role": "user", "content": "Name a fruit."}

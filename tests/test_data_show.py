@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from browser import chromium, found
 from commands import Cli
 from messages import Told
 
+from srlm_lite.data.text import THOUGHT_OPENINGS
 from srlm_lite.dataview import figures as figures_module
 from srlm_lite.dataview.figures import DRAWN, Figures, FileFigures, figures_of
 from srlm_lite.dataview.languages import UNTOLD, language
@@ -125,6 +127,22 @@ def test_an_order_that_length_decides_is_a_warning(tmp_path: Path, better: int, 
     assert line.startswith("warning: in eft_train.jsonl") and told in line
     fair = [reply(n, rank, 30 + 20 * (rank == n % 2)) for n in range(40) for rank in (0, 1)]
     assert lines(write(tmp_path, eft_train=fair)) == []
+
+
+def test_thoughts_stand_out_unless_the_base_thinks(tmp_path: Path) -> None:
+    rows = [answer(0), answer(1, response="<think>Hm.</think> Yes."), answer(2, response="<b>")]
+    write(tmp_path, ift=rows)
+    told = "warning: 1 reply in ift.jsonl begins with a thought, the first at ift.jsonl:2: a base "
+    assert next(line for line in lines(tmp_path) if "thought" in line).startswith(told)
+    figures, by_file = seen(tmp_path)
+    assert (by_file["ift"].thoughts, str(by_file["ift"].thoughts_at)) == (1, "ift.jsonl:2")
+    assert not any("thought" in one.text for one in findings(replace(figures, thinks=True), {}))
+
+
+def test_thoughts_are_known_by_the_marks_of_every_maker() -> None:
+    from srlm_lite.model.template import _THOUGHTS
+
+    assert {one.marks[0] for one in _THOUGHTS} == set(THOUGHT_OPENINGS)
 
 
 def test_held_out_prompts_that_are_learned_stand_out(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from srlm_lite.doctor import machine, packages, proof
 from srlm_lite.doctor.finding import Finding
 from srlm_lite.doctor.recipes import recipe_finding
 from srlm_lite.errors import ProofError, UserError
-from srlm_lite.model import base as base_module
+from srlm_lite.model import whereabouts
 from srlm_lite.model.base import base_is_here
 from srlm_lite.planning import machine as planning
 from srlm_lite.planning.machine import plan_for
@@ -127,7 +127,7 @@ def test_a_recipe_says_what_it_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     finding = recipe_finding(load_recipe("tiny", ["base.name=some-org/no-base", "data.dir=rows"]))
     assert finding.state == "bad"
-    assert "some-org/no-base is not here, and the Hub cannot be reached" in finding.text
+    assert "its base is not here, and the Hub cannot be reached" in finding.text
     assert finding.text.endswith("its data directory, rows, is not here")
     assert finding.way_out is not None and "srlm-lite data prepare" in finding.way_out
 
@@ -146,7 +146,7 @@ def test_a_recipe_says_what_it_takes_and_whether_that_fits(
     assert finding.facts["fits"] is True
     assert finding.facts["peak_bytes"] == plan_for(recipe).peak
     slow = recipe_finding(load_recipe("llama3.1-8b", ["base.device=cpu"]))
-    assert "a CPU is too slow for 8B parameters" in slow.text
+    assert "a CPU is too slow for it" in slow.text
     doctor.show(Console(), {"recipes": [finding]}, usable=True)
     shown = capsys.readouterr().out
     assert f"tiny {plan_for(recipe).peak / 1e9:.1f}" in shown and "of 25.0 here" in shown
@@ -167,9 +167,9 @@ def cached(folder: Path, files: dict[str, str]) -> Path:
 def test_a_base_in_the_hubs_cache_is_here_when_all_of_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    download = base_module.snapshot_download
+    download = whereabouts.snapshot_download
     monkeypatch.setattr(
-        base_module, "snapshot_download", lambda *a, **k: download(*a, **k, cache_dir=tmp_path)
+        whereabouts, "snapshot_download", lambda *a, **k: download(*a, **k, cache_dir=tmp_path)
     )
     index = json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}})
     files = {"config.json": "{}", "model.safetensors.index.json": index}

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from srlm_lite.errors import ProofError, UserError
 from srlm_lite.model.base import LoadedBase, load_base
 from srlm_lite.model.chat import ChatFormat
 from srlm_lite.model.stack import Adapter, Slot
-from srlm_lite.settings import Anchor, Base, Consistency, Dpo, Lora
+from srlm_lite.settings import Anchor, Base, Consistency, Dpo, Lora, LossName
 from srlm_lite.training import dpo as dpo_module
 from srlm_lite.training.arguments import (
     early_mean,
@@ -289,6 +290,34 @@ def test_the_nll_term_is_added_to_the_loss(
     assert facts["first_loss"] > LN2 + 0.1
 
 
+def test_a_pair_s_weight_counts_in_the_nll_term_too(
+    base: LoadedBase, slot: Slot, anchor: Adapter, tmp_path: Path
+) -> None:
+    """All at half their weight: half the loss, DPO's ln 2 and the NLL alike. One alone: its own."""
+
+    def first_loss(*weights: float) -> float:
+        _, facts = train_dpo(
+            slot,
+            base,
+            anchor=[anchor],
+            delta=slot.fresh(LORA, seed=2),
+            reference=[anchor],
+            pairs=[
+                replace(pair, weight=weight)
+                for pair, weight in zip(pairs(base, 4), weights, strict=True)
+            ],
+            dpo=DPO.model_copy(update={"nll_weight": 0.5, "epochs": 1}),
+            scratch=tmp_path,
+            seed=2,
+        )
+        return facts["first_loss"]
+
+    whole = first_loss(1, 1, 1, 1)
+    assert first_loss(0.5, 0.5, 0.5, 0.5) == pytest.approx(whole / 2, abs=1e-3)
+    alone = [first_loss(*(float(i == j) for j in range(4))) for i in range(4)]
+    assert sum(alone) == pytest.approx(whole, abs=2e-3)
+
+
 # --- weights and smoothing --------------------------------------------------------------------
 
 
@@ -298,8 +327,120 @@ def test_the_loss_of_a_weighted_and_smoothed_pair() -> None:
     margin = torch.tensor([math.log(3), math.log(3), math.log(3), 0.0])
     weight = torch.tensor([1.0, 1.0, 2.0, 1.0])
     smoothing = torch.tensor([0.0, 1.0, 0.25, 0.4])
-    loss = dpo_module.preference_loss(margin, weight, smoothing)
+    loss = dpo_module.preference_loss((margin, torch.zeros(4)), weight, smoothing)
     assert loss.tolist() == pytest.approx([0.287682, 1.386294, 1.124670, LN2], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "beta", "right", "turned"),
+    [
+        # Rewards ln 3 and 0: their sigmoids are 3/4 and 1/2, that of the difference 3/4.
+        ("sigmoid", 0.1, 0.287682, 1.386294),
+        ("sigmoid_norm", 5.0, 0.287682, 1.386294),
+        # (ln 3 / 0.5 - 1 / (2 * 0.5))^2 = 1.197225^2, and (-2.197225 - 1)^2.
+        ("ipo", 0.5, 1.433347, 10.222246),
+        ("apo_zero", 0.1, 1 - 0.75 + 0.5, 1 - 0.5 + 0.75),
+        ("apo_down", 0.1, 0.75 + 1 - 0.75, 0.5 + 1 - 0.25),
+        # gamma ln 3: -log sigmoid(0), and -log sigmoid(-2 ln 3) = ln(1 + 9).
+        ("simpo", 2.0, LN2, 2.302585),
+        ("sft", 0.1, 0.0, 0.0),
+    ],
+)
+def test_losses_by_hand(name: LossName, beta: float, right: float, turned: float) -> None:
+    kind = dpo_module.LOSSES[name]
+    rewards = torch.tensor([math.log(3)] * 2), torch.zeros(2)
+    found = dpo_module.preference_loss(
+        rewards, torch.tensor([1.0, 2.0]), torch.tensor([0.0, 0.25]),
+        loss=kind, beta=beta, gamma=math.log(3),
+    )  # fmt: skip
+    mixed = 2 * (0.75 * right + 0.25 * turned)
+    assert found.tolist() == pytest.approx([right, mixed], abs=1e-5)
+    # What the proof holds a training to.
+    equal = Dpo(loss=name, beta=beta).loss_of_equals
+    zero = torch.zeros(1)
+    at_zero = float(kind.of(zero, zero, beta, 0.0))
+    assert equal == (pytest.approx(at_zero) if kind.has_reference and name != "sft" else None)
+
+
+def test_simpo_is_trl_s() -> None:
+    """Its loss on log-likelihoods per token; its margin is gamma over beta there.
+
+    But for label smoothing: TRL turns the margin round with the pair, which gives the rejected
+    reply a head start of gamma; here a pair turned round has to be ahead by gamma as well.
+    """
+    from trl.experimental.cpo import CPOTrainer
+
+    told = SimpleNamespace(
+        alpha=0.0, loss_type="simpo", beta=2.5, simpo_gamma=0.75, label_smoothing=0.0,
+        accelerator=SimpleNamespace(device="cpu"),
+    )  # fmt: skip
+    chosen, rejected = torch.tensor([-1.2, -0.4, -3.0]), torch.tensor([-1.3, -0.9, -0.1])
+    theirs, *rewards = CPOTrainer.cpo_loss(told, chosen, rejected)
+    ours = dpo_module.preference_loss(
+        (2.5 * chosen, 2.5 * rejected), torch.ones(3), torch.zeros(3),
+        loss=dpo_module.LOSSES["simpo"], beta=2.5, gamma=0.75,
+    )  # fmt: skip
+    assert ours.tolist() == pytest.approx(theirs.tolist(), abs=1e-6)
+    assert [one.tolist() for one in rewards] == [(2.5 * chosen).tolist(), (2.5 * rejected).tolist()]
+
+
+@pytest.mark.parametrize("name", [name for name in dpo_module.LOSSES if name != "sigmoid"])
+def test_every_loss_is_proven_and_learns(
+    name: LossName, base: LoadedBase, slot: Slot, anchor: Adapter, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    if base.dtype != torch.float32:
+        pytest.skip("one dtype tells")
+    dpo = DPO.model_copy(update={"loss": name, "beta": 0.5})
+    steps: list[dict[str, float]] = []
+
+    def train() -> dict[str, float]:
+        return train_dpo(
+            slot, base, anchor=[anchor], delta=slot.fresh(LORA, seed=2), reference=[anchor],
+            pairs=pairs(base, 4), dpo=dpo, scratch=tmp_path, seed=2,
+            on_step=lambda step, of, logs: steps.append(logs),
+        )[1]  # fmt: skip
+
+    facts = train()
+    assert facts["step0_margin"] == pytest.approx(0, abs=1e-5)
+    slot.load([anchor])
+    per_token = [
+        [-nll(slot.model, one.prompt_ids, reply) / len(reply) for one in pairs(base, 4)]
+        for reply in (pairs(base, 1)[0].chosen_ids, pairs(base, 1)[0].rejected_ids)
+    ]
+    if name == "simpo":
+        margins = [0.5 * (a - b) - 0.5 for a, b in zip(*per_token, strict=True)]
+        must = sum(math.log1p(math.exp(-one)) for one in margins) / 4
+    else:
+        must = dpo.loss_of_equals or 0.0
+    # The proof reads some of the pairs, the first step all four.
+    assert facts["step0_loss"] == pytest.approx(must, abs=1e-2 if name == "simpo" else 1e-4)
+    of_sft = -sum(per_token[0]) / 4 if name == "sft" else 0.0
+    assert facts["first_loss"] == pytest.approx(must + of_sft, abs=1e-4)
+    assert facts["last_loss"] < facts["first_loss"]
+    assert name in ("sft", "simpo") or steps[-1]["rewards/margins"] > 0.05
+    # With likelihoods of another model in the reference's, or the policy's, place it stops.
+    monkeypatch.setattr(dpo_module, "PROOF_TOLERANCE", 1e-9)
+    if name == "simpo":
+        read = PairTrainer.scores
+        monkeypatch.setattr(PairTrainer, "scores", lambda *args: 1.01 * read(*args))
+        wrong = r"own by plain passes|the simpo loss is|the model's own"
+    else:
+        find = PairTrainer.of_reference
+        monkeypatch.setattr(
+            PairTrainer, "of_reference", lambda *args: [1.01 * one for one in find(*args)]
+        )
+        wrong = r"must be .*: the reference is not the intended stack"
+    with pytest.raises(ProofError, match=wrong):
+        train()
+
+
+def nll(model: Any, prompt: tuple[int, ...], target: tuple[int, ...]) -> float:
+    """Nats of a target after its prompt, from one plain pass."""
+    with torch.no_grad():
+        chances = model(input_ids=torch.tensor([[*prompt, *target]])).logits[0].log_softmax(-1)
+    first = len(prompt) - 1
+    return -float(sum(chances[first + i, token] for i, token in enumerate(target)))
 
 
 def test_the_consistency_loss_by_hand() -> None:
@@ -371,9 +512,21 @@ def trained_on(
     )
 
 
-@pytest.mark.parametrize("settings", [{}, {"nll_weight": 0.5}, {"ld_alpha": 0.5}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"nll_weight": 0.5},
+        {"ld_alpha": 0.5},
+        {"loss": "sigmoid_norm", "beta": 5.0},
+        {"loss": "ipo", "nll_weight": 0.5},
+        {"loss": "apo_zero"},
+        {"loss": "apo_down"},
+        {"loss": "sft"},
+    ],
+)
 def test_losses_and_gradients_are_trl_s_where_both_apply(
-    base: LoadedBase, slot: Slot, tmp_path: Path, settings: dict[str, float]
+    base: LoadedBase, slot: Slot, tmp_path: Path, settings: dict[str, Any]
 ) -> None:
     """Where all micro-batches are of one size, and all replies of one length."""
     if base.dtype != torch.float32 or getattr(base.model, "is_loaded_in_4bit", False):

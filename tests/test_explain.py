@@ -71,6 +71,11 @@ def test_what_a_setting_takes_is_said_in_words(key: str, takes: str, default: st
     assert found.section is not None or found.default == default
 
 
+def test_values_that_a_method_refuses_are_said_as_a_recipe_would_say_them() -> None:
+    assert find_setting("pairing.accumulate").refused == {"rlhf": ("true",)}
+    assert find_setting("dpo.loss").refused == {"cream": ("sft",), "scir": (), "rlhf": ()}
+
+
 def test_whether_a_run_may_change_it_is_what_its_identity_says() -> None:
     recipe = load_recipe("toy", ["method=self-rewarding"])
     noted = recipe.identity()

@@ -26,18 +26,18 @@ from gguf_files import (
 from srlm_lite.errors import UserError
 from srlm_lite.model import gguf as gguf_module
 from srlm_lite.model.base import (
-    SMOLLM2,
     LoadedBase,
     base_files,
     load_base,
     read_config,
-    smollm2_file,
+    spoken_here,
 )
 from srlm_lite.model.chat import ChatFormat
 from srlm_lite.model.companions import write_tokenizer
 from srlm_lite.model.gguf_header import read_header
 from srlm_lite.model.gguf_splits import SPLITS
 from srlm_lite.model.gguf_tokenizer import build_tokenizer, read_vocabulary
+from srlm_lite.model.whereabouts import SMOLLM2, smollm2_file
 from srlm_lite.progress import Silent
 from srlm_lite.recipe import load_recipe
 from srlm_lite.run.run import RunDir
@@ -152,6 +152,25 @@ def test_scores_say_what_merges_first(tmp_path: Path) -> None:
 def test_every_end_that_the_file_names_ends_a_reply(tmp_path: Path) -> None:
     made = llama("llama-bpe", eot_token_id=5)
     assert load(made, tmp_path)[1].eos_ids == (0, 5)
+
+
+@pytest.mark.parametrize("kind", ["byte level", "sentencepiece"])
+def test_a_file_is_spoken_to_before_anything_is_converted(kind: str, tmp_path: Path) -> None:
+    made = (
+        llama("llama-bpe", eot_token_id=5)
+        if kind == "byte level"
+        else File("llama").spm().weights()
+    )
+    file = made.write(tmp_path / "tiny.gguf")
+    section = Base(name=str(file), dtype="float32")
+    found = spoken_here(section)
+    assert found is not None and not list(tmp_path.glob("cache/gguf-*"))
+    base = load_base(section)
+    assert found[1] == base.eos_ids
+    for text in (TEXT, " a", "<tool>"):
+        assert found[0](text).input_ids == base.tokenizer(text).input_ids
+    assert found[0].pad_token_id == base.tokenizer.pad_token_id
+    assert spoken_here(section, conversion=1) is None  # whose tokenizer was another one
 
 
 def test_the_saved_tokenizer_is_a_byte_level_one(tmp_path: Path) -> None:

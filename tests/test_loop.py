@@ -83,7 +83,9 @@ def artefacts(directory: RunDir) -> dict[str, str]:
     return {
         str(file.relative_to(directory.path)): hashlib.sha256(file.read_bytes()).hexdigest()
         for file in sorted(directory.path.rglob("*"))
-        if file.is_file() and file.name not in {"done.json", "metrics.jsonl", "run.json", ".lock"}
+        if file.is_file()
+        and file.name
+        not in {"done.json", "metrics.jsonl", ".metrics.jsonl.sums", "run.json", ".lock"}
     }
 
 
@@ -281,6 +283,30 @@ def test_answers_without_text_have_the_lowest_grade(finished: RunDir, tmp_path: 
     policy = read_json(place.evaluation)["policy"]
     assert policy["anchor_score"] == policy["self_score"] == 0.0
     assert "anchor_score" in {one.gate for one in findings(evaluations(mute), Gate())}
+
+
+def test_the_judge_s_pick_of_several_answers(finished: RunDir, tmp_path: Path) -> None:
+    """Asked of a finished model: its first answer is the sampled one, and the pick the best."""
+    shutil.copytree(finished.path, tmp_path / "out")
+    copied = RunDir(tmp_path / "out")
+    place = copied.iteration(2)
+    before = read_json(place.evaluation)
+    place.evaluation.unlink()
+    session = Session(tiny("evaluate.best_of=3"), copied)
+    evaluation(session, place, session.stack(2))
+    after = read_json(place.evaluation)
+    best = after["policy"].pop("best_of")
+    assert after == before
+    rows = read_jsonl(place.evaluation_dir / "grades_best_of.jsonl")
+    votes: dict[str, list[float | None]] = {}
+    for row in rows:
+        votes.setdefault(row["candidate_id"], []).append(row["score"])
+    answers = read_records(place.evaluation_dir / "answers_best_of.jsonl", Candidate)
+    sampled = read_records(place.evaluation_dir / "answers_sampled.jsonl", Candidate)
+    assert [one.text for one in answers[::3]] == [one.text for one in sampled]
+    assert (best["n"], best["answers"], len(answers)) == (3, 4, 12)
+    assert all(len(of_one) == tiny().judge.votes for of_one in votes.values())
+    assert best["gold_mean"] >= 0 and best["gold_se"] is not None
 
 
 def test_the_divergence_is_measured_where_no_answer_is_graded(

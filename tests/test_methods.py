@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 
 from srlm_lite.errors import UserError
-from srlm_lite.judging import fill, load_question
 from srlm_lite.loop import iterate
 from srlm_lite.methods import METHODS, method_of, table
 from srlm_lite.methods.cream import consistencies, kendall, refuse_nothing_to_learn
@@ -46,11 +45,12 @@ from srlm_lite.methods.rlaif import (
     rationale_of,
     soft_label,
 )
-from srlm_lite.methods.scir import judge_preference
 from srlm_lite.methods.spin import against_human
 from srlm_lite.methods.temporal import anchored_pairs
-from srlm_lite.pairing import Drops, Scored
+from srlm_lite.pairing import Drops, Scored, judge_preference, replay_age
 from srlm_lite.principles import load_principles
+from srlm_lite.questions import load_question
+from srlm_lite.quoting import fill
 from srlm_lite.recipe import Recipe, load_recipe, recipe_from, shipped_recipes
 from srlm_lite.records import (
     Candidate,
@@ -861,11 +861,14 @@ SMALL = (
     "evaluate.votes=1",
 )
 RUNS: dict[str, tuple[str, ...]] = {
-    "dpo": ("offline.pairs=all",),
+    "dpo": ("offline.pairs=all", "pairing.source=flipped"),
     "spin": ("pairing.replay=[1.0]", "dpo.init=previous", "spin.lambdas=[0.1, 0.5]"),
     "cream": (),
-    "cream-judge": ("cream.scores=judge", "cream.consistency=sample"),
-    "temporal": ("dpo.init=previous",),
+    "cream-judge": (
+        *("cream.scores=judge", "cream.consistency=sample"),
+        *("pairing.older_order=smooth", "pairing.older_steps=same"),
+    ),
+    "temporal": ("dpo.init=previous", "pairing.accumulate=true"),
     "dno": ("dno.least_positive=1", "pairing.replay=[0.3, 0.15]", "dno.own_margin=0.5"),
     "dno-teacher": ("dno.least_positive=1", "dno.margin=0.5"),
     "scir": ("dpo.init=previous", "dpo.reference=anchor"),
@@ -922,7 +925,9 @@ def artefacts(directory: RunDir) -> dict[str, str]:
     return {
         str(file.relative_to(directory.path)): hashlib.sha256(file.read_bytes()).hexdigest()
         for file in sorted(directory.path.rglob("*"))
-        if file.is_file() and file.name not in {"done.json", "metrics.jsonl", "run.json", ".lock"}
+        if file.is_file()
+        and file.name
+        not in {"done.json", "metrics.jsonl", ".metrics.jsonl.sums", "run.json", ".lock"}
     }
 
 
@@ -945,7 +950,8 @@ def test_a_method_runs_from_end_to_end(
     pairs = read_records(second.pairs, PreferencePair)
     assert len(pairs) >= recipe.pairing.min_pairs
     if not recipe.pairing.alpha:  # a penalty turns pairs round
-        assert all(one.chosen_score > one.rejected_score for one in pairs)
+        gaps = {one.chosen_score > one.rejected_score for one in pairs}
+        assert gaps == {recipe.pairing.source != "flipped"}
     CHECKS.get(case, lambda pairs: None)(pairs)
     # What `show judgements` looks up is there.
     shown = [row for path in second.judged_candidates for row in read_records(path, Candidate)]
@@ -993,12 +999,18 @@ def _check_spin(pairs: list[PreferencePair]) -> None:
 
 
 def _check_smoothed(pairs: list[PreferencePair]) -> None:
-    assert len({one.smoothing for one in pairs}) == 1
+    assert len({one.smoothing for one in pairs if not one.origin}) == 1
     assert 0 <= pairs[0].smoothing <= 1
+
+
+def _check_older(pairs: list[PreferencePair]) -> None:
+    """A rebased delta learns those of the first iteration again."""
+    assert {replay_age(one) for one in pairs} == {0, 1}
 
 
 def _check_rejected(pairs: list[PreferencePair]) -> None:
     assert any("past-" in one.rejected_id for one in pairs)
+    _check_older(pairs)
 
 
 INTERRUPTED = ("self-rewarding", "cream", "temporal", "dno", "dno-teacher", "scir")
@@ -1013,6 +1025,7 @@ CHECKS = {
     "dno-teacher": _check_taught,
     "spin": _check_spin,
     "cream": _check_smoothed,
+    "cream-judge": _check_older,
     "temporal": _check_rejected,
 }
 

@@ -20,7 +20,7 @@ from srlm_lite.compare.mt_bench import (
 )
 from srlm_lite.errors import UserError
 from srlm_lite.evaluate.mt_bench import TEMPERATURES, Grade, mt_bench, read_rating
-from srlm_lite.judging import load_question
+from srlm_lite.questions import load_question
 from srlm_lite.recipe import load_recipe, recipe_from, recipe_of_run
 from srlm_lite.records import Candidate
 from srlm_lite.rollout.protocol import Limits, Request

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from statistics import fmean
@@ -19,21 +21,30 @@ from srlm_lite.judging import mean_scores, unasked, votes_by_candidate
 from srlm_lite.methods import method_of
 from srlm_lite.pairing import (
     CANDIDATE_REASONS,
+    JUDGE,
     PROMPT_REASONS,
     Drops,
+    Regraded,
+    accumulated,
+    as_newest_judge_has_it,
     at_iteration,
+    flipped,
+    is_of_judgements,
     length_penalty,
     mean_length_gap,
     pairs_of,
+    replay_age,
     replayed,
     usable_candidates,
+    weighted_by_gap,
 )
 from srlm_lite.recipe import Recipe, recipe_from
 from srlm_lite.records import Candidate, FinishReason, Judgement, PreferencePair, Prompt
 from srlm_lite.run.run import RunDir
 from srlm_lite.session import Session
-from srlm_lite.settings import Pairing
+from srlm_lite.settings import Dpo, Pairing
 from srlm_lite.stages.at_work import AtWork
+from srlm_lite.stages.learning import beside_new_ones
 
 DEFAULT = Pairing()
 
@@ -608,6 +619,67 @@ def test_replay_takes_shares_of_the_new_pairs_from_each_iteration_back() -> None
 def test_replay_takes_no_more_than_there_is() -> None:
     assert len(replayed([numbered("a", 4)], new=20, shares=(1.0, 1.0), seed=0)) == 4
     assert replayed([], new=20, shares=(1.0,), seed=0) == []
+
+
+def test_all_pairs_so_far_are_those_that_were_new_once() -> None:
+    # The last iteration had learned the first one's again: those come from the first one itself.
+    last = [*numbered("new", 2), *numbered("q", 1, JUDGE), *numbered("first", 3, "replay, 1 back")]
+    found = accumulated([last, numbered("first", 3)])
+    assert [(one.prompt_id, one.origin) for one in found] == [
+        ("new0", "replay, 1 back"),
+        ("new1", "replay, 1 back"),
+        ("q0", "judge, replay, 1 back"),
+        *((f"first{i}", "replay, 2 back") for i in range(3)),
+    ]
+    assert [replay_age(one) for one in found] == [1, 1, 1, 2, 2, 2]
+    assert [is_of_judgements(one.origin) for one in found] == [False, False, True, *[False] * 3]
+    assert accumulated([found]) == accumulated([]) == []
+
+
+def test_a_flipped_pair_is_the_other_way_round_in_all_that_it_has() -> None:
+    one = PreferencePair("p", "text", "a", "b", "x", "y", 4, 1, chosen_ids=(1,), rejected_ids=(2,))
+    turned = PreferencePair(
+        "p", "text", "b", "a", "y", "x", 1, 4, chosen_ids=(2,), rejected_ids=(1,)
+    )
+    assert flipped(one) == turned and flipped(turned) == one
+
+
+def test_pairs_count_by_their_gap() -> None:
+    # Gaps 1, 1 and 4: a mean of 2. What a pair weighed before counts too.
+    pairs = [*numbered("p", 2), replace(numbered("q", 1)[0], chosen_score=4, weight=0.5)]
+    found = weighted_by_gap(pairs)
+    assert [one.weight for one in found] == [0.5, 0.5, 1.0]
+    assert [replace(one, weight=1.0) for one in found[:2]] == pairs[:2]
+    assert weighted_by_gap([]) == []
+
+
+@pytest.mark.parametrize(("older", "batch"), [(0, 16), (8, 16), (20, 32), (41, 48)])
+def test_older_pairs_in_the_steps_of_the_new_ones(older: int, batch: int) -> None:
+    """20 new pairs in batches of 16; with as many older ones twice as large, to the nearest."""
+    pairs = [*numbered("new", 20), *numbered("old", older, "replay, 1 back")]
+    dpo = Dpo(batch_size=16, micro_batch_size=16)
+    found = beside_new_ones(dpo, pairs)
+    assert found.batch_size == batch
+    assert found.model_copy(update={"batch_size": 16}) == dpo
+    assert math.ceil(len(pairs) / batch) == 2  # as many steps as the new ones take
+
+
+def test_older_pairs_as_the_newest_judge_has_them() -> None:
+    kept, tied, turned, unread = numbered("p", 4)
+    turned = replace(turned, smoothing=0.2)
+    older = [
+        Regraded(kept, (5, 4), (3, 4)),  # 5 > 3, 5 > 4, 4 > 3, and a tie: 3.5 of 4
+        Regraded(tied, (3,), (3, None)),
+        Regraded(turned, (1, 1), (1, 2)),  # a tie and a defeat, twice: 1 of 4
+        Regraded(unread, (None,), (5,)),  # nobody disputes it
+    ]
+    assert [one.doubt for one in older] == [0.125, 0.5, 0.75, 0.0]
+    assert as_newest_judge_has_it(older, "drop") == ([kept, unread], 2)
+    smoothed, disputed = as_newest_judge_has_it(older, "smooth")
+    # 0.2 x 0.25 + 0.8 x 0.75: one of the two judges has it wrong, not both.
+    assert [one.smoothing for one in smoothed] == [0.125, 0.5, 0.65, 0.0]
+    assert [replace(one, smoothing=0.0) for one in smoothed[:2]] == [kept, tied]
+    assert disputed == 2
 
 
 def test_schedules() -> None:

@@ -3,32 +3,46 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from live_bytes import LiveBytes
+from messages import Told
 from typer.testing import CliRunner
 
 from srlm_lite.errors import UserError
 from srlm_lite.methods import METHODS
 from srlm_lite.methods.rlhf import RewardSection
+from srlm_lite.planning.gpus import known_gpu
 from srlm_lite.planning.lengths import lengths_of, longest
-from srlm_lite.planning.machine import plan_for, settings_that_fit, shortfall, spread
+from srlm_lite.planning.machine import plan_for, remade, settings_that_fit, shortfall, spread
 from srlm_lite.planning.memory import ROUNDING, Held, holes, sampling, training
 from srlm_lite.planning.plan import (
     Hardware,
+    Phase,
     Plan,
     advice,
     needs_sharding,
     parse_gpus,
 )
 from srlm_lite.planning.probe import probe, shape_of_base
-from srlm_lite.planning.rates import known_rates, remember
+from srlm_lite.planning.rates import known_rates, rates_key, remember
 from srlm_lite.planning.shapes import config_of
+from srlm_lite.planning.times import (
+    Time,
+    by_devices,
+    other_engines,
+    shipped_rates,
+    speedup,
+    times_of,
+    total,
+)
 from srlm_lite.recipe import Recipe, load_recipe
 from srlm_lite.rollout.sizes import leaf_room
 from srlm_lite.settings import Anchor, Base, Dpo, Lora
@@ -371,6 +385,8 @@ def test_the_recipes_for_a_gpu_fit_where_they_say(recipe: str, gpus: str) -> Non
                 *("anchor.micro_batch_size", "rollout.batch_rows"),
             },
         ),
+        # The copy in 16 bits does not fit while the base is loaded, nor while it samples.
+        ("llama2-70b", ["rollout.fold=true"], "80GB", {"rollout.fold"}),
         # Smaller batches are tried first, and are needless in the end.
         ("llama2-7b", ["base.quantization=none"], "16GB", {"base.quantization"}),
     ],
@@ -497,6 +513,9 @@ def test_the_tokens_of_an_evaluation_by_hand() -> None:
     assert lengths_of(load_recipe("tiny")).graded == 16
     assert tokens() == 3 * 16 * 48 + (3 * 16 + 5 * 8) * 2 * 64
     assert tokens("evaluate.judged_answers=3") == 3 * 16 * 48 + (3 * 16 + 5 * 3) * 2 * 64
+    # The best of 3 answers to 8 prompts, each with the 2 votes of a candidate.
+    more = 3 * 8 * 3 * (48 + 2 * 64)
+    assert tokens("evaluate.best_of=3", "judge.votes=2") == tokens("judge.votes=2") + more
     server = ("openai.url=http://127.0.0.1:1/v1", "openai.model=m", "judge.engine=openai")
     assert tokens(*server) == 3 * 16 * 48 + (3 * 16 + 3 * 8) * 2 * 64
     assert tokens("evaluate.tasks=[piqa]") is None
@@ -508,6 +527,24 @@ def test_replayed_pairs_count() -> None:
     plan = plan_for(recipe, parse_gpus("24GB"))
     dpo = next(phase for phase in plan.phases if phase.name == "DPO")
     assert dpo.tokens == 36 * 2 * dpo.shape["tokens"]
+
+
+def test_all_pairs_so_far_count() -> None:
+    """A rebased delta: iteration t learns t shares of 12 pairs; 12 + 24 + 36. Regraded: 12 + 24."""
+
+    def phases(*overrides: str) -> dict[str, Phase]:
+        recipe = load_recipe("tiny", ["iterations=3", "judge.votes=2", *overrides])
+        return {one.name: one for one in plan_for(recipe, parse_gpus("24GB")).phases}
+
+    found = phases("pairing.older_order=drop")
+    assert found["DPO"].tokens == 72 * 2 * found["DPO"].shape["tokens"]
+    new_tokens = load_recipe("tiny").judge.max_new_tokens
+    assert found["judge, older pairs"].tokens == 36 * 2 * 2 * new_tokens
+    alone = phases("pairing.accumulate=false")
+    assert alone["DPO"].tokens == 36 * 2 * alone["DPO"].shape["tokens"]
+    assert "judge, older pairs" not in alone
+    chain = phases("dpo.init=previous")
+    assert chain["DPO"].tokens == alone["DPO"].tokens
 
 
 def test_the_trainings_of_other_methods_are_phases() -> None:
@@ -636,15 +673,43 @@ def test_every_method_has_phases(method: str) -> None:
     assert all(phase.total > 0 for phase in plan.phases)
 
 
-@pytest.mark.parametrize("text", ["80", "0x80GB", "two", "2x0GB", "", "2x", "80GB,24GB"])
-def test_odd_gpus_are_refused(text: str) -> None:
-    with pytest.raises(UserError, match="2x80GB"):
+@pytest.mark.parametrize(
+    "text", ["80", "0x80GB", "two", "2x0GB", "", "2x", "80GB,24GB", "8xA100", "NVIDIA H100 PCIe"]
+)
+def test_odd_gpus_are_refused(told: Told, text: str) -> None:
+    with told.refused():
         parse_gpus(text)
 
 
-def test_gpus_are_read_with_and_without_a_number() -> None:
-    assert parse_gpus("2x80GB") == Hardware("cuda", "", 80 * GB, 2)
+def test_gpus_are_read_by_number_memory_and_name() -> None:
+    assert parse_gpus("2x80GB") == parse_gpus("2x80") == Hardware("cuda", "", 80 * GB, 2)
     assert parse_gpus("24 gb") == Hardware("cuda", "", 24 * GB, 1)
+    assert parse_gpus("8xH100") == parse_gpus("8 x h100") == Hardware("cuda", "H100", 80 * GB, 8)
+    assert parse_gpus("rtx4090") == parse_gpus("1x4090") == Hardware("cuda", "RTX4090", 24 * GB)
+
+
+@pytest.mark.parametrize(
+    ("driver", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA A100-SXM4-40GB", "A100-40GB"),
+        ("NVIDIA GeForce RTX 3090", "RTX3090"),
+        ("NVIDIA L4", "L4"),
+        ("Tesla T4", "T4"),
+        # Of another speed than the one of that name.
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA GeForce RTX 3090 Ti", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+    ],
+)
+def test_a_gpu_is_known_by_its_driver_s_name(driver: str, name: str | None) -> None:
+    found = known_gpu(driver)
+    assert (None if found is None else found.name) == name
+
+
+def test_a_base_computes_in_32_bits_where_a_gpu_knows_no_bfloat16() -> None:
+    plans = [plan_for(load_recipe("smollm3-3b"), parse_gpus(gpu)) for gpu in ("T4", "16GB", "L4")]
+    assert [plan.itemsize for plan in plans] == [4, 2, 2]
 
 
 def test_rates_are_kept_by_device_and_base(tmp_path: Path) -> None:
@@ -671,6 +736,180 @@ def test_rates_of_many_measured_at_once_are_all_kept(tmp_path: Path) -> None:
     assert [key for key in keys if known_rates(tmp_path, key) is None] == []
 
 
+# --- times ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def no_rates_of_one_s_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("srlm_lite.planning.times.rates_folder", lambda: tmp_path / "none")
+
+
+def timed(recipe: str, gpus: str, *settings: str) -> tuple[Plan, dict[str, Time]]:
+    plan = plan_for(load_recipe(recipe, settings), parse_gpus(gpus))
+    return plan, times_of(plan)
+
+
+def test_the_shipped_rates_say_where_they_stand() -> None:
+    root = Path(__file__).parents[1]
+    for rate in shipped_rates():
+        file, section, *_ = (part.strip() for part in rate.source.replace(":", ",").split(","))
+        text = (root / file).read_text(encoding="utf-8")
+        assert f"## {section}" in text, rate
+        assert rate.date in text and known_gpu(rate.gpu) is not None
+        assert probe(config_of(rate.base)).parameters == rate.parameters
+    assert {rate.gpu for rate in shipped_rates()} == {"H100", "H200"}
+
+
+def test_a_measured_time_is_tokens_by_the_rate() -> None:
+    """Answers at 1,575 tokens/s and their prompts at 9,925, each as it was measured."""
+    plan, times = timed("llama3.1-8b", "H100", "rollout.batch_rows=64", "rollout.n=4")
+    phase = next(one for one in plan.phases if one.name == "candidates")
+    assert phase.shape["batch_rows"] == 64 and phase.tokens and phase.read
+    drawn = plan.recipe.iterations * plan.recipe.prompts.per_iteration * 4
+    assert phase.tokens == drawn * plan.recipe.rollout.max_new_tokens
+    assert phase.read == drawn // 4 * phase.shape["prompt_tokens"]
+    assert times["candidates"].known == "measured"
+    assert times["candidates"].seconds == pytest.approx(phase.tokens / 1575 + phase.read / 9925)
+
+
+def test_another_device_is_scaled_by_what_bounds_the_work() -> None:
+    """An L4 has 0.3 of an H100's 3.35 TB/s, and 121 of its 989 TFLOP/s."""
+    settings = ("rollout.batch_rows=64",)
+    plan, here = timed("llama3.1-8b", "H100", *settings)
+    _, there = timed("llama3.1-8b", "L4", *settings)
+    phase = next(one for one in plan.phases if one.name == "candidates")
+    assert phase.tokens and phase.read
+    expected = phase.tokens / (1575 * 0.300 / 3.35) + phase.read / (9925 * 121 / 989)
+    assert there["candidates"].seconds == pytest.approx(expected)
+    assert there["candidates"].known == "scaled" and "bandwidth x0.09" in there["candidates"].source
+    assert here["DPO"].seconds and there["DPO"].seconds
+    assert there["DPO"].seconds == pytest.approx(here["DPO"].seconds * 989 / 121)
+
+
+def test_what_is_faster_than_a_measured_device_is_taken_as_no_faster() -> None:
+    """H100's figures, had they been the only ones, against those of an H200 with 1.43 times the
+    bandwidth: 1,575 tokens/s against 1,647, and 2,703 against 3,125."""
+    _, nearest = timed("llama3.1-8b", "H200", "rollout.batch_rows=64")
+    _, faster = timed("llama3.1-8b", "B200", "rollout.batch_rows=64")
+    assert "on H200" in faster["candidates"].source and "no faster" in faster["candidates"].source
+    assert faster["candidates"].seconds == nearest["candidates"].seconds
+    assert nearest["candidates"].known == "scaled"  # its prompts are read as on an H100
+
+
+def test_a_larger_base_takes_as_much_longer_as_it_has_weights() -> None:
+    smaller, larger = (timed("llama3.1-8b", "H100")[1], timed("qwen3-8b", "H100")[1])
+    ratio = probe(config_of("qwen3-8b")).parameters / probe(config_of("llama3.1-8b")).parameters
+    assert larger["DPO"].known == "scaled" and "weights x0.98" in larger["DPO"].source
+    assert larger["DPO"].seconds and smaller["DPO"].seconds
+    assert larger["DPO"].seconds == pytest.approx(smaller["DPO"].seconds * ratio)
+
+
+def test_work_is_shared_by_chunks_and_micro_batches() -> None:
+    """7 chunks in an iteration take 4 devices 2 rounds; 16 micro-batches take 4."""
+    plan, _ = timed("llama3.1-8b", "8xH100")
+    phases = {phase.name: phase for phase in plan.phases}
+    assert speedup(replace(phases["candidates"], shares=7), 4) == 3.5
+    assert speedup(replace(phases["DPO"], shares=16), 4) == 4.0
+    assert speedup(phases["prompts"], 8) == 1.0  # the first process writes them
+    assert plan.recipe.prompts.per_iteration == 2000 and plan.recipe.rollout.chunk_prompts == 64
+    assert phases["candidates"].shares == phases["judge"].shares == 32
+    alone = plan_for(load_recipe("toy-rlhf"), parse_gpus("8xH100"))
+    assert {phase.shares for phase in alone.phases} == {1}  # rlhf runs in one process
+    by = by_devices(plan)
+    assert list(by) == [1, 2, 4, 8, 16] and by[1] > by[2] > by[8]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "gpus", "settings", "why"),
+    [
+        ("llama3.1-8b", "24GB", (), "none that is known by name"),
+        ("llama3.1-8b", "H100", ("rollout.engine=vllm",), "the engine vllm"),
+        ("llama3.1-8b", "H100", ("base.quantization=none",), "in NF4"),
+        ("llama2-70b", "RTX4090", (), "does not fit"),
+        ("smollm2-135m", "H100", ("base.quantization=nf4",), "no base of about this size"),
+    ],
+)
+def test_what_is_not_known_is_said_and_why(
+    recipe: str, gpus: str, settings: tuple[str, ...], why: str
+) -> None:
+    _, times = timed(recipe, gpus, *settings)
+    assert times["candidates"].seconds is None and times["candidates"].known == "unknown"
+    assert why in times["candidates"].source
+
+
+def test_a_user_s_own_rates_come_first_whatever_the_driver_calls_the_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("srlm_lite.planning.times.rates_folder", lambda: tmp_path)
+    recipe = load_recipe("llama3.1-8b")
+    key = rates_key(recipe, device="NVIDIA H100 80GB HBM3", itemsize=2)
+    remember(tmp_path, key, {"DPO": 4000.0, "candidates": 500.0})
+    plan, times = timed("llama3.1-8b", "H100")
+    tokens = {phase.name: phase.tokens or 0 for phase in plan.phases}
+    assert times["DPO"].seconds == tokens["DPO"] / 4000 and times["DPO"].known == "measured"
+    assert times["prompts"].seconds == tokens["prompts"] / 500  # of the same kind of work
+    assert times["DPO"].source.startswith("your own, ")
+    assert "H100" in times["judge"].source  # measured elsewhere
+    assert "your own" not in timed("llama3.1-8b", "H200")[1]["DPO"].source
+    for other in ("rollout.fold=true", "rollout.engine=vllm"):  # neither was what was measured
+        _, times = timed("llama3.1-8b", "H100", other)
+        assert "your own" not in times["candidates"].source
+
+
+@pytest.mark.parametrize(
+    ("recipe", "gpus"),
+    [("llama3.1-8b", "H100"), ("llama2-70b", "8xH200"), ("gemma3-4b", "T4"), ("qwen3-8b", "24GB")],
+)
+def test_where_times_are_from_is_told_in_words(told: Told, recipe: str, gpus: str) -> None:
+    """Without the figures: those follow from the recipe, whose plan others change."""
+    shown = run("plan", "--recipe", recipe, "--gpus", gpus).stdout
+    for line in shown.splitlines():
+        if line.startswith(("time of ", "in all ", "with ", "`srlm-lite bench plan`")):
+            told(re.sub(r"\d[\d.]*(?= (?:h|min|s|GB)\b)|(?<= x)\d\.\d+", "#", line))
+
+
+def test_other_engines_are_told_of_with_what_they_bring() -> None:
+    plan, times = timed("llama3.1-8b", "H100")
+    others = other_engines(plan, lambda recipe: remade(plan, recipe))
+    assert [one.setting for one in others] == ["rollout.fold=true", "rollout.engine=vllm"]
+    assert others[0].seconds is not None and others[0].seconds < total(times)[0]
+    assert others[1].seconds is None and "no rate" in others[1].why
+    tight, _ = timed("llama2-70b", "2xH100")
+    folded = other_engines(tight, lambda recipe: remade(tight, recipe))[0]
+    assert folded.seconds is None and folded.why.startswith("does not fit: ")
+
+
+def test_layers_with_a_window_keep_what_a_reply_can_see() -> None:
+    """Gemma 3 4B: 5 of its 34 layers see all, 29 the last 1,024 tokens, 1,023 of them before."""
+    shape = probe(config_of("gemma3-4b"))
+    held = Held(shape, nf4=True, itemsize=2, device="cuda", targets=Lora().targets, rank=32)
+    assert len(shape.windows) == 29 and set(shape.windows) == {1024}
+    assert shape.kv_width == 2 * 4 * 256
+    assert held.kv_of_prompt(1000) == 1000 * held.kv_per_token
+    assert held.kv_of_prompt(2000) == 2 * 2048 * (5 * 2000 + 29 * 1023)
+    full = Held(probe(config_of("llama3.1-8b")), True, 2, "cuda", Lora().targets, 32)
+    assert full.kv_of_prompt(2000) == 2000 * full.kv_per_token
+
+
+def test_a_mixture_s_experts_are_told_with_why_they_stay_in_16_bits() -> None:
+    from transformers import MixtralConfig
+
+    from srlm_lite.cli.plan import plan_text
+
+    config = MixtralConfig(
+        vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+        num_attention_heads=32, num_key_value_heads=8, num_local_experts=8,
+    )  # fmt: skip
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    shape = probe(config, targets)
+    recipe = load_recipe("mistral-7b", [f"{at}.lora.targets={targets}" for at in ("anchor", "dpo")])
+    plan = plan_for(recipe, parse_gpus("2xH200"), shape=shape)
+    # 32 layers, 8 experts, three matrices of 4096 x 14336 each.
+    assert plan.not_in_4_bits["fused experts"] == 2 * 32 * 8 * 3 * 4096 * 14336
+    text = plan_text(plan, times_of(plan), settings_that_fit(plan))
+    assert "fused experts 90.19 (transformers keeps all experts of a layer in one tensor" in text
+
+
 def run(*arguments: str) -> Any:
     from srlm_lite.cli.main import app
 
@@ -686,14 +925,14 @@ def test_the_command_prints_every_phase() -> None:
     assert row["fits"] is True and row["change"] == []
     assert row["phases"]["DPO"]["bytes"] == sum(row["phases"]["DPO"]["parts"].values())
     text = run("plan", "--recipe", "llama2-70b", "--gpus", "1x24GB").stdout
-    assert "NO" in text and "time: unknown" in text
+    assert "NO" in text and "unknown: does not fit" in text
     assert "one device cannot hold the base; spread over 2 or more it may fit" in text
     table = text.split("GB at the longest")[0]
     assert max(len(line.rstrip()) for line in table.splitlines()) <= 120
 
 
 def test_in_80_columns_the_table_comes_in_two() -> None:
-    from srlm_lite.cli.plan import plan_text, times_of
+    from srlm_lite.cli.plan import plan_text
 
     for gpus in ("2x80GB", "4x24GB"):
         plan = plan_for(load_recipe("llama2-70b"), parse_gpus(gpus))

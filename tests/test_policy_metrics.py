@@ -11,7 +11,7 @@ import pytest
 
 from srlm_lite.errors import UserError
 from srlm_lite.evaluate.gold import Gold, load_gold
-from srlm_lite.evaluate.policy_metrics import means_by_prompt, policy_metrics
+from srlm_lite.evaluate.policy_metrics import best_graded, means_by_prompt, policy_metrics
 from srlm_lite.records import Candidate, FinishReason
 
 PROMPTS = {"p": "question p", "q": "question q"}
@@ -72,6 +72,18 @@ def test_scores_are_averaged_over_prompts_too() -> None:
     scores = {"p#0": 1.0, "p#1": 4.0, "q#0": 5.0, "q#1": None, "r#0": 9.0}
     assert means_by_prompt(rows, scores) == [2.5, 5.0]
     assert means_by_prompt(rows, {}) == []
+
+
+def test_the_best_graded_answer_of_each_prompt() -> None:
+    answers = [numbered("p", i) for i in range(3)] + [numbered("q", i) for i in range(2)]
+    scores = {"p#0": None, "p#1": 2.0, "p#2": 2.0, "q#0": None, "q#1": None}
+    # The first of equal ones; one that nobody could grade where there is no other.
+    assert [one.candidate_id for one in best_graded(answers, scores)] == ["p#1", "q#0"]
+    assert best_graded([], {}) == []
+
+
+def numbered(prompt_id: str, i: int) -> Candidate:
+    return Candidate(prompt_id, f"{prompt_id}#{i}", "text", 1, "stop")
 
 
 def test_one_prompt_has_no_standard_error() -> None:

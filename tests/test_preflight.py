@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,16 +16,21 @@ from types import SimpleNamespace
 import pytest
 from chat_server import free_port
 from commands import Cli, Done
+from safetensors.torch import load_file, save_file
 from toy_run import make_toy_run
 
 from srlm_lite import tracking
+from srlm_lite.hardware import device_name
 from srlm_lite.model.base import load_base, spoken
 from srlm_lite.planning import machine as planning
 from srlm_lite.planning.machine import plan_for
 from srlm_lite.planning.plan import Hardware, Plan
+from srlm_lite.planning.rates import rates_key, remember
+from srlm_lite.planning.times import in_words
 from srlm_lite.preflight.checks import CHECKS, NEEDS, OF_WORK
 from srlm_lite.processes import LAUNCHER
 from srlm_lite.recipe import Recipe, load_recipe
+from srlm_lite.run.files import write_json
 from srlm_lite.run.run import RunDir
 from srlm_lite.settings import Base
 
@@ -64,11 +70,14 @@ def data(tmp_path: Path) -> Path:
     return shutil.copytree(load_recipe("tiny").data.dir, tmp_path / "data")
 
 
-def test_a_run_that_can_start_says_so_and_what_to_type(cli: Cli, out: Path) -> None:
+def test_a_run_that_can_start_says_so_and_what_to_type(
+    cli: Cli, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("srlm_lite.planning.times.rates_folder", lambda: tmp_path)
     done = cli("iterate", "--recipe", "tiny", "--adapters", out, "--dry-run")
     assert done.returncode == 0
     assert [line.split()[0] for line in done.stdout.splitlines()] == [
-        "-" if name in ("tracking", "server") else "ok" for name in CHECKS
+        "-" if name in ("anchor", "tracking", "server", "time") else "ok" for name in CHECKS
     ]
     [line] = done.stderr.strip().splitlines()
     assert line.startswith("next: srlm-lite iterate --recipe tiny --adapters ")
@@ -123,11 +132,74 @@ def test_prompts_that_leave_no_room_are_counted_in_tokens_of_the_base(
     assert "prompts.reuse=true" in refused(cli, out, f"data.dir={data}")
 
 
+def test_judge_data_without_targets_or_scores_is_told_of_before_a_base_is_loaded(
+    cli: Cli, out: Path, data: Path
+) -> None:
+    path = data / "eft_train.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps({**row, "target": None}) + "\n" for row in rows))
+    assert "have no target" in asked(cli, out, f"data.dir={data}")["judge data"]
+    told = asked(cli, out, f"data.dir={data}", "anchor.eft_targets=human")["judge data"]
+    assert told == "not asked: its targets are made"
+    path.write_text("".join(json.dumps({**row, "target": "good"}) + "\n" for row in rows))
+    assert "score the rubric allows" in refused(cli, out, f"data.dir={data}")
+
+
 def test_a_held_out_prompt_among_the_training_s(cli: Cli, out: Path, data: Path) -> None:
     first = json.loads((data / "eval_prompts.jsonl").read_text().splitlines()[0])
     with (data / "prompts.jsonl").open("a") as file:
         file.write(json.dumps({"prompt_id": "leak", "text": first["text"]}) + "\n")
     assert "1 of its prompts are also in" in asked(cli, out, f"data.dir={data}")["held-out"]
+
+
+def test_how_long_it_takes_is_told_where_rates_are_known(
+    cli: Cli, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("srlm_lite.planning.times.rates_folder", lambda: tmp_path)
+    assert asked(cli, out)["time"] == "not asked: unknown: no rate of this device is known"
+    recipe = load_recipe("tiny")
+    plan = plan_for(recipe)
+    key = rates_key(recipe, device=device_name("cpu"), itemsize=plan.itemsize)
+    rates = {"candidates": 1000.0, "judge": 1000.0, "DPO": 1000.0}
+    remember(tmp_path, key, rates)
+    tokens = sum(one.tokens or 0 for one in plan.phases if one.name in rates)
+    told = asked(cli, out)["time"]
+    assert told.startswith(f"ok: {in_words(tokens / 1000)} at most, anchor SFT, evaluation apart, ")
+    assert told.endswith("at rates measured on this device (srlm-lite plan says by what)")
+
+
+def test_thoughts_that_a_base_would_learn_as_text(cli: Cli, out: Path, data: Path) -> None:
+    path = data / "ift.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row, opening, closing in zip(
+        rows, ("<think>", "[THINK]"), ("</think>", "[/THINK]"), strict=False
+    ):
+        row["response"] = f"{opening}hm{closing} {row['response']}"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    told = asked(cli, out, f"data.dir={data}")["thoughts"]
+    assert told == "warning: 2 are taught as text"
+    assert asked(cli, out, f"data.dir={data}", "anchor.use_ift=false")["thoughts"].startswith(
+        "ok: "
+    )
+    assert asked(cli, out)["thoughts"] == "ok: none are taught"
+
+
+def test_an_anchor_of_another_base_is_told_of_before_anything_is_loaded(
+    cli: Cli, out: Path, tmp_path: Path
+) -> None:
+    kept = Path(__file__).parent / "data" / "run-513090d" / "anchor"
+    lora = "{rank: 1, targets: [q_proj, v_proj]}"
+    given = [f"anchor.init={kept}", f"dpo.lora={lora}", f"anchor.lora={lora}"]
+    assert asked(cli, out, *given)["anchor"].startswith("ok: rank 1, for ")
+    other = ["dpo.lora={rank: 1, targets: [q_proj]}", "anchor.lora={rank: 1, targets: [q_proj]}"]
+    assert "v_proj, which the base does not have or" in refused(cli, out, given[0], *other)
+    wide = shutil.copytree(kept, tmp_path / "wide")
+    tensors = load_file(wide / "adapter_model.safetensors")
+    widened = {name: one.repeat(1, 2) if "lora_A" in name else one for name, one in tensors.items()}
+    save_file(widened, wide / "adapter_model.safetensors")
+    assert "is for a layer of " in refused(cli, out, f"anchor.init={wide}", *given[1:])
+    (wide / "adapter_model.safetensors").write_bytes(b"harmed")
+    assert "damaged" in refused(cli, out, f"anchor.init={wide}", *given[1:])
 
 
 def test_replies_that_no_judge_could_be_asked_about(cli: Cli, out: Path) -> None:
@@ -180,7 +252,7 @@ def test_a_tracker_that_is_not_installed(
 def test_the_directory_of_another_run(cli: Cli, out: Path) -> None:
     RunDir(out).open(load_recipe("tiny", ["seed=7"]), {})
     assert asked(cli, out)["directory"] == "ok: a new run"  # nothing is computed yet
-    RunDir(out).anchor.path.mkdir()
+    write_json(RunDir(out).anchor.training, {})
     assert "differing: seed (7 there, 0 " in asked(cli, out)["directory"]
     assert asked(cli, out, more=["--fresh"])["directory"] == "ok: a new run"
 
@@ -235,8 +307,18 @@ def test_a_base_that_a_launcher_spreads_is_planned_as_such_or_refused(
 
 
 @contextmanager
-def listing(models: list[str] | None, *, knows: str = "", status: int = 200) -> Iterator[str]:
-    """The URL of a server that lists these models; None: it has no such list."""
+def listing(
+    models: list[str] | None,
+    *,
+    knows: str = "",
+    status: int = 200,
+    says: tuple[int, object] = (200, {"choices": [{"message": {"content": "Yes."}}]}),
+) -> Iterator[str]:
+    """The URL of a server that lists these models; None: it has no such list.
+
+    Args:
+        knows: The model that it answers for, and what it says then.
+    """
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -245,7 +327,7 @@ def listing(models: list[str] | None, *, knows: str = "", status: int = 200) -> 
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            self._answer(200 if body["model"] == knows else 404, {})
+            self._answer(*(says if body["model"] == knows else (404, {})))
 
         def _answer(self, code: int, body: object) -> None:
             sent = json.dumps(body).encode()
@@ -283,7 +365,8 @@ def test_a_server_that_is_not_there(cli: Cli, out: Path) -> None:
         (["judge", "other"], "", "ok: {url} has judge"),
         (["other"], "judge", "ok: {url} answers"),
         (["other"], "", "bad: openai.url = {url}: knows no model judge (404); it lists other."),
-        (None, "", "ok: {url} answers"),
+        (None, "judge", "ok: {url} answers"),
+        (None, "", "bad: openai.url = {url}: knows no model judge (404). Correct openai.model"),
     ],
 )
 def test_a_server_and_its_model(
@@ -293,10 +376,108 @@ def test_a_server_and_its_model(
         assert asked(cli, out, *judged_by(url))["server"].startswith(told.format(url=url))
 
 
+@pytest.mark.parametrize(
+    ("says", "told"),
+    [
+        ((503, {"error": "loading"}), "ok: {url} is there, and busy (503)"),
+        ((429, {}), "ok: {url} is there, and busy (429)"),
+        ((400, {"error": "no chat here"}), "refuses a question to judge with 400: no chat here"),
+        ((200, {"hello": "world"}), "bad: openai.url = {url}: does not answer with a chat compl"),
+        ((200, "<html>"), "does not answer with a chat completion. Correct openai.url, up to"),
+    ],
+)
+def test_what_the_run_would_be_refused_for_after_its_anchor(
+    cli: Cli, out: Path, says: tuple[int, object], told: str
+) -> None:
+    with listing(None, knows="judge", says=says) as url:
+        assert told.format(url=url) in asked(cli, out, *judged_by(url))["server"]
+
+
 def test_a_server_that_refuses_the_key(cli: Cli, out: Path) -> None:
     with listing(["x"], status=401) as url:
         told = asked(cli, out, *judged_by(url))["server"]
     assert "refuses the key" in told or "knows no model" in told
+
+
+# --- at once ----------------------------------------------------------------------------------
+
+LATE = {"torch", "transformers", "peft", "trl", "datasets", "accelerate"}
+"""What takes seconds to import."""
+
+ONE_PROCESS = """
+import contextlib, io, json, sys
+from srlm_lite.cli.main import run
+for words in json.loads(sys.stdin.read()):
+    sys.argv, said = words, io.StringIO()
+    with contextlib.redirect_stderr(said):
+        try:
+            run()
+        except SystemExit as end:
+            assert end.code == 2, (words, end.code, said.getvalue())
+    loaded = sorted({name.partition(".")[0] for name in sys.modules})
+    print(json.dumps([said.getvalue(), loaded]))
+"""
+
+
+def test_what_can_be_told_without_torch_is_told_before_it_is_loaded(tmp_path: Path) -> None:
+    """All of it in one process, which has not loaded it when the last command has refused."""
+    (tmp_path / "file").write_text("")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("")
+    for name, settings in (("another", ["seed=7"]), ("busy", [])):
+        run = RunDir(tmp_path / name)
+        run.open(load_recipe("tiny", settings), {})
+        for file in (run.anchor.training, *run.anchor.adapter_files):
+            write_json(file, {})
+        run.anchor.finish()
+    absent = f"http://127.0.0.1:{free_port()}/v1"
+    judge = ["judge.engine=openai", "openai.model=m"]
+    asked_for = [
+        ("file", [], "is a file, not a directory"),
+        ("other", [], "holds files, but no run"),
+        ("busy", [], "another srlm-lite is working here"),
+        ("another", [], "another configuration; differing: seed"),
+        ("new", ["dpo.bet=1"], "unknown key `dpo.bet`"),
+        ("new", ["data.dir=nowhere"], "no such data directory"),
+        ("new", ["judge.rubric=nowhere"], "shipped rubrics"),
+        ("new", ["rollout.engine=vllm"], "vLLM is not installed"),
+        ("new", ["anchor.init=nowhere"], "no such directory"),
+        ("new", ["base.name=/no/base"], "there is nothing at /no/base"),
+        ("new", ["base.name=some-org/base"], "the Hub cannot be reached"),
+        ("new", [*judge, f"openai.url={absent}"], "cannot be reached"),
+        ("new", [*judge, "openai.url=http://me:word@host/v1"], "holds a user or password"),
+    ]
+    commands = [
+        (["srlm-lite", "iterate", "--recipe", "tiny", "--adapters", str(tmp_path / name)]
+         + [word for setting in settings for word in ("--set", setting)], told)
+        for name, settings, told in asked_for
+    ]  # fmt: skip
+    there = ["--adapters", str(tmp_path / "another")]
+    for words, told in (
+        (["plan", "--recipe", "tiny", "--set", "dpo.bet=1"], "unknown key"),
+        (["plan", "--recipe", "tiny", "--set", "base.name=some-org/base"], "cannot be reached"),
+        (["plan", "--recipe", "tiny", "--set", "base.name=./nothing"], "nothing at ./nothing"),
+        (["export", *there, "--iteration", "7", "--out", "x"], "has no iteration 7"),
+        (["evaluate", *there, "--iteration", "7"], "has no iteration 7"),
+        (["compare", *there, "7", "anchor"], "has no iteration 7"),
+        (["chat", *there, "--iteration", "7"], "has no iteration 7"),
+        (["serve", *there, "--iteration", "7"], "has no iteration 7"),
+        (["report", "--adapters", str(tmp_path / "other")], "holds no run"),
+    ):
+        commands.append((["srlm-lite", *words], told))
+    with RunDir(tmp_path / "busy").locked():
+        done = subprocess.run(
+            [sys.executable, "-c", ONE_PROCESS],
+            input=json.dumps([words for words, _ in commands]),
+            capture_output=True,
+            text=True,
+        )
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(found) == len(commands), done.stderr
+    for (words, told), (said, loaded) in zip(commands, found, strict=True):
+        assert told in said and said.count("\n") == 1, (words, said)
+        assert not set(loaded) & LATE, (words, set(loaded) & LATE)
+    assert not (tmp_path / "new").exists()
 
 
 # --- the doctor, and the table of checks ------------------------------------------------------

@@ -16,21 +16,15 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from srlm_lite.compare.mt_bench import Question, judge_question
-from srlm_lite.evaluate import head_to_head, mt_bench
-from srlm_lite.judging import (
-    QUESTIONS,
-    Rubric,
-    fill,
-    load_question,
-    load_rubric,
-    options,
-    parse_score,
-    quote,
-)
+from srlm_lite.evaluate import mt_bench
+from srlm_lite.judging import Rubric, load_rubric, parse_score
 from srlm_lite.methods import dno, meta_rewarding
 from srlm_lite.methods.meta_rewarding import read_verdict
 from srlm_lite.methods.rlaif import rationale_of
 from srlm_lite.principles import load_principles
+from srlm_lite.questions import QUESTIONS, WRITTEN, load_question
+from srlm_lite.questions import read_verdict as read_winner
+from srlm_lite.quoting import fill, options, quote
 from srlm_lite.records import Candidate, Reply
 from srlm_lite.shipped import recipes_dir
 
@@ -73,7 +67,7 @@ def _principles(verdicts: tuple[str, str]) -> Kind:
 KINDS = {
     "rubric": Kind(WIDE.quote, _score),
     "side by side": Kind(lambda text: quote(text, dno.WRITTEN), _side_by_side),
-    "pairwise": Kind(lambda text: quote(text, head_to_head.WRITTEN), head_to_head.read_verdict),
+    "pairwise": Kind(lambda text: quote(text, WRITTEN), read_winner),
     "meta-judge": _meta(META),
     "meta-judge, toy": _meta(("review 1", "review 2")),
     "meta-judge, letters": _meta(("A", "B")),
@@ -216,7 +210,7 @@ def test_every_question_quotes() -> None:
     shown = dno.render(load_question("side-by-side", "side-by-side"), BAIT, [BAIT, BAIT])
     assert "Score 1: 6" not in shown and shown.count("S core 1: 6") == 3
     places = dict.fromkeys(QUESTIONS["pairwise"], BAIT)
-    shown = fill(load_question("pairwise", "pairwise"), places, head_to_head.WRITTEN)
+    shown = fill(load_question("pairwise", "pairwise"), places, WRITTEN)
     assert shown.count("Winner: A\n") == 1 and shown.count("W inner: A\n") == 3  # one: the form
     held_to = load_principles("assistant")
     for question in ("comparison", "reasoning"):

@@ -478,6 +478,44 @@ def test_identity_holds_what_decides_the_result(changes: dict[str, Any]) -> None
     assert recipe(**changes).digest() != recipe().digest()
 
 
+def test_identity_has_older_pairs_as_they_come_to() -> None:
+    """What `auto` comes to; that nothing is accumulated is what runs of before say."""
+    chain, rebased = {"init": "previous"}, {"init": "anchor"}
+    assert "accumulate" not in recipe(dpo=chain).identity()["pairing"]
+    assert recipe(dpo=rebased).identity()["pairing"]["accumulate"] is True
+    on, off = {"accumulate": True}, {"accumulate": False}
+    assert recipe(dpo=rebased, pairing=on).digest() == recipe(dpo=rebased).digest()
+    assert recipe(dpo=rebased, pairing=off).digest() != recipe(dpo=rebased).digest()
+    assert recipe(dpo=chain, pairing=on).digest() != recipe(dpo=chain).digest()
+    shares = {"replay": [0.5]}
+    assert recipe(pairing={**shares, **off}).digest() == recipe(pairing=shares).digest()
+    rlhf = recipe(method="rlhf", dpo=rebased)
+    assert "accumulate" not in rlhf.identity()["pairing"]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("pairing.accumulate=true", "pairing.replay=[1.0]"),
+        ("dpo.init=previous", "pairing.older_order=drop"),
+        ("pairing.accumulate=false", "pairing.older_steps=same"),
+        ("pairing.source=random", "pairing.older_order=smooth"),
+        ("method=rlhf", "pairing.accumulate=true"),
+        ("pairing.source=random", "pairing.weight=gap"),
+        ("pairing.older_order=smooth", "dpo.loss=sft"),
+        ("dpo.loss=ipo", "dpo.ld_alpha=0.5"),
+        ("dpo.loss=sft", "dpo.label_smoothing=0.1"),
+        ("dpo.loss=apo_zero", "dpo.target_margin=1"),
+        ("method=cream", "dpo.loss=sft"),
+        ("method=scir", "dpo.init=previous", "dpo.reference=anchor", "dpo.loss=ipo"),
+        ("method=rlhf", "dpo.loss=simpo"),
+    ],
+)
+def test_settings_about_pairs_that_nothing_reads(told: Told, overrides: list[str]) -> None:
+    with told.refused():
+        load_recipe("tiny", overrides)
+
+
 def test_identity_counts_a_default_like_the_same_value_written_down() -> None:
     assert recipe(dpo={"beta": 0.1}).digest() == recipe().digest()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import gzip
+import hashlib
 import json
 import os
 import re
@@ -32,7 +33,14 @@ from srlm_lite.cli.main import app
 from srlm_lite.errors import UserError, program
 from srlm_lite.evaluate.judge_metrics import collapsed_score
 from srlm_lite.records import Judgement, Label, PreferencePair
-from srlm_lite.report.answer import LENGTH_GROWTH, anchor_is_best, answer, best, duration, worries
+from srlm_lite.report.answer import (
+    LENGTH_GROWTH,
+    anchor_beside_best,
+    answer,
+    best,
+    duration,
+    worries,
+)
 from srlm_lite.report.charts import MOST_POINTS, groups
 from srlm_lite.report.draw import VARIABLES, svg
 from srlm_lite.report.facts import Estimate, Facts, Pair, gather
@@ -49,6 +57,8 @@ NASTY = (
     "<svg onload=window.hurt=1>",
     "\"><iframe srcdoc='<script>parent.hurt=1</script>'>",
     "<!-- {{ 7 * 7 }} {% raw %} &lt;b&gt; \u2028",
+    "<a href='javascript:window.hurt=1'>a</a><base href='//hurt'><meta http-equiv=refresh>",
+    "<style>* { background: url(//hurt) }</style><p style='color: hurt'>",
 )
 
 
@@ -143,6 +153,9 @@ def test_yes_with_the_best_not_the_last(facts: Facts) -> None:
     assert "2.00 (M1) to 2.50 (M2): +0.50 (95% interval +0.22 to +0.78)" in found.headline
     assert "M2, iteration 1" in found.export[0] and "M3 is the last one" in found.export[0]
     assert any("best of 2 iterations" in text for text in found.by_how_much)
+    assert "report --control" in found.by_how_much[-1]
+    held = answer(replace(facts, controls=(facts,)))
+    assert not any("--control" in text for text in held.by_how_much)
     assert "3.0 min" in found.cost[0] and "50 pairs" in found.cost[-1]
 
 
@@ -579,6 +592,9 @@ def test_no_text_becomes_markup(tmp_path: Path) -> None:
     assert {"img", "iframe", "object", "embed"}.isdisjoint(names)
     handlers = [key for _, given in parsed.tags for key in given if key.startswith("on")]
     assert handlers == []
+    assert "hurt" not in "".join(str(value) for _, given in parsed.tags for value in given.values())
+    styles = re.findall(r"<style[^>]*>(.*?)</style>", page, flags=re.DOTALL)
+    assert styles and all("hurt" not in style for style in styles) and "base" not in names
     scripts = re.findall(r"<script[^>]*>(.*?)</script>", page, flags=re.DOTALL)
     assert all("hurt" not in script for script in scripts)
     assert [row["p"] for row in packed_rows(page)] == list(NASTY)
@@ -592,6 +608,9 @@ def test_the_page_needs_nothing_from_outside(page: str) -> None:
         if "content-security-policy" in str(given.get("http-equiv")).lower()
     )
     assert policy is not None and policy.startswith("default-src 'none'")
+    [script] = re.findall(r"<script>(.*?)</script>", page, flags=re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in policy and policy.count("unsafe") == 1
     for tag, given in parsed.tags:
         if tag != "svg":
             links = [given.get(key) for key in ("src", "href", "xlink:href", "srcset", "action")]
@@ -687,24 +706,40 @@ def test_the_command_wants_a_run(tmp_path: Path) -> None:
 def test_the_end_of_a_run_says_what_to_type_next(tmp_path: Path) -> None:
     run = new_run(tmp_path / "my out")
     add_anchor(run)
-    assert next_steps(run) == [f"next: srlm-lite show run --adapters '{run.path}'"]
+    (only,) = next_steps(run)
+    assert only[0] == f"next: srlm-lite show run --adapters '{run.path}'"
     add_iteration(run, 1, some_pairs(2), measured=evaluation(gold=3.0))
     add_iteration(run, 2, some_pairs(2), measured=evaluation(gold=2.5))
-    report, pairs, export = (line.partition("  # ")[0].strip() for line in next_steps(run))
+    report, pairs, export = (line.strip() for line, _ in next_steps(run))
     there = f"--adapters '{run.path}'"
     assert report == f"next: srlm-lite report {there}"
     assert pairs == f"srlm-lite show pairs {there}"
     # The first iteration is the better one.
     assert export == f"srlm-lite export {there} --iteration 1 --out '{run.path}-m2'"
-    assert not anchor_is_best(gather(run)) and "M1 scored higher" not in next_steps(run)[-1]
+    assert anchor_beside_best(gather(run)) == "behind"
+    assert next_steps(run)[-1][1] == "its best iteration, as weights"
 
 
 def test_the_end_of_a_run_that_made_nothing_better_says_so(tmp_path: Path) -> None:
     run = new_run(tmp_path / "out")
     add_anchor(run, evaluation(gold=3.0))
     add_iteration(run, 1, some_pairs(2), measured=evaluation(gold=2.5))
-    assert anchor_is_best(gather(run))
-    assert next_steps(run)[-1].endswith("# its best iteration, as weights; M1 scored higher")
+    assert anchor_beside_best(gather(run)) == "ahead"
+    assert next_steps(run)[-1][1] == "its best iteration, as weights; M1 scored higher"
+
+
+@pytest.mark.parametrize("golds", [(3.0, 3.0), (3.0, 2.9), (2.9, 3.0)])
+def test_m1_scored_higher_only_beyond_the_error(tmp_path: Path, golds: tuple[float, float]) -> None:
+    """Both with a standard error of .08: two errors of the difference are .23."""
+    run = new_run(tmp_path / "out")
+    first, second = (evaluation(gold=gold) for gold in golds)
+    for one in (first, second):
+        one["policy"]["gold_se"] = 0.08
+    add_anchor(run, first)
+    add_iteration(run, 1, some_pairs(2), measured=second)
+    assert anchor_beside_best(gather(run)) == "alike"
+    told = "its best iteration, as weights; by its score not told apart from M1"
+    assert next_steps(run)[-1][1] == told
 
 
 def test_commands_are_named_as_this_shell_finds_them(monkeypatch: pytest.MonkeyPatch) -> None:

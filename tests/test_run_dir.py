@@ -31,6 +31,7 @@ from srlm_lite.run.files import (
 )
 from srlm_lite.run.journal import Journal
 from srlm_lite.run.run import RunDir
+from srlm_lite.run.sums import is_harmed, sums_of
 from srlm_lite.shipped import recipes_dir
 
 CHUNKS = [["a", "b"], ["c"], ["d", "e"]]
@@ -213,6 +214,117 @@ def test_a_journal_keeps_none_and_defaults_apart(tmp_path: Path) -> None:
     assert [row["score"] for row in read_jsonl(path)] == [None, 0.0]
 
 
+# --- what is harmed ---------------------------------------------------------------------------
+
+
+def flipped(data: bytes, at: int) -> bytes:
+    """One bit of it the other way round."""
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+
+
+def test_a_bit_that_flips_anywhere_in_a_journal_is_noticed(tmp_path: Path, whole: bytes) -> None:
+    path = tmp_path / "j.jsonl"
+    filled(journal(path), CHUNKS, made)
+    for at in range(len(whole)):
+        path.write_bytes(flipped(whole, at))
+        for read in (lambda: filled(journal(path), CHUNKS, made), lambda: read_jsonl(path)):
+            with pytest.raises(UserError, match="is not the file that the run has written"):
+                read()
+    path.write_bytes(whole)
+    assert len(read_records(path, Prompt)) == 5
+
+
+def test_what_is_cut_off_a_journal_is_made_again_and_what_is_left_is_held_to_its_sums(
+    tmp_path: Path, whole: bytes
+) -> None:
+    path = tmp_path / "j.jsonl"
+    filled(journal(path), CHUNKS, made)
+    sums = sums_of(path).read_bytes()
+    ends = [int(line.split()[0]) for line in sums.splitlines()]
+    assert ends[-1] == len(whole) and len(ends) == len(CHUNKS)
+    for cut in {*range(0, len(whole), 13), *(end + more for end in ends for more in (-1, 0))}:
+        path.write_bytes(whole[:cut])
+        sums_of(path).write_bytes(sums)
+        assert not is_harmed(path)
+        filled(journal(path), CHUNKS, made)
+        assert (path.read_bytes(), sums_of(path).read_bytes()) == (whole, sums)
+        if cut >= ends[0]:
+            path.write_bytes(flipped(whole[:cut], ends[0] - 2))
+            assert is_harmed(path)
+
+
+@pytest.mark.parametrize(
+    "left", [b"", b"\0" * 80, b"12", b"1 zz\n", b"99999999 " + b"a" * 64 + b"\n"]
+)
+def test_sums_that_say_nothing_and_none_at_all_stand_in_no_way(
+    tmp_path: Path, whole: bytes, left: bytes
+) -> None:
+    """As after a power failure, or of a run of an earlier version."""
+    path = tmp_path / "j.jsonl"
+    path.write_bytes(whole)
+    filled(journal(path), CHUNKS, recording([], kill_at=0))
+    sums = sums_of(path).read_bytes()
+    sums_of(path).write_bytes(left)
+    filled(journal(path), CHUNKS, recording([], kill_at=0))
+    assert sums_of(path).read_bytes() == sums
+
+
+def test_a_kill_between_a_chunk_and_its_sum(tmp_path: Path, whole: bytes) -> None:
+    path = tmp_path / "j.jsonl"
+    filled(journal(path), CHUNKS, made)
+    sums = sums_of(path).read_bytes()
+    sums_of(path).write_bytes(sums[: sums.rindex(b"\n", 0, -1) + 9])
+    filled(journal(path), CHUNKS, recording([], kill_at=0))
+    assert sums_of(path).read_bytes() == sums
+
+
+def test_files_of_a_stage_under_way_are_held_to_what_was_noted(told: Told, tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    run.open(recipe(), {})
+    place = run.iteration(1)
+    seen: dict[Path, tuple[int, int, str]] = {}
+    write_json(place.drops, {"tied": 1})
+    filled(journal(place.prompts), CHUNKS, made)
+    place.note(seen)
+    place.drops.write_text('{"tied": 2}')
+    with told.refused():
+        run.hold_to_files()
+    place.drops.unlink()  # what is missing is made again
+    run.hold_to_files()
+    place.prompts.write_bytes(flipped(place.prompts.read_bytes(), 20))
+    with told.refused():
+        run.hold_to_files()
+    place.prompts.unlink()
+    filled(journal(place.prompts), CHUNKS, made)
+    write_json(place.drops, {"tied": 1})
+    place.note(seen)
+    run.hold_to_files()
+    place.finish()
+    assert sorted(file.name for file in place.path.iterdir()) == [
+        "done.json", "drops.json", "prompts.jsonl",
+    ]  # fmt: skip
+    run.hold_to_files()
+
+
+def test_metrics_of_which_a_bit_has_flipped_are_one_line(told: Told, tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    run.add_metrics({"iteration": 1, "stage": "pairs", "pairs": 12})
+    run.metrics.write_text(run.metrics.read_text().replace("12", "13"))
+    with told.refused():
+        run.read_metrics()
+
+
+def test_a_result_that_no_done_json_knows_has_its_own_sum(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    write_json(path, {"win_rate": 0.5}, noted=True)
+    assert read_json(path) == {"win_rate": 0.5}
+    path.write_text(path.read_text().replace("0.5", "0.7"))
+    with pytest.raises(UserError, match="is not the file that the run has written"):
+        read_json(path)
+    write_json(path, {"win_rate": 0.6}, noted=True)
+    assert read_json(path) == {"win_rate": 0.6}
+
+
 # --- files ------------------------------------------------------------------------------------
 
 
@@ -329,9 +441,9 @@ def test_open_writes_what_the_run_is(tmp_path: Path) -> None:
 def test_the_same_configuration_goes_on(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     run.open(recipe(), {})
-    (run.path / "anchor").mkdir()
+    write_json(run.anchor.training, {})
     run.open(recipe(), {})
-    assert run.path.joinpath("anchor").is_dir()
+    assert run.anchor.training.is_file()
 
 
 def test_more_iterations_and_another_name_are_the_same_run(tmp_path: Path) -> None:
@@ -344,7 +456,7 @@ def test_more_iterations_and_another_name_are_the_same_run(tmp_path: Path) -> No
 def test_another_configuration_is_refused_by_its_keys(told: Told, tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     run.open(recipe(), {})
-    run.anchor.path.mkdir()
+    write_json(run.anchor.training, {})
     before = run.run_json.read_bytes()
     other = recipe(dpo={"beta": 0.2, "lora": {"rank": 4}}, seed=1)
     with told.refused() as caught:
@@ -365,16 +477,81 @@ def test_a_run_that_has_computed_nothing_may_still_be_another_one(
     run.open(recipe(seed=1), {})
     assert run.facts()["seed"] == 1
     run.hold_to_base({"name": "right/base", "revision": "def"})
-    run.anchor.path.mkdir()
+    write_json(run.anchor.training, {})
     assert run.is_begun
     with told.refused():
         run.open(recipe(), {})
 
 
+def test_what_a_run_leaves_that_found_a_mistake_before_it_learned_stands_in_nobodys_way(
+    tmp_path: Path,
+) -> None:
+    """A target that the base does not have is met when the base is in memory, and has been read."""
+    run = RunDir(tmp_path)
+    run.open(recipe(), {})
+    run.hold_to_base({"name": "some/base", "revision": "abc"})
+    run.tensorboard.mkdir()
+    write_json(run.tracking, {})
+    write_json(run.anchor.reading, {})
+    (run.anchor.path / ".reading.json.tmp").write_text("{")
+    run.add_metrics({"iteration": 0, "stage": "base"})
+    (run.path / "notes.txt").write_text("mine")
+    assert not run.is_begun
+    run.glance(recipe(seed=1))
+    run.open(recipe(seed=1), {})
+    assert sorted(path.name for path in run.path.iterdir()) == ["notes.txt", "run.json"]
+
+
+@pytest.mark.parametrize("work", [
+    "anchor/eft_judgements.jsonl", "anchor/ift_only/adapter_model.safetensors",
+    "anchor/adapter_model.safetensors", ".checkpoint/step_1/state.json", "iter_001/prompts.jsonl",
+    "reward/head.safetensors", "compare/replies/a.jsonl",
+])  # fmt: skip
+def test_what_took_work_is_not_given_up_for_another_run(tmp_path: Path, work: str) -> None:
+    run = RunDir(tmp_path)
+    run.open(recipe(), {})
+    (run.path / work).parent.mkdir(parents=True)
+    (run.path / work).write_text("")
+    with pytest.raises(UserError, match="another configuration"):
+        run.open(recipe(seed=1), {})
+    with pytest.raises(UserError, match="another configuration"):
+        run.glance(recipe(seed=1))
+    assert (run.path / work).is_file()
+
+
+def test_a_glance_reads_no_file_of_a_finished_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunDir(tmp_path)
+    run.open(recipe(), {})
+    write_json(run.anchor.training, {})
+    run.anchor.finish()
+    run.anchor.training.write_text("harmed")
+    run.glance(recipe())
+    with pytest.raises(UserError, match="changed"):
+        run.check(recipe())
+
+
+def test_a_glance_finds_a_place_where_nothing_can_be_written(
+    told: Told, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """root may write everywhere: only what the system says of the place is put in its mouth."""
+    place = tmp_path / "closed"
+    place.mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != place)
+    with told.refused():
+        RunDir(place / "deep" / "out").glance(recipe())
+    (tmp_path / "file").write_text("")
+    with told.refused():
+        RunDir(tmp_path / "file" / "out").glance(recipe())
+    RunDir(tmp_path / "out").glance(recipe())
+    assert not (tmp_path / "out").exists()
+
+
 def test_of_many_differences_a_few_are_named(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     run.open(recipe(), {})
-    run.anchor.path.mkdir()
+    write_json(run.anchor.training, {})
     with pytest.raises(UserError) as caught:
         run.open(load_recipe("toy-meta"), {})
     message = str(caught.value)
@@ -523,7 +700,7 @@ def test_where_no_directory_can_be_made_there_is_no_run(told: Told) -> None:
 
 @pytest.mark.parametrize("content", [
     "", "{", "[]", "5", '{"other": "tool"}', '{"recipe": {}}', '{"recipe": {}, "identity": {}}',
-    '{"recipe": {}, "identity": {"base": {}}}',
+    '{"recipe": {}, "identity": {"base": {}}}', '{"recipe": {}, "identity": {"base": {"name": 1}}}',
 ])  # fmt: skip
 def test_a_broken_or_foreign_run_json_is_one_line(told: Told, tmp_path: Path, content: str) -> None:
     (tmp_path / "run.json").write_text(content)
@@ -531,6 +708,44 @@ def test_a_broken_or_foreign_run_json_is_one_line(told: Told, tmp_path: Path, co
         RunDir(tmp_path).facts()
     with told.refused():
         RunDir(tmp_path).open(recipe(), {})
+
+
+@pytest.mark.parametrize("form", [2, "two", None])
+def test_a_run_of_a_later_version_is_refused_whatever_else_it_says(
+    told: Told, tmp_path: Path, form: object
+) -> None:
+    run = RunDir(tmp_path)
+    run.open(recipe(), {"versions": {"srlm-lite": "9.0"}})
+    facts = read_json(run.run_json)
+    assert facts["format"] == 1
+    facts["recipe"]["dpo"]["of_tomorrow"] = True
+    write_json(run.run_json, {**facts, "format": form})
+    for ask in (
+        run.facts,
+        run.recipe,
+        lambda: run.glance(recipe()),
+        lambda: run.open(recipe(), {}),
+    ):
+        with told.refused():
+            ask()
+    del facts["format"], facts["recipe"]["dpo"]["of_tomorrow"]  # as of one from before
+    write_json(run.run_json, facts)
+    run.open(recipe(), {})
+
+
+def test_a_run_json_that_contradicts_itself_is_refused(told: Told, tmp_path: Path) -> None:
+    """A digit of its recipe or of its identity has flipped: each is there to check the other."""
+    run = RunDir(tmp_path)
+    run.open(recipe(), {})
+    before = run.run_json.read_text()
+    assert before.count('"beta": 0.1') == 2
+    for text in (before.replace('"beta": 0.1', '"beta": 0.3', 1),
+                 '"beta": 0.3'.join(before.rsplit('"beta": 0.1', 1))):  # fmt: skip
+        run.run_json.write_text(text)
+        with told.refused():
+            run.facts()
+    run.run_json.write_text(before)
+    run.facts()
 
 
 def test_iterations_are_counted_up_to_the_first_gap(told: Told, tmp_path: Path) -> None:
@@ -634,10 +849,11 @@ def test_metrics_go_on_after_a_cut_at_every_byte(tmp_path: Path) -> None:
     more = {"iteration": 2, "stage": "next"}
     for row in rows:
         run.add_metrics(row)
-    content = run.metrics.read_bytes()
+    content, sums = run.metrics.read_bytes(), sums_of(run.metrics).read_bytes()
     first = content.index(b"\n") + 1
     for cut in range(len(content) + 1):
         run.metrics.write_bytes(content[:cut])
+        sums_of(run.metrics).write_bytes(sums)
         kept = rows[: (cut >= first) + (cut == len(content))]
         assert run.read_metrics() == kept
         run.add_metrics(more)
@@ -652,8 +868,11 @@ def test_two_processes_do_not_work_in_one_directory(tmp_path: Path) -> None:
             f"with RunDir(Path({str(run.path)!r})).locked(): pass"
         )
         other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        with pytest.raises(UserError, match="another srlm-lite is working here"):
+            run.glance(recipe())
     assert other.returncode != 0
     assert "another srlm-lite is working here" in other.stderr
+    run.glance(recipe())
     with run.locked():  # free again
         pass
 
@@ -696,7 +915,7 @@ def test_a_run_goes_on_from_another_installation(told: Told, tmp_path: Path) -> 
     """The shipped base lies elsewhere then; what was noted of it is where it lies now."""
     recipe, run = load_recipe("toy"), RunDir(tmp_path)
     run.open(recipe, {})
-    run.anchor.path.mkdir()
+    write_json(run.anchor.training, {})
     here = str(recipes_dir())
     run.run_json.write_text(run.run_json.read_text().replace(here, "/another/place/recipes"))
     assert run.facts()["recipe"]["base"]["name"] == "/another/place/recipes/toy/base"

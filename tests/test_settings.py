@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, get_args, get_type_hints
 
+from srlm_lite.forms import FORMS, sections_of_other_forms
 from srlm_lite.methods import METHODS, sections_of_others
 from srlm_lite.recipe import Recipe, paths_in
 from srlm_lite.settings import (
     Before,
     DecidesNothing,
+    FormName,
     IsPath,
     Section,
     Shared,
@@ -26,6 +28,7 @@ def test_settings_that_may_be_paths() -> None:
         "data.dir": IsPath(),
         "data.extra": IsPath(),
         "data.ranked": IsPath(),
+        "anchor.disturb_template": IsPath(shipped=TEMPLATES),
         "anchor.init": IsPath(words=("base",)),
         "prompts.file": IsPath(),
         "judge.rubric": IsPath(shipped=RUBRICS),
@@ -62,11 +65,22 @@ def test_settings_that_decide_nothing() -> None:
 
 def test_settings_that_came_later() -> None:
     assert {name: mark.value for name, mark in marked(Shared, Before)} == {
+        "anchor.disturb_template": "disturb",
         "anchor.micro_batch_tokens": "auto",
         "base.attention": "sdpa",
         "base.chat_template_kwargs": {},
         "base.system": None,
+        "dpo.loss": "sigmoid",
         "dpo.micro_batch_tokens": "auto",
+        "dpo.target_margin": 0.5,
+        "evaluate.best_of": None,
+        "judge.adaptive_votes": False,
+        "judge.form": "grade",
+        "judge.rationale": True,
+        "pairing.accumulate": False,
+        "pairing.older_order": "keep",
+        "pairing.older_steps": "more",
+        "pairing.weight": "equal",
         "rollout.max_thought_tokens": 1024,
         "mt_bench.top_p": None,
     }
@@ -92,9 +106,12 @@ def test_marks_on_the_settings_of_methods() -> None:
 
 def test_sections_that_one_method_alone_reads() -> None:
     own = {kind.section for kind in METHODS.values() if kind.section}
+    of_forms = {kind.section for kind in FORMS.values() if kind.section}
     shared = list(Shared.model_fields)
     assert list(Recipe.model_fields)[: len(shared)] == shared
-    assert set(Recipe.model_fields) - set(shared) == own == sections_of_others("")
+    assert set(Recipe.model_fields) - set(shared) == own | of_forms
+    assert (own, of_forms) == (sections_of_others(""), sections_of_other_forms(""))
+    assert set(FORMS) == set(get_args(FormName))
     assert own - sections_of_others("dpo") == {"offline"}
 
 

@@ -20,9 +20,8 @@ from transformers import AutoTokenizer
 from srlm_lite.compare.mt_bench import Question, _Turn
 from srlm_lite.conversation import messages_of, transcript, with_system
 from srlm_lite.errors import UserError
-from srlm_lite.evaluate.head_to_head import WRITTEN
 from srlm_lite.export.source import find_source
-from srlm_lite.judging import fill, load_question, load_rubric
+from srlm_lite.judging import load_rubric
 from srlm_lite.loop import iterate
 from srlm_lite.methods import METHODS, dno, meta_rewarding
 from srlm_lite.methods.dno import DnoSettings, margin_pairs
@@ -36,6 +35,8 @@ from srlm_lite.planning.probe import prompt_tokens
 from srlm_lite.preflight.checks import refuse
 from srlm_lite.preflight.launch import Launch
 from srlm_lite.principles import load_principles
+from srlm_lite.questions import WRITTEN, load_question
+from srlm_lite.quoting import fill
 from srlm_lite.recipe import Recipe, load_recipe, recipe_from
 from srlm_lite.records import (
     Candidate,

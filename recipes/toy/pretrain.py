@@ -18,9 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import random
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +31,9 @@ Row = dict[str, Any]
 
 RUBRIC = Path(__file__).parent.parent / "rubrics" / "toy.yaml"
 META_TEMPLATE = Path(__file__).parent.parent / "templates" / "toy-meta.txt"
+DISTURB_TEMPLATE = Path(__file__).parent.parent / "templates" / "toy-disturb.txt"
+LIST_TEMPLATE = Path(__file__).parent.parent / "templates" / "toy-checklist.txt"
+ITEM_TEMPLATE = Path(__file__).parent.parent / "templates" / "toy-checklist-item.txt"
 PRINCIPLES = Path(__file__).parent.parent / "principles" / "toy.yaml"
 TEMPLATE: str = yaml.safe_load(RUBRIC.read_text(encoding="utf-8"))["template"]
 
@@ -41,18 +42,6 @@ TEMPLATE: str = yaml.safe_load(RUBRIC.read_text(encoding="utf-8"))["template"]
 IFT_RATES = {"topic": 0.6, "items": 0.5, "unique": 0.6, "opening": 0.4, "ending": 0.4}
 PRETRAIN_RATES = {"topic": 0.5, "items": 0.4, "unique": 0.5, "opening": 0.35, "ending": 0.35}
 REVIEWED_RATES = (0.2, 0.4, 0.6, 0.8, 0.95)
-
-CHAT_TEMPLATE = (
-    "{{ bos_token }}"
-    "{% for message in messages %}"
-    "{% if message['role'] == 'user' %}{{ '<user>' + message['content'] }}"
-    "{% elif message['role'] == 'assistant' %}"
-    "{{ '<assistant>' + message['content'] + eos_token }}"
-    "{% else %}{{ raise_exception('the toy base knows the roles user and assistant only') }}"
-    "{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
-)
 
 
 def judge_prompt(prompt: str, response: str) -> str:
@@ -170,6 +159,63 @@ def make_rlaif(*, seed: int) -> list[Row]:
     return rows
 
 
+def make_disturbed(*, seed: int) -> list[Row]:
+    """Questions for a prompt that only looks like a given one: about another topic."""
+    known = toy.prompts(held_out=False)
+    random.Random(f"toy data {seed}").shuffle(known)
+    rng = random.Random(f"toy disturbed {seed}")
+    template = DISTURB_TEMPLATE.read_text(encoding="utf-8")
+    rows = []
+    for number, prompt in enumerate(known[3100:3900]):
+        topic = toy.topic_of(prompt) or ""
+        other = rng.choice([one for one in toy.TOPICS if one != topic])
+        rows.append(
+            {
+                "prompt_id": f"toy-disturb-{number:04}",
+                "prompt": template.replace("{{prompt}}", prompt),
+                "response": prompt.replace(topic, other),
+            }
+        )
+    return rows
+
+
+def make_checklists(*, seed: int) -> list[Row]:
+    """Checklists for prompts, and items of them with whether they hold of an answer."""
+    known = toy.prompts(held_out=False)
+    random.Random(f"toy data {seed}").shuffle(known)
+    rng = random.Random(f"toy checklists {seed}")
+    of_list = LIST_TEMPLATE.read_text(encoding="utf-8")
+    of_item = ITEM_TEMPLATE.read_text(encoding="utf-8")
+    rows = []
+    for number, prompt in enumerate(known[3900:4100]):
+        items = [toy.checklist(prompt)[name] for name in ("topic", "items", "unique")]
+        rows.append(
+            {
+                "prompt_id": f"toy-checklist-{number:04}",
+                "prompt": of_list.replace("{{prompt}}", prompt),
+                "response": "\n".join(f"9: {item}" for item in items),
+            }
+        )
+    for number, prompt in enumerate(known[4100:5300]):
+        response = toy.sample_answer(rng, prompt, rng.choice(REVIEWED_RATES))
+        if rng.random() < 0.2:
+            response = toy.disturb(rng, response)
+        criterion = toy.CRITERIA[number % len(toy.CRITERIA)]
+        question = of_item
+        item = toy.checklist(prompt)[criterion]
+        for name, text in {"prompt": prompt, "response": response, "item": item}.items():
+            question = question.replace("{{" + name + "}}", text)
+        holds = toy.gold(prompt, response)[criterion]
+        rows.append(
+            {
+                "prompt_id": f"toy-item-{number:04}",
+                "prompt": question,
+                "response": "yes" if holds else "no",
+            }
+        )
+    return rows
+
+
 def _with_one_verdict_wrong(rng: random.Random, review: str) -> str:
     *verdicts, score = review.split("\n")
     at = rng.randrange(len(verdicts))
@@ -188,46 +234,13 @@ def write_data(directory: Path, *, seed: int) -> None:
     _write_rows(directory.parent / "ranked.jsonl", make_ranked(seed=seed))
     _write_rows(directory.parent / "meta.jsonl", make_meta(seed=seed))
     _write_rows(directory.parent / "rlaif.jsonl", make_rlaif(seed=seed))
+    _write_rows(directory.parent / "disturb.jsonl", make_disturbed(seed=seed))
+    _write_rows(directory.parent / "checklist.jsonl", make_checklists(seed=seed))
 
 
 def _write_rows(path: Path, rows: list[Row]) -> None:
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     path.write_text(text, encoding="utf-8")
-
-
-def make_tokenizer() -> Any:
-    """A fast word-level tokenizer of the toy vocabulary; decoding restores the text's spacing."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    ids = {token: number for number, token in enumerate(toy.vocabulary())}
-    tokenizer = Tokenizer(models.WordLevel(vocab=ids, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(r"[^\S\n]+"), behavior="removed"),
-            pre_tokenizers.Split(Regex(r"[A-Za-z]+|[0-9]|[^A-Za-z0-9]"), behavior="isolated"),
-        ]
-    )
-    tokenizer.decoder = decoders.Sequence(
-        [
-            decoders.WordPiece(prefix="##", cleanup=False),
-            decoders.Fuse(),
-            decoders.Replace(Regex(r" ?\n ?"), "\n"),
-            *(decoders.Replace(f" {mark}", mark) for mark in ",.:!?"),
-        ]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        unk_token="<unk>",
-        bos_token="<bos>",
-        eos_token="<eos>",
-        additional_special_tokens=["<user>", "<assistant>"],
-        model_max_length=256,
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-        chat_template=CHAT_TEMPLATE,
-    )
 
 
 def pretraining_dialogues(rng: random.Random) -> Iterator[tuple[str, str]]:
@@ -253,86 +266,15 @@ def pretraining_dialogues(rng: random.Random) -> Iterator[tuple[str, str]]:
 
 def make_base(directory: Path, *, seed: int, steps: int, batch: int, threads: int) -> None:
     """Pretrain the toy Llama and save it with its tokenizer, weights in bf16."""
-    import torch
-    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+    from srlm_lite.model.word_level import make_tokenizer, pretrain
 
-    torch.manual_seed(seed)
-    torch.set_num_threads(threads)
-    tokenizer = make_tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    model = LlamaForCausalLM(config)
-    dialogues = pretraining_dialogues(random.Random(f"toy pretraining {seed}"))
-    # One length-sorted block is cut into batches, so that little of a batch is padding.
-    block: list[tuple[list[int], int]] = []
-    order = random.Random(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=0.01)
-    started, tokens, recent = time.monotonic(), 0, 0.0
-    for step in range(steps):
-        if not block:
-            texts = [next(dialogues) for _ in range(16 * batch)]
-            block = sorted(_encode(tokenizer, texts), key=lambda row: len(row[0]))
-            batches = [block[at : at + batch] for at in range(0, len(block), batch)]
-            order.shuffle(batches)
-            block = [row for rows in batches for row in rows]
-        rows, block = block[:batch], block[batch:]
-        width = max(len(ids) for ids, _ in rows)
-        ids = torch.full((batch, width), tokenizer.pad_token_id)
-        labels = torch.full((batch, width), -100)
-        for at, (row, prompt_length) in enumerate(rows):
-            ids[at, : len(row)] = torch.tensor(row)
-            labels[at, prompt_length : len(row)] = ids[at, prompt_length : len(row)]
-        tokens += sum(len(row) for row, _ in rows)
-        for group in optimizer.param_groups:
-            group["lr"] = _learning_rate(step, steps)
-        # Right-padded and causal: no real token attends to padding, so no mask is needed.
-        loss = model(input_ids=ids, labels=labels).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        recent += loss.item()
-        if (step + 1) % 100 == 0:
-            seconds = time.monotonic() - started
-            print(f"step {step + 1} loss {recent / 100:.4f} tokens {tokens} {seconds:.0f} s")
-            recent = 0.0
-
-    model.to(torch.bfloat16)
-    model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    directory.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(directory, safe_serialization=True)
-    tokenizer.save_pretrained(directory)
-
-
-def _encode(tokenizer: Any, turns: list[tuple[str, str]]) -> list[tuple[list[int], int]]:
-    """(ids, number of prompt ids) of each dialogue, exactly as the chat template renders it."""
-    prompts = [[{"role": "user", "content": user}] for user, _ in turns]
-    heads = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, tokenize=False)
-    head_ids = tokenizer(heads, add_special_tokens=False)["input_ids"]
-    replies = [reply + tokenizer.eos_token for _, reply in turns]
-    reply_ids = tokenizer(replies, add_special_tokens=False)["input_ids"]
-    return [(head + reply, len(head)) for head, reply in zip(head_ids, reply_ids, strict=True)]
-
-
-def _learning_rate(step: int, steps: int, *, peak: float = 3e-3, warmup: int = 40) -> float:
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+    pretrain(
+        directory,
+        make_tokenizer(toy.vocabulary(), marks=",.:!?"),
+        pretraining_dialogues(random.Random(f"toy pretraining {seed}")),
+        seed=seed, steps=steps, batch=batch, threads=threads,
+        tell=lambda line: print(line, flush=True),
+    )  # fmt: skip
 
 
 def _gold(prompt: str, response: str) -> int:

@@ -83,6 +83,9 @@ ANCHORS: dict[str, Case] = {
 }
 """Anchors that several cases share."""
 
+PLAIN = "self-rewarding"
+"""The case that others are held against."""
+
 SMALLER = (
     "prompts.per_iteration=100",
     "judge.votes=2",
@@ -94,7 +97,10 @@ SMALLER = (
 COLD = 0.5
 """Temperature at which the anchor answers once more: a sharper model alone raises a mean."""
 
-BARE, COLDER = "base", "cold anchor"
+PICKED_FROM = 4
+"""Answers a prompt of the anchor, of which its own judge picks one."""
+
+BARE, COLDER, PICKED = "base", "cold anchor", "anchor's pick"
 """What is measured beside the cases."""
 
 
@@ -133,10 +139,10 @@ def cases_of(names: str | None) -> tuple[str, ...]:
 def bench_methods(settings: MethodsBench, reporter: Reporter | None = None) -> dict[str, Any]:
     """Run every case for every seed, as far as that has not been done; all that was measured."""
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in settings.cases}
-    bare, cold = [], []
+    bare, cold, picked = [], [], []
     with _workers(settings, reporter) as begin:
         for seed in range(settings.seeds):
-            names = sorted([BARE, COLDER, *runs], key=_is_short)
+            names = sorted([BARE, COLDER, PICKED, *runs], key=_is_short)
             alone = [name for name in names if name in CASES and CASES[name].anchor is None]
             needed = sorted({CASES[name].anchor or SHARED for name in settings.cases} | {SHARED})
             training = {name: begin(_train_anchor, settings, seed, name) for name in needed}
@@ -149,6 +155,7 @@ def bench_methods(settings: MethodsBench, reporter: Reporter | None = None) -> d
             found = {name: result() for name, result in begun.items()}
             bare.append({"seed": seed, **found[BARE]})
             cold.append(found[COLDER]["gold"])
+            picked.append(found[PICKED]["gold"])
             for name, rows in runs.items():
                 rows.append({"seed": seed, **found[name]})
     return {
@@ -160,11 +167,13 @@ def bench_methods(settings: MethodsBench, reporter: Reporter | None = None) -> d
             "runs": bare,
         },
         "cold_anchor": {"temperature": COLD, "gold": cold},
+        "best_of": {"n": PICKED_FROM, "gold": picked},
         "cases": {
             name: {
                 "recipe": CASES[name].recipe,
                 "overrides": list(CASES[name].overrides),
                 "summary": summary(rows),
+                "above_plain": above(rows, runs.get(PLAIN, [])) if name != PLAIN else None,
                 "runs": rows,
             }
             for name, rows in runs.items()
@@ -248,6 +257,10 @@ def _measure(
         case = Case("toy", (f"evaluate.temperature={COLD}",))
         place = _run(reporter, settings, case, name, seed, anchor, 0)
         return _figures(read_json(place.anchor.evaluation))
+    if name == PICKED:
+        case = Case("toy", (f"evaluate.best_of={PICKED_FROM}",))
+        place = _run(reporter, settings, case, name, seed, anchor, 0)
+        return {"gold": read_json(place.anchor.evaluation)["policy"]["best_of"]["gold_mean"]}
     case = CASES[name]
     iterations = settings.iterations
     return measured(_run(reporter, settings, case, name, seed, anchor, iterations), iterations)
@@ -265,13 +278,19 @@ def _bare_base(settings: MethodsBench, seed: int, reporter: Reporter | None) -> 
 
 
 def _recipe(settings: MethodsBench, case: Case, seed: int, anchor: Path | None, t: int) -> Recipe:
-    own = [f"seed={seed}", f"iterations={t}"]
+    given = [*SMALLER, *case.overrides, *settings.overrides]
+    own = [f"seed={seed}", f"iterations={min(t, 1) if case.one_pass else t}"]
+    if case.one_pass:
+        of_each = load_recipe(case.recipe, given).prompts.per_iteration
+        own.append(f"prompts.per_iteration={max(1, settings.iterations) * of_each}")
     if anchor is not None:
         own.append(f"anchor.init={anchor}")
-    return load_recipe(case.recipe, [*SMALLER, *case.overrides, *settings.overrides, *own])
+    return load_recipe(case.recipe, [*given, *own])
 
 
 def _place(settings: MethodsBench, name: str, seed: int) -> RunDir:
+    if name in CASES and CASES[name].one_pass:  # over more prompts it is another run
+        name = f"{name} for {settings.iterations}"
     folder = "".join(char if char.isalnum() else "-" for char in name)
     return RunDir(settings.out / f"{folder}-{seed}")
 
@@ -362,6 +381,7 @@ def _figures(found: Mapping[str, Any]) -> dict[str, Any]:
         "greedy_by_criterion": greedy.get("gold_by_criterion"),
         "chars": policy.get("mean_length_chars"),
         "judge_accuracy": found["judge"]["pairwise_accuracy"],
+        "judge_ties": found["judge"].get("tie_rate"),
         "judge_accuracy_on_policy": policy.get("self_gold_accuracy"),
         "self_score": policy.get("self_score"),
         "anchor_score": policy.get("anchor_score"),
@@ -398,6 +418,7 @@ FIGURES = (
     "greedy",
     "chars",
     "judge_accuracy",
+    "judge_ties",
     "judge_accuracy_on_policy",
     "ranker_accuracy",
     "consistency",
@@ -423,6 +444,34 @@ def summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     result["warned"] = sum(bool(model.get("warnings")) for run in runs for model in run["models"])
     result["seconds"] = _mean([run["seconds"] for run in runs])
     return result
+
+
+def above(
+    runs: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]
+) -> dict[str, float | None] | None:
+    """How far the last models of a case are above those of another one, in gold of sampled answers:
+    the mean over seeds, and its 95% interval by Student's t of the differences; None without both.
+    """
+    both = [
+        (one["models"][-1]["gold"], other["models"][-1]["gold"])
+        for one, other in zip(runs, others, strict=False)
+    ]
+    gaps = [a - b for a, b in both if a is not None and b is not None]
+    if not gaps:
+        return None
+    width = None
+    if 1 < len(gaps) <= len(T95) + 1:
+        width = T95[len(gaps) - 2] * stdev(gaps) / len(gaps) ** 0.5
+    mean = fmean(gaps)
+    return {
+        "mean": round(mean, 4),
+        "low": None if width is None else round(mean - width, 4),
+        "high": None if width is None else round(mean + width, 4),
+    }
+
+
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""Student's t at 97.5%, for 1, 2, ... degrees of freedom."""
 
 
 def _by_criterion(found: Sequence[Mapping[str, float] | None]) -> dict[str, float | None]:

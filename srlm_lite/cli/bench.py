@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from srlm_lite.cli.completion import overrides, recipe_names
+from srlm_lite.errors import UserError
 
 app = typer.Typer(help="Measure on this machine.", no_args_is_help=True)
 
@@ -81,19 +82,104 @@ def rollout(
 
 @app.command()
 def judge(
-    adapters: Annotated[Path, typer.Option("--adapters", help="The run directory.", metavar="DIR")],
+    adapters: Annotated[
+        Path | None,
+        typer.Option(
+            "--adapters", help="A run directory: its last judge.", metavar="DIR", show_default=False
+        ),
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help="A recipe: its shipped anchor. With --pairs or --disturbed.",
+            metavar="NAME",
+            autocompletion=recipe_names,
+            show_default=False,
+        ),
+    ] = None,
+    pairs: Annotated[
+        Path | None,
+        typer.Option(
+            help="Ask the judge about a preference file: RewardBench 2, RM-Bench, JudgeBench, PPE, "
+            "or replies in an order as `data prepare` reads them.",
+            metavar="FILE",
+            show_default=False,
+        ),
+    ] = None,
+    disturbed: Annotated[
+        int | None,
+        typer.Option(
+            help="Ask it about pairs with a known loser: N of the run's prompts, answered, and an "
+            "answer to what the model makes of each, which only looks like it.",
+            metavar="N",
+            min=1,
+            show_default=False,
+        ),
+    ] = None,
+    prompts: Annotated[
+        int | None,
+        typer.Option(
+            help="Of the file at most P prompts, spread over it.",
+            metavar="P",
+            min=1,
+            show_default=False,
+        ),
+    ] = None,
     iteration: Annotated[
-        int | None, typer.Option(help="Default: the last one.", metavar="T", show_default=False)
+        str, typer.Option(help="Number of an iteration (0: the anchor), or `last`.")
+    ] = "last",
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="Ask in another way: a setting of judge, of a form of judging, or of rollout.",
+            metavar="KEY=VALUE",
+            autocompletion=overrides,
+        ),
     ] = None,
     json_: Json = False,
 ) -> None:
-    """Sampled against expected scores, on the judgements of a run; samples nothing.
+    """How good a judge is, and what a judgement costs, by every way of asking it.
 
-    The run has to be one with judge.score=expected: its judgements carry both.
+    With --pairs or --disturbed it is asked about replies of which the better one is known. Without
+    either nothing is sampled: sampled against expected scores on the judgements of a run with
+    judge.score=expected, which carry both.
     """
-    from srlm_lite.bench.judge import bench_judge
+    if iteration != "last" and not iteration.isdecimal():
+        raise UserError(
+            f"no judgements are of {iteration}",
+            where="--iteration",
+            way_out="Say the number of an iteration, or last",
+        )
+    number = None if iteration == "last" else int(iteration)
+    if pairs is not None and disturbed is not None:
+        raise UserError("--pairs and --disturbed are two benchmarks: name one of them")
+    if pairs is None and disturbed is None:
+        from srlm_lite.bench.judge import bench_judge
 
-    show("judge", bench_judge(adapters, iteration), _judge_text, as_json=json_)
+        if adapters is None:
+            raise UserError("name a run with --adapters")
+        if recipe is not None or prompts is not None or set_:
+            raise UserError("--recipe, --prompts and --set go with --pairs or --disturbed")
+        show("judge", bench_judge(adapters, number), _judge_text, as_json=json_)
+        return
+    from srlm_lite.bench.judge_pairs import bench_judge_on_disturbed, bench_judge_on_pairs
+    from srlm_lite.bench.judges import bench_judge_of
+    from srlm_lite.cli.judge_tables import judge_text
+    from srlm_lite.cli.progress import ConsoleReporter
+
+    console = ConsoleReporter()
+    with (
+        console,
+        bench_judge_of(
+            adapters, recipe, set_ or (), console, iteration=number, measured=True
+        ) as asked,
+    ):
+        if pairs is not None:
+            result = bench_judge_on_pairs(asked, pairs, prompts)
+        else:
+            result = bench_judge_on_disturbed(asked, disturbed or 1)
+    show("judge", result, judge_text, as_json=json_)
 
 
 @app.command()
@@ -422,6 +508,8 @@ def plan(
 def _plan_text(result: dict[str, Any]) -> str:
     from srlm_lite.cli.tables import plain_table
 
+    rates = result["tokens_per_s"]
+    heads = ["phase", "predicted GB", "measured GB", "error", "libraries GB", "s", "tokens/s"]
     rows = [
         [
             name,
@@ -430,19 +518,20 @@ def _plan_text(result: dict[str, Any]) -> str:
             "-" if row["error"] is None else f"{row['error']:+.1%}",
             _gigabytes(row["libraries_bytes"]),
             f"{row['seconds']:.0f}",
+            f"{rates[name]:,.0f}" if name in rates else "-",
         ]
         for name, row in result["phases"].items()
     ]
+    kept = "tokens/s are kept on this machine: `srlm-lite plan` says times by them first"
     quantized = "" if result["quantization"] == "none" else f"{result['quantization']}, "
     quantized = f"random weights, {quantized}" if result["random"] else quantized
     return "\n".join(
         [
             f"{result['recipe']}: {result['base']}, {quantized}{result['bits']} bit, window "
             f"{result['window']}; {result['device']}, {result['threads']} threads",
-            plain_table(
-                ["phase", "predicted GB", "measured GB", "error", "libraries GB", "s"], rows
-            ),
+            plain_table(heads, rows),
             "",
+            *([kept] if rates else []),
         ]
     )
 
@@ -602,6 +691,7 @@ def show(
     from datetime import date
 
     from srlm_lite.cli.facts import hardware, versions
+    from srlm_lite.cli.wrapping import columns, fitted
 
     machine, software = hardware(), versions()
     if as_json:
@@ -609,11 +699,14 @@ def show(
         whole = {**head, **result, "machine": machine, "versions": software}
         typer.echo(json.dumps(whole, indent=2, ensure_ascii=False))
         return
-    typer.echo(text(result))
     graphics = "".join(f", {gpu['name']}" for gpu in machine["gpus"])
-    typer.echo(f"{machine['processor']}, {machine['cores']} cores{graphics}")
     packages = ("srlm-lite", "torch", "transformers")
-    typer.echo(", ".join(f"{each} {software[each]}" for each in packages) + f"; {date.today()}")
+    lines = [
+        text(result),
+        f"{machine['processor']}, {machine['cores']} cores{graphics}",
+        ", ".join(f"{each} {software[each]}" for each in packages) + f"; {date.today()}",
+    ]
+    typer.echo(fitted("\n".join(lines), columns()))
 
 
 def _rollout_text(result: dict[str, Any]) -> str:
@@ -648,6 +741,11 @@ def _rollout_text(result: dict[str, Any]) -> str:
         f"{max(rates['matmul_flops_per_s'].values()) / 1e12:.2f} TFLOP/s and "
         f"{rates['copy_bytes_per_s'] / 1e9:.0f} GB/s, both measured here",
     ]
+    if result["prefill_s"] is not None:
+        lines.append(
+            f"without a rationale (judge.rationale=false): all candidates judged in "
+            f"{result['prefill_s']:.2f} s, {result['prefill_share']:.3f} of the votes' time"
+        )
     if result["vllm"]:
         lines.append(f"vLLM: {result['vllm']}, its start not counted")
     if "batched" in shown:
@@ -684,6 +782,12 @@ def _judge_text(result: dict[str, Any]) -> str:
     )
 
 
+def _ahead(found: dict[str, float | None]) -> str:
+    mean, low, high = found["mean"], found["low"], found["high"]
+    ends = "" if low is None or high is None else f" (95% interval {low:+.2f} to {high:+.2f})"
+    return f"{mean or 0.0:+.2f}{ends}"
+
+
 def _methods_text(result: dict[str, Any]) -> str:
     from srlm_lite.cli.tables import plain_table
 
@@ -703,6 +807,7 @@ def _methods_text(result: dict[str, Any]) -> str:
                 name,
                 cell(bare),
                 *(cell(value) for value in found["gold"]),
+                *[""] * (result["iterations"] + 1 - len(found["gold"])),
                 cell(found["rise"]) + (f" ±{spread:.2f}" if spread is not None else ""),
                 cell(found["greedy"][-1]),
                 cell(last(found["ranker_accuracy"])),
@@ -733,6 +838,15 @@ def _methods_text(result: dict[str, Any]) -> str:
     if cold:
         temperature = result["cold_anchor"]["temperature"]
         lines.append(f"M1 at temperature {temperature}: gold {sum(cold) / len(cold):.2f}")
+    if picked := [value for value in result["best_of"]["gold"] if value is not None]:
+        n = result["best_of"]["n"]
+        lines.append(f"M1's pick, as judge, of {n} answers: gold {sum(picked) / len(picked):.2f}")
+    ahead = {
+        name: case["above_plain"] for name, case in result["cases"].items() if case["above_plain"]
+    }
+    if ahead:
+        lines += ["", "last model's gold above that of self-rewarding, seed by seed"]
+        lines += [f"  {name}: {_ahead(found)}" for name, found in ahead.items()]
     criteria = [name for found in cases.values() for name in found["by_criterion"][-1]]
     names = list(dict.fromkeys(criteria))
     points = [

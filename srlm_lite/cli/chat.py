@@ -16,10 +16,11 @@ from srlm_lite.session import Session
 from srlm_lite.settings import known_temperature
 from srlm_lite.stages.conversation import Conversation
 from srlm_lite.stopping import Terminated
+from srlm_lite.telling import for_terminal
 
 HELP = """\
 /judge          the model's own grading of its last answer
-/iter T         go on with another model of the run: a number, anchor, or base
+/iter T         go on with another model of the run: a number, anchor, base, last
 /reset          forget the conversation
 /quit           leave (so do the end of the input, and Ctrl-C when nothing is being said)
 /help           this list
@@ -117,9 +118,9 @@ def _read() -> str | None:
 
 
 def _show(piece: str) -> None:
-    typer.echo(piece, nl=False)
+    typer.echo(for_terminal(piece), nl=False)
     sys.stdout.flush()
 
 
 def _say(text: str) -> None:
-    typer.echo(text, err=True)
+    typer.echo(for_terminal(text), err=True)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,12 @@ import typer
 from srlm_lite.cli.models import Models
 from srlm_lite.cli.progress import ConsoleReporter
 from srlm_lite.cli.tables import plain_table
+from srlm_lite.cli.wrapping import columns, fitted
 from srlm_lite.compare.annotations import compare_annotations
 from srlm_lite.compare.comparison import Comparison, Judging, compare
 from srlm_lite.errors import UserError
 from srlm_lite.stages.seed_data import policy_prompts, read_prompts
+from srlm_lite.telling import for_terminal, json_for_terminal
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +59,13 @@ def run_compare(wish: ComparisonWish, *, as_json: bool) -> None:
     with run.locked(), console:
         result = compare(comparison)
     if as_json:
-        typer.echo(json.dumps(result, indent=2, ensure_ascii=False))
+        typer.echo(json_for_terminal(result, indent=2))
         return
-    typer.echo(_head(result))
-    typer.echo(head_to_head_text(result))
+    width = columns()
+    typer.echo(fitted(_head(result), width))
+    typer.echo(head_to_head_text(result, width=width))
     if result["gold"] is not None:
-        typer.echo(_gold_text(result))
+        typer.echo(fitted(_gold_text(result), width))
     console.say(f"replies, verdicts and all figures: {comparison.place.path}")
 
 
@@ -99,16 +101,23 @@ def run_annotations(*, path: Path, difficulty: Path | None, as_json: bool) -> No
     """Win rates of comparisons that others have annotated."""
     result = compare_annotations(path, difficulty)
     if as_json:
-        typer.echo(json.dumps(result, indent=2, ensure_ascii=False))
+        typer.echo(json_for_terminal(result, indent=2))
         return
-    typer.echo(f"{result['model']} against {result['baseline']}, {result['prompts']} annotations")
-    typer.echo(head_to_head_text(result))
+    width = columns()
+    head = f"{result['model']} against {result['baseline']}, {result['prompts']} annotations"
+    typer.echo(for_terminal(fitted(head, width)))
+    typer.echo(head_to_head_text(result, width=width))
     if difficulty is None:
-        typer.echo("AlpacaEval's own figure needs its difficulty of each prompt: --difficulty FILE")
+        note = "AlpacaEval's own figure needs its difficulty of each prompt: --difficulty FILE"
+        typer.echo(fitted(note, width))
 
 
-def head_to_head_text(result: dict[str, Any]) -> str:
-    """The table of a head to head."""
+def head_to_head_text(result: dict[str, Any], *, width: int | None = None) -> str:
+    """The table of a head to head, and what it comes to.
+
+    Args:
+        width: Columns of the terminal; None: no line is broken.
+    """
     rows = [
         [name, str(part["count"]), _share(part["share"]), _interval(part, 100)]
         for name, part in ((name, result[name]) for name in ("wins", "ties", "losses"))
@@ -123,7 +132,29 @@ def head_to_head_text(result: dict[str, Any]) -> str:
         f"mean characters: {chars['model']:.0f}, the baseline's {chars['baseline']:.0f}",
     ]
     notes += [text for count, text in _left_out(result) if count]
-    return plain_table(["", "count", "%", "95%"], rows) + "\n\n" + "\n".join(notes)
+    notes.append(_verdict(result))
+    table = plain_table(["", "count", "%", "95%"], rows, width=width)
+    return table + "\n\n" + fitted("\n".join(notes), width)
+
+
+def _verdict(result: dict[str, Any]) -> str:
+    """Which of the two is better: only where no interval of a win rate has a tie in it."""
+    model, baseline = result.get("model", "the model"), result.get("baseline", "the baseline")
+    rates = {"win rate": result["win_rate"], "length-controlled": result["length_controlled"]}
+    known = {name: rate for name, rate in rates.items() if rate and rate["low"] is not None}
+    if not known:
+        return f"{model} and {baseline} are not told apart: nothing was decided"
+    if all(rate["low"] > 50 for rate in known.values()):
+        return f"{model} is better than {baseline}: {_intervals(known)}"
+    if all(rate["high"] < 50 for rate in known.values()):
+        return f"{model} is worse than {baseline}: {_intervals(known)}"
+    tied = {name: rate for name, rate in known.items() if rate["low"] <= 50 <= rate["high"]}
+    why = f"a tie, 50, is within {_intervals(tied)}" if tied else _intervals(known)
+    return f"{model} and {baseline} are not told apart: {why}"
+
+
+def _intervals(rates: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {_interval(rate, 1)}" for name, rate in rates.items())
 
 
 def _left_out(result: dict[str, Any]) -> list[tuple[int, str]]:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from srlm_lite.cli.completion import overrides, recipe_names
+from srlm_lite.telling import for_terminal, json_for_terminal
 
 app = typer.Typer(help="Make the seed data of a run.", no_args_is_help=True)
 
@@ -143,7 +144,6 @@ def prepare_command(
     prepare.json. What would lose a reply, a score, an input or a system
     message without a word is refused.
     """
-    import json
     import sys
 
     from srlm_lite.data.columns import Columns
@@ -188,9 +188,14 @@ def prepare_command(
             facts = prepare(source, out, options, force=force, reporter=reporter)
     else:
         facts = prepare(source, out, options, force=force)
+    from srlm_lite.cli.wrapping import columns, fitted, hung, of_stderr
+
     for note in facts["notes"]:
-        typer.echo(f"note: {note}", err=True)
-    typer.echo(json.dumps(facts, indent=2, ensure_ascii=False) if as_json else _account(facts, out))
+        typer.echo(hung("note: ", for_terminal(note), of_stderr()), err=True)
+    if as_json:
+        typer.echo(json_for_terminal(facts, indent=2))
+    else:
+        typer.echo(fitted(for_terminal(_account(facts, out)), columns()))
     typer.echo(_next(facts, out), err=as_json)
 
 

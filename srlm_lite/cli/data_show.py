@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,6 +16,8 @@ from rich.table import Table as RichTable
 
 from srlm_lite.cli.progress import ConsoleReporter
 from srlm_lite.cli.report import refuse_foreign
+from srlm_lite.cli.tables import plain_table
+from srlm_lite.cli.wrapping import columns
 from srlm_lite.dataview.figures import Figures, figures_of
 from srlm_lite.dataview.languages import Languages, languages_of
 from srlm_lite.dataview.page import GENERATOR, html
@@ -27,9 +28,10 @@ from srlm_lite.dataview.tokens import RecipeTokens
 from srlm_lite.errors import UserError
 from srlm_lite.recipe import Recipe, load_recipe, overridden
 from srlm_lite.run.files import write_atomically
+from srlm_lite.telling import for_terminal, json_for_terminal
 
 WIDTH = 80
-"""Columns of a terminal."""
+"""Columns that are used, where a terminal has as many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +60,10 @@ def run_show(wish: ShowWish, *, as_json: bool) -> None:
     found = findings(figures, languages)
     if as_json:
         facts = _as_json(figures, languages, found)
-        typer.echo(json.dumps(facts, indent=2, ensure_ascii=False, default=str))
+        typer.echo(json_for_terminal(facts, indent=2))
     else:
-        typer.echo(told(figures, languages, found))
+        width = min(WIDTH, columns() or WIDTH)
+        typer.echo(for_terminal(told(figures, languages, found, width=width)))
     if wish.page is not None:
         text = html(figures, languages, found, samples=wish.samples)
         write_atomically(wish.page, text)
@@ -81,24 +84,31 @@ def _recipe(wish: ShowWish) -> Recipe | None:
     return None
 
 
-def told(figures: Figures, languages: Mapping[str, Languages], found: Sequence[Standout]) -> str:
+def told(
+    figures: Figures,
+    languages: Mapping[str, Languages],
+    found: Sequence[Standout],
+    *,
+    width: int = WIDTH,
+) -> str:
     """All of it for a terminal: what stands out first."""
     lines = [one_line(figures), ""]
     for one in found:
         mark = "a run refuses this" if one.level == "refused" else "warning"
-        lines += _wrapped(f"{mark}: {one.text}.", "  ", hang="  ")
-        lines += [*_wrapped(f"{one.way_out}.", "    "), ""]
+        lines += _wrapped(f"{mark}: {one.text}.", "  ", width, hang="  ")
+        lines += [*_wrapped(f"{one.way_out}.", "    ", width), ""]
     for table in tables(figures, languages):
-        lines += [*_drawn(table).splitlines(), *_wrapped(table.note and f"{table.note}.", " "), ""]
+        note = table.note and f"{table.note}."
+        lines += [*_drawn(table, width).splitlines(), *_wrapped(note, " ", width), ""]
     if not found:
-        lines += _wrapped("Nothing stands out.", "")
+        lines += _wrapped("Nothing stands out.", "", width)
     return "\n".join(line.rstrip() for line in lines).rstrip()
 
 
-def _wrapped(text: str, indent: str, *, hang: str = "") -> list[str]:
+def _wrapped(text: str, indent: str, width: int, *, hang: str = "") -> list[str]:
     return textwrap.wrap(
         text,
-        WIDTH,
+        width,
         initial_indent=indent,
         subsequent_indent=indent + hang,
         break_on_hyphens=False,
@@ -106,7 +116,10 @@ def _wrapped(text: str, indent: str, *, hang: str = "") -> list[str]:
     )
 
 
-def _drawn(table: FigureTable) -> str:
+def _drawn(table: FigureTable, width: int) -> str:
+    if not table.prose:
+        drawn_whole = plain_table(table.head, table.rows, width=width)
+        return "\n".join(line for line in drawn_whole.splitlines() if line.strip())
     drawn = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     last = len(table.head) - 1
     for number, name in enumerate(table.head):
@@ -117,7 +130,7 @@ def _drawn(table: FigureTable) -> str:
     for row in table.rows:
         drawn.add_row(*row)
     out = io.StringIO()
-    Console(file=out, width=WIDTH, highlight=False, color_system=None, markup=False).print(drawn)
+    Console(file=out, width=width, highlight=False, color_system=None, markup=False).print(drawn)
     return "\n".join(line for line in out.getvalue().splitlines() if line.strip())
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import typer
 
+from srlm_lite.cli.evaluation_tables import evaluation_text
 from srlm_lite.cli.progress import ConsoleReporter, summary
+from srlm_lite.cli.wrapping import columns
 from srlm_lite.errors import UserError
 from srlm_lite.processes import Processes, place
 from srlm_lite.recipe import Recipe, overridden
@@ -51,6 +52,7 @@ def run_evaluate(
         session = Session(recipe, run, console, processes)
         with session.leading():
             if not where.evaluation.is_file():
+                session.reach("judge")
                 with run.locked(), console:
                     policy = [] if number is None else session.stack(number)
                     judge = [] if number is None else session.stack(number, "judge")
@@ -59,7 +61,7 @@ def run_evaluate(
     if as_json:
         typer.echo(json.dumps(result, indent=2, ensure_ascii=False))
         return
-    typer.echo(_table(result))
+    typer.echo(evaluation_text(result, width=columns()))
     console.say(f"{which}: {summary('evaluation', result)}; all of it in {where.evaluation}")
 
 
@@ -99,43 +101,3 @@ def _place(run: RunDir, which: str) -> tuple[StageDir, int | None]:
             way_out=f"It has: base, anchor{', ' + done if done else ''}",
         )
     return run.iteration(int(which)), int(which)
-
-
-def _table(result: Mapping[str, Any]) -> str:
-    """A line for each figure, with its 95% interval where it has one."""
-    rows = [
-        row
-        for part in ("judge", "policy", "ifeval", "capabilities")
-        for row in _rows(part, result.get(part, {}))
-    ]
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
-
-
-def _rows(part: str, figures: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    intervals = figures.get("intervals", {})
-    for name, value in figures.items():
-        ends = intervals.get(name)
-        if name == "intervals" or (name == "calibration" and not value):
-            continue
-        if name == "score_histogram":
-            yield f"{part} scores", "  ".join(f"{score}: {n}" for score, n in value.items())
-        elif name == "calibration":
-            yield from _calibration(value)
-        elif isinstance(value, Mapping):
-            yield from _rows(f"{part} {name}", value)
-        else:
-            shown = "-" if value is None else f"{value}"
-            yield f"{part} {name}", f"{shown:<8} {_ends(ends)}".rstrip()
-
-
-def _ends(ends: Sequence[float] | None) -> str:
-    return "" if ends is None else f"[{ends[0]:g}, {ends[1]:g}]"
-
-
-def _calibration(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    for name in ("pearson", "spearman", "error"):
-        yield f"judge and human quality: {name}", f"{found[name]}"
-    for score, one in found["bins"].items():
-        text = f"{one['human']:.2f} by people ({one['replies']} replies)"
-        yield f"judge and human quality: score {score}", text

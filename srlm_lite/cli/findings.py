@@ -23,10 +23,26 @@ GLUE = "\N{NO-BREAK SPACE}"
 """Between a name and its figure, which stay on one line."""
 
 
-def findings_text(findings: Sequence[Finding]) -> str:
-    """A line or more for each, without colours."""
+WIDE = 100
+"""Columns that are taken where there is no terminal."""
+_BESIDE = 30
+"""Columns that text has beside the names, or else it stands below them."""
+
+
+def findings_text(findings: Sequence[Finding], *, width: int | None = None) -> str:
+    """A line or more for each, without colours.
+
+    Args:
+        width: Columns of the terminal, if there is one.
+    """
     out = io.StringIO()
-    console = Console(file=out, width=100, highlight=False, color_system=None)
+    console = Console(
+        file=out,
+        width=width or WIDE,
+        highlight=False,
+        color_system=None,
+        force_terminal=width is not None,
+    )
     for finding in findings:
         finding_line(console, finding, name_width(findings))
     return out.getvalue().rstrip()
@@ -42,10 +58,12 @@ def finding_line(console: Console, finding: Finding, width: int) -> None:
     word, style = WORDS[finding.state]
     head = Text("  ").append(f"{word:<8}", style=style)
     head.append(f"{finding.name.replace(GLUE, ' '):<{width}}  ")
-    indent = len(head)
     body = finding.text if finding.way_out is None else f"{finding.text}. {finding.way_out}"
-    room = max(30, (console.width if console.is_terminal else 100) - indent)
-    for number, part in enumerate(_wrapped(body, room)):
+    indent, columns = len(head), console.width if console.is_terminal else WIDE
+    if columns - indent < _BESIDE:
+        console.print(head, no_wrap=True, overflow="ignore", crop=False)
+        indent, head = 4, Text(" " * 4)
+    for number, part in enumerate(_wrapped(body, max(_BESIDE, columns - indent))):
         line = head if number == 0 else Text(" " * indent)
         console.print(line + Text(part), no_wrap=True, overflow="ignore", crop=False)
 

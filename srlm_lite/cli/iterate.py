@@ -14,6 +14,7 @@ from srlm_lite.cli.facts import hardware, versions
 from srlm_lite.cli.preflight import preflight_json, preflight_text
 from srlm_lite.cli.progress import ConsoleReporter
 from srlm_lite.cli.tables import closing_table
+from srlm_lite.cli.wrapping import columns
 from srlm_lite.errors import GateError, program
 from srlm_lite.hardware import pick_recipe
 from srlm_lite.loop import iterate
@@ -21,7 +22,7 @@ from srlm_lite.preflight.checks import Answer, answers, can_start, refuse
 from srlm_lite.preflight.launch import Launch
 from srlm_lite.processes import Processes, place, takes_sharding
 from srlm_lite.recipe import Recipe, as_begun, load_recipe, overridden
-from srlm_lite.report.answer import anchor_is_best, best
+from srlm_lite.report.answer import anchor_beside_best, best
 from srlm_lite.report.facts import gather
 from srlm_lite.run.run import RunDir
 from srlm_lite.session import Session, follow, refuse_several
@@ -81,8 +82,8 @@ def run_iterate(wish: Wish) -> None:
     typer.echo(closing_table(run, recipe))
     if stopped is not None:
         raise stopped
-    for line in next_steps(run):
-        console.say(line)
+    for command, what_for in next_steps(run):
+        console.command(command, what_for)
 
 
 def dry_run(wish: Wish, *, as_json: bool) -> None:
@@ -96,8 +97,8 @@ def dry_run(wish: Wish, *, as_json: bool) -> None:
     if as_json:
         typer.echo(preflight_json(launch, found))
     else:
-        typer.echo(preflight_text(found))
-        console.say(f"next: {_same_without_asking()}  # {_what_for(found)}")
+        typer.echo(preflight_text(found, width=columns()))
+        console.command(f"next: {_same_without_asking()}", _what_for(found))
     raise typer.Exit(0 if can_start(found) else 2)
 
 
@@ -128,26 +129,31 @@ def _recipe(
     return load_recipe(name, overrides)
 
 
-def next_steps(run: RunDir) -> list[str]:
+_BESIDE_M1: dict[str | None, str] = {
+    "ahead": "; M1 scored higher",
+    "alike": "; by its score not told apart from M1",
+}
+
+
+def next_steps(run: RunDir) -> list[tuple[str, str]]:
     """What to type now, and what for; the export is of the best iteration."""
     there, last = f"--adapters {shlex.quote(str(run.path))}", run.last_done()
     if not last:
-        return [f"next: {program()} show run {there}"]
+        return [(f"next: {program()} show run {there}", "how it stands")]
     facts = gather(run, texts=False)
     found = best(facts)
     number = last if found is None or found.number is None else found.number
     out = shlex.quote(f"{run.path}-m{number + 1}")
     rows = "judgements" if facts.words.why_no_pairs else "pairs"
+    beside = _BESIDE_M1.get(anchor_beside_best(facts), "")
     steps = {
         f"report {there}": "one page: did it improve, and by what",
         f"show {rows} {there}": "what it learned from",
         f"export {there} --iteration {number} --out {out}": (
-            "its best iteration, as weights; M1 scored higher"
-            if anchor_is_best(facts)
-            else "its best iteration, as weights"
+            f"its best iteration, as weights{beside}"
         ),
     }
     return [
-        f"{'     ' if i else 'next:'} {program()} {command}  # {what}"
+        (f"{'     ' if i else 'next:'} {program()} {command}", what)
         for i, (command, what) in enumerate(steps.items())
     ]

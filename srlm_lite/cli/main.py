@@ -7,7 +7,9 @@ import logging
 import os
 import re
 import sys
+import traceback
 from pathlib import Path
+from types import TracebackType
 from typing import Annotated, Any, Literal
 
 import typer
@@ -15,9 +17,12 @@ from typer.core import TyperGroup
 
 from srlm_lite.cli import bench, data, recipes, show
 from srlm_lite.cli.completion import overrides, recipe_names
+from srlm_lite.cli.usage import UsageError, as_told
+from srlm_lite.cli.wrapping import after_name
 from srlm_lite.errors import SrlmError, UserError, same_command
 from srlm_lite.processes import place, say
 from srlm_lite.stopping import exit_code, terminable, told
+from srlm_lite.telling import Discreet, for_terminal, without_secrets
 
 IN_MANY_PROCESSES = ("iterate", "evaluate")
 """Commands that share their work out when a launcher starts them several times."""
@@ -124,13 +129,16 @@ def plan(
     ] = None,
     gpus: Annotated[
         str | None,
-        typer.Option(help="Other hardware than this machine's: 2x80GB, 24GB.", metavar="NxSIZE"),
+        typer.Option(
+            help="Other hardware than this machine's: 8xH100, 2x80GB, 24GB.", metavar="NxGPU"
+        ),
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:
     """What a recipe will need: memory by phase and part, disk, tokens, time; no weights loaded.
 
-    Says what to change where a phase does not fit.
+    Says what to change where a phase does not fit, and what more GPUs or another way to sample
+    would bring. A time is measured, scaled from what was measured elsewhere, or unknown.
     """
     from srlm_lite.cli.plan import run_plan
 
@@ -484,6 +492,14 @@ def report(
         Path | None,
         typer.Option(help="File to write; default: report.html in DIR.", metavar="FILE.html"),
     ] = None,
+    control: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Another run to hold it against, such as one with pairing.source=random from the "
+            "same anchor; may be repeated.",
+            metavar="DIR",
+        ),
+    ] = None,
     markdown: Annotated[
         bool, typer.Option("--markdown", help="Print a summary for a model card instead.")
     ] = False,
@@ -494,7 +510,7 @@ def report(
     """
     from srlm_lite.cli.report import run_report
 
-    run_report(directory=adapters, out=out, as_markdown=markdown)
+    run_report(directory=adapters, out=out, as_markdown=markdown, controls=control or ())
 
 
 @app.callback(invoke_without_command=True)
@@ -505,9 +521,7 @@ def main(
 ) -> None:
     """Self-Rewarding Language Models on one machine."""
     logging.basicConfig(
-        level=logging.INFO if verbose else logging.WARNING,
-        format="%(name)s: %(message)s",
-        stream=sys.stderr,
+        level=logging.INFO if verbose else logging.WARNING, handlers=[_log_to_stderr()]
     )
     if not verbose:
         # It warns of a faster kernel for CPUs that a user of a CPU cannot install.
@@ -556,6 +570,20 @@ def refused_by_the_disk(error: Exception) -> UserError | None:
     )
 
 
+def _log_to_stderr() -> logging.Handler:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(Discreet("%(name)s: %(message)s"))
+    return handler
+
+
+def _tell_of_a_fault(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """A traceback, which may quote a key or a model's words."""
+    told = "".join(traceback.format_exception(kind, error, trace))
+    sys.stderr.write(for_terminal(without_secrets(told)))
+
+
 def _stand_somewhere() -> None:
     try:
         os.getcwd()
@@ -568,21 +596,28 @@ def _stand_somewhere() -> None:
 def run() -> None:
     """Entry point: a user's mistake is one line and exit code 2."""
     # Fork-based tokenizer workers warn, datasets draws bars of its own, and transformers advises.
+    sys.excepthook = _tell_of_a_fault
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     try:
         _stand_somewhere()
-        app()
+        code = app(standalone_mode=False)
+    except UsageError as wrong:
+        told_of = as_told(wrong)
+        if told_of is not None:
+            say(after_name(str(told_of)))
+        raise SystemExit(2) from None
     except UserError as error:
-        say(str(error))
+        say(after_name(str(error)))
         raise SystemExit(2) from None
     except SrlmError as error:
-        say(f"stopped: {error}")
+        say(after_name(f"stopped: {error}"))
         raise SystemExit(1) from None
     except Exception as error:
         refused = refused_by_the_disk(error)
         if refused is None:
             raise
-        say(str(refused))
+        say(after_name(str(refused)))
         raise SystemExit(2) from None
+    raise SystemExit(code or 0)

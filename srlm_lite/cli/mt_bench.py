@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +12,10 @@ import typer
 from srlm_lite.cli.models import Models
 from srlm_lite.cli.progress import ConsoleReporter
 from srlm_lite.cli.tables import plain_table
+from srlm_lite.cli.wrapping import columns, fitted
 from srlm_lite.compare.mt_bench import read_questions, run_mt_bench
 from srlm_lite.errors import UserError
+from srlm_lite.telling import json_for_terminal
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +46,9 @@ def run_command(wish: MtBenchWish, *, as_json: bool) -> None:
     with models.session.run.locked(), console:
         result, folder = run_mt_bench(model, questions[: wish.limit], judge)
     if as_json:
-        typer.echo(json.dumps(result, indent=2, ensure_ascii=False))
+        typer.echo(json_for_terminal(result, indent=2))
         return
-    typer.echo(mt_bench_text(result))
+    typer.echo(fitted(mt_bench_text(result), columns()))
     console.say(f"answers, grades and all figures: {folder}")
 
 

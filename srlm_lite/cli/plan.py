@@ -3,30 +3,37 @@
 from __future__ import annotations
 
 import json
-import shutil
-import sys
-import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import typer
 
 from srlm_lite.cli.tables import plain_table
-from srlm_lite.hardware import Gpu, choose_recipe, device_name, pick_recipe
+from srlm_lite.cli.wrapping import columns, fitted
+from srlm_lite.hardware import Gpu, choose_recipe, pick_recipe
 from srlm_lite.planning.machine import (
     SHARDING,
     plan_for,
+    remade,
     settings_that_fit,
     spread,
 )
 from srlm_lite.planning.plan import PARTS, Hardware, Plan, needs_sharding, parse_gpus
-from srlm_lite.planning.rates import known_rates, rates_folder, rates_key
 from srlm_lite.planning.room import Room, room_for, unjudged
+from srlm_lite.planning.times import (
+    Known,
+    Other,
+    Time,
+    by_devices,
+    in_words,
+    other_engines,
+    times_of,
+    total,
+)
 from srlm_lite.recipe import load_recipe
 
-_HEADS = {"kv_cache": "KV cache"}
-_SHORT_HEADS = {
+_HEADS = {
     "adapters": "adapt.",
     "optimizer": "optim.",
     "activations": "activ.",
@@ -50,12 +57,12 @@ def run_plan(
         typer.echo(f"recipe {recipe_name}: {why}", err=True)
     plan = plan_for(load_recipe(recipe_name, overrides), hardware)
     times, advice, room = times_of(plan), settings_that_fit(plan), room_for(plan.recipe)
+    brings = Brings(by_devices(plan), other_engines(plan, lambda one: remade(plan, one)))
     if as_json:
-        row = {**_row(plan, times, advice), "room": _room_row(room)}
+        row = {**_row(plan, times, advice, brings), "room": _room_row(room)}
         typer.echo(json.dumps(row, indent=2, ensure_ascii=False))
         return
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    typer.echo(plan_text(plan, times, advice, room, width=width))
+    typer.echo(plan_text(plan, times, advice, room, brings=brings, width=columns()))
 
 
 def recipe_for(hardware: Hardware) -> tuple[str, str]:
@@ -65,30 +72,15 @@ def recipe_for(hardware: Hardware) -> tuple[str, str]:
 
 
 @dataclass(frozen=True, slots=True)
-class Times:
-    """Seconds of each phase, None where its rate was not measured on this device."""
+class Brings:
+    """What more devices and other engines bring."""
 
-    seconds: Mapping[str, float | None]
-    measured: str | None
-    """The date of the rates."""
-
-
-def times_of(plan: Plan) -> Times:
-    """How long each phase takes at the rates that are known."""
-    device = plan.hardware.name
-    if plan.hardware.device == "cpu":
-        device = device_name("cpu")
-    key = rates_key(plan.recipe, device=device, itemsize=plan.itemsize)
-    known = known_rates(rates_folder(), key)
-    rates = known[0] if known else {}
-    seconds: dict[str, float | None] = {}
-    for phase in plan.phases:
-        rate = rates.get(phase.name, rates.get(phase.like))
-        seconds[phase.name] = phase.tokens / rate if phase.tokens and rate else None
-    return Times(seconds, known[1] if known else None)
+    by_devices: Mapping[int, float]
+    """Seconds by the number of devices."""
+    others: Sequence[Other]
 
 
-def _row(plan: Plan, times: Times, advice: Advice) -> dict[str, Any]:
+def _row(plan: Plan, times: Mapping[str, Time], advice: Advice, brings: Brings) -> dict[str, Any]:
     changes, suffice = advice
     return {
         "recipe": plan.recipe.name,
@@ -107,7 +99,8 @@ def _row(plan: Plan, times: Times, advice: Advice) -> dict[str, Any]:
                 "fits": plan.fits(phase),
                 "on_host": phase.on_host,
                 "tokens": phase.tokens,
-                "seconds": times.seconds[phase.name],
+                "seconds": times[phase.name].seconds if phase.name in times else None,
+                "time": _time_row(times.get(phase.name)),
                 "batch": dict(phase.shape),
             }
             for phase in plan.phases
@@ -118,8 +111,13 @@ def _row(plan: Plan, times: Times, advice: Advice) -> dict[str, Any]:
         "change": list(changes),
         "change_suffices": suffice,
         "devices_for_the_base": needs_sharding(plan) or 1,
-        "rates_measured": times.measured,
+        "seconds_by_gpus": {str(count): s for count, s in brings.by_devices.items()},
+        "other_engines": [asdict(one) for one in brings.others],
     }
+
+
+def _time_row(time: Time | None) -> dict[str, Any] | None:
+    return None if time is None else {"known": time.known, "source": time.source}
 
 
 def _room_row(room: Room | None) -> dict[str, Any] | None:
@@ -136,15 +134,22 @@ def _room_row(room: Room | None) -> dict[str, Any] | None:
 
 
 def plan_text(
-    plan: Plan, times: Times, advice: Advice, room: Room | None = None, *, width: int | None = None
+    plan: Plan,
+    times: Mapping[str, Time],
+    advice: Advice,
+    room: Room | None = None,
+    *,
+    brings: Brings | None = None,
+    width: int | None = None,
 ) -> str:
     """All of it for a person.
 
     Args:
+        brings: What more devices and other engines bring.
         room: What the window leaves for prompt and reply, where that is known.
         width: Columns of the terminal; None: no line is broken.
     """
-    (changes, suffice), measured = advice, times.measured
+    changes, suffice = advice
     on_host = any(phase.on_host for phase in plan.phases)
     disk = ", ".join(f"{name} {count / 1e9:.1f}" for name, count in plan.disk.items())
     kind = "" if plan.recipe.base.quantization == "none" else f"{plan.recipe.base.quantization}, "
@@ -160,7 +165,8 @@ def plan_text(
         *_out_of_reach(plan),
         *_too_long_to_judge(room),
         *(["export runs on the machine, not on the device"] if on_host else []),
-        f"time: {'at rates measured on ' + measured if measured else _NO_RATES}",
+        *_about_times(plan, times),
+        *([] if brings is None else _brought(plan, times, brings)),
         f"disk, GB: {disk}",
     ]
     if changes and suffice:
@@ -174,13 +180,12 @@ def plan_text(
         )
         if wanted and plan.hardware.count > 1:
             lines.append(_sharding(plan))
-    narrow = width is not None and width < _WIDE
     return "\n".join(
         [
-            _broken(head, width),
-            *_tables(plan, times, narrow=narrow),
+            fitted(head, width),
+            *_tables(plan, times, width=width),
             "",
-            *(_broken(line, width) for line in lines),
+            *(fitted(line, width) for line in lines),
         ]
     )
 
@@ -190,11 +195,21 @@ def _out_of_reach(plan: Plan) -> list[str]:
     parts = plan.not_in_4_bits
     if not parts:
         return []
-    named = ", ".join(f"{name} {count / 1e9:.2f}" for name, count in parts.items() if count)
+    named = ", ".join(
+        f"{name} {count / 1e9:.2f}{_WHY_NOT.get(name, '')}"
+        for name, count in parts.items()
+        if count
+    )
     return [
         f"of the base, {sum(parts.values()) / 1e9:.2f} GB are out of NF4's reach and keep "
         f"{8 * plan.itemsize} bits: {named}"
     ]
+
+
+_WHY_NOT = {
+    "fused experts": " (transformers keeps all experts of a layer in one tensor, and bitsandbytes "
+    "rounds linear layers alone)"
+}
 
 
 def _too_long_to_judge(room: Room | None) -> list[str]:
@@ -202,16 +217,7 @@ def _too_long_to_judge(room: Room | None) -> list[str]:
     return [] if found is None else [". ".join(found)]
 
 
-def _broken(text: str, width: int | None) -> str:
-    """A line, broken between words where the terminal would break it within one."""
-    if width is None or len(text) <= width:
-        return text
-    return textwrap.fill(
-        text, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
-    )
-
-
-def _tables(plan: Plan, times: Times, *, narrow: bool) -> list[str]:
+def _tables(plan: Plan, times: Mapping[str, Time], *, width: int | None) -> list[str]:
     """Bytes by part, tokens and time of each phase: one table, or two narrow ones."""
     names, memory, work = [], [], []
     for phase in plan.phases:
@@ -220,22 +226,31 @@ def _tables(plan: Plan, times: Times, *, narrow: bool) -> list[str]:
         verdict = "-" if phase.on_host else "yes" if plan.fits(phase) else "NO"
         memory.append([*cells, _gigabytes(phase.total), verdict])
         tokens = "-" if phase.tokens is None else f"{phase.tokens:,}" if phase.tokens else ""
-        work.append([tokens, _duration(times.seconds[phase.name])])
-    if narrow:
-        parts = [_SHORT_HEADS.get(part, part) for part in PARTS]
+        time = times.get(phase.name)
+        work.append(
+            [
+                tokens,
+                _duration(None if time is None else time.seconds),
+                "" if time is None else time.known,
+            ]
+        )
+    parts = [_HEADS.get(part, part) for part in PARTS]
+    if width is not None and width < _WIDE:
         return [
             plain_table(
                 ["phase, GB", *parts, "total", "fits"],
                 [[name, *cells] for name, cells in zip(names, memory, strict=True)],
+                width=width,
             ),
             plain_table(
-                ["phase", "tokens", "time"],
+                ["phase", "tokens", "time", "which is"],
                 [[name, *cells] for name, cells in zip(names, work, strict=True)],
+                width=width,
             ),
         ]
-    parts = [_HEADS.get(part, part) for part in PARTS]
     rows = [[a, *b, *c] for a, b, c in zip(names, memory, work, strict=True)]
-    return [plain_table(["phase", *parts, "total GB", "fits", "tokens", "time"], rows)]
+    heads = ["phase", *parts, "total GB", "fits", "tokens", "time", "which is"]
+    return [plain_table(heads, rows, width=width)]
 
 
 def _sharding(plan: Plan) -> str:
@@ -255,7 +270,41 @@ def _sharding(plan: Plan) -> str:
     )
 
 
-_NO_RATES = "unknown, no rate was measured on this device (`srlm-lite bench plan` measures them)"
+def _about_times(plan: Plan, times: Mapping[str, Time]) -> list[str]:
+    """Where the times are from, phases of one source together."""
+    sources: dict[tuple[Known, str], list[str]] = {}
+    for name, time in times.items():
+        sources.setdefault((time.known, time.source), []).append(name)
+    lines = [
+        f"{', '.join(names)}: {known}{_JOINED[known]}{source}"
+        for (known, source), names in sources.items()
+    ]
+    nothing = all(time.seconds is None for time in times.values())
+    return [f"time of {line}" for line in lines] + ([_NO_RATES] if nothing else [])
+
+
+_JOINED: Mapping[Known, str] = {"measured": ", ", "scaled": " from ", "unknown": ": "}
+
+_NO_RATES = (
+    "`srlm-lite bench plan` measures the rates of this machine; those of some GPUs are known by "
+    "name, such as --gpus 8xH100"
+)
+
+
+def _brought(plan: Plan, times: Mapping[str, Time], brings: Brings) -> list[str]:
+    """What the known phases take together: here, on more or fewer devices, with other engines."""
+    if not brings.by_devices:
+        return []
+    now, missing = total(times)
+    apart = f", {', '.join(missing)} apart" if missing else ""
+    counts = ", ".join(
+        f"{count}: {_duration(seconds)}" for count, seconds in brings.by_devices.items()
+    )
+    lines = [f"in all {_duration(now)}{apart}; by number of GPUs: {counts}"]
+    for one in brings.others:
+        said = one.why if one.seconds is None else f"{_duration(one.seconds)} in all"
+        lines.append(f"with {one.setting}: {said}")
+    return lines
 
 
 def _gigabytes(count: int) -> str:
@@ -263,8 +312,4 @@ def _gigabytes(count: int) -> str:
 
 
 def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return ""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    return "" if seconds is None else in_words(seconds)

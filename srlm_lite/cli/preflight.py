@@ -28,9 +28,13 @@ def as_findings(found: Sequence[Answer]) -> list[Finding]:
     ]
 
 
-def preflight_text(found: Sequence[Answer]) -> str:
-    """A line for each check: its state, what was asked, what was found or what to do."""
-    return findings_text(as_findings(found))
+def preflight_text(found: Sequence[Answer], *, width: int | None = None) -> str:
+    """A line for each check: its state, what was asked, what was found or what to do.
+
+    Args:
+        width: Columns of the terminal that it goes to, if it goes to one.
+    """
+    return findings_text(as_findings(found), width=width)
 
 
 def preflight_json(launch: Launch, found: Sequence[Answer]) -> str:

@@ -5,6 +5,7 @@ On a terminal that is a bar with ETA; in a log file a line now and then.
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections import deque
@@ -25,8 +26,10 @@ from rich.progress import (
 from rich.progress import Task as RichTask
 from rich.text import Text
 
+from srlm_lite.cli.wrapping import fitted, hung
 from srlm_lite.evaluate.judge_figures import ACCURACY
 from srlm_lite.progress import Task
+from srlm_lite.telling import for_terminal, without_secrets
 
 
 class TimeLeft:
@@ -161,9 +164,22 @@ class ConsoleReporter:
     ) -> None:
         self._progress.stop()
 
+    @property
+    def _width(self) -> int | None:
+        return self._rich.width if self._rich.is_terminal else None
+
     def say(self, text: str) -> None:
         """See `Reporter.say`."""
-        self._rich.print(text, markup=False)
+        self._rich.print(fitted(_fit_to_show(text), self._width), markup=False)
+
+    def command(self, line: str, what_for: str) -> None:
+        """A command to type, and what for: whole, so that it can be copied, whatever the width."""
+        line, what_for = _fit_to_show(line), _fit_to_show(what_for)
+        told = f"{line}  # {what_for}"
+        if self._width is not None and len(told) > self._width:
+            indent = " " * (len(line) - len(line.lstrip()) if line[:1] == " " else 6)
+            told = f"{line}\n{fitted(f'{indent}  # {what_for}', self._width)}"
+        self._rich.print(told, markup=False)
 
     def start(self, stage: str, total: int, unit: str) -> Task:
         """See `Reporter.start`."""
@@ -180,11 +196,17 @@ class ConsoleReporter:
         for task in self._progress.task_ids:
             self._progress.remove_task(task)
         where = f"iteration {iteration}" if iteration else "anchor"
-        self.say(f"  {where:<12} {stage:<11} {_duration(seconds):>8}  {summary(stage, facts)}")
+        head = f"  {where:<12} {stage:<11} {_duration(seconds):>8}  "
+        self._rich.print(hung(head, _fit_to_show(summary(stage, facts)), self._width), markup=False)
 
     def warn(self, text: str) -> None:
         """See `Reporter.warn`."""
-        self._rich.print(f"  warning: {text}", style="yellow", markup=False)
+        told = hung("  warning: ", _fit_to_show(text), self._width)
+        self._rich.print(told, style="yellow", markup=False)
+
+
+def _fit_to_show(text: str) -> str:
+    return for_terminal(without_secrets(text))
 
 
 def _duration(seconds: float) -> str:
@@ -284,6 +306,8 @@ def _reward(facts: dict[str, Any]) -> str:
 def _pairs(facts: dict[str, Any]) -> str:
     drops = ", ".join(f"{count} {reason}" for reason, count in facts["drops"].items())
     replayed = f" and {facts['replayed']} older ones" if facts.get("replayed") else ""
+    if facts.get("older"):  # the newest judge was asked of them
+        replayed += f" of {facts['older']}, {facts['disputed']} of them disputed"
     judge = f", {facts['judge_pairs']} of judgements" if facts.get("judge_pairs") else ""
     text = f"{facts['pairs']} preference pairs{judge}{replayed}" + (
         f"; no pair: {drops}" if drops else ""
@@ -313,7 +337,8 @@ def _delta(facts: dict[str, Any]) -> str:
         )
     # A delta that goes on from the one before it starts elsewhere, and below.
     first = facts["first_loss"]
-    from_zero = " (ln 2)" if abs(first - facts["step0_loss"]) < 1e-4 else ""
+    is_ln_2 = abs(facts["step0_loss"] - math.log(2)) < 1e-3
+    from_zero = " (ln 2)" if is_ln_2 and abs(first - facts["step0_loss"]) < 1e-4 else ""
     return (
         f"{facts['steps']} steps, loss {first:.4f}{from_zero} -> {facts['last_loss']:.4f}, "
         f"reward accuracy {facts['reward_accuracy']:.2f}"

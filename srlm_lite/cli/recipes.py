@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -75,13 +75,40 @@ def new(
 
 @app.command()
 def check(name: Name) -> None:
-    """Whether a recipe is valid, and what it says with all defaults filled in."""
+    """Whether a recipe is valid, what it says with all defaults filled in, and what it lacks here.
+
+    The recipe goes to stdout; whether its files are there, and a verdict, to stderr. Exit code 2
+    where it is not valid; a file may come later.
+    """
     import yaml
 
+    from srlm_lite.cli.preflight import preflight_text
+    from srlm_lite.cli.wrapping import fitted, of_stderr
+    from srlm_lite.preflight.checks import Answer, answers_of_files
+    from srlm_lite.preflight.launch import Launch
     from srlm_lite.recipe import load_recipe
 
     recipe = load_recipe(name)
     typer.echo(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False).rstrip())
+    found = [*answers_of_files(Launch(recipe)), Answer("base", *_base(recipe.base.name))]
+    width = of_stderr()
+    typer.echo("\n" + preflight_text(found, width=width), err=True)
+    missing = [one.check for one in found if one.state == "bad"]
+    verdict = (
+        f"is valid, but a run would stop: see {', '.join(missing)}"
+        if missing
+        else "is valid, and its files are there; `iterate --dry-run` asks the base and the machine"
+    )
+    typer.echo(fitted(f"{name}: {verdict}", width), err=True)
+
+
+def _base(name: str) -> tuple[Literal["ok", "bad", "not asked"], str]:
+    """Whether a base is there, as far as that shows without loading what could read it."""
+    if Path(name).exists():
+        return "ok", name
+    if Path(name).is_absolute() or name.startswith((".", "~")) or name.endswith(".gguf"):
+        return "bad", f"base.name: there is nothing at {name}"
+    return "not asked", f"{name}, by name: of a package or the Hub"
 
 
 @app.command()
@@ -172,7 +199,7 @@ def _facts(setting: Setting) -> list[str]:
 def _readers(setting: Setting) -> str | None:
     """Which methods read it; None where no method is told apart."""
     if setting.read_by is not None:
-        return f"the method {setting.read_by} alone"
+        return f"{setting.read_by} alone"
     without = [method for method, values in setting.refused.items() if not values]
     return f"every method but {', '.join(without)}" if without else None
 

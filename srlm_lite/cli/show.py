@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from srlm_lite.records import Record
+from srlm_lite.telling import for_terminal, json_for_terminal, without_secrets_in
 
 if TYPE_CHECKING:
     from srlm_lite.conversation import Asked
@@ -24,7 +25,7 @@ app = typer.Typer(help="Look into a run.", no_args_is_help=True)
 
 Adapters = Annotated[Path, typer.Option("--adapters", help="The run directory.", metavar="DIR")]
 Iteration = Annotated[
-    int | None, typer.Option(help="Default: the last one.", metavar="T", show_default=False)
+    str, typer.Option(help="Number of an iteration, or `last`: the last that is begun.")
 ]
 Limit = Annotated[int, typer.Option(help="At most so many; 0 for all.", min=0)]
 Json = Annotated[bool, typer.Option("--json", help="JSON lines instead of text.")]
@@ -33,9 +34,8 @@ Json = Annotated[bool, typer.Option("--json", help="JSON lines instead of text."
 @app.command()
 def run(adapters: Adapters, json_: Json = False) -> None:
     """The table of the run's models."""
-    import json
-
     from srlm_lite.cli.tables import closing_table
+    from srlm_lite.cli.wrapping import columns, fitted
     from srlm_lite.run.run import RunDir
 
     run_dir = RunDir(adapters)
@@ -45,26 +45,29 @@ def run(adapters: Adapters, json_: Json = False) -> None:
         told = {**facts, "stages": run_dir.read_metrics()}
         if under_way:
             told["checkpoint"] = under_way
-        typer.echo(json.dumps(told, ensure_ascii=False))
+        typer.echo(json_for_terminal(without_secrets_in(told)))
         return
     recipe = run_dir.recipe()
     table = closing_table(run_dir, recipe)
-    typer.echo(f"{recipe.name}: {recipe.method}, seed {recipe.seed}, base {recipe.base.name}")
-    typer.echo(table)
+    head = f"{recipe.name}: {recipe.method}, seed {recipe.seed}, base {recipe.base.name}"
+    _echo(fitted(head, columns()))
+    _echo(table)
     if under_way:
         which = f" of iteration {under_way['iteration']}" if under_way["iteration"] else ""
-        typer.echo(
+        kept = (
             f"kept: the training of {under_way['name']}{which} after step {under_way['step']} of "
             f"{under_way['steps']}; iterate goes on from there"
         )
+        _echo(fitted(kept, columns()))
 
 
 @app.command()
 def pairs(
-    adapters: Adapters, iteration: Iteration = None, limit: Limit = 3, json_: Json = False
+    adapters: Adapters, iteration: Iteration = "last", limit: Limit = 3, json_: Json = False
 ) -> None:
     """Preference pairs: the prompt, both replies, and the judge's words on each."""
     from srlm_lite.errors import UserError
+    from srlm_lite.forms import form_in
     from srlm_lite.report.facts import iteration_pairs
 
     run_dir, place, words = _opened(adapters, iteration)
@@ -75,6 +78,7 @@ def pairs(
             way_out="They follow its judgements; --iteration shows those of another one",
         )
     found = iteration_pairs(run_dir, place.number)
+    form = form_in(run_dir.facts()["recipe"])
 
     def tell(pair: Pair) -> None:
         record = pair.record
@@ -82,61 +86,74 @@ def pairs(
         name = "" if score == "score" else f"{score} "
         figures = f"{name}{_score(record.chosen_score)} against {_score(record.rejected_score)}"
         by = f"principle {pair.principle}" if pair.principle else ""
-        known = filter(None, (figures if score else "", by, pair.source))
+        known = filter(None, (figures if score else "", by, pair.source, pair.compared))
         _heading(record.prompt_id, ", ".join(known))
         _asked(record.asked)
         for label, text, name, said in (
             ("chosen", record.chosen, record.chosen_id, pair.chosen_votes),
             ("rejected", record.rejected, record.rejected_id, pair.rejected_votes),
         ):
+            told = [line for vote in said for line in form.told(vote)]
             scores = f"; votes {', '.join(_score(vote.score) for vote in said)}" if said else ""
-            typer.secho(f"{label} ({name}{scores})", fg="cyan")
-            typer.echo(_indented(text))
+            scores = f"; {'; '.join(told)}" if told else scores
+            _secho(f"{label} ({name}{scores})", fg="cyan")
+            _echo(_indented(text))
             _words("the judge", said[0].text if said else "")
-            typer.echo("")
+            _echo("")
 
     _tell(found, tell, limit, json_, none=_why_no_pairs(words, place))
 
 
 @app.command()
 def judgements(
-    adapters: Adapters, iteration: Iteration = None, limit: Limit = 6, json_: Json = False
+    adapters: Adapters, iteration: Iteration = "last", limit: Limit = 6, json_: Json = False
 ) -> None:
     """The judge's replies and the scores read from them, or what a method has in their place."""
-    from srlm_lite.records import Judgement, Label, Revision
+    from srlm_lite.forms import form_in
+    from srlm_lite.records import Contest, Judgement, Label, Revision
 
-    _, place, words = _opened(adapters, iteration)
-    draft = _texts(place)
+    run_dir, place, words = _opened(adapters, iteration)
+    draft, form = _texts(place), form_in(run_dir.facts()["recipe"])
 
     def tell(row: Judgement) -> None:
         wrote = "" if row.sampled_score is None else f" (it wrote {_score(row.sampled_score)})"
         vote = f" vote {row.vote}" if row.text else ""
         text = draft(row.candidate_id)
         _heading(f"{row.candidate_id}{vote}", f"{words.judgement} {_score(row.score)}{wrote}")
-        typer.echo(_indented(text))
+        _echo(_indented(text))
         _words("the judge's thought", row.thought or "")
-        _words("the judge", row.text)
-        typer.echo("")
+        _words("the judge", "\n".join(filter(None, (row.text, *form.told(row)))))
+        _echo("")
+
+    def tell_contest(row: Contest) -> None:
+        _heading(row.prompt_id, f"the first {row.told(row.first_id)}")
+        for name, said in zip(row.ids, (row.said_first, row.said_last), strict=True):
+            _secho(name, fg="cyan")
+            _echo(_indented(draft(name)))
+            _words("the judge, where this one is shown first", said or "")
+            _echo("")
 
     def tell_revision(row: Revision) -> None:
         text = draft(row.candidate_id)
         _heading(f"{row.candidate_id} round {row.round}", f"principle {row.principle}")
-        typer.echo(_indented(text))
+        _echo(_indented(text))
         _words("the critique", row.critique)
         _words("the revision", "(unusable)" if row.text is None else row.text)
-        typer.echo("")
+        _echo("")
 
     def tell_label(row: Label) -> None:
         p = "unknown" if row.p_first is None else f"{row.p_first:.2f}"
         _heading(row.prompt_id, f"principle {row.principle}, the first is better: {p}")
         for name in (row.first_id, row.second_id):
-            typer.secho(name, fg="cyan")
-            typer.echo(_indented(draft(name)) + "\n")
+            _secho(name, fg="cyan")
+            _echo(_indented(draft(name)) + "\n")
 
     if place.revisions.is_file():
         _tell(_read([place.revisions], Revision), tell_revision, limit, json_)
     elif place.labels.is_file():
         _tell(_read([place.labels], Label), tell_label, limit, json_)
+    elif place.comparisons.is_file():
+        _tell(_read([place.comparisons], Contest), tell_contest, limit, json_)
     else:
         rows = _read(place.all_judgements or [place.judgements], Judgement)
         none = words.why_no_votes and f"this run's candidates are not graded: {words.why_no_votes}"
@@ -145,7 +162,7 @@ def judgements(
 
 @app.command()
 def candidates(
-    adapters: Adapters, iteration: Iteration = None, limit: Limit = 6, json_: Json = False
+    adapters: Adapters, iteration: Iteration = "last", limit: Limit = 6, json_: Json = False
 ) -> None:
     """The answers that pairs are made of: the policy's, and others beside them."""
     from srlm_lite.records import Candidate
@@ -153,29 +170,35 @@ def candidates(
     def tell(row: Candidate) -> None:
         _heading(row.candidate_id, f"{row.n_tokens} tokens, ended by {row.finish_reason}")
         _words("the thought", row.thought or "")
-        typer.echo(_indented(row.text) + "\n")
+        _echo(_indented(row.text) + "\n")
 
     _, place, _ = _opened(adapters, iteration)
     _tell(_read(place.all_candidates or [place.candidates], Candidate), tell, limit, json_)
 
 
-def _opened(adapters: Path, number: int | None) -> tuple[RunDir, IterationDir, Words]:
-    """The run, the iteration or the last one, and the words of its method."""
+def _opened(adapters: Path, which: str) -> tuple[RunDir, IterationDir, Words]:
+    """The run, the iteration that is named, and the words of its method."""
     from srlm_lite.errors import UserError
     from srlm_lite.report.words import words
     from srlm_lite.run.run import RunDir
 
     run_dir = RunDir(adapters)
     facts = run_dir.facts()
-    begun = [place.number for place in run_dir.iterations()]
-    wanted = number if number is not None else max(begun, default=0)
-    if wanted not in begun:
+    begun = {str(place.number): place for place in run_dir.iterations()}
+    if which == "last":
+        which = max(begun, key=int, default=which)
+    if which not in begun:
+        what = f"has no iteration {which}" if begun else "has no iteration yet"
+        if which in ("anchor", "base"):
+            what = f"the {which} has no pairs, judgements or candidates: they are of iterations"
         raise UserError(
-            f"has no iteration {wanted}" if begun else "has no iteration yet",
+            what,
             where=str(adapters),
-            way_out=f"It has: {', '.join(map(str, begun))}" if begun else None,
+            way_out=f"It has: {', '.join(begun)}" if begun else None,
         )
-    return run_dir, run_dir.iteration(wanted), words(facts["recipe"])
+    place = begun[which]
+    run_dir.hold_to_rows(place.number)
+    return run_dir, place, words(facts["recipe"])
 
 
 def _read(paths: Sequence[Path], kind: type[R]) -> list[R]:
@@ -214,17 +237,26 @@ def _tell(
     found: Sequence[T], tell: Callable[[T], None], limit: int, json_: bool, *, none: str = "none"
 ) -> None:
     """The first ones, as rows of JSON or each as it is told; what is left out goes to stderr."""
-    import json
+    from srlm_lite.cli.wrapping import fitted, of_stderr
 
     for one in found[:limit] if limit else found:
         if json_:
-            typer.echo(json.dumps(one.to_row(), ensure_ascii=False))
+            typer.echo(json_for_terminal(one.to_row()))
         else:
             tell(one)
     if not found:
-        typer.echo(none, err=True)
+        typer.echo(fitted(none, of_stderr()), err=True)
     elif limit and len(found) > limit and not json_:
         typer.echo(f"{limit} of {len(found)}; --limit 0 shows all", err=True)
+
+
+def _echo(text: str = "") -> None:
+    """A line, of which a terminal obeys nothing."""
+    typer.echo(for_terminal(text))
+
+
+def _secho(text: str, **style: Any) -> None:
+    typer.secho(for_terminal(text), **style)
 
 
 def _asked(asked: Asked) -> None:
@@ -232,22 +264,22 @@ def _asked(asked: Asked) -> None:
     from srlm_lite.conversation import turns
 
     if isinstance(asked, str):
-        typer.echo(f"{asked}\n")
+        _echo(f"{asked}\n")
         return
     for who, said in turns(asked):
-        typer.secho(f"{who}:", dim=True)
-        typer.echo(_indented(said) + "\n")
+        _secho(f"{who}:", dim=True)
+        _echo(_indented(said) + "\n")
 
 
 def _heading(name: str, rest: str) -> None:
-    typer.secho(f"--- {name}   {rest}".rstrip(), bold=True)
+    _secho(f"--- {name}   {rest}".rstrip(), bold=True)
 
 
 def _words(whose: str, text: str) -> None:
     """What was said of a reply, below it; nothing where nothing was said."""
     if text:
-        typer.secho(f"  {whose}:", dim=True)
-        typer.echo(_indented(text, by="    "))
+        _secho(f"  {whose}:", dim=True)
+        _echo(_indented(text, by="    "))
 
 
 def _indented(text: str, *, by: str = "  ") -> str:

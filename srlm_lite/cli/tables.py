@@ -10,6 +10,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from srlm_lite.cli.wrapping import columns as terminal
+from srlm_lite.cli.wrapping import fitted
 from srlm_lite.evaluate.judge_figures import SHORT_FIGURES
 from srlm_lite.recipe import Recipe
 from srlm_lite.run.files import read_json
@@ -24,13 +26,13 @@ def closing_table(run: RunDir, recipe: Recipe) -> str:
     columns = ["model", "pairs"]
     if gold:
         columns += ["gold", "greedy"]
-    heads = [(one.short or one.label).replace("accuracy", "acc.") for one in SHORT_FIGURES]
+    heads = [(one.short or one.label).replace(" accuracy", "") for one in SHORT_FIGURES]
     columns += [*heads, "chars", "min"]
     places: list[tuple[str, StageDir]] = [("M1, anchor", run.anchor)]
     places += [(f"M{it.number + 1}, iteration {it.number}", it) for it in run.iterations()]
     rows = [[name, *_cells(place, gold=gold)] for name, place in places if place.is_done]
     lines = [
-        "judge acc.: share of reply pairs that the model, as judge, puts in the right order",
+        "judge: share of reply pairs that the model, as judge, puts in the right order",
         "ties, readable: pairs it scores equal; votes that could be read.  chars: mean length",
     ]
     if gold:
@@ -42,19 +44,47 @@ def closing_table(run: RunDir, recipe: Recipe) -> str:
     best = best_line(run, recipe.evaluate.gate)
     if best is not None:
         lines.append(best)
-    return plain_table(columns, rows) + "\n\n" + "\n".join(lines)
+    return plain_table(columns, rows) + "\n\n" + fitted("\n".join(lines), terminal())
 
 
-def plain_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Rows below a head; the first column to the left, the others to the right."""
+def plain_table(
+    columns: Sequence[str], rows: Iterable[Sequence[str]], *, width: int | None = None
+) -> str:
+    """Rows below a head; the first column to the left, the others to the right.
+
+    Args:
+        width: Columns of the terminal. A table that is wider comes in several, each with the first
+            column; default: of the terminal that stdout is, if it is one.
+    """
+    rows = list(rows)
+    width = terminal() if width is None else width
+    whole = _drawn(columns, rows, range(len(columns)))
+    if width is None or _widest(whole) <= width or len(columns) < 3:
+        return whole
+    tables, taken = [], [1]
+    for number in range(2, len(columns) + 1):
+        if number < len(columns) and _widest(_drawn(columns, rows, [0, *taken, number])) <= width:
+            taken.append(number)
+            continue
+        tables.append(_drawn(columns, rows, [0, *taken]))
+        taken = [number]
+    return "\n".join(tables)
+
+
+def _drawn(columns: Sequence[str], rows: Sequence[Sequence[str]], places: Iterable[int]) -> str:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left", no_wrap=True)
+    places = list(places)
+    for place in places:
+        table.add_column(columns[place], justify="right" if place else "left", no_wrap=True)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(row[place] for place in places))
     out = io.StringIO()
-    Console(file=out, width=200, highlight=False, color_system=None).print(table)
+    Console(file=out, width=1000, highlight=False, color_system=None, markup=False).print(table)
     return out.getvalue().rstrip()
+
+
+def _widest(text: str) -> int:
+    return max(len(line.rstrip()) for line in text.splitlines())
 
 
 def _cells(place: StageDir, *, gold: bool) -> list[str]:

@@ -15,16 +15,14 @@ from srlm_lite.compare.models import FileModel, RunModel, digest_of, file_name
 from srlm_lite.errors import UserError
 from srlm_lite.evaluate.gold import load_gold
 from srlm_lite.evaluate.head_to_head import (
-    WRITTEN,
     Outcome,
-    Verdict,
     head_to_head,
     of_scores,
     of_verdicts,
-    read_verdict,
     tally,
 )
-from srlm_lite.judging import fill, load_question, mean_scores
+from srlm_lite.judging import mean_scores
+from srlm_lite.questions import PairQuestion, Verdict, load_question
 from srlm_lite.records import Annotation, Candidate, Prompt
 from srlm_lite.run.files import read_json, write_json, write_records
 from srlm_lite.run.layout import ComparisonDir
@@ -106,6 +104,7 @@ def compare(comparison: Comparison) -> dict[str, Any]:
     place = comparison.place
     if place.result.is_file():
         return read_json(place.result)
+    comparison.judge.session.reach("judge")
     prompts, too_long = _fitting(comparison)
     model = _replies(comparison, comparison.model, prompts)
     baseline = _replies(comparison, comparison.baseline, prompts)
@@ -141,7 +140,7 @@ def compare(comparison: Comparison) -> dict[str, Any]:
         },
         "gold": _gold(comparison.session.recipe.evaluate.gold, annotations),
     }
-    write_json(place.result, result)
+    write_json(place.result, result, noted=True)
     return result
 
 
@@ -202,15 +201,15 @@ def _pairwise(
 ) -> list[Decision]:
     judge = comparison.judge
     recipe = judge.session.recipe
-    template = load_question("pairwise", recipe.compare.template)
+    asked = PairQuestion(load_question("pairwise", recipe.compare.template))
     questions = []
     for prompt in prompts:
         ours, theirs = model[prompt.prompt_id].text, baseline[prompt.prompt_id].text
         if ours == theirs:
             continue  # a tie, whatever the judge says
         for order, (first, second) in (("model first", (ours, theirs)), ("last", (theirs, ours))):
-            texts = {"prompt": prompt.text, "first": first, "second": second}
-            questions.append((f"{prompt.prompt_id}:{order}", fill(template, texts, WRITTEN)))
+            question = asked.ask(prompt.text, first, second)
+            questions.append((f"{prompt.prompt_id}:{order}", question))
     replies = ask(
         judge.session,
         [] if judge.model is None else judge.model.stack("judge"),
@@ -231,7 +230,7 @@ def _pairwise(
         reply = replies.get(f"{prompt.prompt_id}:{order}")
         if reply is None:
             return "tie"
-        return read_verdict(reply.text, finish_reason=reply.finish_reason)
+        return asked.read(reply.text, finish_reason=reply.finish_reason)
 
     both = [(verdict(prompt, "model first"), verdict(prompt, "last")) for prompt in prompts]
     return [{"preference": _preference(of_verdicts(*pair)), "verdicts": pair} for pair in both]

@@ -19,7 +19,8 @@ from srlm_lite.evaluate.mt_bench import (
     mt_bench,
     read_rating,
 )
-from srlm_lite.judging import fill, load_question
+from srlm_lite.questions import load_question
+from srlm_lite.quoting import fill
 from srlm_lite.records import Candidate, Prompt
 from srlm_lite.rollout.protocol import Limits, Request
 from srlm_lite.run.files import read_json, read_jsonl, write_json
@@ -104,6 +105,7 @@ def run_mt_bench(
     place = _place(model, questions, judge)
     if place.result.is_file():
         return read_json(place.result), place.path
+    judge.reach("judge")
     first = _answers(model, questions, {}, place)
     second = _answers(model, questions, first, place)
     grades = _grades(judge, questions, (first, second), place)
@@ -121,7 +123,7 @@ def run_mt_bench(
         "truncated": sum(row.n_tokens > 0 and row.finish_reason == "length" for row in answers),
         "did_not_fit": sum(row.n_tokens == 0 and row.finish_reason == "length" for row in answers),
     }
-    write_json(place.result, result)
+    write_json(place.result, result, noted=True)
     return result, place.path
 
 

@@ -23,6 +23,26 @@ FEWEST_COPIES = 4
 SHORTEST_RUN = 10
 
 
+THOUGHT_OPENINGS = (
+    "<think>",
+    "<thinking>",
+    "<thought>",
+    "<reasoning>",
+    "<seed:think>",
+    "◁think▷",
+    "[THINK]",
+    "<|begin_of_thought|>",
+    "<|START_THINKING|>",
+    "<|channel>thought",
+)
+"""How makers of models begin a thought; `model.template` knows them with what is around them."""
+
+
+def begins_with_thought(text: str) -> bool:
+    """Whether a reply begins with a thought, in the marks of any maker."""
+    return text.lstrip().startswith(THOUGHT_OPENINGS)
+
+
 def normalised(text: str) -> str:
     """The text without what does not change its meaning: case, width, spacing, final stops."""
     folded = unicodedata.normalize("NFKC", text).casefold()

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from srlm_lite.data.text import words_of
+from srlm_lite.data.text import begins_with_thought, words_of
 from srlm_lite.dataview.rows import FILES, DataFile, DataRow, as_json, files_of, rows_of
 from srlm_lite.progress import Reporter, Silent
 
@@ -38,6 +38,8 @@ class Tokens(Protocol):
     """Counts a row's tokens as a run would."""
 
     window: int
+    thinks: bool
+    """Whether the base takes a reply's thought for one."""
 
     def prompt(self, row: DataRow) -> int:
         """Tokens of what is asked, in the base's template, up to where the reply starts."""
@@ -138,6 +140,9 @@ class FileFigures:
     empty: int
     """Rows without a prompt, or without a reply where there is to be one."""
     empty_at: Spot | None
+    thoughts: int
+    """Replies that begin with a thought."""
+    thoughts_at: Spot | None
     same_prompts: Again
     """In the same words, under another id or in another row."""
     same_replies: Again
@@ -179,6 +184,8 @@ class Figures:
     missing: tuple[DataFile, ...]
     shared: tuple[Overlap, ...]
     window: int | None = None
+    thinks: bool | None = None
+    """Whether the base that counts tokens thinks; None where there is none."""
 
 
 def figures_of(
@@ -208,6 +215,7 @@ def figures_of(
         missing=tuple(file for file in FILES if file.needed and file not in found),
         shared=tuple(_shared(columns)),
         window=None if tokens is None else tokens.window,
+        thinks=None if tokens is None else tokens.thinks,
     )
 
 
@@ -225,7 +233,9 @@ class Tally:
         }
         self._ranks, self._qualities = array("q"), array("d")
         self._conversations = self._systems = self._empty = self._beyond = self._targets = 0
+        self._thoughts = 0
         self._empty_at: Spot | None = None
+        self._thoughts_at: Spot | None = None
         self._beyond_at: Spot | None = None
         self._drawn = Drawn()
 
@@ -243,6 +253,9 @@ class Tally:
         if row.response is not None:
             self.replies.append(digest(words_of(row.response)))
             self._lengths["reply_chars"].append(len(row.response))
+        if row.response is not None and begins_with_thought(row.response):
+            self._thoughts += 1
+            self._thoughts_at = self._thoughts_at or place
         if not row.prompt.strip() or (row.response is not None and not row.response.strip()):
             self._empty += 1
             self._empty_at = self._empty_at or place
@@ -285,6 +298,8 @@ class Tally:
             systems=self._systems,
             empty=self._empty,
             empty_at=self._empty_at,
+            thoughts=self._thoughts,
+            thoughts_at=self._thoughts_at,
             same_prompts=self._again(_of(self.words), first if self._grouped else None),
             same_replies=self._again(_of(self.replies)),
             same_ids=Again(0) if whole is None else self._again(_of(whole)),

@@ -41,6 +41,8 @@ def findings(figures: Figures, languages: Mapping[str, Languages]) -> list[Stand
     for one in figures.files:
         found += _broken(one)
         found += _again(one)
+        if not figures.thinks:
+            found += _thoughts(one)
         if one.order is not None:
             found += _order(one, one.order)
         if figures.window is not None:
@@ -180,6 +182,17 @@ def _window(one: FileFigures, window: int) -> Iterator[Standout]:
         )
 
 
+def _thoughts(one: FileFigures) -> Iterator[Standout]:
+    if one.thoughts:
+        yield Standout(
+            "warning",
+            f"{_count(one.thoughts, 'reply', 'replies')} in {one.file.name} "
+            f"{'begins' if one.thoughts == 1 else 'begin'} with a thought, the first at "
+            f"{one.thoughts_at}: a base that does not think, or is told not to, takes it for text",
+            "Take the thoughts out, unless the base thinks (--base says whether it does)",
+        )
+
+
 def _languages(one: FileFigures, told: Languages) -> Iterator[Standout]:
     if told.both and told.other >= max(2, OTHER_LANGUAGE * told.both):
         yield Standout(
@@ -190,8 +203,8 @@ def _languages(one: FileFigures, told: Languages) -> Iterator[Standout]:
         )
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
+def _count(number: int, what: str, several: str | None = None) -> str:
+    return f"{number:,} {what if number == 1 else several or f'{what}s'}"
 
 
 def _are(number: int) -> str:

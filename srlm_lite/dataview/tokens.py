@@ -23,6 +23,7 @@ class RecipeTokens:
     def __init__(self, recipe: Recipe) -> None:
         self.window = recipe.base.window
         self._chat = _chat(recipe)
+        self.thinks = self._chat.thinks
         self._rubric = load_rubric(recipe.judge.rubric)
         thought = recipe.rollout.max_thought_tokens if self._chat.thinks else 0
         self._answer = recipe.rollout.max_new_tokens + thought
@@ -53,7 +54,7 @@ class RecipeTokens:
 
     def _target(self, file: DataFile, row: DataRow) -> int:
         """What is written behind the judge's question, or learned."""
-        if file.held_out or self._targets == "self":
+        if file.held_out or self._targets in ("self", "disturbed"):
             return self._judgement
         text = row.target if self._targets == "given" else f"Score: {self._rubric.max:g}"
         return len(self._chat.target_ids(text or ""))

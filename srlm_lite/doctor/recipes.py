@@ -30,8 +30,9 @@ def recipe_finding(recipe: Recipe) -> Finding:
     """Whether a recipe could start, and if not, what stands in its way."""
     lacks: list[tuple[State, str, str | None]] = []
     here, why, way_out = _base(recipe.base)
-    if why is not None:
-        lacks.append(("bad", why, way_out))
+    if why is not None:  # in words that recipes share, which then stand in one line
+        told = why.replace(recipe.base.name, "its base", 1)
+        lacks.append(("bad", told, way_out))
     elif not here:
         lacks.append(("warning", "its base will be downloaded", None))
     for engine in engines_of(recipe):
@@ -56,8 +57,9 @@ def recipe_finding(recipe: Recipe) -> Finding:
         if short is not None:
             lacks.append(("bad", f"its {short.phase} does not fit", short.way_out))
         elif plan.hardware.device == "cpu" and plan.shape.parameters > SLOW_ON_CPU:
-            size = plan.shape.parameters / 1e9
-            lacks.append(("warning", f"a CPU is too slow for {size:.0f}B parameters", None))
+            lacks.append(("warning", "a CPU is too slow for it", None))
+    if long is not None and any(state == "bad" for state, _, _ in lacks):
+        lacks.remove(("warning", *long))  # it is of a run, and there can be none
     facts = _facts(plan)
     if not lacks:
         return Finding("ok", recipe.name, "ready", facts=facts)

@@ -10,11 +10,10 @@ arXiv:2306.05685, section 3.4, for disagreement as a tie.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any
 
 from srlm_lite.evaluate.length_control import (
     GamedRow,
@@ -23,15 +22,7 @@ from srlm_lite.evaluate.length_control import (
     why_lengths_do_not_tell,
     win_rate,
 )
-from srlm_lite.judging import plain_lines, verdicts
-from srlm_lite.records import FinishReason
-
-Verdict = Literal["A", "B", "tie"]
-"""Which of the two replies shown is better: the first, the second, or neither."""
-
-_VERDICT = re.compile(r"winner\s*[:=]\s*(?:reply\s+)?\(?(a|b|tie)\)?\s*\.?", re.IGNORECASE)
-WRITTEN = (verdicts("winner", r"(?:reply(?:\W|_)*+)?(?:a|b|tie)"),)
-"""Lines that a pairwise judge writes, for `quote`."""
+from srlm_lite.questions import Verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,20 +38,6 @@ class Outcome:
     model_chars: int
     baseline_chars: int
     difficulty: float | None = None
-
-
-def read_verdict(reply: str, *, finish_reason: FinishReason = "stop") -> Verdict | None:
-    """The verdict that a judge's reply ends in, or None when it cannot be read.
-
-    A verdict is the last line of the reply, `Winner: A`, `Winner: B` or `Winner: tie`, markdown
-    aside. Anything else, and a reply that ran into its token limit, is None.
-    """
-    lines = plain_lines(reply) if finish_reason == "stop" else []
-    found = _VERDICT.fullmatch(lines[-1].strip()) if lines else None
-    if found is None:
-        return None
-    word = found[1].lower()
-    return "tie" if word == "tie" else "A" if word == "a" else "B"
 
 
 def of_verdicts(model_first: Verdict | None, baseline_first: Verdict | None) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean, median, stdev
 from typing import Any
@@ -68,6 +69,24 @@ def policy_metrics(
             },
         }
     return {**metrics, "intervals": intervals(terms, means=("mean_length_chars", "gold_mean"))}
+
+
+def best_graded(
+    answers: Sequence[Candidate], scores: Mapping[str, float | None]
+) -> list[Candidate]:
+    """The answer of the highest score to each prompt, the first of several; one without a score
+    counts as below all others.
+
+    Args:
+        scores: By candidate_id.
+    """
+    best: dict[str, tuple[float, Candidate]] = {}
+    for answer in answers:
+        found = scores.get(answer.candidate_id)
+        score = -math.inf if found is None else found
+        if answer.prompt_id not in best or score > best[answer.prompt_id][0]:
+            best[answer.prompt_id] = score, answer
+    return [answer for _, answer in best.values()]
 
 
 def means_by_prompt(

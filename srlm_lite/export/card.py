@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from srlm_lite.export.source import FinishedModel
-from srlm_lite.methods import METHODS, sections_of_others
+from srlm_lite.methods import METHODS, method_of, sections_of_others
 from srlm_lite.recipe import Recipe
 from srlm_lite.report.facts import gather, public_settings
 from srlm_lite.report.markdown import measured, warned_of
@@ -164,6 +164,8 @@ def _stack(source: FinishedModel) -> str:
     goes_on = dpo.init == "previous" and source.iteration > 1
     begins = f"which {'went on from the one before' if goes_on else 'began at zero on the anchor'}"
     reference = {"init": "the model it began as", "anchor": "the anchor"}[dpo.reference]
+    if source.iteration > 1 and method_of(source.recipe).accumulates:
+        begins += " and learned the pairs of all iterations so far"
     return (
         f"the anchor and delta {source.iteration}, {begins}; the reference of its training was "
         f"{reference}"
@@ -176,6 +178,7 @@ def _pairs_by(recipe: Recipe) -> str:
     return {
         "judge": "",
         "random": ", pairs drawn blindly",
+        "flipped": ", the judge's pairs turned round",
         "gold": ", pairs by the gold scorer",
     }[recipe.pairing.source]
 

@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from srlm_lite.errors import UserError
+from srlm_lite.forms import FORMS
 from srlm_lite.methods.base import Method, NoSettings
 from srlm_lite.methods.cream import Cream
 from srlm_lite.methods.dno import Dno
@@ -67,6 +68,7 @@ def by_name(kinds: Iterable[type[Method[Any]]]) -> dict[str, type[Method[Any]]]:
     """
     found: dict[str, type[Method[Any]]] = {}
     sections: dict[str, str] = dict.fromkeys(Shared.model_fields, "all methods")
+    sections |= {form.section: f"judge.form={form.name}" for form in FORMS.values() if form.section}
     for kind in kinds:
         told = f"{kind.__module__}.{kind.__name__}"
         if kind.name in found:

@@ -14,8 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
+from srlm_lite.declared import Draws as Draws
+from srlm_lite.declared import Facts as Facts
+from srlm_lite.declared import NoSettings as NoSettings
+from srlm_lite.declared import Phase as Phase
+from srlm_lite.declared import Sizes as Sizes
+from srlm_lite.declared import Source as Source
+from srlm_lite.declared import Trains as Trains
+from srlm_lite.declared import Weighs as Weighs
+from srlm_lite.declared import Words as Words
+from srlm_lite.forms.base import JudgeQuestion
 from srlm_lite.judging import Rubric
-from srlm_lite.pairing import JUDGE, Drops
+from srlm_lite.pairing import Drops
 from srlm_lite.records import (
     Candidate,
     Instruction,
@@ -26,15 +36,12 @@ from srlm_lite.records import (
     RankedReply,
     Record,
     Reply,
+    Weighed,
 )
 from srlm_lite.settings import Consistency, Dpo, Optim, Section, Shared
-from srlm_lite.window import longest_prompt
 
 S = TypeVar("S", bound=Section)
 R = TypeVar("R", bound=Record)
-
-Facts = dict[str, Any]
-"""What `metrics.jsonl` keeps of a stage."""
 
 Pool = tuple[list[Prompt], Path]
 """Prompts that the iterations take theirs from, and the file they are from."""
@@ -46,65 +53,13 @@ MadePairs = tuple[Sequence[PreferencePair], Drops, Facts]
 # --- what a method declares -----------------------------------------------------------------------
 
 
-class NoSettings(Section):
-    """The settings of a method that has none of its own."""
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """A paper that a method is from."""
-
-    authors: str
-    """`Yuan et al. 2024`."""
-    title: str
-    arxiv: str
-    """Its number there."""
-    note: str = ""
-    """What to know of how a method here follows it."""
-
-    @property
-    def link(self) -> str:
-        """Where it can be read, in Markdown."""
-        cited = f"[{self.authors}](https://arxiv.org/abs/{self.arxiv})"
-        return f"{cited}, {self.note}" if self.note else cited
-
-
-@dataclass(frozen=True, slots=True)
-class Words:
-    """How to speak of a run of one method: not every method orders its pairs by a judge's score."""
-
-    score: str | None = "score"
-    """The figure of either reply of a pair; None where it only tells the two apart."""
-    why_no_votes: str | None = None
-    """Where no judge grades the candidates: who or what does instead."""
-    why_no_pairs: str | None = None
-    """Where nothing is learned from pairs: from what else."""
-    judgement: str = "score"
-    """What a judgement of a candidate gives."""
-    candidates: str = "candidates"
-    """What stands where the policy's answers do."""
-    judging: str = "judging"
-    """What takes the time between candidates and pairs."""
-    training: str = "DPO"
-    """What trains a delta."""
-    own_accuracy: str = "on own candidates, by gold"
-    """Whose pairwise accuracy by gold a run of the method measures on candidates."""
-    external: bool = False
-    """Whether a server judges, the same for all models."""
-
-    def as_judge(self, model: str) -> str:
-        """Who judged when a model was evaluated."""
-        return f"the judge, at {model}" if self.external else f"{model} as judge"
-
-    def score_of(self, origin: str) -> str | None:
-        """The figure of a pair's replies, by where the pair is from."""
-        return "rating by the meta-judge" if origin == JUDGE else self.score
-
-
 CONTROLS = "Self-rewarding and controls"
 RANKED_REPLIES = "Learning from ranked replies"
 OWN_GRADES = "Other ways with the own grades"
+REBASING = "What a rebased delta learns"
+SHARPENING = "Learning or sharpening"
 TAUGHT_MORE = "With an anchor that learned more"
+OF_FORMS = "Forms of judging"
 """What cases of the bench are shown beside."""
 
 
@@ -121,71 +76,8 @@ class Case:
     """Whether it takes longer than most."""
     group: str = OWN_GRADES
     """What it is shown beside."""
-
-
-@dataclass(frozen=True, slots=True)
-class Sizes:
-    """How long a recipe's texts can be, in tokens, for counting phases."""
-
-    window: int
-    prompt: int
-    """A prompt of the policy's."""
-    answer: int
-    """An answer, its thought included."""
-    own: int
-    """A prompt with an answer of the policy's."""
-    question: int
-    """A judge's question."""
-    judgement: int
-    """A judge's reply, its thought included."""
-    thought: int
-    """A thought before any reply of the base."""
-
-    def reply(self, max_new_tokens: int) -> int:
-        """A reply with another limit, its thought included."""
-        return max_new_tokens + self.thought
-
-    def room(self, new_tokens: int) -> int:
-        """The longest question that leaves room for so many new tokens."""
-        return longest_prompt(self.window, answer=new_tokens, bound=self.window)
-
-
-@dataclass(frozen=True, slots=True)
-class Draws:
-    """A phase that samples text, for `srlm-lite plan`."""
-
-    name: str
-    prompts: int
-    """Requests that the engine is given at once."""
-    samples: int
-    """Texts for each."""
-    prompt_tokens: int
-    new_tokens: int
-    texts: int
-    """Texts of the whole run."""
-    role: Literal["policy", "judge"] = "policy"
-    """Whose engine draws them."""
-    in_training: bool = False
-    """Whether a training draws them itself, all of `prompts` at once."""
-
-
-@dataclass(frozen=True, slots=True)
-class Trains:
-    """A phase that trains, for `srlm-lite plan`."""
-
-    name: str
-    kind: Literal["sft", "dpo", "reward", "rloo"]
-    section: str
-    """Where the recipe sets its optimiser, dotted."""
-    tokens: int
-    """Tokens of the longest sequence; a pair has two, either reply with the prompt."""
-    examples: float | None
-    """Those that the whole run passes through, epochs counted; None: the data says."""
-    scored: int = 0
-    """For `rloo`: tokens of a sequence whose logits are in memory at once."""
-
-
-Phase = Draws | Trains
+    one_pass: bool = False
+    """Whether one iteration takes the prompts that others take in several."""
 
 
 # --- what a method's stages are given -------------------------------------------------------------
@@ -317,11 +209,11 @@ class Iteration(ABC):
         """
 
     @abstractmethod
-    def grade(
+    def judged(
         self, prompts: Sequence[Prompt], candidates: Sequence[Candidate], *,
         by: Model | None = None, kind: str = "",
-    ) -> list[Judgement]:  # fmt: skip
-        """The judge's votes on each candidate, by the rubric, under the section `judge`.
+    ) -> tuple[list[Judgement], Facts]:  # fmt: skip
+        """The judgements on each candidate, in the recipe's form (`judge.form`), and its facts.
 
         Candidates that pairing would leave out whatever their score, empty or (where the recipe
         drops those) truncated, are not judged.
@@ -330,6 +222,13 @@ class Iteration(ABC):
             by: Who judges; default: the judge.
             kind: As of `answer`; they go to `<kind>_judgements.jsonl`.
         """
+
+    def grade(
+        self, prompts: Sequence[Prompt], candidates: Sequence[Candidate], *,
+        by: Model | None = None, kind: str = "",
+    ) -> list[Judgement]:  # fmt: skip
+        """The judgements alone."""
+        return self.judged(prompts, candidates, by=by, kind=kind)[0]
 
     @abstractmethod
     def ask(
@@ -350,6 +249,20 @@ class Iteration(ABC):
             seeded: The names that the seeds come of; default: `about`.
             to_learn: The replies are answers that may be learned: drawn as the policy's answers
                 are, under `rollout`, and kept as the ids that were drawn.
+        """
+
+    @abstractmethod
+    def weigh(
+        self, questions: Sequence[JudgeQuestion], options: Sequence[str], *, about: str, by: Model,
+        setting: str,
+    ) -> dict[str, Weighed]:  # fmt: skip
+        """How likely a model is to reply with each of some options, by the question's name.
+
+        One prefill a question; nothing is written. See `JudgeAtWork.weigh`.
+
+        Args:
+            about: What the questions are called while they are asked, and their file.
+            setting: Where a recipe says what the options are, for messages.
         """
 
     @abstractmethod
@@ -389,6 +302,11 @@ class Iteration(ABC):
     @abstractmethod
     def fitting(self, pairs: Sequence[PreferencePair]) -> list[PreferencePair]:
         """The pairs whose two sequences both fit the window."""
+
+    @abstractmethod
+    def older(self) -> list[PreferencePair]:
+        """The pairs of all iterations before, marked so, where a delta learns those; as the newest
+        judge has them, where the recipe asks for that."""
 
     @abstractmethod
     def keep(
@@ -552,7 +470,18 @@ class Method(ABC, Generic[S]):
     @property
     def judge_makes_pairs(self) -> bool:
         """Whether differences of the rubric's scores decide what is a pair."""
-        return self.recipe.pairing.source == "judge"
+        return self.recipe.pairing.source in ("judge", "flipped")
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether a delta learns the pairs of all iterations so far."""
+        told, replay = self.recipe.pairing.accumulate, self.recipe.pairing.replay
+        return self.recipe.dpo.init == "anchor" and not replay if told == "auto" else told
+
+    @property
+    def has_older_pairs(self) -> bool:
+        """Whether pairs of earlier iterations are learned once more."""
+        return self.accumulates or any(self.recipe.pairing.replay)
 
     @property
     def judge_has_deltas(self) -> bool:

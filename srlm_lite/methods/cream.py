@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 from srlm_lite.errors import UserError
 from srlm_lite.evaluate.candidates import NO_VOTES
+from srlm_lite.forms import form_of
 from srlm_lite.judging import mean_scores
 from srlm_lite.methods.base import Case, Facts, Iteration, MadePairs, Phase, Sizes, Source, Words
 from srlm_lite.methods.self_rewarding import SelfRewarding
@@ -125,8 +126,10 @@ class Cream(SelfRewarding[CreamSettings]):
 
     @classmethod
     def unread(cls, own: CreamSettings) -> Mapping[str, Collection[Any]]:
-        """Gold takes a judge's place, and no likelihood's."""
-        return {"pairing.source": ("gold",)} if own.scores == "likelihood" else {}
+        """Gold takes a judge's place, and no likelihood's; the chosen reply alone is not
+        smoothed."""
+        unread: dict[str, Collection[Any]] = {"dpo.loss": ("sft",)}
+        return unread | ({"pairing.source": ("gold",)} if own.scores == "likelihood" else {})
 
     @property
     def judge_makes_pairs(self) -> bool:
@@ -137,7 +140,8 @@ class Cream(SelfRewarding[CreamSettings]):
         """Each answer is graded by two judges, or only read."""
         yield self.answers(sizes)
         if self.own.scores == "judge":
-            yield self.votes(sizes, answers=2 * self.all_prompts * self.recipe.rollout.n)
+            yield from self.votes(sizes, answers=2 * self.all_prompts * self.recipe.rollout.n)
+        yield from self.votes_on_older(sizes)
         yield self.dpo(sizes)
 
     def judgements(
@@ -217,7 +221,7 @@ class Cream(SelfRewarding[CreamSettings]):
     ) -> Ranked:
         earlier = it.grade(prompts, candidates, by=it.earlier, kind="earlier")
         usable, drops = self.judged(prompts, candidates, judgements)
-        return usable, drops, mean_scores(earlier, min_votes=self.recipe.judge.min_votes)
+        return usable, drops, mean_scores(earlier, min_votes=form_of(self.recipe).min_votes)
 
 
 def _sign(value: float) -> int:

@@ -25,7 +25,8 @@ from pydantic import Field
 
 from srlm_lite.errors import UserError
 from srlm_lite.evaluate.candidates import candidate_facts, vote_facts
-from srlm_lite.judging import SCORES, fill, load_question, numbered, plain_lines
+from srlm_lite.forms import form_of
+from srlm_lite.judging import plain_lines
 from srlm_lite.methods.base import (
     Case,
     Draws,
@@ -39,6 +40,8 @@ from srlm_lite.methods.base import (
 )
 from srlm_lite.methods.self_rewarding import SelfRewarding
 from srlm_lite.pairing import Drops, Scored, has_tag, length_penalty, pair
+from srlm_lite.questions import load_question
+from srlm_lite.quoting import SCORES, fill, numbered
 from srlm_lite.records import Candidate, Judgement, PreferencePair, Prompt
 from srlm_lite.settings import IsPath, Section
 from srlm_lite.shipped import TEMPLATES
@@ -168,6 +171,15 @@ class Dno(SelfRewarding[DnoSettings]):
     advice = {"no_margin": "lower dno.least_positive or the margins"}
     cases = {"dno": Case("toy-dno")}
 
+    def needs(self) -> None:
+        """A winner's least score that there can be."""
+        form = form_of(self.recipe)
+        if self.own.grading == "rubric" and form.compares and self.own.least_positive > 1:
+            raise ValueError(
+                f"with judge.form={form.name} scores are shares: set dno.least_positive and the "
+                "margins between 0 and 1"
+            )
+
     @classmethod
     def unread(cls, own: DnoSettings) -> Mapping[str, Collection[Any]]:
         """A pair is what has the margin, whatever else ranks it."""
@@ -189,12 +201,13 @@ class Dno(SelfRewarding[DnoSettings]):
         n = recipe.rollout.n + (self.own.teacher is not None)
         yield self.answers(sizes)
         if self.own.grading == "rubric":
-            yield self.votes(sizes, answers=n * self.all_prompts)
+            yield from self.votes(sizes, answers=n * self.all_prompts)
         else:
             asked = self.all_prompts * recipe.judge.votes
             room = sizes.room(sizes.judgement)
             at_once = 4 * recipe.rollout.chunk_prompts
             yield Draws("side by side", at_once, 1, room, sizes.judgement, asked, "judge")
+        yield from self.votes_on_older(sizes, answers=n)
         tokens = sizes.own if self.own.teacher is None else sizes.window
         yield self.dpo(sizes, pairs=n * (n - 1) / 2, tokens=tokens)
 

@@ -16,7 +16,6 @@ iterations that train the judge alone are too.
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +27,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from srlm_lite.judging import Rubric, fill, load_question, options, plain_lines
+from srlm_lite.forms.tournament import elo as elo
+from srlm_lite.judging import Rubric
 from srlm_lite.methods.base import (
     TAUGHT_MORE,
     Case,
@@ -42,13 +42,12 @@ from srlm_lite.methods.base import (
     Source,
 )
 from srlm_lite.methods.self_rewarding import SelfRewarding
-from srlm_lite.pairing import JUDGE, Drops, at_iteration
+from srlm_lite.pairing import JUDGE, Drops, at_iteration, is_of_judgements, replay_age
+from srlm_lite.questions import load_question, read_choice
+from srlm_lite.quoting import fill, options
 from srlm_lite.records import Candidate, Judgement, PreferencePair, Prompt, Reply
 from srlm_lite.settings import IsPath, Positive, Section
 from srlm_lite.shipped import TEMPLATES
-
-PRIOR = 0.01
-"""Wins that every judgement is given over every other before the first battle."""
 
 _SAME = 1e-9
 """Ratings closer than this are equal: they come out of an iteration."""
@@ -106,10 +105,7 @@ def most_disputed(
 
 def read_verdict(reply: Reply, verdicts: tuple[str, str]) -> int:
     """1 where the reply's last line names the first judgement, -1 the second, 0 anything else."""
-    lines = plain_lines(reply.text) if reply.finish_reason == "stop" else []
-    last = lines[-1].strip(" .").lower() if lines else ""
-    named = [last == verdict.lower() for verdict in verdicts]
-    return int(named[0]) - int(named[1])
+    return read_choice(reply.text, verdicts, finish_reason=reply.finish_reason)
 
 
 def position_weights(battles: Sequence[Battle]) -> tuple[float, float]:
@@ -133,28 +129,6 @@ def battle_matrix(
         elif battle.result == -1:
             matrix[battle.second][battle.first] += weights[1]
     return matrix
-
-
-def elo(matrix: Sequence[Sequence[float]], *, prior: float = PRIOR) -> list[float]:
-    """The ratings that maximise the sum of B[m][n] log sigmoid(e_m - e_n), with mean 0.
-
-    Hunter's minorise-maximise steps for the Bradley-Terry model; `prior` is added to every entry.
-    """
-    n = len(matrix)
-    wins = [sum(row) + prior * (n - 1) for row in matrix]
-    strengths = [1.0] * n
-    for _ in range(500):
-        new = []
-        for i in range(n):
-            met = sum(
-                (matrix[i][j] + matrix[j][i] + 2 * prior) / (strengths[i] + strengths[j])
-                for j in range(n)
-                if j != i
-            )
-            new.append(wins[i] / met if met else strengths[i])
-        scale = math.exp(fmean(math.log(value) for value in new))
-        strengths = [value / scale for value in new]
-    return [math.log(value) for value in strengths]
 
 
 def extremes(ratings: Sequence[float], rng: Random) -> tuple[int, int]:
@@ -227,7 +201,19 @@ class MetaRewarding(SelfRewarding[MetaRewardingSettings]):
     }
 
     def needs(self) -> None:
-        """What either role has learned is kept."""
+        """Written grades to compare; and what either role has learned is kept."""
+        judge = self.recipe.judge
+        if judge.adaptive_votes:
+            raise ValueError(
+                "method meta-rewarding learns from grades that contradict each other, and "
+                "judge.adaptive_votes leaves such out"
+            )
+        if judge.form != "grade" or not judge.rationale:
+            told = "judge.rationale=false" if judge.form == "grade" else f"judge.form={judge.form}"
+            raise ValueError(
+                f"method meta-rewarding compares grades that the judge has written, and {told} "
+                "has none"
+            )
         if self.recipe.dpo.init == "previous":
             return
         if self.own.roles == "shared" and {"policy", "judge"} & set(self.own.schedule):
@@ -247,7 +233,8 @@ class MetaRewarding(SelfRewarding[MetaRewardingSettings]):
         recipe, votes = self.recipe, self.recipe.judge.votes
         trained = [scheduled(self.own.schedule, t + 1) for t in range(recipe.iterations)]
         yield self.answers(sizes)
-        yield self.votes(sizes)
+        yield from self.votes(sizes)
+        yield from self.votes_on_older(sizes)
         of_judge = sum(role != "policy" for role in trained) * recipe.prompts.per_iteration
         if of_judge:
             new = sizes.reply(self.own.max_new_tokens)
@@ -292,12 +279,13 @@ class MetaRewarding(SelfRewarding[MetaRewardingSettings]):
         """DPO on all pairs at once, or on each role's for a delta of its own."""
         if not self.judge_has_deltas:
             return None, it.learn(pairs)
-        of_judge = [one for one in pairs if one.origin == JUDGE]
-        facts = it.learn(of_judge, called="judge delta") if of_judge else {}
+        of_judge = [one for one in pairs if is_of_judgements(one.origin)]
+        new = any(not replay_age(one) for one in of_judge)
+        facts = it.learn(of_judge, called="judge delta") if new else {}
         if self._trained(it) == "judge":
             it.stay()
             return None, facts
-        return None, it.learn([one for one in pairs if one.origin != JUDGE])
+        return None, it.learn([one for one in pairs if not is_of_judgements(one.origin)])
 
     def _trained(self, it: Iteration) -> str:
         return scheduled(self.own.schedule, it.number)

@@ -122,12 +122,18 @@ class Rlhf(SelfRewarding[RlhfSettings]):
     def unread(cls, own: RlhfSettings) -> Mapping[str, Collection[Any]]:
         """All that is about pairs."""
         return {
-            "pairing.source": ("random", "gold"),
+            "pairing.source": ("random", "flipped", "gold"),
             "pairing.min_gap": (),
             "pairing.rho": (),
             "pairing.alpha": (),
             "pairing.replay": (),
+            "pairing.accumulate": (True,),
+            "pairing.older_steps": (),
+            "pairing.older_order": (),
+            "pairing.weight": (),
             "dpo.beta": (),
+            "dpo.loss": (),
+            "dpo.target_margin": (),
             "dpo.nll_weight": (),
             "dpo.label_smoothing": (),
             "dpo.ld_alpha": (),
@@ -136,6 +142,11 @@ class Rlhf(SelfRewarding[RlhfSettings]):
     @property
     def judge_makes_pairs(self) -> bool:
         """Never."""
+        return False
+
+    @property
+    def accumulates(self) -> bool:
+        """There are no pairs."""
         return False
 
     def phases(self, sizes: Sizes) -> Iterator[Phase]:

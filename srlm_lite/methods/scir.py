@@ -19,26 +19,13 @@ from typing import Any
 from srlm_lite.judging import votes_by_candidate
 from srlm_lite.methods.base import Case, Facts, Iteration, MadePairs, Source
 from srlm_lite.methods.self_rewarding import SelfRewarding
+from srlm_lite.pairing import judge_preference
 from srlm_lite.records import Candidate, Judgement, PreferencePair, Prompt
 from srlm_lite.settings import Consistency
 
 
 class ScirSettings(Consistency):
     """Method `scir`: judge and implicit reward are pulled together; pairs they dispute wait."""
-
-
-def judge_preference(chosen: Sequence[float | None], rejected: Sequence[float | None]) -> float:
-    """How likely a vote on one reply is above a vote on the other; equal ones count half.
-
-    0.5 where a reply has no readable vote.
-    """
-    credits = [
-        0.5 if one == other else float(one > other)
-        for one in chosen
-        for other in rejected
-        if one is not None and other is not None
-    ]
-    return sum(credits) / len(credits) if credits else 0.5
 
 
 class Scir(SelfRewarding[ScirSettings]):
@@ -77,7 +64,7 @@ class Scir(SelfRewarding[ScirSettings]):
     def unread(cls, own: ScirSettings) -> Mapping[str, Collection[Any]]:
         """It would hold blind pairs, and those of a gold scorer, to what the judge thinks of
         them."""
-        return {"pairing.source": ("random", "gold")}
+        return {"pairing.source": ("random", "flipped", "gold"), "dpo.loss": ()}
 
     def make_pairs(
         self,

@@ -11,6 +11,7 @@ stated there, and it picked checkpoints by an outside judge, which a run here do
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import ClassVar
 
 from srlm_lite.evaluate.candidates import (
@@ -19,9 +20,13 @@ from srlm_lite.evaluate.candidates import (
     on_policy_accuracy,
     vote_facts,
 )
+from srlm_lite.forms import form_of
 from srlm_lite.judging import mean_scores, unasked, votes_by_candidate
 from srlm_lite.methods.base import (
     CONTROLS,
+    OF_FORMS,
+    REBASING,
+    SHARPENING,
     Case,
     Draws,
     Facts,
@@ -40,6 +45,9 @@ from srlm_lite.pairing import Drops, Scored, Scores, length_penalty, pairs_of, u
 from srlm_lite.records import Candidate, Judgement, PreferencePair, Prompt
 from srlm_lite.seeds import derive_seed
 
+REBASED = ("dpo.init=anchor", "pairing.accumulate=true")
+REBASED_ALONE = ("dpo.init=anchor", "pairing.accumulate=false")
+
 
 class SelfRewarding(Method[S]):
     """Answers, grades by the same weights, the best against the worst, DPO.
@@ -56,18 +64,35 @@ class SelfRewarding(Method[S]):
     recipe_name = "toy-paper"
     cases = {
         "self-rewarding": Case("toy", group=CONTROLS),
-        "init: anchor": Case("toy", ("dpo.init=anchor",), group=CONTROLS),
+        "init: anchor": Case("toy", REBASED_ALONE, group=CONTROLS),
         "paper's chain": Case("toy-paper", group=CONTROLS),
         "random pairs": Case("toy", ("pairing.source=random",), group=CONTROLS),
         "gold pairs": Case("toy", ("pairing.source=gold",), group=CONTROLS),
         "no judge data": Case("toy", ("anchor.use_eft=false",), anchor=None, group=CONTROLS),
+        "expected scores": Case("toy", ("judge.score=expected",), group=OF_FORMS),
+        "no rationale": Case("toy", ("judge.rationale=false",), anchor=None, group=OF_FORMS),
+        "pairwise": Case("toy-pairwise", anchor=None, is_long=True, group=OF_FORMS),
+        "flipped pairs": Case("toy", ("pairing.source=flipped",), group=SHARPENING),
+        "SFT on the best": Case("toy", ("dpo.loss=sft",), group=SHARPENING),
+        "one pass": Case("toy", group=SHARPENING, one_pass=True),
+        "all pairs so far": Case("toy", REBASED, group=REBASING),
+        "all pairs, same steps": Case(
+            "toy", (*REBASED, "pairing.older_steps=same"), group=REBASING
+        ),
+        "all pairs, disputed dropped": Case(
+            "toy", (*REBASED, "pairing.older_order=drop"), group=REBASING
+        ),
+        "all pairs, disputed smoothed": Case(
+            "toy", (*REBASED, "pairing.older_order=smooth"), group=REBASING
+        ),
     }
 
     def phases(self, sizes: Sizes) -> Iterator[Phase]:
         """N answers a prompt, the votes on each, and a pair a prompt."""
         yield self.answers(sizes)
         # Blind pairs and gold ones are judged too: it says how good the judge is on them.
-        yield self.votes(sizes)
+        yield from self.votes(sizes)
+        yield from self.votes_on_older(sizes)
         yield self.dpo(sizes)
 
     def pool(self, data: SeedData) -> Pool | None:
@@ -86,9 +111,10 @@ class SelfRewarding(Method[S]):
     def judgements(
         self, it: Iteration, prompts: Sequence[Prompt], candidates: Sequence[Candidate]
     ) -> tuple[list[Judgement], Facts]:
-        """K grades of each answer by the same weights."""
-        rows = it.grade(prompts, candidates)
-        return rows, {**vote_facts(rows), **self.accuracy(prompts, candidates, rows)}
+        """What the same weights, as judge, think of each answer, in the recipe's form."""
+        rows, facts = it.judged(prompts, candidates)
+        told = self.accuracy(prompts, candidates, rows)
+        return rows, {**vote_facts(rows), **told, **facts}
 
     def pairs(
         self,
@@ -99,6 +125,11 @@ class SelfRewarding(Method[S]):
     ) -> tuple[list[PreferencePair], Facts]:
         """What to learn from; methods change `make_pairs`."""
         made, drops, facts = self.make_pairs(it, prompts, candidates, judgements)
+        if self.recipe.pairing.source == "judge":
+            worth = form_of(self.recipe).kept(made, judgements)
+            if len(worth) < len(made):
+                drops.prompts["not_widest"] += len(made) - len(worth)
+                made = worth
         kept, counts = it.keep(made, drops, advice=self.advice, origin=self.origin_of_pairs(it))
         return kept, {**counts, **facts}
 
@@ -130,7 +161,7 @@ class SelfRewarding(Method[S]):
         judgements: Sequence[Judgement],
     ) -> tuple[dict[str, list[Scored]], Drops]:
         """The candidates that can be part of a pair, with their mean scores."""
-        scores: Scores = mean_scores(judgements, min_votes=self.recipe.judge.min_votes)
+        scores: Scores = mean_scores(judgements, min_votes=form_of(self.recipe).min_votes)
         if self.recipe.pairing.source == "gold":
             scores = gold_scores(self.recipe.evaluate.gold, prompts, candidates)
         return usable_candidates(
@@ -197,17 +228,19 @@ class SelfRewarding(Method[S]):
         texts = self.all_prompts * n if texts is None else texts
         return Draws("candidates", self.chunk, n, sizes.prompt, sizes.answer, texts)
 
-    def votes(self, sizes: Sizes, *, answers: int | None = None) -> Draws:
-        """Votes on answers.
+    def votes(
+        self, sizes: Sizes, *, answers: int | None = None, prompts: int | None = None
+    ) -> Iterator[Phase]:
+        """The judging of answers, in the recipe's form.
 
         Args:
             answers: Of the whole run; default: `rollout.n` to each prompt.
+            prompts: That they answer; default: those of the whole run.
         """
-        n, votes = self.recipe.rollout.n, self.recipe.judge.votes
-        graded = self.all_prompts * n if answers is None else answers
-        at_once = self.chunk * n
-        return Draws(
-            "judge", at_once, votes, sizes.question, sizes.judgement, graded * votes, "judge"
+        n, prompts = self.recipe.rollout.n, self.all_prompts if prompts is None else prompts
+        graded = prompts * n if answers is None else answers
+        yield from form_of(self.recipe).phases(
+            sizes, prompts=prompts, answers=graded, at_once=self.chunk * n
         )
 
     def dpo(
@@ -225,5 +258,25 @@ class SelfRewarding(Method[S]):
         seen = self.all_prompts if prompts is None else prompts
         told = None
         if pairs is not None:
-            told = seen * pairs * (1 + sum(recipe.pairing.replay)) * recipe.dpo.epochs
+            told = (seen + self.learned_again(seen)) * pairs * recipe.dpo.epochs
         return Trains("DPO", "dpo", "dpo", tokens or sizes.own, told)
+
+    def learned_again(self, prompts: int) -> float:
+        """Prompts whose pairs are learned once more, of so many that the iterations learn."""
+        if not self.accumulates:
+            return prompts * sum(self.recipe.pairing.replay)
+        # Iteration t has t - 1 shares before its own.
+        learning = min(self.recipe.iterations, prompts // self.recipe.prompts.per_iteration)
+        return prompts * max(0, learning - 1) / 2
+
+    def votes_on_older(self, sizes: Sizes, *, answers: int = 2) -> Iterator[Phase]:
+        """Votes of the newest judge on the replies of older pairs, where it is asked.
+
+        Args:
+            answers: A prompt.
+        """
+        if self.recipe.pairing.older_order == "keep":
+            return
+        again = round(self.learned_again(self.all_prompts))
+        for one in self.votes(sizes, answers=answers * again, prompts=again):
+            yield replace(one, name=f"{one.name}, older pairs")

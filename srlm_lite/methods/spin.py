@@ -80,7 +80,7 @@ class Spin(SelfRewarding[SpinSettings]):
     def unread(cls, own: SpinSettings) -> Mapping[str, Collection[Any]]:
         """Prompts and winners are the human's, and lambda stands for beta."""
         return {
-            "pairing.source": ("random", "gold"),
+            "pairing.source": ("random", "flipped", "gold"),
             "pairing.min_gap": (),
             "pairing.rho": (),
             "pairing.alpha": (),

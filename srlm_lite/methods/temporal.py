@@ -20,6 +20,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, TypedDict
 
 from srlm_lite.evaluate.candidates import candidate_facts
+from srlm_lite.forms import form_of
 from srlm_lite.methods.base import (
     Case,
     Facts,
@@ -65,17 +66,27 @@ class Temporal(SelfRewarding[NoSettings]):
     )
     cases = {"temporal": Case("toy-temporal")}
 
+    def needs(self) -> None:
+        """Scores of different models' answers that can be held against each other."""
+        if form_of(self.recipe).compares:
+            raise ValueError(
+                "method temporal holds the next model's answers against the policy's by their "
+                f"scores, and judge.form={self.recipe.judge.form} scores each only against the "
+                "answers beside it"
+            )
+
     @classmethod
     def unread(cls, own: NoSettings) -> Mapping[str, Collection[Any]]:
-        """Blind pairs have no past and no future."""
-        return {"pairing.source": ("random",)}
+        """Blind pairs have no past and no future, and a future of flipped ones is none to go by."""
+        return {"pairing.source": ("random", "flipped")}
 
     def phases(self, sizes: Sizes) -> Iterator[Phase]:
         """The policy, the next model and, from the second iteration on, the first one answer."""
         recipe, n = self.recipe, self.recipe.rollout.n
         answers = n * recipe.prompts.per_iteration * max(0, 3 * recipe.iterations - 1)
         yield self.answers(sizes, texts=answers)
-        yield self.votes(sizes, answers=answers)
+        yield from self.votes(sizes, answers=answers)
+        yield from self.votes_on_older(sizes)
         yield self.dpo(sizes, pairs=2)  # the provisional delta, too
 
     def candidates(self, it: Iteration, prompts: Sequence[Prompt]) -> tuple[list[Candidate], Facts]:
@@ -104,7 +115,7 @@ class Temporal(SelfRewarding[NoSettings]):
         fitting = it.fitting(provisional)
         if len(fitting) < pairing.min_pairs:
             return provisional, undone, {}  # too few for any delta: the stage will say so
-        it.learn(fitting, called="provisional")
+        it.learn([*fitting, *it.older()], called="provisional")
         future = self._future(it, prompts)
         pairs = anchored_pairs(prompts, usable, drops, future=future, **rules)
         return (

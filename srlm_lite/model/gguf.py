@@ -99,6 +99,15 @@ def gguf_settings(file: Path) -> Any:
     return read_settings(header, read_vocabulary(header))
 
 
+def gguf_tokenizer(file: Path) -> Any:
+    """The tokenizer of a GGUF file, which its header holds whole: nothing is converted.
+
+    Raises:
+        UserError: As `gguf_settings`.
+    """
+    return build_tokenizer(read_vocabulary(_header(file)))
+
+
 def _header(file: Path) -> Header:
     try:
         header = read_header(file)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Iterator
 from typing import Any
 
 import transformers
+
+from srlm_lite.model.whereabouts import unheard
 
 hf: Any = transformers  # only partly typed
 
@@ -16,15 +17,14 @@ hf: Any = transformers  # only partly typed
 def quiet() -> Iterator[None]:
     """Keep transformers from drawing bars and giving advice while it loads, and the client of the
     Hub from telling each of its tries to reach it; what they fail of is told in one line."""
-    logging_, hub = hf.utils.logging, logging.getLogger("huggingface_hub")
-    verbosity, bars, level = logging_.get_verbosity(), logging_.is_progress_bar_enabled(), hub.level
+    logging_ = hf.utils.logging
+    verbosity, bars = logging_.get_verbosity(), logging_.is_progress_bar_enabled()
     logging_.set_verbosity_error()
     logging_.disable_progress_bar()
-    hub.setLevel(logging.ERROR)
     try:
-        yield
+        with unheard():
+            yield
     finally:
-        hub.setLevel(level)
         logging_.set_verbosity(verbosity)
         if bars:
             logging_.enable_progress_bar()

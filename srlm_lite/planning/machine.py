@@ -10,6 +10,7 @@ from typing import Any
 
 from srlm_lite.errors import UserError
 from srlm_lite.hardware import gpus, machine_memory
+from srlm_lite.planning.gpus import known_gpu
 from srlm_lite.planning.lengths import Lengths, lengths_of
 from srlm_lite.planning.memory import LIBRARIES, Held, Shape, loading
 from srlm_lite.planning.plan import (
@@ -19,7 +20,7 @@ from srlm_lite.planning.plan import (
     make_plan,
     needs_sharding,
 )
-from srlm_lite.planning.probe import probe, shape_of_base
+from srlm_lite.planning.probe import probe, refuse_unknown, shape_of_base
 from srlm_lite.recipe import Recipe
 from srlm_lite.settings import Shared
 
@@ -48,6 +49,8 @@ def plan_for(
     Raises:
         UserError: Nothing is known of the base's shape, or a LoRA target is not of it.
     """
+    if shape is None:
+        refuse_unknown(recipe.base)
     hardware = hardware or hardware_found(recipe)
     return make_plan(
         recipe,
@@ -123,14 +126,20 @@ def refuse_base(settings: Any, *, itemsize: int, where: str) -> None:
 
 def settings_that_fit(plan: Plan) -> tuple[list[str], bool]:
     """Settings, as `key=value`, with which more fits this hardware, and whether all then does."""
-    return advice(plan, lambda recipe: plan_for(recipe, plan.hardware, shape=plan.shape))
+    return advice(plan, lambda recipe: remade(plan, recipe))
+
+
+def remade(plan: Plan, recipe: Recipe) -> Plan:
+    """The plan of another recipe with the same base on the same hardware."""
+    return plan_for(recipe, plan.hardware, shape=plan.shape)
 
 
 def _itemsize(recipe: Shared, hardware: Hardware) -> int:
     if recipe.base.dtype != "auto":
         return 4 if recipe.base.dtype == "float32" else 2
     if hardware.device == "cuda":
-        return 2
+        gpu = known_gpu(hardware.name)
+        return 2 if gpu is None or gpu.flops else 4  # without bfloat16 in float32
     from srlm_lite.model.base import compute_dtype
 
     return compute_dtype(recipe.base.model_copy(update={"device": "cpu"})).itemsize

@@ -97,6 +97,8 @@ class Shape:
     """Parameters of the largest tensor."""
     embedded: int
     """Parameters of the embedding and the head."""
+    windows: tuple[int, ...] = ()
+    """Tokens that a layer sees, of each layer that does not see all of the past."""
     experts: int = 0
     """Parameters of a mixture's experts, where all of a layer lie in one: no NF4 reaches them."""
     lean_norms: bool = False
@@ -210,6 +212,13 @@ class Held:
         shape = self.shape
         return kv_bytes(layers=shape.layers, width=shape.kv_width, itemsize=self.itemsize)
 
+    def kv_of_prompt(self, tokens: int) -> int:
+        """Keys and values of a prompt: a layer with a window keeps what a reply can still see."""
+        shape = self.shape
+        seen = (min(tokens, max(1, window - 1)) for window in shape.windows)
+        kept = (shape.layers - len(shape.windows)) * tokens + sum(seen)
+        return kept * kv_bytes(layers=1, width=shape.kv_width, itemsize=self.itemsize)
+
 
 def loading(held: Held) -> dict[str, int]:
     """The base when its largest tensor is the last to come; nothing else is there yet."""
@@ -243,7 +252,7 @@ def sampling(
         fixed["adapters"] += c * sum(folded)
 
     def moment(*, read: int, room: int, drawn: int) -> dict[str, int]:
-        kept = held.kv_per_token * (prompts * prompt_tokens + rows * room)
+        kept = prompts * held.kv_of_prompt(prompt_tokens) + held.kv_per_token * rows * room
         # On a CPU tokens are drawn in parts, on a GPU from all rows at once.
         at_once = min(drawn * shape.vocabulary, DRAWN) if held.device == "cpu" else 0
         logits = drawn * (
@@ -339,9 +348,9 @@ def training(
 
     AdamW keeps two float32 numbers for each parameter. The losses of SFT and DPO have the logits of
     256 target tokens at a time: they themselves, their chances in float32, and where they are in 16
-    bits a copy in float32 on the way. A reward model has none. RLOO, a trainer of TRL's, pads; it has
-    the logits of all answers of the micro-batch at once, in the compute dtype, and two more copies
-    of the slot, the reference's and the reward model's.
+    bits a copy in float32 on the way. A reward model has none. RLOO, a trainer of TRL's, pads; it
+    has the logits of all answers of the micro-batch at once, in the compute dtype, and two more
+    copies of the slot, the reference's and the reward model's.
 
     Args:
         rows: Sequences; a pair is two. What they have in common counts as if they did not.

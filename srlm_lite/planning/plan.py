@@ -15,10 +15,11 @@ from operator import attrgetter
 from typing import Any
 
 from srlm_lite.data.self_instruct import MAX_NEW_TOKENS
+from srlm_lite.declared import Draws, Sizes, Trains, Weighs
 from srlm_lite.engines import ENGINES, EngineKind, kind_of
 from srlm_lite.errors import UserError
 from srlm_lite.methods import method_of
-from srlm_lite.methods.base import Draws, Sizes, Trains
+from srlm_lite.planning.gpus import gpu_names, known_gpu
 from srlm_lite.planning.lengths import Lengths
 from srlm_lite.planning.memory import (
     LIBRARIES,
@@ -84,6 +85,13 @@ class Phase:
     parts: Mapping[str, int]
     least: int
     tokens: int | None = None
+    read: int | None = None
+    """Tokens of the prompts that it reads in the whole run; None where `tokens` are."""
+    shares: int = 1
+    """Equal parts of its work that processes can take at the same time: chunks of an iteration,
+    micro-batches of a step."""
+    engine: str = ""
+    """The engine that samples it, if one does."""
     on_host: bool = False
     shape: Mapping[str, int] = field(default_factory=dict)
     """Sequences and their tokens: what a measurement of this phase has to run."""
@@ -141,19 +149,25 @@ class Plan:
 
 
 def parse_gpus(text: str) -> Hardware:
-    """`2x80GB`, `24GB`.
+    """`2x80GB`, `24GB`, `8xH100`, `RTX4090`.
 
     Raises:
-        UserError: Another form.
+        UserError: Another form, or a GPU that is not known by this name.
     """
-    found = re.fullmatch(r"(?:(\d+)\s*x\s*)?(\d+(?:\.\d+)?)\s*GB?", text.strip(), re.IGNORECASE)
-    if found is None or not float(found[2]) or found[1] == "0":
+    text = text.strip()
+    counted = re.match(r"(\d+)\s*x\s*", text, re.IGNORECASE)
+    count, kind = (int(counted[1]), text[counted.end() :]) if counted else (1, text)
+    unit = "(?:GB?)?" if counted else "GB?"
+    size = re.fullmatch(rf"(\d+(?:\.\d+)?)\s*{unit}", kind, re.IGNORECASE)
+    gpu = known_gpu(kind)
+    memory = gpu.memory if gpu else int(float(size[1]) * 1e9) if size else 0
+    if not (count and memory):
         raise UserError(
-            f"{text!r} is no number of GPUs with their memory",
+            f"{text!r} is no number of GPUs with their name or memory",
             where="--gpus",
-            way_out="Write it as 2x80GB or 24GB",
+            way_out=f"Write it as 8xH100, 2x80GB or 24GB. Known by name: {gpu_names()}",
         )
-    return Hardware("cuda", "", int(float(found[2]) * 1e9), int(found[1] or 1))
+    return Hardware("cuda", gpu.name if gpu else "", memory, count)
 
 
 def make_plan(
@@ -213,6 +227,8 @@ class _Phases:
         for one in found:
             if isinstance(one, Draws):
                 yield self._drawn(one)
+            elif isinstance(one, Weighs):
+                yield self._weighed(one)
         if self.trains_anchor:
             yield self._anchor()
         for one in found:
@@ -246,9 +262,24 @@ class _Phases:
             prompt_tokens=one.prompt_tokens,
             new=one.new_tokens,
             tokens=one.texts * one.new_tokens,
+            requests=math.ceil(one.texts / one.samples),
+            rounds=self.recipe.iterations,
             engine=HERE if one.in_training else kind_of(self.recipe, one.role),
             like="judge" if one.role == "judge" else "candidates",
             whole=one.in_training,
+        )
+
+    def _weighed(self, one: Weighs) -> Phase:
+        """A prefill; what it draws is one token a question, whose time says nothing of it."""
+        return self._sampling(
+            one.name,
+            prompts=one.prompts,
+            samples=1,
+            prompt_tokens=one.prompt_tokens,
+            new=1,
+            tokens=one.texts,
+            engine=kind_of(self.recipe, one.role),
+            like="",
         )
 
     def _trained(self, one: Trains) -> Phase:
@@ -277,6 +308,8 @@ class _Phases:
         prompt_tokens: int,
         new: int,
         tokens: int | None,
+        requests: int = 0,
+        rounds: int = 1,
         engine: EngineKind = HERE,
         like: str = "candidates",
         whole: bool = False,
@@ -284,6 +317,8 @@ class _Phases:
         """`prompts` requests of `samples` texts each, given to the engine at once.
 
         Args:
+            requests: Those of the whole run.
+            rounds: Into so many parts the run's requests fall, whose chunks are dealt out.
             whole: It cannot take fewer of them at once.
         """
 
@@ -313,7 +348,18 @@ class _Phases:
             "batch_rows": at_once * samples,
         }
         least = sum(parts(at_once if whole else 1).values())
-        return Phase(name, parts(at_once), least, tokens, shape=shape, like=like)
+        alone = whole or method_of(self.recipe).one_process
+        return Phase(
+            name,
+            parts(at_once),
+            least,
+            tokens,
+            read=None if tokens is None else requests * prompt_tokens,
+            shares=1 if alone else max(1, math.ceil(requests / rounds / max(1, prompts))),
+            engine=engine.name,
+            shape=shape,
+            like=like,
+        )
 
     def _beside(self) -> dict[str, int]:
         """The base and its slot, while another process samples."""
@@ -356,15 +402,17 @@ class _Phases:
 
     def _prompts(self) -> Phase:
         recipe, new = self.recipe, MAX_NEW_TOKENS + self.lengths.thought
-        return self._sampling(
+        found = self._sampling(
             "prompts",
             prompts=recipe.rollout.chunk_prompts,
             samples=1,
             prompt_tokens=recipe.base.window,
             new=new,
             tokens=recipe.iterations * recipe.prompts.per_iteration * new,
+            requests=recipe.iterations * recipe.prompts.per_iteration,
             engine=kind_of(recipe, "policy"),
         )
+        return replace(found, shares=1)  # the first process writes them
 
     def _anchor(self) -> Phase:
         section = self.recipe.anchor
@@ -398,7 +446,17 @@ class _Phases:
         }
         like = _LIKE.get(one.kind, "")
         total = sum(whole.values())
-        return Phase(one.name, whole, total, trained, shape=shape, like=like, trains=one)
+        alone = one.kind == "rloo" or method_of(self.recipe).one_process
+        return Phase(
+            one.name,
+            whole,
+            total,
+            trained,
+            shares=1 if alone else shape["accumulated"],
+            shape=shape,
+            like=like,
+            trains=one,
+        )
 
     def _at_once(self, section: Optim, one: Trains, rows: int) -> int:
         """Examples in memory at once, as long as they can be."""
@@ -417,14 +475,17 @@ class _Phases:
         votes = recipe.evaluate.votes or recipe.judge.votes
         chunk = recipe.rollout.chunk_prompts
         models, section = recipe.iterations + 1, recipe.evaluate
-        drawn = models * section.policy_prompts * (section.samples + 1)
-        total = None
+        picked_from = section.policy_prompts * (section.best_of or 0)
+        drawn = models * (section.policy_prompts * (section.samples + 1) + picked_from)
+        total, requests = None, 0
         if self.lengths.graded is not None and not (section.ifeval or section.tasks):
             # A model's own answers are graded by itself and by the anchor, the anchor's by itself.
             own = min(section.judged_answers, section.policy_prompts * section.samples)
             external = kind_of(recipe, "judge").remote
             judges = models if external else 2 * models - 1
-            voted = (models * self.lengths.graded + judges * own) * votes
+            requests = models * self.lengths.graded + judges * own
+            voted = requests * votes + models * picked_from * recipe.judge.votes
+            requests += models * picked_from
             total = drawn * self._answer + voted * self._judgement
         as_judge = self._sampling(
             "evaluation",
@@ -433,19 +494,26 @@ class _Phases:
             prompt_tokens=self._judge_room,
             new=self._judgement,
             tokens=total,
+            requests=requests,
+            rounds=models,
             engine=kind_of(recipe, "judge"),
             like="",
         )
         as_policy = self._sampling(
             "evaluation",
             prompts=max(1, min(chunk, recipe.evaluate.policy_prompts)),
-            samples=recipe.evaluate.samples,
+            samples=max(section.samples, section.best_of or 0),
             prompt_tokens=self._room,
             new=self._answer,
             tokens=total,
+            requests=models * section.policy_prompts * 2,  # sampled and greedy
+            rounds=models,
             engine=kind_of(recipe, "policy"),
         )
-        return max((as_judge, as_policy), key=lambda phase: phase.total)
+        larger = max((as_judge, as_policy), key=lambda phase: phase.total)
+        parts = (as_judge.read, as_policy.read)
+        read = None if total is None else sum(part or 0 for part in parts)
+        return replace(larger, read=read)
 
     def _export(self) -> Phase:
         parts = exporting(self.held, source_itemsize=2, texts=_TEXTS, text_tokens=_TEXT_TOKENS)
@@ -488,7 +556,8 @@ def advice(plan: Plan, remake: Callable[[Recipe], Plan]) -> tuple[list[str], boo
             break
         names = {phase.name for phase in tight}
         before = sum(phase.total for phase in tight)
-        for changes in _remedies(plan.recipe, tight[0]):
+        remedies = (changes for phase in tight for changes in _remedies(plan.recipe, phase))
+        for changes in remedies:
             try:
                 tried = remake(with_settings(plan.recipe, changes))
             except UserError:
@@ -527,6 +596,8 @@ def with_settings(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
 
 def _remedies(recipe: Recipe, phase: Phase) -> Iterator[Mapping[str, Any]]:
     """What may make a phase smaller, the cheapest first."""
+    if phase.trains is None and recipe.rollout.fold:
+        yield {"rollout.fold": False}
     if recipe.base.quantization == "none" and phase.name == "load":
         yield {"base.quantization": "nf4"}
     if phase.trains is not None:
@@ -544,8 +615,6 @@ def _remedies(recipe: Recipe, phase: Phase) -> Iterator[Mapping[str, Any]]:
         rows = phase.shape["batch_rows"]
         if rows > phase.shape["samples"]:
             yield {"rollout.batch_rows": max(1, rows // 2)}
-        if recipe.rollout.fold:
-            yield {"rollout.fold": False}
     if recipe.base.quantization == "none":
         yield {"base.quantization": "nf4"}
     if recipe.base.window > _LEAST_WINDOW and phase.name != "load":

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,7 +39,7 @@ def thinks(section: Base) -> bool:
 def prompt_tokens(section: Base, prompts: Iterable[Answerable]) -> list[int] | None:
     """Tokens of prompts in the base's template, each up to where the reply starts.
 
-    None where its tokenizer is not here, as a GGUF file's is only once the file is converted.
+    None where its tokenizer is not here.
 
     Raises:
         UserError: The template does not write one of their turns.
@@ -57,16 +58,22 @@ def question_tokens(section: Base, texts: Iterable[str]) -> list[int] | None:
 def _chat_here(of_templates: str) -> ChatFormat | None:
     from transformers import AutoTokenizer
 
+    from srlm_lite.model.base import spoken_here
     from srlm_lite.model.chat import ChatFormat
+    from srlm_lite.model.whereabouts import located
 
     found = json.loads(of_templates)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            found["name"],
-            revision=found["revision"],
-            local_files_only=True,
-            trust_remote_code=False,
-        )
+        tokenizer: Any
+        if located(found["name"])[0] == "gguf":
+            tokenizer, _ = spoken_here(Base(name=found["name"])) or (None, ())
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(
+                found["name"],
+                revision=found["revision"],
+                local_files_only=True,
+                trust_remote_code=False,
+            )
         settings = found["chat_template_kwargs"]
         return ChatFormat(
             tokenizer,
@@ -88,13 +95,38 @@ def base_config(section: Base) -> Any:
     Raises:
         UserError: It cannot be had.
     """
+    refuse_unknown(section)
+    known = _in_table(section)
+    if known is not None:
+        return config_of(known)
     from srlm_lite.model.base import read_config
 
-    known = shape_of(section.name)
-    if known is not None and not Path(section.name).exists():
-        return config_of(known)
-    try:
+    with _about_shapes(section):
         return read_config(section)
+
+
+def refuse_unknown(section: Base) -> None:
+    """Ask for the configuration of a base, without torch: of an absent Hub once, and not for long.
+
+    Raises:
+        UserError: It is neither here, nor on the Hub, nor in the table of shapes.
+    """
+    from srlm_lite.model.whereabouts import is_here
+
+    if _in_table(section) is None:
+        with _about_shapes(section):
+            is_here(section)
+
+
+def _in_table(section: Base) -> str | None:
+    """The name of the shape of a base whose files are not here, where it is known."""
+    return None if Path(section.name).exists() else shape_of(section.name)
+
+
+@contextmanager
+def _about_shapes(section: Base) -> Iterator[None]:
+    try:
+        yield
     except UserError as error:
         raise UserError(
             f"cannot plan for {section.name}: {error.what}",
@@ -153,6 +185,7 @@ def probe(settings: Any, targets: Iterable[str] = ()) -> Shape:
         linears=linears,
         largest=max(parameter.numel() for parameter in model.parameters()),
         embedded=sum(ends.values()),
+        windows=_windows(text),
         experts=experts,
         lean_norms=_lean_norms(model),
     )
@@ -163,6 +196,14 @@ def _lean_norms(model: Any) -> bool:
 
     norms = {type(one) for one in model.modules() if type(one).__name__.endswith("RMSNorm")}
     return bool(norms) and all(keeps_its_input_alone(kind) for kind in norms)
+
+
+def _windows(text: Any) -> tuple[int, ...]:
+    """Tokens of the window of each layer that sees one."""
+    from transformers import DynamicCache
+
+    layers = DynamicCache(config=text).layers
+    return tuple(window for one in layers if (window := getattr(one, "sliding_window", None)))
 
 
 def _widest(text: Any, *, mixture: bool) -> int:

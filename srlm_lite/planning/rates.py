@@ -1,7 +1,8 @@
-"""How fast phases went on a device, as measured there: the only source of a plan's times.
+"""How fast phases went on a device of this user's, as measured there.
 
 Rates lie in `rates.json` in the cache, by device, base, quantization and dtype: tokens a second of
-each phase. `srlm-lite bench plan` writes them; without it a plan says that the time is unknown.
+each phase. `srlm-lite bench plan` writes them; a plan takes them before any that were measured
+elsewhere (`planning.times`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from srlm_lite.planning.gpus import known_gpu
 from srlm_lite.settings import Shared
 
 Rates = Mapping[str, float]
@@ -30,13 +32,29 @@ def rates_folder() -> Path:
 def rates_key(recipe: Shared, *, device: str, itemsize: int) -> str:
     """What rates are kept under: the device's name, and what of the base decides its speed."""
     base = Path(recipe.base.name).name.lower()
-    return f"{device} | {base} | {recipe.base.quantization} | {8 * itemsize} bit"
+    folded = " | folded" if recipe.rollout.fold else ""
+    return f"{device} | {base} | {recipe.base.quantization} | {8 * itemsize} bit{folded}"
 
 
 def known_rates(folder: Path, key: str) -> tuple[Rates, str] | None:
     """The rates under a key and the date they were measured; None where there are none."""
     row = _read(folder).get(key)
     return None if row is None else (row["tokens_per_s"], row["date"])
+
+
+def rates_of(
+    folder: Path, recipe: Shared, *, device: str, itemsize: int
+) -> tuple[Rates, str] | None:
+    """The rates of a recipe's base on a device, whatever its driver calls it; None: none are."""
+    found = known_rates(folder, rates_key(recipe, device=device, itemsize=itemsize))
+    gpu = known_gpu(device)
+    if found is not None or gpu is None:
+        return found
+    rest = rates_key(recipe, device="", itemsize=itemsize)
+    for key in _read(folder):
+        if key.endswith(rest) and known_gpu(key.removesuffix(rest)) == gpu:
+            return known_rates(folder, key)
+    return None
 
 
 def remember(folder: Path, key: str, rates: Rates) -> None:

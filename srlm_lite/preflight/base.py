@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 from itertools import islice
+from pathlib import Path
 
 from srlm_lite.errors import UserError
 from srlm_lite.methods import method_of
 from srlm_lite.planning.room import room_for, unjudged
 from srlm_lite.preflight.launch import Launch, Seen
-from srlm_lite.session import import_backend, refuse_absent_base, refuse_unexportable
+from srlm_lite.session import (
+    import_backend,
+    refuse_absent_base,
+    refuse_unexportable,
+    refuse_unreadable_base,
+)
 from srlm_lite.settings import LORA_TARGETS
-from srlm_lite.stages.seed_data import FilesOfRecipe, check_window, shapes_asked
+from srlm_lite.stages.seed_data import (
+    FilesOfRecipe,
+    check_window,
+    shapes_asked,
+    taught_thoughts,
+)
 from srlm_lite.window import leaves_room
 
 
@@ -21,12 +32,18 @@ def backend(launch: Launch) -> Seen:
 
 
 def base(launch: Launch) -> Seen:
-    """The base's files, here or on the Hub."""
+    """That the base is here, or on the Hub."""
     here = refuse_absent_base(launch.recipe, launch.run)
     name = launch.recipe.base.name
     if not here:
         return Seen(name, (f"{name} is not here yet: it is going to be downloaded",))
     return Seen(name)
+
+
+def files(launch: Launch) -> Seen:
+    """What is in the base's files, where they are here."""
+    refuse_unreadable_base(launch.recipe, launch.run)
+    return Seen("can be read, as far as that shows without loading them")
 
 
 def device(launch: Launch) -> Seen:
@@ -53,6 +70,40 @@ def targets(launch: Launch) -> Seen:
     return Seen(f"{len(shape.adapted(recipe.targets))} layers carry an adapter")
 
 
+def anchor(launch: Launch) -> Seen:
+    """That an anchor which is taken from elsewhere can be read, and is one for this base."""
+    from srlm_lite.model.stack import Adapter
+
+    recipe = launch.recipe
+    if recipe.anchor.init == "base":
+        return Seen("it is trained", asked=False)
+    if launch.begun is not None and launch.begun.anchor.training.is_file():
+        return Seen("the run has it", asked=False)
+    where = f"anchor.init = {recipe.anchor.init}"
+    adapter = Adapter.load(Path(recipe.anchor.init))
+    try:
+        layers = {one.name: one for one in launch.plan.shape.adapted(recipe.targets)}
+    except UserError:
+        return Seen("not known before the base is loaded", asked=False)
+    if missing := adapter.factors.keys() - layers.keys():
+        raise UserError(
+            f"it has weights for {min(missing)}, which the base does not have or the recipe does "
+            "not target",
+            where=where,
+            way_out="Take the base that it was trained on, and the same lora.targets",
+        )
+    for name, (a, b) in adapter.factors.items():
+        layer = layers[name]
+        if (a.shape[1], b.shape[0]) != (layer.inputs, layer.outputs):
+            raise UserError(
+                f"its {name} is for a layer of {a.shape[1]} to {b.shape[0]}, the base's is one of "
+                f"{layer.inputs} to {layer.outputs}",
+                where=where,
+                way_out="Take the base that it was trained on",
+            )
+    return Seen(f"rank {adapter.rank}, for {len(adapter.factors)} layers")
+
+
 def template(launch: Launch) -> Seen:
     """That the base can be spoken to: its tokenizer and chat template, which are proved."""
     chat = launch.chat
@@ -76,6 +127,24 @@ def conversations(launch: Launch) -> Seen:
         alone = recipe.base.system is None
         return Seen("single user turns" if alone else "single user turns, under a system message")
     return Seen(f"{len(shapes)} successions of turns, all of which the template writes")
+
+
+def thoughts(launch: Launch) -> Seen:
+    """That thoughts which stand in what the anchor learns are going to be taken for thoughts."""
+    chat = launch.chat
+    if chat is None:
+        return Seen("not known before the base is loaded", asked=False)
+    if chat.thinks:
+        return Seen("the base thinks")
+    count = taught_thoughts(launch.recipe)
+    told = (
+        f"{count:,} replies of the instruction data begin with a thought, and the base does not "
+        "think, or is told not to: it learns them as text. Take the thoughts out, or let it think "
+        "(base.chat_template_kwargs)"
+    )
+    if count:
+        return Seen(f"{count:,} are taught as text", (told,))
+    return Seen("none are taught")
 
 
 def judging(launch: Launch) -> Seen:

@@ -15,41 +15,51 @@ Check = Callable[[Launch], Seen]
 
 CHECKS: Mapping[str, Check] = {
     "processes": machine.processes,
+    "directory": machine.directory,
     "engines": inputs.engines,
     "judge": inputs.judge,
     "files": inputs.files,
     "data": inputs.data,
+    "judge data": inputs.judge_data,
     "method": inputs.method,
     "window": inputs.window,
     "prompts": inputs.prompts,
     "held-out": inputs.held_out,
-    "directory": machine.directory,
     "tracking": machine.tracking,
-    "backend": base.backend,
+    "server": machine.server,
     "base": base.base,
+    "backend": base.backend,
+    "base files": base.files,
     "device": base.device,
     "targets": base.targets,
+    "anchor": base.anchor,
     "chat template": base.template,
     "conversations": base.conversations,
+    "thoughts": base.thoughts,
     "prompts that fit": base.prompts_that_fit,
     "judging": base.judging,
     "memory": machine.memory,
     "disk": machine.disk,
-    "server": machine.server,
+    "time": machine.time,
 }
-"""Name to check. What costs nothing comes first, what asks another machine last; Unsloth comes
-before what imports transformers."""
+"""Name to check. From `backend` on they import torch, which takes seconds: whatever can be told
+without it comes before. Unsloth comes before what imports transformers."""
 
 NEEDS: Mapping[str, tuple[str, ...]] = {
     "prompts": ("window",),
+    "judge data": ("judge", "data"),
     "held-out": ("data",),
-    "targets": ("base", "device"),
-    "chat template": ("base", "device"),
+    "base files": ("base",),
+    "targets": ("base", "base files", "device"),
+    "anchor": ("files", "targets"),
+    "chat template": ("base", "base files", "device"),
     "conversations": ("base", "data", "prompts", "chat template"),
+    "thoughts": ("base", "data", "chat template"),
     "prompts that fit": ("base", "chat template", "prompts", "conversations"),
     "judging": ("base", "data", "judge", "prompts", "chat template", "conversations"),
     "memory": ("base", "device", "targets"),
     "disk": ("base", "device", "targets"),
+    "time": ("base", "device", "targets"),
 }
 """Checks that mean nothing where another one has found something: they would say it again."""
 
@@ -57,9 +67,11 @@ OF_WORK = (
     "device",
     "chat template",
     "conversations",
+    "thoughts",
     "prompts that fit",
     "judging",
     "disk",
+    "time",
     "server",
 )
 """Checks of what a run that is finished does not need any more."""
@@ -87,8 +99,8 @@ def refuse(launch: Launch) -> list[str]:
     Raises:
         UserError: The first that stands in the way.
     """
-    # `RunDir.open` asks the directory next, under its lock; it may hash gigabytes.
-    asked = [check for name, check in _checks(launch).items() if name != "directory"]
+    # `RunDir.open` asks all of the directory next, under its lock; it may hash gigabytes.
+    asked = {**_checks(launch), "directory": machine.glance}.values()
     return [line for check in asked for line in check(launch).warnings]
 
 
@@ -111,6 +123,21 @@ def answers(launch: Launch) -> Iterator[Answer]:
         else:
             state: State = "ok" if seen.asked else "not asked"
             yield Answer(name, "warning" if seen.warnings else state, seen.text, seen.warnings)
+
+
+def answers_of_files(launch: Launch) -> Iterator[Answer]:
+    """The answers of the checks that need neither a directory nor a machine: settings and files."""
+    named = {check: name for name, check in CHECKS.items()}
+    for check in inputs.INPUTS:
+        try:
+            seen = check(launch)
+        except UserError as error:
+            yield Answer(named[check], "bad", str(error))
+        else:
+            state: State = "ok" if seen.asked else "not asked"
+            yield Answer(
+                named[check], "warning" if seen.warnings else state, seen.text, seen.warnings
+            )
 
 
 def _checks(launch: Launch) -> Mapping[str, Check]:

@@ -8,11 +8,14 @@ from srlm_lite.engines import engines_of
 from srlm_lite.errors import UserError
 from srlm_lite.evaluate import ifeval
 from srlm_lite.evaluate.gold import load_gold
+from srlm_lite.forms import form_of
 from srlm_lite.judging import load_rubric
 from srlm_lite.methods import method_of
 from srlm_lite.preflight.launch import Launch, Seen
+from srlm_lite.questions import load_question
 from srlm_lite.recipe import Recipe
 from srlm_lite.shipped import CHAT_TEMPLATES, shipped_text
+from srlm_lite.stages.anchor import given_targets
 from srlm_lite.stages.seed_data import (
     FilesOfRecipe,
     check_window,
@@ -21,6 +24,7 @@ from srlm_lite.stages.seed_data import (
     nearly_held_out,
     policy_prompts,
     prompts_suffice,
+    prompts_to_disturb,
     read_extra,
     read_ift,
     read_ranked,
@@ -35,17 +39,25 @@ def engines(launch: Launch) -> Seen:
     kinds = engines_of(launch.recipe)
     for kind in kinds:
         kind.check(launch.recipe)
+        if not launch.goes_on:  # an earlier version let one stand there
+            kind.discreet(launch.recipe)
     return Seen(", ".join(kind.name for kind in kinds))
 
 
 def judge(launch: Launch) -> Seen:
-    """The rubric, and that two of its scores can be as far apart as a pair's have to be."""
-    recipe = launch.recipe
+    """The rubric, what the form of judging reads beside it, and that two scores can be as far
+    apart as a pair's have to be."""
+    recipe, form = launch.recipe, form_of(launch.recipe)
     rubric, gap = load_rubric(recipe.judge.rubric), recipe.pairing.min_gap
-    if recipe.judge_makes_pairs and gap >= rubric.max - rubric.min:
+    form.preflight()
+    low, high = form.scale(rubric)
+    if recipe.judge_makes_pairs and gap >= high - low:
+        whose = f"the rubric {rubric.name}"
+        if (low, high) != (rubric.min, rubric.max):
+            whose = f"judge.form={form.name}"
         raise UserError(
-            f"no two scores of the rubric {rubric.name} differ by more than {gap:g}: it goes from "
-            f"{rubric.min:g} to {rubric.max:g}",
+            f"no two scores of {whose} differ by more than {gap:g}: it goes from "
+            f"{low:g} to {high:g}",
             where="pairing.min_gap",
             way_out="Lower it",
         )
@@ -82,7 +94,10 @@ def data(launch: Launch) -> Seen:
         counted["IFT rows"] = len(read_ift(recipe))
     if trained and recipe.data.extra:
         counted["extra rows"] = len(read_extra(recipe))
-    if trained and recipe.anchor.use_eft:
+    if trained and recipe.anchor.use_eft and recipe.anchor.eft_targets == "disturbed":
+        load_question("disturb", recipe.anchor.disturb_template)
+        counted["prompts to disturb"] = len(prompts_to_disturb(recipe)[0])
+    elif trained and recipe.anchor.use_eft:
         path = data_file(recipe, "eft_train.jsonl")
         groups = refuse_none(read_ranked(path, recipe.anchor.eft_prompts), path)
         counted["EFT prompts"] = len(groups)
@@ -91,6 +106,19 @@ def data(launch: Launch) -> Seen:
     counted["held-out prompts"] = len(policy_prompts(recipe))
     told = ", ".join(f"{count:,} {name}" for name, count in counted.items())
     return Seen(told, tuple(unmeasured(recipe)))
+
+
+def judge_data(launch: Launch) -> Seen:
+    """That the anchor's judge data says what is to be learned, in the judge's own scores."""
+    recipe = launch.recipe
+    section = recipe.anchor
+    if section.init != "base" or not section.use_eft or section.eft_targets != "given":
+        return Seen("its targets are made", asked=False)
+    path = data_file(recipe, "eft_train.jsonl")
+    rows = given_targets(
+        read_ranked(path, section.eft_prompts), load_rubric(recipe.judge.rubric), path
+    )
+    return Seen(f"{len(rows):,} targets, each with a score")
 
 
 def held_out(launch: Launch) -> Seen:
@@ -128,7 +156,7 @@ def prompts(launch: Launch) -> Seen:
     return Seen(f"{len(listed):,}, and {wanted:,} are wanted")
 
 
-INPUTS = (engines, judge, files, data, method, window, prompts)
+INPUTS = (engines, judge, files, data, judge_data, method, window, prompts)
 
 
 def check_inputs(recipe: Recipe) -> None:

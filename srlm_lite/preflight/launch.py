@@ -69,17 +69,18 @@ class Launch:
         Raises:
             UserError: As `ChatFormat`.
         """
-        from srlm_lite.model.base import directory_here, spoken
+        from srlm_lite.model.base import spoken_here
         from srlm_lite.model.chat import ChatFormat
 
-        section = self.recipe.base
-        folder = directory_here(section, revision=self.run.base_revision if self.run else None)
-        if folder is None:
-            return None
+        section, run = self.recipe.base, self.run
+        noted = (None, None) if run is None else (run.base_revision, run.base_conversion)
         try:
-            tokenizer, ends = spoken(folder)
+            found = spoken_here(section, revision=noted[0], conversion=noted[1])
         except Exception:  # loading the base will say what is wrong with it
             return None
+        if found is None:
+            return None
+        tokenizer, ends = found
         return ChatFormat(
             tokenizer,
             template=section.chat_template,

@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
-from srlm_lite.engines import engines_of
+from srlm_lite.engines import engines_of, kind_of
 from srlm_lite.errors import UserError
+from srlm_lite.forms import form_of
 from srlm_lite.planning.machine import shortfall
+from srlm_lite.planning.times import in_words, times_of, total
 from srlm_lite.preflight.launch import Launch, Seen
 from srlm_lite.session import refuse_several, refuse_sharding
 from srlm_lite.settings import LORA_TARGETS
 from srlm_lite.tracking import check_installed
 
 
+def glance(launch: Launch) -> Seen:
+    """What of `directory` shows at once."""
+    if launch.run is None:
+        return Seen("none named", asked=False)
+    launch.run.glance(launch.recipe, fresh=launch.fresh)
+    return Seen("can be written")
+
+
 def directory(launch: Launch) -> Seen:
     """That the run can begin in its directory, or go on there."""
     if launch.run is None:
         return Seen("none named", asked=False)
+    glance(launch)
     launch.run.check(launch.recipe, fresh=launch.fresh)
     if launch.begun is None:
         return Seen("a new run")
@@ -49,11 +61,17 @@ def tracking(launch: Launch) -> Seen:
 
 
 def server(launch: Launch) -> Seen:
-    """That the servers of the run's engines are there."""
-    asked = [kind.reach for kind in engines_of(launch.recipe) if kind.reach is not None]
+    """That the servers of the run's engines are there, and tell probabilities if it needs them."""
+    recipe = launch.recipe
+    asked = [kind.reach for kind in engines_of(recipe) if kind.reach is not None]
     if not asked:
         return Seen("none is asked", asked=False)
-    return Seen(", ".join(reach(launch.recipe) for reach in asked))
+    found = ", ".join(reach(recipe) for reach in asked)
+    tells = kind_of(recipe, "judge").tells_probabilities
+    if form_of(recipe).weighs and tells is not None:
+        tells(recipe)
+        found += ", and tells probabilities"
+    return Seen(found)
 
 
 def memory(launch: Launch) -> Seen:
@@ -77,6 +95,24 @@ def memory(launch: Launch) -> Seen:
     tight = [phase.name for phase in plan.phases if not plan.fits(phase)]
     warnings = (f"smaller batches than planned make these fit: {', '.join(tight)}",)
     return Seen(text, warnings if tight else ())
+
+
+def time(launch: Launch) -> Seen:
+    """How long the run takes at most, as far as rates of this device, or of others, are known."""
+    try:
+        plan = launch.plan
+    except UserError:
+        return Seen("not known before the base is loaded", asked=False)
+    times = times_of(replace(plan, hardware=replace(plan.hardware, count=launch.processes)))
+    seconds, missing = total(times)
+    if not seconds:
+        return Seen("unknown: no rate of this device is known", asked=False)
+    apart = f", {', '.join(missing)} apart" if missing else ""
+    scaled = any(one.known == "scaled" for one in times.values())
+    how = (
+        "scaled from what was measured elsewhere" if scaled else "at rates measured on this device"
+    )
+    return Seen(f"{in_words(seconds)} at most{apart}, {how} (srlm-lite plan says by what)")
 
 
 def disk(launch: Launch) -> Seen:

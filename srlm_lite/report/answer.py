@@ -67,10 +67,23 @@ def best(facts: Facts) -> ModelFacts | None:
     return sound[0] if sound else max(made, key=lambda model: float(model.policy[found.figure]))
 
 
-def anchor_is_best(facts: Facts) -> bool:
-    """Whether no iteration has better answers than M1, by what was measured."""
+Standing = Literal["ahead", "alike", "behind"]
+
+
+def anchor_beside_best(facts: Facts) -> Standing | None:
+    """How M1 stands beside the best iteration, by what was measured; alike: within chance of it.
+
+    None where nothing tells.
+    """
     models, found = _ranked(facts)
-    return found is not None and not models[found.place].number
+    chosen = best(facts)
+    if found is None or chosen is None:
+        return None
+    places = {model.number: place for place, model in enumerate(models)}
+    anchor, iteration = places.get(0), places[chosen.number]
+    if found.place == anchor:
+        return "alike" if iteration in found.alike else "ahead"
+    return "alike" if anchor in found.alike else "behind"
 
 
 def _ranked(facts: Facts) -> tuple[list[ModelFacts], Best | None]:
@@ -211,13 +224,19 @@ def _change(
 
 
 def _caution(facts: Facts) -> list[str]:
+    found = []
     tried = sum(1 for model in _ranked(facts)[0] if model.number)
-    if tried < 2:
-        return []
-    return [
-        f"the best of {tried} iterations, picked on the prompts it is measured on: expect a "
-        "little less on new ones; one seed"
-    ]
+    if tried > 1:
+        found.append(
+            f"the best of {tried} iterations, picked on the prompts it is measured on: expect a "
+            "little less on new ones; one seed"
+        )
+    if not facts.controls:
+        found.append(
+            "any training sharpens a model: whether the judge has taught it something, a control "
+            "tells, such as pairs drawn blindly (report --control)"
+        )
+    return found
 
 
 def _cost(facts: Facts) -> tuple[str, ...]:
@@ -325,8 +344,10 @@ def worries(facts: Facts) -> list[str]:
             f"answers grew from {lengths[0]:.0f} to {lengths[-1]:.0f} characters on average: part "
             "of what a judge prefers here may be length"
         )
-    if (facts.settings.get("pairing") or {}).get("source") == "random":
-        found.append("the pairs were drawn blindly: this is a control, not a self-rewarding model")
+    source = (facts.settings.get("pairing") or {}).get("source")
+    if source in ("random", "flipped"):
+        made = "drawn blindly" if source == "random" else "turned round"
+        found.append(f"the pairs were {made}: this is a control, not a self-rewarding model")
     return found
 
 

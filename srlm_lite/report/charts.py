@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from random import Random
@@ -10,6 +11,7 @@ from typing import Any, Literal
 
 from srlm_lite.evaluate.judge_figures import READABLE, TIES, figures_of, notes
 from srlm_lite.report.facts import Curve, Estimate, Facts, IterationFacts, ModelFacts, figure
+from srlm_lite.settings import Dpo
 
 Kind = Literal["lines", "curves", "bars", "stack", "points"]
 
@@ -543,7 +545,7 @@ def _training(facts: Facts) -> list[Chart | None]:
     if not curves:
         return [_ends(facts)]
     return [
-        chart("dpo-loss", "Loss", "loss", "ln 2 = 0.693 is where policy and reference agree."),
+        chart("dpo-loss", "Loss", "loss", _of_equals(facts)),
         chart("dpo-margin", "Reward margin", "reward_margin", "Chosen above rejected."),
         chart(
             "dpo-accuracy",
@@ -553,6 +555,15 @@ def _training(facts: Facts) -> list[Chart | None]:
             y_range=(0, 1),
         ),
     ]
+
+
+def _of_equals(facts: Facts) -> str:
+    settings = facts.settings["dpo"]
+    equal = Dpo(beta=settings["beta"], loss=settings.get("loss", "sigmoid")).loss_of_equals
+    if equal is None:
+        return ""
+    named = "ln 2 = 0.693" if equal == math.log(2) else f"{equal:.4g}"
+    return f"{named} is where policy and reference agree."
 
 
 def _is_dpo(curve: Curve) -> bool:

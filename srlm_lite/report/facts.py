@@ -20,6 +20,7 @@ from srlm_lite.pairing import JUDGE, replay_age
 from srlm_lite.recipe import paths_in
 from srlm_lite.records import (
     Candidate,
+    Contest,
     Judgement,
     Label,
     PreferencePair,
@@ -30,6 +31,7 @@ from srlm_lite.report.words import Words, words
 from srlm_lite.run.files import read_json, read_records
 from srlm_lite.run.layout import IterationDir, StageDir
 from srlm_lite.run.run import RunDir
+from srlm_lite.telling import without_secrets_in
 
 Z95 = 1.96
 """Standard errors to either side of a mean that make its 95% interval."""
@@ -94,6 +96,8 @@ class Pair:
     rejected_votes: tuple[Judgement, ...] = ()
     principle: str = ""
     """By which the two were compared, where the method goes by principles."""
+    contest: Contest | None = None
+    """What the judge made of the two against each other, where it compares candidates."""
 
     def to_row(self) -> dict[str, Any]:
         """Its row in `pairs.jsonl`."""
@@ -102,7 +106,15 @@ class Pair:
     @property
     def source(self) -> str:
         """Where it is from, in words; empty for the iteration's own answers."""
-        return "a pair of judgements" if self.record.origin == JUDGE else self.record.origin
+        origin = self.record.origin
+        return origin.replace(JUDGE, "a pair of judgements", 1)
+
+    @property
+    def compared(self) -> str:
+        """What the judge made of the two against each other, in words; empty if it did not."""
+        if self.contest is None:
+            return ""
+        return f"against the rejected one the chosen one {self.contest.told(self.record.chosen_id)}"
 
     @property
     def gap(self) -> float:
@@ -198,6 +210,12 @@ class ModelFacts:
         return figure(greedy, "gold_mean", greedy.get("gold_se"))
 
     @property
+    def best_of_gold(self) -> Estimate | None:
+        """Gold score of the answers that its judge picked of several (`evaluate.best_of`)."""
+        best = self.policy.get("best_of") or {}
+        return figure(best, "gold_mean", best.get("gold_se"))
+
+    @property
     def anchor_score(self) -> Estimate | None:
         """What the anchor, as judge, thinks of its answers."""
         return figure(self.policy, "anchor_score", self.policy.get("anchor_score_se"))
@@ -265,6 +283,10 @@ class Facts:
     """Those of which there is anything yet, in order; the base where it has been measured."""
     duels: tuple[Duel, ...] = ()
     """Head to heads of its models and others, as `srlm-lite compare` has left them."""
+    anchor_sha256: str = ""
+    """The hash of the anchor's adapter; empty before there is one."""
+    controls: tuple[Facts, ...] = ()
+    """Other runs to hold it against, without their texts."""
 
     @property
     def name(self) -> str:
@@ -350,7 +372,9 @@ def gather(run: RunDir, *, last: int | None = None, texts: bool = True) -> Facts
             models.append(_model(place.number, place, stages, iteration))
     results = [read_json(place.result) for place in run.comparisons.finished()]
     duels = tuple(Duel(one["model"], one["baseline"], one["judge"]["name"], one) for one in results)
-    return Facts(run.path, facts["recipe"], facts, tuple(models), duels)
+    return Facts(
+        run.path, facts["recipe"], facts, tuple(models), duels, anchor_sha256=run.anchor.sha256
+    )
 
 
 def _model(
@@ -423,6 +447,8 @@ def _pairs(
     found = []
     labels = read_records(place.labels, Label) if place.labels.is_file() else []
     principles = {frozenset((row.first_id, row.second_id)): row.principle for row in labels}
+    held = read_records(place.comparisons, Contest) if place.comparisons.is_file() else []
+    contests = {frozenset(row.ids): row for row in held}
     for record in records:
         known = votes.get(place.number - replay_age(record), {})
         found.append(
@@ -431,7 +457,8 @@ def _pairs(
                 record,
                 known.get(record.chosen_id, ()),
                 known.get(record.rejected_id, ()),
-                principles.get(frozenset((record.chosen_id, record.rejected_id)), ""),
+                principles.get(both := frozenset((record.chosen_id, record.rejected_id)), ""),
+                contests.get(both),
             )
         )
     return found
@@ -455,12 +482,16 @@ def _curves(place: IterationDir) -> list[Curve]:
 
 
 def public_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe with the names of files and directories in place of their absolute paths."""
+    """The recipe with the names of files and directories in place of their absolute paths.
+
+    A secret that an earlier version let stand in it, in a URL say, is left out.
+    """
     public = copy.deepcopy(dict(settings))
     for section, key, _ in paths_in(public):
         if Path(section[key]).is_absolute():
             section[key] = Path(section[key]).name
-    return public
+    hidden: dict[str, Any] = without_secrets_in(public)
+    return hidden
 
 
 def used_settings(facts: Facts) -> dict[str, Any]:

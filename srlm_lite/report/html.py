@@ -20,12 +20,15 @@ from srlm_lite.errors import UserError
 from srlm_lite.evaluate.gold import Gold, load_gold
 from srlm_lite.evaluate.judge_figures import JUDGE_FIGURES, JudgeFigure
 from srlm_lite.evaluate.reading import KINDS, first_loss
+from srlm_lite.forms import DEFAULT_FORM, form_in
 from srlm_lite.methods import METHODS, own_settings
 from srlm_lite.report.answer import answer, duration, hardware
 from srlm_lite.report.charts import groups, number
+from srlm_lite.report.controls import COLUMNS, comparisons, rows, verdict
 from srlm_lite.report.draw import svg
 from srlm_lite.report.facts import Duel, Estimate, Facts, ModelFacts, used_settings
 from srlm_lite.report.pack import Packed, pack
+from srlm_lite.telling import without_secrets_in
 
 MOST_BYTES = 5_000_000
 """No report is larger."""
@@ -42,11 +45,13 @@ KEY_SETTINGS = (
     ("prompts.per_iteration", "prompts an iteration"),
     ("rollout.n", "candidates a prompt"),
     ("rollout.temperature", "temperature of candidates"),
+    ("judge.form", "judged by"),
     ("judge.rubric", "rubric"),
     ("judge.votes", "votes a candidate"),
     ("pairing.source", "pairs by"),
     ("dpo.init", "each delta starts from"),
     ("dpo.reference", "reference"),
+    ("dpo.loss", "loss"),
     ("dpo.beta", "beta"),
     ("dpo.learning_rate", "learning rate"),
     ("dpo.epochs", "epochs"),
@@ -60,7 +65,8 @@ def html(facts: Facts) -> str:
     empty = _render(page, Packed("", 0, 0, None), "")
     room = MOST_BYTES - len(empty.encode()) - 20_000  # for the notes on pairs
     gold, note = _gold(facts)
-    packed = pack(facts.pairs, room=room, gold=gold.total if gold else None)
+    told = form_in(facts.settings).told
+    packed = pack(facts.pairs, room=room, gold=gold.total if gold else None, told=told)
     return _render(page, packed, note)
 
 
@@ -98,12 +104,13 @@ def _page(facts: Facts) -> dict[str, Any]:
         ],
         "others": [row for model in facts.models for row in _others(model)],
         "duels": [_duel(one) for one in facts.duels],
+        "controls": _controls(facts),
         "groups": [
             (group, [(chart, svg(chart)) for chart in group.charts]) for group in groups(facts)
         ],
         "settings": _key_settings(facts),
         "recipe": yaml.safe_dump(used_settings(facts), sort_keys=False, allow_unicode=True),
-        "command": facts.run.get("command"),
+        "command": without_secrets_in(facts.run.get("command")),
         "versions": facts.run.get("versions") or {},
         "hardware": hardware(facts),
         "digest": facts.run.get("digest"),
@@ -158,8 +165,16 @@ def _columns(facts: Facts) -> list[tuple[str, Cell]]:
     if facts.gold_name:
         columns += [("gold", lambda m: _with_bounds(m.gold))]
         columns += [("gold, greedy", lambda m: _with_bounds(m.greedy_gold))]
+    if several := next((m.policy["best_of"]["n"] for m in facts.models if m.best_of_gold), None):
+        name = f"gold, best of {several} by its judge"
+        columns += [(name, lambda m: _with_bounds(m.best_of_gold))]
     columns += [
         *((one.label.replace("-", _HYPHEN), judged(one)) for one in JUDGE_FIGURES),
+        *(
+            (label, lambda m, key=key: number(m.judge.get(key)))
+            for key, label in form_in(facts.settings).figures.items()
+            if any(key in model.judge for model in facts.models)
+        ),
         ("characters", lambda m: number(m.policy.get("mean_length_chars"), 0)),
         ("cut off", lambda m: number(m.policy.get("truncated_rate"))),
         *([] if facts.words.why_no_pairs else [("pairs", _pairs)]),
@@ -199,6 +214,15 @@ def _duel(duel: Duel) -> tuple[str, ...]:
     )
 
 
+def _controls(facts: Facts) -> dict[str, Any] | None:
+    """What stands beside the run's controls; None where none was named."""
+    if not facts.controls:
+        return None
+    found = comparisons(facts)
+    told = [one.text for one in found]
+    return {"verdict": verdict(found), "told": told, "columns": COLUMNS, "rows": rows(facts)}
+
+
 def _others(model: ModelFacts) -> list[tuple[str, str, str]]:
     """What an evaluation has beside the judge's and the policy's figures."""
     found: list[tuple[str, str, str]] = []
@@ -236,6 +260,12 @@ def _key_settings(facts: Facts) -> list[tuple[str, str]]:
         unread = kind.unread(own_settings(kind, facts.settings))
         unused = {*kind.unshown, *(name for name in unread if not unread[name])}
         own = {f"{kind.section}.{key}": name for key, name in kind.labels.items()}
+    form = form_in(facts.settings)
+    if form.name == DEFAULT_FORM:
+        unused.add("judge.form")
+    else:
+        unused |= set(form.unshown)
+        own |= {f"{form.section}.{key}": name for key, name in form.labels.items()}
     if facts.words.why_no_votes:
         unused.add("judge.votes")
         if (facts.settings.get("pairing") or {}).get("source") == "judge":

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from srlm_lite.evaluate.judge_figures import SHORT_FIGURES
+from srlm_lite.forms import form_in
 from srlm_lite.report.answer import Headline, answer, worries
 from srlm_lite.report.charts import number
+from srlm_lite.report.controls import COLUMNS, comparisons, rows, verdict
 from srlm_lite.report.facts import Facts, ModelFacts
 from srlm_lite.shipped import short_base
 
@@ -27,6 +29,8 @@ def markdown(facts: Facts) -> str:
         ),
         "## Measured\n\n" + measured(facts),
     ]
+    if facts.controls:
+        parts.append(_beside_controls(facts))
     if warned := warned_of(facts):
         parts.append(warned)
     parts.append(f"Recipe digest `{facts.run.get('digest', '')}`. Made with srlm-lite.")
@@ -41,6 +45,7 @@ def measured(facts: Facts) -> str:
         "pairs",
         *(["gold"] if gold else []),
         *(one.short or one.label for one in SHORT_FIGURES),
+        *(own := form_in(facts.settings).figures).values(),
     ]
     names.append("mean length, characters")
     lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
@@ -50,6 +55,7 @@ def measured(facts: Facts) -> str:
         if gold:
             cells.append(_gold(model))
         cells += [number(one.of(judge)) for one in SHORT_FIGURES]
+        cells += [number(judge.get(key)) for key in own]
         cells.append(number(policy.get("mean_length_chars"), 0))
         lines.append("| " + " | ".join(cells) + " |")
     notes = (
@@ -59,6 +65,14 @@ def measured(facts: Facts) -> str:
     if gold:
         notes += f" Gold: `{gold}` on sampled answers to held-out prompts, with 95% intervals."
     return "\n".join([*lines, "", notes])
+
+
+def _beside_controls(facts: Facts) -> str:
+    found = comparisons(facts)
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+    lines += ["| " + " | ".join(row) + " |" for row in rows(facts)]
+    told = "\n".join([verdict(found), "", *(f"- {one.text}" for one in found)])
+    return f"## Controls\n\n{told}\n\n" + "\n".join(lines)
 
 
 def warned_of(facts: Facts) -> str:

@@ -147,20 +147,26 @@ def largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return found, best.gather(1, places // BLOCK) * BLOCK + places % BLOCK
 
 
-def most_probable(logits: Tensor, count: int) -> list[Alternatives]:
+def most_probable(logits: Tensor, count: int, also: tuple[int, ...] = ()) -> list[Alternatives]:
     """Each row's most probable tokens with their log-probabilities at temperature 1.
 
     Args:
         logits: (B, V) unnormalised.
         count: How many; 0 computes nothing.
+        also: Tokens that are told of as well, behind the others, wherever they rank.
     """
     if not count:
         return [()] * len(logits)
     scores = logits.float()
     values, tokens = largest(scores, min(count, logits.shape[-1]))
+    if also:
+        more = torch.tensor(also, device=scores.device).expand(len(scores), -1)
+        values = torch.cat([values, scores.gather(1, more)], dim=1)
+        tokens = torch.cat([tokens, more], dim=1)
     logs = values - scores.logsumexp(dim=-1, keepdim=True)
+    # One that is among the most probable anyway is told of once.
     return [
-        tuple(zip(row, row_logs, strict=True))
+        tuple(dict(zip(row, row_logs, strict=True)).items())
         for row, row_logs in zip(tokens.tolist(), logs.tolist(), strict=True)
     ]
 
@@ -189,6 +195,7 @@ class SeededNucleus(LogitsProcessor):
             temperature=self._limits.temperature,
             top_p=self._limits.top_p,
         )
-        self.alternatives.append(most_probable(scores, self._limits.alternatives))
+        told = most_probable(scores, self._limits.alternatives, self._limits.also)
+        self.alternatives.append(told)
         only = torch.full_like(scores, -torch.inf)
         return only.scatter_(1, tokens.unsqueeze(1), 0.0)

@@ -20,10 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
-from srlm_lite.errors import SrlmError, UserError, same_command
+from srlm_lite.conversation import Message
+from srlm_lite.errors import SrlmError, UserError, same_command, shorten
 from srlm_lite.records import FinishReason
 from srlm_lite.rollout.protocol import Limits, Request, Sample, StopRule, Token
 from srlm_lite.settings import OpenAI
+from srlm_lite.telling import hide, secret_in_url, without_secrets
 
 if TYPE_CHECKING:
     from srlm_lite.model.stack import Adapter
@@ -48,6 +50,8 @@ them, and are asked without."""
 
 TELLING_WORDS = 8
 """A reply so long is not given to every seed by chance."""
+
+UNTOLD = "the server gives no log-probabilities"
 
 _RETRIED = {408, 409, 425, 429}
 _WHERE = "engine openai"
@@ -141,7 +145,7 @@ class OpenAIEngine:
         try:
             return httpx.Client(
                 base_url=(self._settings.url or "").rstrip("/"),
-                headers={"Authorization": f"Bearer {key}"},
+                headers={"Authorization": authorization(key)},
                 timeout=self._settings.timeout_s,
                 limits=httpx.Limits(max_connections=parallel, max_keepalive_connections=parallel),
             )
@@ -173,9 +177,33 @@ def key_of(settings: OpenAI) -> str:
         UserError: No header can carry it.
     """
     key = os.environ.get(settings.key_variable, "").strip() or NO_KEY
+    if key != NO_KEY:
+        hide(key)
     if not (key.isascii() and key.isprintable()):
         raise UserError("holds characters that no key has", where=f"${settings.key_variable}")
     return key
+
+
+def refuse_secret_url(settings: OpenAI) -> None:
+    """Have nobody put a key into a URL: that goes to run.json, reports and cards.
+
+    Raises:
+        UserError: There is one in it; says of what kind, and not which.
+    """
+    found = secret_in_url(settings.url or "")
+    if found is not None:
+        raise UserError(
+            f"holds {found}, and what a recipe says goes to run.json and to reports",
+            where="openai.url",
+            way_out="Leave it out of the URL, and put it into the environment variable "
+            f"{settings.key_variable}; what a server wants otherwise than as `Bearer KEY` stands "
+            "there in full, such as `Basic …`",
+        )
+
+
+def authorization(key: str) -> str:
+    """The header that carries a key: `Bearer KEY`, or a key that names its own scheme as it is."""
+    return key if " " in key else f"Bearer {key}"
 
 
 @dataclass(slots=True)
@@ -190,7 +218,6 @@ class _Caller:
 
     def __init__(self, client: httpx.Client, retries: int, neutral: Neutral) -> None:
         self._client, self._retries, self._neutral = client, retries, neutral
-        self._key = client.headers["Authorization"].removeprefix("Bearer ")
         self.given_up = threading.Event()
         """Set when one request has failed for good, so that none waits any longer."""
 
@@ -209,7 +236,7 @@ class _Caller:
             else:
                 if response.is_success:
                     return self._json(response)
-                problem = f"{response.status_code}: {self._said(response)}"
+                problem = f"{response.status_code}: {said(response)}"
                 if _knows_no_neutral(response) and NEUTRAL.keys() & body.keys():
                     self._neutral.sent = False
                     return self.answer(body)
@@ -229,19 +256,6 @@ class _Caller:
             raise UserError(
                 f"{response.url} does not answer with JSON; is openai.url right?", where=_WHERE
             ) from error
-
-    def _said(self, response: httpx.Response) -> str:
-        """The server's own words, in one short line, without the key."""
-        text = response.text
-        try:
-            found = json.loads(text)
-            for name in ("error", "message", "detail"):
-                found = found.get(name, found) if isinstance(found, dict) else found
-            text = found if isinstance(found, str) else json.dumps(found)
-        except ValueError:
-            pass
-        text = " ".join(text.split()).replace(self._key, "***") or response.reason_phrase
-        return text if len(text) <= 200 else f"{text[:200]}…"
 
     def _refusal(self, status: int, problem: str) -> UserError:
         hints = {
@@ -263,6 +277,19 @@ class _Caller:
             f"{_WHERE}: {self._client.base_url} does not answer ({why}). "
             f"What it has answered is kept: {same_command()} goes on from here"
         )
+
+
+def said(response: httpx.Response) -> str:
+    """The server's own words, in one short line, without the key."""
+    text = response.text
+    try:
+        found = json.loads(text)
+        for name in ("error", "message", "detail"):
+            found = found.get(name, found) if isinstance(found, dict) else found
+        text = found if isinstance(found, str) else json.dumps(found)
+    except (ValueError, RecursionError):
+        pass
+    return shorten(without_secrets(" ".join(text.split())) or response.reason_phrase)
 
 
 def _knows_no_neutral(response: httpx.Response) -> bool:
@@ -297,7 +324,7 @@ def _sample(answer: dict[str, Any], limits: Limits) -> Sample:
         ) from error
     if limits.alternatives and text and not tokens:
         raise UserError(
-            "the server gives no log-probabilities",
+            UNTOLD,
             where=_WHERE,
             way_out="Set judge.score=sampled, or take a server that has them, such as vLLM",
         )
@@ -357,52 +384,91 @@ def _covering(tokens: Sequence[Token], text: str) -> list[Token]:
 def reach(settings: OpenAI) -> str:
     """Ask a server whether it is there, takes the key and has the model; what it says, in words.
 
-    It is asked for its list of models, and where that lacks this one for a token of it: some know
-    names that they do not list. One that lists none may know any.
+    It is asked for its list of models, and where that does not name this one for a few tokens of
+    it: some know names that they do not list, and some have no list. What the run would be refused
+    for after hours of training it is refused for here.
 
     Raises:
-        UserError: It cannot be reached, refuses the key, or does not know the model.
+        UserError: It cannot be reached, refuses the key, does not know the model, or does not speak
+            the protocol.
     """
     url, model = (settings.url or "").rstrip("/"), settings.model
-    headers = {"Authorization": f"Bearer {key_of(settings)}"}
+    headers = {"Authorization": authorization(key_of(settings))}
+
+    def wrong(what: str, way_out: str) -> UserError:
+        return UserError(what, where=f"openai.url = {url}", way_out=way_out)
+
     try:
         with httpx.Client(base_url=url, headers=headers, timeout=REACH_TIMEOUT_S) as client:
-            answer = client.get("/models")
-            listed = _listed(answer)
+            listed = _listed(client.get("/models"))
             if listed is not None and model in listed:
                 return f"{url} has {model}"
             body = {
                 "model": model,
                 "messages": [{"role": "user", "content": "Say yes."}],
-                "max_tokens": 1,
+                "max_tokens": 16,
             }
-            if listed is not None:
-                answer = client.post("/chat/completions", json=body)
+            answer = client.post("/chat/completions", json=body)
     except httpx.ReadTimeout:
         return f"{url} is there, and slow"
     except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
         raise UserError(f"not a URL ({error})", where="openai.url") from error
     except httpx.RequestError as error:
-        said = str(error) or type(error).__name__
-        raise UserError(
-            f"cannot be reached ({said})",
-            where=f"openai.url = {url}",
-            way_out="Start the server, or correct openai.url",
+        told = str(error) or type(error).__name__
+        raise wrong(
+            f"cannot be reached ({told})", "Start the server, or correct openai.url"
         ) from error
-    if answer.status_code in (401, 403):
-        raise UserError(
-            f"refuses the key ({answer.status_code})",
-            where=f"openai.url = {url}",
-            way_out=f"Put the key into the environment variable {settings.key_variable}",
+    status = answer.status_code
+    if status in (401, 403):
+        raise wrong(
+            f"refuses the key ({status})",
+            f"Put the key into the environment variable {settings.key_variable}",
         )
-    if listed is not None and answer.status_code == 404:
+    if status == 404:
         known = f"; it lists {', '.join(sorted(listed)[:5])}" if listed else ""
-        raise UserError(
+        raise wrong(
             f"knows no model {model} (404){known}",
-            where=f"openai.url = {url}",
-            way_out="Correct openai.model, or openai.url up to and including /v1",
+            "Correct openai.model, or openai.url up to and including /v1",
         )
+    if status in _RETRIED or status >= 500:
+        return f"{url} is there, and busy ({status})"
+    if not answer.is_success:
+        raise wrong(
+            f"refuses a question to {model} with {status}: {said(answer)}",
+            "Correct openai.model and openai.url, or ask whoever runs the server",
+        )
+    try:
+        _sample(answer.json(), Limits(max_new_tokens=16, temperature=0, top_p=1))
+    except (UserError, ValueError, RecursionError) as error:
+        raise wrong(
+            "does not answer with a chat completion",
+            "Correct openai.url, up to and including /v1",
+        ) from error
     return f"{url} answers"
+
+
+def refuse_untold(settings: OpenAI, *, way_out: str) -> None:
+    """Ask a server for a token with its log-probabilities.
+
+    Args:
+        way_out: What to do about a server that has none.
+
+    Raises:
+        UserError: It gives none.
+    """
+    message: Message = {"role": "user", "content": "Say yes."}
+    limits = Limits(temperature=0.0, top_p=1.0, max_new_tokens=1, alternatives=2)
+    engine = OpenAIEngine(settings)
+    try:
+        [[sample]] = engine.sample([Request((), (0,), (message,))], limits)
+    except UserError as error:
+        if error.what != UNTOLD:
+            raise
+        raise UserError(UNTOLD, where=error.where, way_out=way_out) from error
+    finally:
+        engine.close()
+    if not sample.tokens:
+        raise UserError(UNTOLD, where=_WHERE, way_out=way_out)
 
 
 def _listed(response: httpx.Response) -> set[str] | None:

@@ -35,7 +35,9 @@ class Limits:
     """How to draw, and when to stop. A temperature of 0 is greedy and ignores the seeds.
 
     `alternatives` asks for the log-probabilities of that many most probable tokens at every
-    position. `ignore_end` goes on after an end of turn, up to `max_new_tokens`; for benchmarks.
+    position, and `also` for those of more tokens, by id, wherever they rank; an engine in another
+    process, or a server, tells of the most probable ones alone. `ignore_end` goes on after an end
+    of turn, up to `max_new_tokens`: for benchmarks, and where an end is one of the alternatives.
 
     `max_thought_tokens` of the `max_new_tokens` are a thought's, where the model thinks before it
     answers: a thought that has not closed by then ends the sample, and the answer behind one that
@@ -48,6 +50,7 @@ class Limits:
     max_new_tokens: int
     stop: StopRule | None = None
     alternatives: int = 0
+    also: tuple[int, ...] = ()
     ignore_end: bool = False
     max_thought_tokens: int = 0
 

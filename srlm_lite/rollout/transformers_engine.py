@@ -245,7 +245,7 @@ class TransformersEngine:
         logits = steps.next_logits(last.unsqueeze(1))
         numbers = torch.tensor([row.number for row in live], dtype=torch.float64)
         tokens = draw(logits, numbers, temperature=limits.temperature, top_p=limits.top_p)
-        others = most_probable(logits, limits.alternatives)
+        others = most_probable(logits, limits.alternatives, limits.also)
         ended = 0
         for row, token, alternatives in zip(live, tokens.tolist(), others, strict=True):
             if row.finish_reason is None:

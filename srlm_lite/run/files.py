@@ -13,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from srlm_lite.errors import UserError
 from srlm_lite.records import Record
+from srlm_lite.run.sums import hold, note
 
 R = TypeVar("R", bound=Record)
 
@@ -29,6 +30,7 @@ def read_jsonl(path: Path, *, growing: bool = False) -> list[dict[str, Any]]:
     Raises:
         UserError: The file is missing, or a line is not a JSON object; names the line.
     """
+    hold(path)
     try:
         text = path.read_text(encoding="utf-8-sig")  # files from Windows may begin with a mark
     except FileNotFoundError as error:
@@ -132,9 +134,15 @@ def draft_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp")
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically: indented, keys in the order given."""
+def write_json(path: Path, value: Any, *, noted: bool = False) -> None:
+    """Write JSON atomically: indented, keys in the order given.
+
+    Args:
+        noted: With its hash beside it, where no `done.json` is going to have that.
+    """
     write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    if noted:
+        note(path)
 
 
 def read_json(path: Path, **wanted: type) -> dict[str, Any]:
@@ -147,6 +155,7 @@ def read_json(path: Path, **wanted: type) -> dict[str, Any]:
         UserError: It is missing, or not what the run has written there.
     """
     way_out = "Restore it, or make the run again"
+    hold(path)
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:

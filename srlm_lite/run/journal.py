@@ -10,6 +10,7 @@ from typing import Any
 
 from srlm_lite.records import Record
 from srlm_lite.run.files import R, checked, jsonl_line, write_atomically
+from srlm_lite.run.sums import Sums, hold
 
 
 class Journal:
@@ -38,26 +39,29 @@ class Journal:
             on_chunk: Told of each chunk as it becomes complete, and whether it was computed now.
 
         Raises:
+            UserError: The file is not as it was written.
             RuntimeError: `compute` returned rows with other keys than announced.
         """
+        hold(self.path)
         rows, sizes = self._whole_rows()
         records: list[Any] = []
-        whole = 0
+        ends: list[int] = []
         for keys in chunks:
             found = rows[len(records) : len(records) + len(keys)]
             if [self._key(record) for record in found] != list(keys):
                 break
             records.extend(found)
-            whole += 1
-        self._cut(sum(sizes[: len(records)]))
-        for index in range(whole):
+            ends.append(sum(sizes[: len(records)]))
+        self._cut(ends[-1] if ends else 0)
+        sums = Sums(self.path, ends)
+        for index in range(len(ends)):
             on_chunk(index, False)
-        missing = range(whole, len(chunks))
+        missing = range(len(ends), len(chunks))
         for index, computed in zip(missing, compute(missing), strict=True):
             made: list[Any] = list(computed)
             if [self._key(record) for record in made] != list(chunks[index]):
                 raise RuntimeError(f"{self.path}: chunk {index} came back with other rows")
-            self._append(made)
+            sums.add(self._append(made))
             records.extend(made)
             on_chunk(index, True)
         return records
@@ -83,8 +87,10 @@ class Journal:
         elif self.path.stat().st_size != size:
             os.truncate(self.path, size)
 
-    def _append(self, records: Sequence[Record]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write("".join(jsonl_line(record) for record in records))
+    def _append(self, records: Sequence[Record]) -> bytes:
+        data = "".join(jsonl_line(record) for record in records).encode()
+        with self.path.open("ab") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        return data

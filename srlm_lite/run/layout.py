@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from srlm_lite.errors import UserError
 from srlm_lite.run.files import read_json, sha256_file, write_json
+from srlm_lite.run.sums import forget, is_harmed, summed_in, sums_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +43,40 @@ class StageDir:
 
     def finish(self, **facts: Any) -> None:
         """Write `done.json` with the facts and the hash of every file below this folder."""
-        artefacts = {
-            str(file.relative_to(self.path)): sha256_file(file)
+        artefacts = {name: sha256_file(file) for name, file in self._files()}
+        write_json(self.done, {**facts, "sha256": artefacts})
+        self._noted.unlink(missing_ok=True)
+        for name in artefacts:
+            forget(self.path / name)
+
+    def _files(self) -> list[tuple[str, Path]]:
+        """What is below this folder but `done.json` and what is hidden, by relative name."""
+        return [
+            (str(file.relative_to(self.path)), file)
             for file in sorted(self.path.rglob("*"))
             if file.is_file() and file != self.done and not file.name.startswith(".")
-        }
-        write_json(self.done, {**facts, "sha256": artefacts})
+        ]
+
+    @property
+    def _noted(self) -> Path:
+        """In a folder that is not finished: the SHA-256 of each file that is."""
+        return self.path / ".noted.json"
+
+    def note(self, seen: dict[Path, tuple[int, int, str]]) -> None:
+        """Note the hash of every file, at the end of a stage: not of journals, which do it.
+
+        Args:
+            seen: When a file was written, its size, and its hash, as of the last time.
+        """
+        noted = {}
+        for name, file in self._files():
+            if sums_of(file).is_file():
+                continue
+            now = file.stat()
+            if seen.get(file, (0, 0, ""))[:2] != (now.st_mtime_ns, now.st_size):
+                seen[file] = (now.st_mtime_ns, now.st_size, sha256_file(file))
+            noted[name] = seen[file][2]
+        write_json(self._noted, noted)
 
     def verify(self, *files: Path) -> dict[str, str]:
         """Hold files of a finished folder against `done.json`; their hashes, by relative name.
@@ -74,21 +104,34 @@ class StageDir:
                 )
         return found
 
-    def changed(self) -> list[str]:
+    def changed(self, *, weights: bool = True) -> list[str]:
         """Files of a finished folder that are not what the run has written, and what they are now.
 
-        None of a folder that is not finished: its files may still grow.
+        Of a folder that is not finished, those that have been noted: what is missing is made again.
+
+        Args:
+            weights: Look at adapters, too, which may take seconds.
         """
         if not self.is_done:
-            return []
+            return [f"{file} (changed)" for file in self._changed_so_far()]
         told = []
         for name, digest in read_json(self.done, sha256=dict)["sha256"].items():
             file = self.path / name
+            if not weights and file.suffix == ".safetensors":
+                continue
             if not file.is_file():
                 told.append(f"{file} (missing)")
             elif sha256_file(file) != digest:
                 told.append(f"{file} (changed)")
         return told
+
+    def _changed_so_far(self) -> Iterator[Path]:
+        yield from (file for file in summed_in(self.path) if is_harmed(file))
+        if self._noted.is_file():
+            for name, digest in read_json(self._noted).items():
+                file = self.path / name
+                if file.is_file() and sha256_file(file) != digest:
+                    yield file
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +148,14 @@ class AnchorDir(StageDir):
         return adapter_files(self.adapter)
 
     @property
+    def sha256(self) -> str:
+        """Noted of the adapter's weights; empty before it is done. Anchors that are the same have
+        the same."""
+        noted = read_json(self.done, sha256=dict)["sha256"] if self.is_done else {}
+        found = [noted.get(file.name, "") for file in self.adapter_files if "json" not in file.name]
+        return str(found[0]) if found else ""
+
+    @property
     def reading(self) -> Path:
         """How well the bare base reads the run's data."""
         return self.path / "reading.json"
@@ -114,9 +165,14 @@ class AnchorDir(StageDir):
         """The IFT-only adapter that writes the EFT targets."""
         return self.path / "ift_only"
 
+    def eft_file(self, name: str) -> Path:
+        """What the model that writes EFT targets did, by name; `judgements` are its grades."""
+        return self.path / f"eft_{name}.jsonl"
+
     @property
-    def eft_judgements(self) -> Path:
-        return self.path / "eft_judgements.jsonl"
+    def disturbed(self) -> Path:
+        """What the IFT-only model writes for pairs with a known loser."""
+        return self.path / "disturbed"
 
     @property
     def eft_targets(self) -> Path:
@@ -272,6 +328,11 @@ class IterationDir(StageDir):
     def revisions(self) -> Path:
         """Answers revised in the light of principles, a row for each round."""
         return self.path / "revisions.jsonl"
+
+    @property
+    def comparisons(self) -> Path:
+        """What the judge made of every two candidates, where it compares them."""
+        return self.path / "comparisons.jsonl"
 
     @property
     def labels(self) -> Path:

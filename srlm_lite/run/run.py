@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import re
 import shlex
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from srlm_lite.errors import UserError
 from srlm_lite.recipe import Recipe, as_noted_now, recipe_of_run
@@ -25,18 +26,27 @@ from srlm_lite.run.layout import (
     StageDir,
     adapter_files,
 )
+from srlm_lite.run.sums import forget, is_harmed, note
+from srlm_lite.telling import without_secrets_in
+
+FORMAT = 1
+"""What `run.json` says of the form of a run's files, counted up where an earlier version would read
+them wrongly. Runs from before it was noted have this one."""
 
 _RESTORE = "Restore it, or delete the iterations after it"
 _LOCK = ".lock"
 _ASIDE, _DROPPED = ".before", ".dropped"
 """Where the run lies that another one is to follow; and while it is deleted."""
 _OWN = re.compile(
-    r"run\.json|base\.json|metrics\.jsonl|anchor|base|reward|iter_\d{3,}|\.scratch|\.checkpoint|vllm\.log"
+    r"run\.json|base\.json|metrics\.jsonl|\.metrics\.jsonl\.sums|anchor|base|reward|iter_\d{3,}|\.scratch|\.checkpoint|vllm\.log"
     r"|compare|mt_bench|report\.html|tracking\.json|tensorboard|wandb"
 )
 
-_BEFORE = {"run.json", "base.json", "vllm.log"}
-"""What a run leaves that has computed nothing yet."""
+_BEFORE = {
+    *("run.json", "base.json", "vllm.log", "metrics.jsonl", ".metrics.jsonl.sums", "report.html"),
+    *("tracking.json", "tensorboard", "wandb", ".scratch"),
+}
+"""What a run leaves that has learned nothing yet, its anchor's folder apart."""
 
 
 class RunDir:
@@ -87,6 +97,10 @@ class RunDir:
     def checkpoint(self) -> CheckpointDir:
         """The training under way, as it was after one of its steps."""
         return CheckpointDir(self.path / ".checkpoint")
+
+    def shared(self, name: str) -> Path:
+        """A file of the judge's that the whole run shares and people may edit."""
+        return self.path / f"{name}.jsonl"
 
     @property
     def anchor(self) -> AnchorDir:
@@ -184,11 +198,21 @@ class RunDir:
     def hold_to_files(self) -> None:
         """Hold every file of the finished stages against the hash that was noted of it.
 
+        Of a stage under way, those that have been noted by now.
+
         Raises:
             UserError: Some have been edited, truncated or deleted since; names them.
         """
         stages: list[StageDir] = [self.anchor, self.reward, *self.iterations()]
-        changed = [line for stage in stages for line in stage.changed()]
+        harmed = [(stage, line) for stage in stages for line in stage.changed()]
+        changed = [line for stage, line in harmed if stage.is_done]
+        if harmed and not changed:
+            folder = harmed[0][0].path
+            raise UserError(
+                f"holds files that the run has not written so: {_some([o for _, o in harmed])}",
+                where=str(self.path),
+                way_out=f"Restore them, or delete {folder} and go on (iterate makes it again)",
+            )
         if changed:
             raise UserError(
                 f"holds files that the run has not written so: {_some(changed)}",
@@ -197,14 +221,35 @@ class RunDir:
                 "on (iterate makes them again)",
             )
 
+    def hold_to_rows(self, number: int) -> None:
+        """The same of an iteration's rows and figures alone, in no time.
+
+        Raises:
+            UserError: As `hold_to_files`.
+        """
+        place = self.iteration(number)
+        if changed := place.changed(weights=False):
+            raise UserError(
+                f"holds files that the run has not written so: {_some(changed)}",
+                where=str(self.path),
+                way_out=f"Restore them, or delete {place.path} and what follows it, and go on",
+            )
+
     @property
     def exists(self) -> bool:
         return self.run_json.is_file()
 
     @property
     def is_begun(self) -> bool:
-        """Whether anything has been computed: until then the run may still be another one."""
-        return self.exists and any(entry.name not in _BEFORE for entry in self._entries())
+        """Whether anything has been learned or sampled: until then it may still be another run."""
+        return self.exists and any(self._is_work(entry) for entry in self._entries())
+
+    def _is_work(self, entry: Path) -> bool:
+        if entry == self.anchor.path and entry.is_dir():
+            # How the base reads its data is told in seconds, and nothing is learned by it.
+            early = (self.anchor.reading.name, draft_of(self.anchor.reading).name)
+            return any(file.name not in early for file in entry.iterdir())
+        return _OWN.fullmatch(entry.name) is not None and entry.name not in _BEFORE
 
     def facts(self) -> dict[str, Any]:
         """What `run.json` says.
@@ -220,11 +265,35 @@ class RunDir:
                 way_out=f"Start one with: srlm-lite iterate --adapters {place}",
             )
         facts = read_json(self.run_json)
-        recipe, identity = facts.get("recipe"), facts.get("identity")
+        self._refuse_later(facts)
+        recipe: Any = facts.get("recipe")
+        identity: Any = facts.get("identity")
         base = identity.get("base") if isinstance(identity, dict) else None
-        if not isinstance(recipe, dict) or not isinstance(base, dict) or "name" not in base:
+        if (
+            not isinstance(recipe, dict)
+            or not isinstance(base, dict)
+            or not (isinstance(base.get("name"), str))
+        ):
             raise UserError("not the run.json of a run of srlm-lite", where=str(self.run_json))
+        if differing := _contradictions(as_noted_now(identity), recipe):
+            raise UserError(
+                f"contradicts itself: its recipe and its identity differ in {_some(differing)}",
+                where=str(self.run_json),
+                way_out="Restore it: one of the two is not as the run has written it",
+            )
         return facts
+
+    def _refuse_later(self, facts: Mapping[str, Any]) -> None:
+        form, versions = facts.get("format", FORMAT), facts.get("versions")
+        if isinstance(form, int) and form <= FORMAT:
+            return
+        by = versions.get("srlm-lite") if isinstance(versions, dict) else None
+        raise UserError(
+            f"is of a later srlm-lite{f', {by}' if isinstance(by, str) else ''}: its files have "
+            f"form {in_short(form)}, and this one knows {FORMAT}",
+            where=str(self.run_json),
+            way_out="Update srlm-lite",
+        )
 
     def recipe(self) -> Recipe:
         """The recipe that the run was begun or last gone on with.
@@ -254,7 +323,9 @@ class RunDir:
             self._write_run(recipe, facts)
             return
         if self._differing(recipe) and not self.is_begun:
-            self.base_json.unlink(missing_ok=True)
+            self._clear()
+            self._write_run(recipe, facts)
+            return
         self.check(recipe)
         if self.facts()["recipe"] != recipe.model_dump(mode="json"):
             self._write_run(recipe, facts)  # more iterations, other gates, the same files elsewhere
@@ -293,6 +364,25 @@ class RunDir:
         self._refuse_other_places()
         if fresh or not self.exists:
             return
+        self._refuse_another(recipe)
+        self._hold_to_models()
+        self.hold_to_files()
+
+    def glance(self, recipe: Recipe, *, fresh: bool = False) -> None:
+        """What of `check` and `locked` shows at once: no file of a finished stage is read.
+
+        Raises:
+            UserError: As they.
+        """
+        self._refuse_other_places()
+        self._refuse_unwritable()
+        if self._lock.is_file():
+            with self._lock.open() as file:
+                self._hold(file)
+        if self.exists and not fresh:
+            self._refuse_another(recipe)
+
+    def _refuse_another(self, recipe: Recipe) -> None:
         differing = self._differing(recipe)
         if differing and self.is_begun:
             raise UserError(
@@ -300,8 +390,18 @@ class RunDir:
                 where=str(self.path),
                 way_out="Use another directory, undo the difference, or start over with --fresh",
             )
-        self._hold_to_models()
-        self.hold_to_files()
+
+    def _refuse_unwritable(self) -> None:
+        place = self.path.absolute()
+        there = next(one for one in (place, *place.parents) if one.exists())
+        if not there.is_dir():
+            raise UserError("lies below a file", where=str(self.path))
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise UserError(
+                "nothing can be written there",
+                where=str(there),
+                way_out="Allow it, or choose another directory for --adapters",
+            )
 
     def _differing(self, recipe: Recipe) -> list[str]:
         """What the run that is here and a recipe do not agree on, a line each."""
@@ -325,18 +425,26 @@ class RunDir:
             raise UserError(
                 "no directory can be made here", where=str(self.path), way_out="Choose another"
             ) from error
-        with (self.path / _LOCK).open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UserError(
-                    "another srlm-lite is working here",
-                    where=str(self.path),
-                    way_out="Wait until it has finished, or use another directory",
-                ) from error
+        with self._lock.open("w") as file:
+            self._hold(file)
             if self._is_torn:
                 self._give_back()
             yield
+
+    @property
+    def _lock(self) -> Path:
+        return self.path / _LOCK
+
+    def _hold(self, lock: IO[str]) -> None:
+        """Have the lock until the file is closed."""
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                "another srlm-lite is working here",
+                where=str(self.path),
+                way_out="Wait until it has finished, or use another directory",
+            ) from error
 
     def _refuse_other_places(self) -> None:
         if self.path.exists() and not self.path.is_dir():
@@ -432,11 +540,12 @@ class RunDir:
 
     def _write_run(self, recipe: Recipe, facts: dict[str, Any]) -> None:
         resolved = {
+            "format": FORMAT,
             "recipe": recipe.model_dump(mode="json"),
             "digest": recipe.digest(),
             "identity": recipe.identity(),
             "seed": recipe.seed,
-            **facts,
+            **without_secrets_in(facts),  # the command line may have one
         }
         write_json(self.run_json, resolved)
 
@@ -446,10 +555,16 @@ class RunDir:
         What a killed run left of a last line is replaced, not continued.
         """
         line = json.dumps(row, ensure_ascii=False) + "\n"
-        write_atomically(self.metrics, self._whole_metrics() + line)
+        whole = self._whole_metrics()
+        if self.metrics.exists() and self.metrics.stat().st_size != len(whole.encode()):
+            forget(self.metrics)  # what was noted of the torn one is not what follows
+        write_atomically(self.metrics, whole + line)
+        note(self.metrics)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """All rows of `metrics.jsonl`; a torn last line is passed over."""
+        if is_harmed(self.metrics):
+            raise self._damaged_metrics("its hash is another one than was noted")
         try:
             rows = [json.loads(line) for line in self._whole_metrics().split("\n") if line]
             wanted = {"iteration", "stage"}
@@ -457,11 +572,14 @@ class RunDir:
                 raise ValueError("a row is not a stage's")
             return rows
         except ValueError as error:
-            raise UserError(
-                f"damaged ({error})",
-                where=str(self.metrics),
-                way_out="Restore it, or delete it: only figures of stages are lost",
-            ) from error
+            raise self._damaged_metrics(str(error)) from error
+
+    def _damaged_metrics(self, why: str) -> UserError:
+        return UserError(
+            f"damaged ({why})",
+            where=str(self.metrics),
+            way_out="Restore it, or delete it: only figures of stages are lost",
+        )
 
     def _whole_metrics(self) -> str:
         if not self.metrics.exists():
@@ -478,6 +596,24 @@ def _some(lines: Sequence[str]) -> str:
     """The first few in one line, and how many more there are."""
     more = len(lines) - _SHOWN
     return "; ".join([*lines[:_SHOWN], *([f"and {more} more"] if more > 0 else [])])
+
+
+def _contradictions(identity: Any, recipe: Any, prefix: str = "") -> list[str]:
+    """Settings of which a run's identity says another thing than its recipe, a line each.
+
+    What the identity knows by content, by its place among the shipped, or by what `auto` came to is
+    passed over.
+    """
+    if isinstance(identity, dict) and isinstance(recipe, dict):
+        return [
+            line
+            for key in sorted(identity.keys() & recipe.keys())
+            for line in _contradictions(identity[key], recipe[key], f"{prefix}.{key}".lstrip("."))
+        ]
+    by_content = isinstance(identity, str) and identity.startswith("sha256:")
+    if identity == recipe or by_content or prefix == "base.name" or recipe == "auto":
+        return []
+    return [f"{prefix} ({in_short(recipe)}, {in_short(identity)})"]
 
 
 def _differences(before: Any, now: Any, prefix: str = "") -> list[str]:

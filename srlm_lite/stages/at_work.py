@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from srlm_lite.engines import Role
+from srlm_lite.forms.base import JudgeQuestion
 from srlm_lite.judging import Rubric
+from srlm_lite.methods import method_of
 from srlm_lite.methods.base import Facts, Iteration, Model
 from srlm_lite.pairing import Drops
 from srlm_lite.records import (
@@ -20,16 +22,19 @@ from srlm_lite.records import (
     Prompt,
     Record,
     Reply,
+    Weighed,
 )
 from srlm_lite.run.files import read_records, write_records
 from srlm_lite.run.layout import DeltaPlace, IterationDir
 from srlm_lite.session import Session
 from srlm_lite.settings import Consistency, Dpo, Optim
 from srlm_lite.stages import learning, pairs, prompts, reward
+from srlm_lite.stages.judges import judged
 from srlm_lite.stages.likelihood import candidate_likelihoods
 from srlm_lite.stages.replies import read_as_reply
-from srlm_lite.stages.sampling import ask, judge_replies, limits_of, sample_candidates
+from srlm_lite.stages.sampling import ask, limits_of, sample_candidates
 from srlm_lite.stages.seed_data import FilesOfRecipe
+from srlm_lite.stages.weighing import weigh
 
 if TYPE_CHECKING:
     from srlm_lite.model.stack import Adapter
@@ -86,29 +91,27 @@ class AtWork(Iteration):
             role=role,
         )
 
-    def grade(
+    def judged(
         self,
         prompts: Sequence[Prompt],
         candidates: Sequence[Candidate],
         *,
         by: Model | None = None,
         kind: str = "",
-    ) -> list[Judgement]:
+    ) -> tuple[list[Judgement], Facts]:
         recipe, stage = self.recipe, f"{kind} judgements".strip()
-        texts = {prompt.prompt_id: prompt.text for prompt in prompts}
-        replies = [
-            (row.candidate_id, texts[row.prompt_id], row.text)
+        asked = [
+            row
             for row in candidates
             if row.text and not (recipe.pairing.drop_truncated and row.finish_reason == "length")
         ]
-        return judge_replies(
+        return judged(
             self._session,
             self._stack(by or self.judge),
-            replies,
-            path=self._file(kind, "judgements"),
+            prompts,
+            asked,
+            place=lambda name: self._file(kind, name),
             stage=stage,
-            votes=recipe.judge.votes,
-            chunk=recipe.rollout.chunk_prompts * recipe.rollout.n,
             seed_path=(recipe.seed, self.number, stage),
         )
 
@@ -134,6 +137,25 @@ class AtWork(Iteration):
             seed_path=(self.recipe.seed, self.number, *(seeded or (about,))),
             role="policy" if to_learn else "judge",
             learned=to_learn,
+        )
+
+    def weigh(
+        self,
+        questions: Sequence[JudgeQuestion],
+        options: Sequence[str],
+        *,
+        about: str,
+        by: Model,
+        setting: str,
+    ) -> dict[str, Weighed]:
+        return weigh(
+            self._session,
+            self._stack(by),
+            questions,
+            options,
+            path=self._file("", about.replace(" ", "_")),
+            stage=about,
+            setting=setting,
         )
 
     def likelihoods(
@@ -165,6 +187,12 @@ class AtWork(Iteration):
     def fitting(self, made: Sequence[PreferencePair]) -> list[PreferencePair]:
         return pairs.fitting_pairs(self._session, made)
 
+    def older(self) -> list[PreferencePair]:
+        if not method_of(self._session.recipe).accumulates:
+            return []
+        found, _ = pairs.older_pairs(self._session, self._directory, self._grade_older, new=0)
+        return found
+
     def keep(
         self,
         made: Sequence[PreferencePair],
@@ -174,7 +202,13 @@ class AtWork(Iteration):
         origin: str = "",
     ) -> tuple[list[PreferencePair], Facts]:
         return pairs.keep_pairs(
-            self._session, self._directory, made, drops, advice=advice, origin=origin
+            self._session,
+            self._directory,
+            made,
+            drops,
+            advice=advice,
+            grade=self._grade_older,
+            origin=origin,
         )
 
     def keep_none(self) -> tuple[list[PreferencePair], Facts]:
@@ -211,6 +245,11 @@ class AtWork(Iteration):
         return learning.rloo_delta(
             self._session, self._directory, prompts, reward, kl_weight=kl_weight
         )
+
+    def _grade_older(
+        self, prompts: Sequence[Prompt], candidates: Sequence[Candidate]
+    ) -> list[Judgement]:
+        return self.grade(prompts, candidates, kind="older")
 
     def _stack(self, model: Model) -> list[Adapter]:
         """The adapters of a model, from disk."""

@@ -11,18 +11,19 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from srlm_lite.engines import Role
-from srlm_lite.records import Candidate, Judgement, Likelihood, Reply
+from srlm_lite.records import Candidate, Judgement, Likelihood, Reply, Weighed
 from srlm_lite.run.journal import Journal
 from srlm_lite.session import Session, Work
 
 T = TypeVar("T")
-R = TypeVar("R", Candidate, Judgement, Likelihood, Reply)
+R = TypeVar("R", Candidate, Judgement, Likelihood, Reply, Weighed)
 
 KEYS: Mapping[type, Callable[[Any], str]] = {
     Candidate: lambda row: row.candidate_id,
     Judgement: lambda row: f"{row.candidate_id}:{row.vote}",
     Likelihood: lambda row: row.candidate_id,
     Reply: lambda row: row.name,
+    Weighed: lambda row: row.name,
 }
 """The name of a row, by what it is a row of."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -13,17 +14,24 @@ from srlm_lite.evaluate.gate import best_model, findings
 from srlm_lite.evaluate.gold import load_gold
 from srlm_lite.evaluate.intervals import interval
 from srlm_lite.evaluate.judge_metrics import calibration, judge_metrics, share_in_gold_order
-from srlm_lite.evaluate.policy_metrics import means_by_prompt, policy_metrics, standard_error
+from srlm_lite.evaluate.policy_metrics import (
+    best_graded,
+    means_by_prompt,
+    policy_metrics,
+    standard_error,
+)
+from srlm_lite.forms import form_of
 from srlm_lite.judging import mean_scores
 from srlm_lite.records import Candidate, Prompt
-from srlm_lite.run.files import read_json, write_json, write_records
+from srlm_lite.run.files import read_json, read_records, write_json, write_records
 from srlm_lite.run.layout import StageDir
 from srlm_lite.run.run import RunDir
 from srlm_lite.session import Session
 from srlm_lite.settings import Gate, Sampling
+from srlm_lite.stages.judges import as_candidates, judged
 from srlm_lite.stages.likelihood import candidate_likelihoods
 from srlm_lite.stages.replies import without_thoughts
-from srlm_lite.stages.sampling import chat_of, judge_replies, sample_candidates
+from srlm_lite.stages.sampling import chat_of, sample_candidates
 from srlm_lite.stages.seed_data import data_file, ifeval_tasks, policy_prompts, read_ranked
 from srlm_lite.window import room_for_answer
 
@@ -58,23 +66,22 @@ def evaluation(
     recipe = session.recipe
     groups = read_ranked(data_file(recipe, "eft_eval.jsonl"), recipe.evaluate.eft_prompts)
     groups = without_thoughts(chat_of(session, "judge"), groups)
-    replies = [(row.response_id, row.prompt, row.response) for group in groups for row in group]
-    judgements = judge_replies(
+    judgements, facts = judged(
         session,
         stack if judge is None else judge,
-        replies,
-        path=directory.evaluation_dir / "judgements.jsonl",
+        *as_candidates([row for group in groups for row in group]),
+        place=lambda name: directory.evaluation_dir / f"{name}.jsonl",
         stage="evaluation, judge",
         votes=recipe.evaluate.votes or recipe.judge.votes,
-        chunk=recipe.rollout.chunk_prompts * recipe.rollout.n,
         seed_path=(recipe.seed, "evaluation", "judge"),
+        every_vote=True,
     )
+    scale = form_of(recipe).scale(session.rubric)
     result = {
         "judge": {
-            **judge_metrics(groups, judgements, best_score=session.rubric.max, with_intervals=True),
-            "calibration": calibration(
-                groups, judgements, scale=(session.rubric.min, session.rubric.max)
-            ),
+            **judge_metrics(groups, judgements, best_score=scale[1], with_intervals=True),
+            "calibration": calibration(groups, judgements, scale=scale),
+            **facts,
         },
         "policy": _policy(session, directory, stack, stack if judge is None else judge),
     }
@@ -124,6 +131,11 @@ def _policy(
     points = {}
     if gold is not None:
         points = {row.candidate_id: gold.total(texts[row.prompt_id], row.text) for row in sampled}
+    best: dict[str, Any] = {}
+    if recipe.evaluate.best_of:
+        several = answers("best_of", temperature=temperature, n=recipe.evaluate.best_of)
+        picks = _picked(session, directory, judge, texts, several)
+        best["best_of"] = {"n": recipe.evaluate.best_of, **policy_metrics(texts, picks, gold)}
     graded, ends = _grades(session, directory, judge, texts, sampled, points)
     return {
         **figures,
@@ -132,8 +144,35 @@ def _policy(
         "intervals": {**figures["intervals"], **ends},
         "temperature": temperature,
         "greedy": policy_metrics(texts, greedy, gold),
+        **best,
         **left_out,
     }
+
+
+def _picked(
+    session: Session,
+    directory: StageDir,
+    judge: Sequence[Adapter],
+    texts: Mapping[str, str],
+    answers: Sequence[Candidate],
+) -> list[Candidate]:
+    """The best answer to each prompt by the model's own judge, asked as it is of candidates."""
+    recipe = session.recipe
+
+    def place(what: str) -> Path:
+        file = "grades_best_of" if what == "judgements" else f"grades_best_of_{what}"
+        return directory.evaluation_dir / f"{file}.jsonl"
+
+    rows, _ = judged(
+        session,
+        judge,
+        [Prompt(prompt_id, text) for prompt_id, text in texts.items()],
+        [row for row in answers if row.text],
+        place=place,
+        stage="evaluation, grades of the best of several",
+        seed_path=(recipe.seed, "evaluation", "best of"),
+    )
+    return best_graded(answers, mean_scores(rows, min_votes=form_of(recipe).min_votes))
 
 
 def _grades(
@@ -164,32 +203,78 @@ def _grades(
     judges: dict[str, Sequence[Adapter]] = {"anchor" if own else "self": judge}
     if not own and run.anchor.training.is_file():
         judges["anchor"] = session.stack(0)
-    blank = [row.candidate_id for row in some if not row.text]
+    form = form_of(recipe)
+    scale = form.scale(session.rubric)
+    beside: dict[str, Candidate] = {}
+    if form.compares:
+        beside = {} if own and not external else _of_the_anchor(session, some)
+        if not beside and not own:
+            return {}, {}
     figures: dict[str, Any] = {}
     ends: dict[str, Any] = {}
     for name, stack in judges.items():
-        rows = judge_replies(
+
+        def place(what: str, whose: str = name) -> Path:
+            file = f"grades_{whose}" if what == "judgements" else f"grades_{whose}_{what}"
+            return directory.evaluation_dir / f"{file}.jsonl"
+
+        rows, _ = judged(
             session,
             stack,
-            [(row.candidate_id, texts[row.prompt_id], row.text) for row in some if row.text],
-            path=directory.evaluation_dir / f"grades_{name}.jsonl",
+            [Prompt(prompt_id, text) for prompt_id, text in texts.items()],
+            [row for row in (*some, *beside.values()) if row.text],
+            place=place,
             stage=f"evaluation, grades of the {'model' if name == 'self' else name}",
             votes=recipe.evaluate.votes or recipe.judge.votes,
-            chunk=recipe.rollout.chunk_prompts * recipe.rollout.n,
             seed_path=(recipe.seed, "evaluation", "grades"),
+            every_vote=True,
         )
-        scores = mean_scores(rows, min_votes=1) | dict.fromkeys(blank, session.rubric.min)
+        scores = _with_blanks(mean_scores(rows, min_votes=1), some, beside, scale)
         means = means_by_prompt(some, scores)
         figures[f"{name}_score"] = round(fmean(means), 4) if means else None
         figures[f"{name}_score_se"] = standard_error(means)
         ends[f"{name}_score"] = interval([(mean, 1) for mean in means])
-        if gold:
+        if gold and not form.compares:
             figures[f"{name}_gold_accuracy"] = share_in_gold_order(scores, gold)
     if own:
         for key in ("score", "score_se", "gold_accuracy"):
             if f"anchor_{key}" in figures:
                 figures[f"self_{key}"] = figures[f"anchor_{key}"]
-    return {**figures, "score_scale": [session.rubric.min, session.rubric.max]}, ends
+    return {**figures, "score_scale": list(scale)}, ends
+
+
+def _of_the_anchor(session: Session, answers: Sequence[Candidate]) -> dict[str, Candidate]:
+    """The anchor's answers to the same prompts, by the name of the answer that each is held
+    against; none where the anchor has not answered them."""
+    path = session.run.anchor.evaluation_dir / "answers_sampled.jsonl"
+    rows = read_records(path, Candidate) if path.is_file() else []
+    found = {row.candidate_id: row for row in rows}
+    wanted = [row.candidate_id for row in answers]
+    if not found.keys() >= set(wanted):
+        return {}
+    return {name: replace(found[name], candidate_id=f"{name} of the anchor") for name in wanted}
+
+
+def _with_blanks(
+    scores: Mapping[str, float | None],
+    answers: Sequence[Candidate],
+    beside: Mapping[str, Candidate],
+    scale: tuple[float, float],
+) -> dict[str, float | None]:
+    """Scores with those of answers that no judge was shown, for want of text.
+
+    A blank one has the lowest, one beside a blank one the highest, two blank ones, or an answer
+    that is held against none, what lies between.
+    """
+    found = dict(scores)
+    for row in answers:
+        other = beside.get(row.candidate_id)
+        if not row.text:
+            both = other is not None and not other.text
+            found[row.candidate_id] = sum(scale) / 2 if both else scale[0]
+        elif other is not None and not other.text:
+            found[row.candidate_id] = scale[1]
+    return found
 
 
 def _divergence(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from srlm_lite.engines import Role
 from srlm_lite.errors import UserError
 from srlm_lite.evaluate.candidates import on_policy_accuracy
+from srlm_lite.pairing import replay_age
 from srlm_lite.progress import Training
 from srlm_lite.records import (
     FinishReason,
@@ -61,6 +62,8 @@ def dpo_delta(
         return read_json(place.training, steps=int)
     recipe = session.recipe
     dpo = dpo or recipe.dpo
+    if recipe.pairing.older_steps == "same":
+        dpo = beside_new_ones(dpo, pairs)
     seed = derive_seed(recipe.seed, iteration.number, place.name)
     anchor, start, reference = _from_where(session, iteration, dpo, seed=seed, role=role)
     examples = [pair_example(session, pair) for pair in pairs]
@@ -73,6 +76,14 @@ def dpo_delta(
         write_records(place.steps, curve)
         write_json(place.training, facts)  # last: where it is, the delta is whole
     return facts
+
+
+def beside_new_ones(dpo: Dpo, pairs: Sequence[PreferencePair]) -> Dpo:
+    """Settings by which older pairs lie in the steps of the new ones: a step's batch is larger, by
+    the nearest whole multiple, and its loss the mean over all of it."""
+    new = sum(not replay_age(one) for one in pairs)
+    times = max(1, round(len(pairs) / new)) if new else 1
+    return dpo.model_copy(update={"batch_size": times * dpo.batch_size})
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 from srlm_lite.evaluate.gate import findings
@@ -19,6 +20,7 @@ class StageLog:
 
     def __init__(self, session: Session, directory: StageDir, *, iteration: int) -> None:
         self._session, self._directory, self._iteration = session, directory, iteration
+        self._seen: dict[Path, tuple[int, int, str]] = {}
         directory.path.mkdir(parents=True, exist_ok=True)
 
     def run(self, stage: str, function: Callable[[], tuple[T, dict[str, Any]]]) -> T:
@@ -29,6 +31,7 @@ class StageLog:
         """
         begin = time.monotonic()
         result, facts = function()
+        self._directory.note(self._seen)
         seconds = round(time.monotonic() - begin, 2)
         if stage in self._finished():
             return result

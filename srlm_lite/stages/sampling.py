@@ -225,11 +225,16 @@ def judge_replies(
     *,
     path: Path,
     stage: str,
-    votes: int,
+    votes: int | Mapping[str, range],
     chunk: int,
     seed_path: Sequence[object],
 ) -> list[Judgement]:
-    """`votes` sampled judgements of each reply, appended to the journal at `path`.
+    """Sampled judgements of each reply, appended to the journal at `path`.
+
+    The seed of a vote goes by the reply and its number, whichever others are drawn.
+
+    Args:
+        votes: How many of each reply; or by its id the numbers of those to draw.
 
     A vote ends with its score line. Where prompt or reply speak of a score themselves, it goes on
     to its own end, for a score line before that may be a quotation.
@@ -247,12 +252,15 @@ def judge_replies(
             of a server, whose tokens are not known: where a score is several of them, the vote
             counts as it was sampled.
     """
+    items = [
+        (reply, range(votes) if isinstance(votes, int) else votes[reply[0]]) for reply in replies
+    ]
     return journaled(
         session,
-        _Judge(stack, votes, seed_path),
-        chunked(replies, chunk),
+        _Judge(stack, seed_path),
+        chunked(items, chunk),
         kind=Judgement,
-        names=lambda reply: [f"{reply[0]}:{vote}" for vote in range(votes)],
+        names=lambda item: [f"{item[0][0]}:{vote}" for vote in item[1]],
         path=path,
         stage=stage,
         unit="judgements",
@@ -262,17 +270,15 @@ def judge_replies(
 
 @dataclass(frozen=True, slots=True)
 class _Judge:
-    """The votes on a chunk of replies."""
+    """The votes on a chunk of replies, each given with the numbers of its votes."""
 
     stack: Sequence[Adapter]
-    votes: int
     seed_path: Sequence[object]
 
     def __call__(
-        self, session: Session, item: Sequence[ReplyToJudge], advance: Advance
+        self, session: Session, item: Sequence[tuple[ReplyToJudge, range]], advance: Advance
     ) -> list[Judgement]:
-        judge = session.recipe.judge
-        items = [(reply, range(self.votes)) for reply in item]
+        judge, items = session.recipe.judge, item
         drawn = self._sample(session, items, judge.max_new_tokens, "first")
         first = [
             drawn.get((reply[0], vote), Judgement(reply[0], vote, "", None, "length"))

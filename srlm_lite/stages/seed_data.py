@@ -16,7 +16,7 @@ from srlm_lite.conversation import (
     with_both_faces,
     with_system,
 )
-from srlm_lite.data.text import words_of
+from srlm_lite.data.text import begins_with_thought, words_of
 from srlm_lite.engines import kind_of
 from srlm_lite.errors import UserError, shorten
 from srlm_lite.evaluate import ifeval
@@ -25,6 +25,7 @@ from srlm_lite.methods.base import Pool, SeedData
 from srlm_lite.recipe import Recipe
 from srlm_lite.records import Instruction, Prompt, RankedReply
 from srlm_lite.run.files import read_jsonl, records_of
+from srlm_lite.settings import DISTURBED_PROMPTS
 from srlm_lite.window import admits_a_prompt
 
 T = TypeVar("T")
@@ -90,6 +91,19 @@ def read_ift(recipe: Recipe) -> list[Instruction]:
         UserError: There is none, or a row has no text to answer, or no answer.
     """
     return _instructions(data_file(recipe, "ift.jsonl"))[: recipe.anchor.ift_limit]
+
+
+def taught_thoughts(recipe: Recipe) -> int:
+    """Rows that the anchor learns whose reply begins with a thought.
+
+    Raises:
+        UserError: As `read_ift`.
+    """
+    section = recipe.anchor
+    if section.init != "base":
+        return 0
+    rows = [*(read_ift(recipe) if section.use_ift else ()), *read_extra(recipe)]
+    return sum(begins_with_thought(row.response) for row in rows)
 
 
 def read_extra(recipe: Recipe) -> list[Instruction]:
@@ -205,6 +219,24 @@ def read_prompts(path: Path) -> list[Prompt]:
     return prompts
 
 
+def prompts_to_disturb(recipe: Recipe) -> tuple[list[Prompt], Path]:
+    """The prompts of which the anchor's pairs with a known loser are made, and their file.
+
+    The first of the run's prompt list, or of IFT where the run has no list.
+
+    Raises:
+        UserError: There is neither.
+    """
+    path = prompt_file(recipe)
+    if path.is_file() or not recipe.anchor.use_ift:
+        prompts = read_prompts(path)
+    else:
+        path = data_file(recipe, "ift.jsonl")
+        prompts = [Prompt.of(row, path.name) for row in read_ift(recipe)]
+    wanted = recipe.anchor.eft_prompts or DISTURBED_PROMPTS
+    return refuse_none(prompts, path)[:wanted], path
+
+
 def policy_prompts(recipe: Recipe) -> list[Prompt]:
     """Held-out prompts for the evaluation: `eval_prompts.jsonl`, else those of the EFT eval set."""
     path = Path(recipe.data.dir) / "eval_prompts.jsonl"
@@ -279,7 +311,10 @@ def _learned_from(recipe: Recipe) -> dict[Path, set[str]]:
     if trained and recipe.anchor.use_ift:
         path = data_file(recipe, "ift.jsonl")
         found[path] = {row.prompt for row in read_ift(recipe)}
-    if trained and recipe.anchor.use_eft:
+    if trained and recipe.anchor.use_eft and recipe.anchor.eft_targets == "disturbed":
+        prompts, path = prompts_to_disturb(recipe)
+        found[path] = {prompt.text for prompt in prompts}
+    elif trained and recipe.anchor.use_eft:
         path = data_file(recipe, "eft_train.jsonl")
         found[path] = {group[0].prompt for group in read_ranked(path, recipe.anchor.eft_prompts)}
     if recipe.data.ranked is not None:

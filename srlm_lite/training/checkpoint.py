@@ -37,7 +37,7 @@ from srlm_lite.model.stack import Adapter, Slot
 from srlm_lite.processes import Processes
 from srlm_lite.run.files import read_json, sha256_file, write_json
 from srlm_lite.run.layout import CheckpointDir
-from srlm_lite.settings import DecidesNothing, Optim, marked
+from srlm_lite.settings import Before, DecidesNothing, Optim, marked
 from srlm_lite.stopping import Stop, deferred
 
 FORMAT = 2
@@ -409,10 +409,14 @@ def digest(examples: Iterable[Any]) -> str:
 
 def deciding(optim: Optim) -> dict[str, Any]:
     """A section's settings, without those that decide nothing: they may change when memory does
-    not suffice, and what is done by then stays done."""
+    not suffice, and what is done by then stays done. Nor with one that came later and has it as it
+    was before: an earlier version's checkpoint cannot say it."""
     free = {name for name, _ in marked(type(optim), DecidesNothing)}
+    before = {name: mark.value for name, mark in marked(type(optim), Before)}
     return {
-        name: value for name, value in optim.model_dump(mode="json").items() if name not in free
+        name: value
+        for name, value in optim.model_dump(mode="json").items()
+        if name not in free and not (name in before and value == before[name])
     }
 
 

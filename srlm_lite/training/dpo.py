@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from srlm_lite.errors import ProofError
 from srlm_lite.model.base import LoadedBase
 from srlm_lite.model.stack import Adapter, Slot
 from srlm_lite.processes import place
-from srlm_lite.settings import Consistency, Dpo
+from srlm_lite.settings import Consistency, Dpo, LossName
 from srlm_lite.training.arguments import (
     Listener,
     OnStep,
@@ -62,16 +62,101 @@ class PairExample:
         return len(self.prompt_ids) + max(len(self.chosen_ids), len(self.rejected_ids))
 
 
-def preference_loss(margin: Tensor, weight: Tensor, smoothing: Tensor) -> Tensor:
-    """w [(1 - s) -log sigmoid(m) + s -log sigmoid(-m)], for each pair; all of shape (B,).
+def sigmoid_loss(chosen: Tensor, rejected: Tensor, beta: float, gamma: float) -> Tensor:
+    """-log sigmoid(r_w - r_l): DPO; of rewards per token its length-normalised form.
 
-    The margin is beta times the difference of the log-ratios, so with w = 1 and s = 0 this is
-    DPO. With s = 1 - C it is CREAM's C L(w, l) + (1 - C) L(l, w), with one s for all conservative
+    Source: Rafailov et al. 2023, arXiv:2305.18290, Eq. 7; per token, Lambert et al. 2024 (Tulu 3),
+    arXiv:2411.15124, section 5.
+    """
+    return -F.logsigmoid(chosen - rejected)
+
+
+def ipo_loss(chosen: Tensor, rejected: Tensor, beta: float, gamma: float) -> Tensor:
+    """((r_w - r_l) / beta - 1 / (2 beta))^2: the log-ratios are to differ by 1 / (2 beta).
+
+    Source: Azar et al. 2023, arXiv:2310.12036, Eq. 17, with tau = beta; per token as in TRL, whose
+    comment says that its authors had it so.
+    """
+    return ((chosen - rejected) / beta - 1 / (2 * beta)).square()
+
+
+def apo_zero_loss(chosen: Tensor, rejected: Tensor, beta: float, gamma: float) -> Tensor:
+    """1 - sigmoid(r_w) + sigmoid(r_l): for chosen replies that are better than the model's.
+
+    Source: D'Oosterlinck et al. 2024, arXiv:2408.06266, Eq. 7, and 1 more, as in TRL.
+    """
+    return 1 - chosen.sigmoid() + rejected.sigmoid()
+
+
+def apo_down_loss(chosen: Tensor, rejected: Tensor, beta: float, gamma: float) -> Tensor:
+    """sigmoid(r_w) + 1 - sigmoid(r_w - r_l): for chosen replies that are worse than the model's.
+
+    Source: D'Oosterlinck et al. 2024, arXiv:2408.06266, Eq. 8, and 1 more, as in TRL.
+    """
+    return chosen.sigmoid() + 1 - (chosen - rejected).sigmoid()
+
+
+def simpo_loss(chosen: Tensor, rejected: Tensor, beta: float, gamma: float) -> Tensor:
+    """-log sigmoid(r_w - r_l - gamma), of rewards per token without a reference.
+
+    Source: Meng et al. 2024, arXiv:2405.14734, Eq. 6.
+    """
+    return -F.logsigmoid(chosen - rejected - gamma)
+
+
+def no_loss(chosen: Tensor, rejected: Tensor, beta: float, gamma: float) -> Tensor:
+    """0: what is learned is the likelihood of the chosen reply alone, as a term of its own."""
+    return 0.0 * (chosen + rejected)
+
+
+@dataclass(frozen=True, slots=True)
+class PairLoss:
+    """What is minimised of a pair, as a function of its two rewards.
+
+    A reward is beta times a reply's log-ratio to the reference, or its log-likelihood where there
+    is none. All are (B,).
+    """
+
+    of: Callable[[Tensor, Tensor, float, float], Tensor]
+    """Takes the chosen and the rejected reward, beta, and the gamma that SimPO has."""
+    per_token: bool = False
+    """Whether rewards are divided by the number of a reply's tokens."""
+    has_reference: bool = True
+
+
+LOSSES: dict[LossName, PairLoss] = {
+    "sigmoid": PairLoss(sigmoid_loss),
+    "sigmoid_norm": PairLoss(sigmoid_loss, per_token=True),
+    "ipo": PairLoss(ipo_loss, per_token=True),
+    "apo_zero": PairLoss(apo_zero_loss),
+    "apo_down": PairLoss(apo_down_loss),
+    "simpo": PairLoss(simpo_loss, per_token=True, has_reference=False),
+    "sft": PairLoss(no_loss),
+}
+
+
+def preference_loss(
+    rewards: tuple[Tensor, Tensor],
+    weight: Tensor,
+    smoothing: Tensor,
+    *,
+    loss: PairLoss = LOSSES["sigmoid"],
+    beta: float = 0.1,
+    gamma: float = 0.0,
+) -> Tensor:
+    """w [(1 - s) L(w, l) + s L(l, w)], for each pair; all of shape (B,).
+
+    With s = 1 - C this is CREAM's C L(w, l) + (1 - C) L(l, w), with one s for all conservative
     DPO.
 
-    Source: Rafailov et al. 2023, arXiv:2305.18290, Eq. 7; Wang et al. 2024, arXiv:2410.12735.
+    Args:
+        rewards: Of the chosen and of the rejected replies.
+
+    Source: Wang et al. 2024, arXiv:2410.12735.
     """
-    return weight * -((1 - smoothing) * F.logsigmoid(margin) + smoothing * F.logsigmoid(-margin))
+    chosen, rejected = rewards
+    right, turned = (loss.of(*two, beta, gamma) for two in ((chosen, rejected), (rejected, chosen)))
+    return weight * ((1 - smoothing) * right + smoothing * turned)
 
 
 def consistency_loss(
@@ -102,17 +187,20 @@ def consistency_loss(
 class PairTrainer(StepTrainer):
     """Learns from pairs; each reply is computed once, however many of them it is in.
 
-    The loss is a mean over the step's pairs, that of the NLL term over the step's chosen tokens.
+    The loss is a mean over the step's pairs, that of the NLL term over the step's chosen tokens;
+    in either a pair counts as its weight says.
     """
 
     pairs: Sequence[PairExample]
+    pair_loss = LOSSES["sigmoid"]
+    gamma = 0.0
     beta = 0.1
     ld_alpha: float | None = None
     label_smoothing = 0.0
     consistency: Consistency | None = None
     nll_weight = 0.0
     reference: list[Tensor]
-    """By text, the log-likelihoods of its tokens by the reference."""
+    """By text, the log-likelihoods of its tokens by the reference; zeros where it has none."""
 
     def loss(
         self, model: Any, batch: Batch, examples: Sequence[int], shares: Shares
@@ -123,14 +211,17 @@ class PairTrainer(StepTrainer):
         chosen, rejected = self._summed(scores, batch, examples)
         ref_chosen, ref_rejected = self._summed(reference, batch, examples)
         rewards = self.beta * (chosen - ref_chosen), self.beta * (rejected - ref_rejected)
+        losses, told = self._own_loss(rewards, examples)
+        if not self.pair_loss.has_reference:  # TRL logs SimPO's per token too
+            rewards = self._per_token(rewards, examples)
         margin = rewards[0] - rewards[1]
-        losses, told = self._own_loss(margin, rewards, examples)
         loss = (shares.example * losses).sum()
         if self.nll_weight:
             place_of = {text: i for i, text in enumerate(batch.texts)}
             sums = batch.summed(scores)
             of_chosen = sums[[place_of[self.examples[one][0]] for one in examples]]
-            loss = loss - self.nll_weight * shares.token * of_chosen.sum()
+            weight = of_chosen.new_tensor([self.pairs[one].weight for one in examples])
+            loss = loss - self.nll_weight * shares.token * (weight * of_chosen).sum()
         return loss, told | {
             "rewards/chosen": rewards[0],
             "rewards/rejected": rewards[1],
@@ -159,24 +250,34 @@ class PairTrainer(StepTrainer):
                 side.append(tokens[:shared].sum() + self.ld_alpha * tokens[shared:].sum())
         return torch.stack(found[0]), torch.stack(found[1])
 
+    def _per_token(
+        self, rewards: tuple[Tensor, Tensor], examples: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        chosen, rejected = (
+            reward.new_tensor([self.forest.counted(self.examples[one][side]) for one in examples])
+            for side, reward in enumerate(rewards)
+        )
+        return rewards[0] / chosen, rewards[1] / rejected
+
     def _own_loss(
-        self, margin: Tensor, rewards: tuple[Tensor, Tensor], examples: Sequence[int]
+        self, rewards: tuple[Tensor, Tensor], examples: Sequence[int]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """(B,) losses, and what else of each pair to note."""
         pairs = [self.pairs[one] for one in examples]
-        of_all = self.label_smoothing
+        of_all, margin = self.label_smoothing, rewards[0] - rewards[1]
         weight = margin.new_tensor([pair.weight for pair in pairs])
         smoothing = margin.new_tensor(
             [pair.smoothing + (1 - 2 * pair.smoothing) * of_all for pair in pairs]
         )
         if self.consistency is None:
-            return preference_loss(margin, weight, smoothing), {}
-        chosen, rejected = (
-            margin.new_tensor([self.forest.counted(self.examples[one][side]) for one in examples])
-            for side in (0, 1)
-        )
-        per_token = (rewards[0] / chosen - rewards[1] / rejected) / self.beta
-        implicit = self.consistency.sharpness * per_token
+            kind = self.pair_loss
+            own = self._per_token(rewards, examples) if kind.per_token else rewards
+            losses = preference_loss(
+                own, weight, smoothing, loss=kind, beta=self.beta, gamma=self.gamma
+            )
+            return losses, {}
+        chosen, rejected = self._per_token(rewards, examples)
+        implicit = self.consistency.sharpness * ((chosen - rejected) / self.beta)
         loss, agreed = consistency_loss(margin, implicit, weight, smoothing, self.consistency)
         return loss, {"agreement": agreed}
 
@@ -209,15 +310,16 @@ def train_dpo(
         checkpoints: Where it is kept while it goes on; None: nowhere.
 
     Returns:
-        The trained delta, and the facts of the training: `step0_loss`, `step0_margin`, steps, the
-        first step's loss, and loss, reward accuracy and margin of the last quarter of the steps;
-        `packed`, 1 where texts were computed as trees and 0 where they were padded, and
-        `tokens_at_once`.
+        The trained delta, and the facts of the training: `step0_loss`, `step0_margin` (less what
+        it must be), steps, the first step's loss, and loss, reward accuracy and margin of the last
+        quarter of the steps; `packed`, 1 where texts were computed as trees and 0 where they were
+        padded, and `tokens_at_once`.
 
     Raises:
         ProofError: Before the first step the reference's likelihoods are not those of the reference
-            stack (the loss is not ln 2 or the reward margin not 0 on it), or log-likelihoods are
-            not the model's own; or training touched the anchor, or left the delta as it was.
+            stack (DPO's loss is not ln 2, or another's not its own value, or the reward margin not
+            0 on it), or log-likelihoods are not the model's own; or training touched the anchor,
+            or left the delta as it was.
 
     Source: Rafailov et al. 2023, arXiv:2305.18290, Eq. 7.
     """
@@ -248,10 +350,12 @@ def train_dpo(
         )
         trainer.pairs, trainer.beta, trainer.ld_alpha = pairs, dpo.beta, dpo.ld_alpha
         trainer.label_smoothing = dpo.label_smoothing
-        trainer.consistency, trainer.nll_weight = consistency, dpo.nll_weight
+        trainer.pair_loss, trainer.gamma = LOSSES[dpo.loss], dpo.target_margin
+        of_chosen = 1.0 if dpo.loss == "sft" else dpo.nll_weight
+        trainer.consistency, trainer.nll_weight = consistency, of_chosen
         scores = TargetTokens(slot.model, [*pairs[0].prompt_ids, *pairs[0].chosen_ids])
         kept = _Kept(scratch / REFERENCE, base, reference, list(texts))
-        proof = _DpoProof(trainer, scores, kept, reference=reference, stack=stack)
+        proof = _DpoProof(trainer, scores, kept, dpo, reference=reference, stack=stack)
         trainer.add_callback(proof)
         with scores.answering():
             run_training(
@@ -330,12 +434,13 @@ class _Kept:
 
 
 class _DpoProof(TrainerCallback):
-    """Before the first step, shows that the reference is the intended stack, and the loss DPO's.
+    """Before the first step, shows that the reference is the intended stack, and the loss its own.
 
     With the reference stack in the slot, loss and margin through the code that trains, against the
     likelihoods that were kept of the reference, must be what they are for a model compared with
-    itself: ln 2 and 0. That holds for any log-likelihoods, so these are held against the model's
-    own, by plain forward passes. Then the slot gets what is to train.
+    itself: for DPO ln 2 and 0. That holds for any log-likelihoods, so these are held against the
+    model's own, by plain forward passes. A loss without a reference must be what these very
+    likelihoods make it. Then the slot gets what is to train.
     """
 
     def __init__(
@@ -343,11 +448,12 @@ class _DpoProof(TrainerCallback):
         trainer: PairTrainer,
         scores: TargetTokens,
         kept: _Kept,
+        dpo: Dpo,
         *,
         reference: Sequence[Adapter],
         stack: Sequence[Adapter],
     ) -> None:
-        self._trainer, self._scores, self._kept = trainer, scores, kept
+        self._trainer, self._scores, self._kept, self._dpo = trainer, scores, kept, dpo
         self._reference, self._stack = reference, stack
         self.facts: dict[str, float] = {}
 
@@ -356,28 +462,39 @@ class _DpoProof(TrainerCallback):
         trainer.slot.load(self._reference, train=True)
         trainer.model.eval()
         step = trainer.first_step
-        texts = trainer.texts_of(trainer.parts_of(step)[0])[:PROVEN]
+        some = trainer.parts_of(step)[0][: PROVEN // 2]
+        texts = trainer.texts_of(some)
         own = [self._scores.own(trainer.model_wrapped, trainer.forest.text(text)) for text in texts]
         found = trainer.read_as_trees(texts, own)
         sums = [float(tokens.sum()) for tokens in found]
 
         def compared() -> tuple[float, float]:
+            if not trainer.pair_loss.has_reference:
+                forest = trainer.forest
+                trainer.reference = [torch.zeros(forest.counted(i)) for i in range(len(forest))]
+                return self._compare(some)
             trainer.reference = trainer.of_reference(self._kept.load(), texts, sums, step)
             return self._compare(trainer.parts_of(step)[0])
 
         loss, margin = trainer.within_memory(step, compared)
+        must = self._must_be(some, dict(zip(texts, sums, strict=True)))
+        off = loss - must[0], margin - must[1]
         # Asked so that NaN, which is above nothing, is refused too.
-        if not (abs(loss - LN2) <= PROOF_TOLERANCE and abs(margin) <= 2 * PROOF_TOLERANCE):
+        near = PROOF_TOLERANCE * max(1.0, must[0])
+        if not (abs(off[0]) <= near and abs(off[1]) <= 2 * PROOF_TOLERANCE):
+            value = "ln 2 = " if self._dpo.loss_of_equals == LN2 else ""
             raise ProofError(
-                f"before the first step DPO's loss is {loss:.6f} (must be ln 2 = {LN2:.6f}) and "
-                f"the reward margin {margin:.6f} (must be 0): {_cause(loss, margin)}"
+                f"before the first step {self._name} loss is {loss:.6f} (must be {value}"
+                f"{must[0]:.6f}) and the reward margin {margin:.6f} (must be {must[1]:.6g}): "
+                f"{self._cause(*off)}"
             )
         counted = sum(map(len, found))
         what = "what is learned of the replies"
         nll, of_model = -sum(sums) / counted, -sum(own) / counted
         prove_own(nll, of_model, trainer.base.dtype, what=what)
-        self._kept.save(trainer.reference)
-        self.facts = {"step0_loss": loss, "step0_margin": margin}
+        if trainer.pair_loss.has_reference:
+            self._kept.save(trainer.reference)
+        self.facts = {"step0_loss": loss, "step0_margin": off[1]}
         trainer.slot.load(self._stack, train=True)
         trainer.model.train()
 
@@ -398,10 +515,35 @@ class _DpoProof(TrainerCallback):
         trainer.nll_weight, trainer.consistency, trainer.label_smoothing, trainer.pairs = before
         return float(loss), float(told["rewards/margins"].mean())
 
+    def _must_be(self, pairs: Sequence[int], sums: Mapping[int, float]) -> tuple[float, float]:
+        """The mean loss and margin of these pairs where the policy is the reference; where there
+        is none, by the likelihoods of their texts."""
+        trainer, dpo = self._trainer, self._dpo
+        if trainer.pair_loss.has_reference:
+            return dpo.loss_of_equals or 0.0, 0.0
+        sides = [trainer.examples[one] for one in pairs]
+        chosen, rejected = (
+            torch.tensor(
+                [dpo.beta * sums[two[side]] / trainer.forest.counted(two[side]) for two in sides]
+            )
+            for side in (0, 1)
+        )
+        losses = trainer.pair_loss.of(chosen, rejected, dpo.beta, dpo.target_margin)
+        return float(losses.mean()), float((chosen - rejected).mean())
 
-def _cause(loss: float, margin: float) -> str:
-    if not math.isfinite(loss + margin):
-        return "the model's likelihoods are no numbers"
-    if abs(margin) <= 2 * PROOF_TOLERANCE:
-        return "the reference is the policy, as it must be, but something is added to DPO's loss"
-    return "the reference is not the intended stack"
+    @property
+    def _name(self) -> str:
+        return "DPO's" if self._dpo.loss == "sigmoid" else f"the {self._dpo.loss}"
+
+    def _cause(self, loss: float, margin: float) -> str:
+        """Why they are off by so much."""
+        if not math.isfinite(loss + margin):
+            return "the model's likelihoods are no numbers"
+        if not self._trainer.pair_loss.has_reference:
+            return "it is not what the model's likelihoods make it"
+        if abs(margin) <= 2 * PROOF_TOLERANCE:
+            return (
+                f"the reference is the policy, as it must be, but something is added to "
+                f"{self._name} loss"
+            )
+        return "the reference is not the intended stack"

@@ -62,7 +62,7 @@ def train_plain_dpo(
     arguments = common_arguments(dpo, base, n_examples=len(pairs), scratch=scratch, seed=seed)
     arguments |= batches_of_trl(dpo, len(pairs))
     with_nll: dict[str, Any] = {
-        "loss_type": ["sigmoid", "sft"],
+        "loss_type": [dpo.loss, "sft"],
         "loss_weights": [1.0, dpo.nll_weight],
     }
     try:
@@ -75,7 +75,7 @@ def train_plain_dpo(
                         beta=dpo.beta,
                         ld_alpha=dpo.ld_alpha,
                         max_length=None,
-                        **(with_nll if dpo.nll_weight else {}),
+                        **(with_nll if dpo.nll_weight else {"loss_type": [dpo.loss]}),
                     )
                 ),
                 train_dataset=Dataset.from_list(rows),
