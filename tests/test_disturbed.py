@@ -80,6 +80,7 @@ def test_no_ranked_replies_are_read(tmp_path: Path) -> None:
     assert lengths_of(recipe).examples == 2 * (400 + 800) + 2 * 12
 
 
+@pytest.mark.slow
 @pytest.mark.model
 def test_an_anchor_that_learns_to_judge_from_them(tmp_path: Path) -> None:
     """The toy's questions are about another topic: each loser answers about that one."""

@@ -298,7 +298,7 @@ def _folder(judge: BenchJudge, name: str) -> Path:
 
 
 def _consistent(judge: BenchJudge, name: str) -> dict[tuple[str, str], bool]:
-    """Whether both orders have the same verdict, by the two replies that a form has compared."""
+    """Whether both orders have the same verdict, for every two replies that a form has compared."""
     path = _folder(judge, name) / "comparisons.jsonl"
     found: dict[tuple[str, str], bool] = {}
     for one in read_records(path, Contest) if path.is_file() else []:

@@ -72,6 +72,7 @@ class SelfRewarding(Method[S]):
         "expected scores": Case("toy", ("judge.score=expected",), group=OF_FORMS),
         "no rationale": Case("toy", ("judge.rationale=false",), anchor=None, group=OF_FORMS),
         "pairwise": Case("toy-pairwise", anchor=None, is_long=True, group=OF_FORMS),
+        "checklist": Case("toy-checklist", anchor=None, is_long=True, group=OF_FORMS),
         "flipped pairs": Case("toy", ("pairing.source=flipped",), group=SHARPENING),
         "SFT on the best": Case("toy", ("dpo.loss=sft",), group=SHARPENING),
         "one pass": Case("toy", group=SHARPENING, one_pass=True),
@@ -125,7 +126,7 @@ class SelfRewarding(Method[S]):
     ) -> tuple[list[PreferencePair], Facts]:
         """What to learn from; methods change `make_pairs`."""
         made, drops, facts = self.make_pairs(it, prompts, candidates, judgements)
-        if self.recipe.pairing.source == "judge":
+        if self.recipe.pairing.source in ("judge", "flipped"):
             worth = form_of(self.recipe).kept(made, judgements)
             if len(worth) < len(made):
                 drops.prompts["not_widest"] += len(made) - len(worth)
