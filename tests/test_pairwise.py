@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 import json
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
@@ -17,7 +19,7 @@ from toy_run import make_toy_run
 
 from srlm_lite.declared import Facts, Sizes, Weighs
 from srlm_lite.evaluate.gate import findings
-from srlm_lite.forms import form_of, pairwise
+from srlm_lite.forms import form_in, form_of, pairwise
 from srlm_lite.forms.base import JudgeAtWork, JudgeQuestion
 from srlm_lite.forms.tournament import (
     AllPairs,
@@ -28,18 +30,24 @@ from srlm_lite.forms.tournament import (
     strengths,
 )
 from srlm_lite.judging import Rubric, load_rubric
+from srlm_lite.preflight.inputs import judge_data
+from srlm_lite.preflight.launch import Launch
 from srlm_lite.recipe import Recipe, load_recipe
 from srlm_lite.records import (
     Annotation,
     Candidate,
     Contest,
     Judgement,
+    PreferencePair,
     Prompt,
     RankedReply,
     Reply,
     Weighed,
 )
-from srlm_lite.run.files import read_records
+from srlm_lite.report.facts import gather
+from srlm_lite.report.html import html
+from srlm_lite.report.pack import pack
+from srlm_lite.run.files import read_records, write_records
 from srlm_lite.run.run import RunDir
 from srlm_lite.session import Session
 from srlm_lite.settings import Gate
@@ -490,3 +498,64 @@ def test_a_gate_on_the_order_of_verdicts_and_on_circles() -> None:
     # One in four is chance, and a tenth more is with a hundred triples.
     assert failed(intransitive=0.34, triples=100) == []
     assert failed(intransitive=0.36, triples=100) == ["intransitive"]
+
+
+def test_an_anchor_needs_replies_that_are_ranked_apart(told: Told, tmp_path: Path) -> None:
+    """The toy's own judge data has one reply a prompt."""
+    data = Path(load_recipe("toy").data.dir)
+    launch = Launch(load_recipe("toy-pairwise", [f"data.ranked={data / 'eft_train.jsonl'}"]))
+    with told.refused():
+        judge_data(launch)
+    assert judge_data(Launch(load_recipe("toy-pairwise"))).text.endswith("of judge.form=pairwise")
+
+
+@pytest.fixture
+def shown(tmp_path: Path) -> RunDir:
+    """A run with one prompt whose two answers have met."""
+    run = forms_run(tmp_path / "run")
+    place = run.iteration(1)
+    good, bad = case("a good one", "a bad one")
+    record = PreferencePair("p", "about p", "p#0", "p#1", good.text, bad.text, 1.0, 0.0)
+    write_records(place.prompts, [Prompt("p", "about p")])
+    write_records(place.candidates, [good, bad])
+    write_records(
+        place.judgements,
+        [Judgement("p#0", 0, "", 1.0, verdicts=2), Judgement("p#1", 0, "", 0.0, verdicts=2)],
+    )
+    write_records(place.comparisons, [Contest("p", "p#0", "p#1", 0.91, 0.62)])
+    write_records(place.pairs, [record])
+    return run
+
+
+def test_show_tells_who_won_against_whom(cli: Cli, shown: RunDir) -> None:
+    done = cli("show", "pairs", "--adapters", shown.path, "--iteration", "1")
+    assert done.returncode == 0, done.stderr
+    head = done.stdout.splitlines()[0]
+    assert "share of verdicts won 1 against 0" in head
+    assert "the chosen one wins with 0.91 where it is shown first, with 0.62 last" in head
+    assert "chosen (p#0; of 2 verdicts)" in done.stdout
+    done = cli("show", "judgements", "--adapters", shown.path, "--iteration", "1")
+    assert "the first wins with 0.91 where it is shown first, with 0.62 last" in done.stdout
+    told = cli("show", "judgements", "--adapters", shown.path, "--iteration", "1", "--json")
+    assert json.loads(told.stdout) == Contest("p", "p#0", "p#1", 0.91, 0.62).to_row()
+
+
+def test_the_pair_browser_has_the_comparison_and_the_verdicts(shown: RunDir) -> None:
+    facts = gather(shown)
+    [pair] = facts.pairs
+    assert facts.words.score == "share of verdicts won"
+    packed = pack([pair], room=10_000, told=form_in(facts.settings).told)
+    [row] = json.loads(gzip.decompress(base64.b64decode(packed.data)))
+    assert row["vs"] == (
+        "against the rejected one the chosen one wins with 0.91 where it is shown first, "
+        "with 0.62 last"
+    )
+    assert row["cv"] == [[1.0, None, "", ["of 2 verdicts"]]]
+    page = html(facts)
+    assert "pairwise" in page and "verdicts by" in page
+
+
+def test_what_one_made_of_the_other_is_told_from_either_side() -> None:
+    met = Contest("p", "a", "b", 0.9, None)
+    assert met.told("a") == "wins with 0.90 where it is shown first, with unreadable last"
+    assert met.told("b") == "wins with unreadable where it is shown first, with 0.10 last"
