@@ -254,7 +254,10 @@ class CheckpointDir:
         shutil.rmtree(self.draft)
 
     def drop(self) -> None:
-        """Delete all of it."""
+        """Delete all of it; what is half deleted has no name any more."""
+        newest = self.newest()
+        if newest is not None:
+            self.discard(newest)
         shutil.rmtree(self.path, ignore_errors=True)
 
     def progress(self) -> dict[str, Any] | None:
