@@ -131,6 +131,20 @@ def marked(section: type[BaseModel], kind: type[M], prefix: str = "") -> Iterato
                 yield f"{prefix}{name}", mark
 
 
+def as_before(section: Section) -> dict[str, Any]:
+    """What a section says, without the settings that came later and are what they were before.
+
+    For names that go by settings: what was made without such a setting keeps its name.
+    """
+    came = dict(marked(type(section), Before))
+    found = section.model_dump()
+    return {
+        name: value
+        for name, value in found.items()
+        if name not in came or value != came[name].value
+    }
+
+
 class Base(Section):
     """The frozen weights."""
 
@@ -206,7 +220,8 @@ class Data(Section):
     the replies that it hopes for. They are learned as they stand, without `base.system`."""
     ranked: Annotated[str | None, IsPath()] = None
     """Replies that humans ranked, a file of the form of `eft_train.jsonl`, for the methods that
-    learn from them (`dpo`, `rlhf`: default `eft_train.jsonl`; `spin`: default `ift.jsonl`)."""
+    learn from them (`dpo`, `rlhf`: default `eft_train.jsonl`; `spin`: default `ift.jsonl`), and for
+    an anchor that is taught to compare (`judge.form: pairwise`: default `eft_train.jsonl`)."""
 
 
 class Optim(Section):
@@ -233,8 +248,8 @@ class Optim(Section):
         "auto"
     )
     """Tokens in memory at once; `auto`: what `micro_batch_size` of the longest sequences (or pairs)
-    of the training can have at most. What several have in common counts once. One that alone has
-    more is computed by itself. Halved by itself when memory runs out."""
+    of the training can have at most, on a CPU no more than 2048. What several have in common counts
+    once. One that alone has more is computed by itself. Halved by itself when memory runs out."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """A longer gradient is cut to this length before a step."""
     gradient_checkpointing: Annotated[bool, DECIDES_NOTHING] = False
@@ -707,8 +722,8 @@ class Shared(Section):
     checkpoint_minutes: Annotated[float, Field(ge=0), DECIDES_NOTHING] = 10.0
     """Minutes of a training after which it is kept on disk as it is, and then again and again: a
     killed run goes on from there, with the same bytes. The folder takes three times what the
-    adapters take in float32, twice that while it is replaced, and is deleted when the training
-    has ended. 0: only when Ctrl-C or SIGTERM ends the run, which keeps it always."""
+    adapter that trains takes in float32, twice that while it is replaced, and is deleted when the
+    training has ended. 0: only when Ctrl-C or SIGTERM ends the run, which keeps it always."""
     base: Base
     data: Data
     anchor: Anchor = Anchor()

@@ -134,3 +134,50 @@ def test_a_file_of_a_finished_stage_that_is_not_as_written(
     state = "missing" if harm == "deleted" else "changed"
     assert all(f"{file} ({state})" in done.stderr for file in harmed)
     assert "Restore them" in done.stderr
+
+
+# --- of commit ec4f683: a delta each for policy and judge ---------------------------------------
+
+KEPT_LATER = KEPT.with_name("run-ec4f683")
+"""One iteration of `meta-rewarding` on the recipe `tiny`: pairs of answers trained the policy's
+delta, pairs of judgements the judge's."""
+
+
+@pytest.fixture
+def later(tmp_path: Path) -> RunDir:
+    shutil.copytree(KEPT_LATER, tmp_path / "later")
+    run = RunDir(tmp_path / "later")
+    moved_here(run)
+    return run
+
+
+def test_a_run_of_the_commit_before_forms_were_noted_is_what_it_was(later: RunDir) -> None:
+    assert "format" not in later.facts() and later.last_done() == 1
+    assert later.recipe().identity() == later.facts()["identity"]
+    assert later.recipe().digest() == later.facts()["digest"]
+    assert later.iteration(1).judge_place.training.is_file()
+    later.check(later.recipe())
+
+
+def test_it_is_shown_and_reported(cli: Cli, later: RunDir) -> None:
+    there = ("--adapters", later.path)
+    for words in (("show", "run"), ("show", "pairs"), ("show", "judgements"), ("report",)):
+        assert cli(*words, *there).returncode == 0, words
+    assert "M2" in later.report.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.model
+def test_it_goes_on_with_a_judge_of_its_own_and_is_exported(
+    cli: Cli, later: RunDir, tmp_path: Path
+) -> None:
+    before = {file: sha256_file(file) for file in later.iteration(1).path.rglob("*.*")}
+    there = ("--adapters", later.path)
+    done = cli("iterate", *there, "--iterations", "2")
+    assert done.returncode == 0, done.stderr
+    assert "resuming tiny" in done.stderr and later.last_done() == 2
+    assert {file: sha256_file(file) for file in before} == before
+    assert later.facts()["format"] == 1
+    done = cli("export", *there, "--iteration", "2", "--out", tmp_path / "m3", "--as", "adapter")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "m3" / "adapter_model.safetensors").is_file()

@@ -138,3 +138,17 @@ def test_plan_and_doctor_say_it_beforehand(
     assert "tokens when sampled" in finding.text
     assert finding.way_out is not None and "Set base.window=" in finding.way_out
     assert "too long to be judged" not in cli("plan", "--recipe", "toy").stdout
+
+
+def test_a_question_about_two_replies_needs_room_for_both() -> None:
+    """512 - 8 for the verdict - 100 of the question = 404; a prompt of 100 with two replies of 160
+    has 420 tokens, so 16 are missing, and replies of 152 mend it."""
+    recipe = load_recipe("toy-pairwise", ["base.window=512", "rollout.max_new_tokens=160"])
+    asked = Counted(100, exact=True)
+    room = room_of(recipe, rubric=Counted(100, exact=True), prompts=asked, held_out=asked)
+    assert room is not None
+    assert (room.sampled, room.judged, room.missing, room.safe_prompt) == (420, 404, 16, 84)
+    found = unjudged(room)
+    assert found is not None
+    assert "prompt and replies together may have 420 tokens" in found[0]
+    assert found[1] == "Set base.window=528 or rollout.max_new_tokens=152"

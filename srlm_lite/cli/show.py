@@ -40,7 +40,7 @@ def run(adapters: Adapters, json_: Json = False) -> None:
 
     run_dir = RunDir(adapters)
     facts = run_dir.facts()
-    under_way = run_dir.checkpoint.progress()
+    under_way = run_dir.under_way()
     if json_:
         told = {**facts, "stages": run_dir.read_metrics()}
         if under_way:

@@ -32,6 +32,9 @@ from srlm_lite.settings import Section, Shared
 S = TypeVar("S", bound=Section)
 R = TypeVar("R", bound=Record)
 
+BEGUN = 8
+"""Tokens that are put in a judge's mouth, and that are weighed, at most: `Score: 3`."""
+
 Scale = tuple[float, float]
 """The lowest and the highest score."""
 
@@ -149,6 +152,8 @@ class Form(ABC, Generic[S]):
     """Its own settings that a report shows, with what they are called there."""
     unshown: ClassVar[Collection[str]] = ()
     """Dotted settings that it does not read, and that a report need not show."""
+    shown: ClassVar[int] = 1
+    """Candidates that one question to the judge shows."""
     compares: ClassVar[bool] = False
     """Whether candidates are judged against each other: one alone has no score."""
     has_lessons: ClassVar[bool] = False
@@ -180,6 +185,14 @@ class Form(ABC, Generic[S]):
     def weighs(self) -> bool:
         """Whether it asks for probabilities, which not every server tells."""
         return False
+
+    def blank(self, rubric: Rubric) -> str:
+        """Its longest question without the prompt and the candidates in it, for planning.
+
+        Raises:
+            UserError: The file that it is in cannot be read.
+        """
+        return rubric.render(prompt="", response="")
 
     def scale(self, rubric: Rubric) -> Scale:
         """The lowest and the highest score that it can give."""

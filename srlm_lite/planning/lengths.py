@@ -14,6 +14,7 @@ from typing import Any
 
 from srlm_lite.conversation import with_both_faces
 from srlm_lite.errors import UserError
+from srlm_lite.forms import form_of
 from srlm_lite.planning.probe import thinks
 from srlm_lite.records import Prompt
 from srlm_lite.settings import DISTURBED_PROMPTS, Base, Shared
@@ -97,6 +98,8 @@ def lengths_of(recipe: Shared) -> Lengths:
     elif anchor.use_eft and anchor.eft_targets == "disturbed":
         count = 2 * learned + 2 * (anchor.eft_prompts or DISTURBED_PROMPTS)
         example = max(example, own + recipe.judge.max_new_tokens + thought)
+    if form_of(recipe).shown > 1:  # questions and lessons hold several replies
+        own = example = window
     return Lengths(
         prompt=min(window, prompt),
         judge_prompt=min(window, max(own, given)),

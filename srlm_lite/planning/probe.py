@@ -187,7 +187,15 @@ def probe(settings: Any, targets: Iterable[str] = ()) -> Shape:
         embedded=sum(ends.values()),
         windows=_windows(text),
         experts=experts,
+        lean_norms=_lean_norms(model),
     )
+
+
+def _lean_norms(model: Any) -> bool:
+    from srlm_lite.training.norms import keeps_its_input_alone
+
+    norms = {type(one) for one in model.modules() if type(one).__name__.endswith("RMSNorm")}
+    return bool(norms) and all(keeps_its_input_alone(kind) for kind in norms)
 
 
 def _windows(text: Any) -> tuple[int, ...]:

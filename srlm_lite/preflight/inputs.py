@@ -15,7 +15,7 @@ from srlm_lite.preflight.launch import Launch, Seen
 from srlm_lite.questions import load_question
 from srlm_lite.recipe import Recipe
 from srlm_lite.shipped import CHAT_TEMPLATES, shipped_text
-from srlm_lite.stages.anchor import given_targets
+from srlm_lite.stages.anchor import given_targets, lessons_of
 from srlm_lite.stages.seed_data import (
     FilesOfRecipe,
     check_window,
@@ -25,6 +25,7 @@ from srlm_lite.stages.seed_data import (
     policy_prompts,
     prompts_suffice,
     prompts_to_disturb,
+    ranked_file,
     read_extra,
     read_ift,
     read_ranked,
@@ -112,7 +113,12 @@ def judge_data(launch: Launch) -> Seen:
     """That the anchor's judge data says what is to be learned, in the judge's own scores."""
     recipe = launch.recipe
     section = recipe.anchor
-    if section.init != "base" or not section.use_eft or section.eft_targets != "given":
+    trained = section.init == "base" and section.use_eft
+    if trained and form_of(recipe).has_lessons and section.eft_targets != "disturbed":
+        path, rubric = ranked_file(recipe), load_rubric(recipe.judge.rubric)
+        lessons = lessons_of(recipe, read_ranked(path, section.eft_prompts), rubric, path)
+        return Seen(f"{len(lessons):,} questions of judge.form={recipe.judge.form}")
+    if not trained or section.eft_targets != "given":
         return Seen("its targets are made", asked=False)
     path = data_file(recipe, "eft_train.jsonl")
     rows = given_targets(

@@ -254,7 +254,10 @@ class CheckpointDir:
         shutil.rmtree(self.draft)
 
     def drop(self) -> None:
-        """Delete all of it."""
+        """Delete all of it; what is half deleted has no name any more."""
+        newest = self.newest()
+        if newest is not None:
+            self.discard(newest)
         shutil.rmtree(self.path, ignore_errors=True)
 
     def progress(self) -> dict[str, Any] | None:
@@ -434,6 +437,10 @@ class ComparisonDir:
     """One head to head."""
 
     path: Path
+
+    def file(self, name: str) -> Path:
+        """What a judge that is asked in its run's form made of the replies, by name."""
+        return self.path / f"{name}.jsonl"
 
     @property
     def verdicts(self) -> Path:

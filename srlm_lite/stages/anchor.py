@@ -17,6 +17,7 @@ from srlm_lite.forms import form_of
 from srlm_lite.forms.grade import GradeForm
 from srlm_lite.judging import Rubric, as_sampled, parse_score
 from srlm_lite.progress import Training
+from srlm_lite.recipe import Recipe
 from srlm_lite.records import (
     Instruction,
     Judgement,
@@ -135,7 +136,23 @@ def judge_examples(
     else:
         path = ranked_file(recipe)
         groups = without_thoughts(session.chat, read_ranked(path, recipe.anchor.eft_prompts))
-    lessons = form.lessons(groups, session.rubric)
+    lessons = lessons_of(recipe, groups, session.rubric, path)
+    write_records(session.run.anchor.eft_targets, lessons)
+    return ift_examples(session, lessons, as_they_stand=True)
+
+
+def lessons_of(
+    recipe: Recipe, groups: Sequence[Sequence[RankedReply]], rubric: Rubric, path: Path
+) -> list[Instruction]:
+    """What teaches an anchor to judge in the recipe's form.
+
+    Args:
+        path: Of the replies, for messages.
+
+    Raises:
+        UserError: No two replies to a prompt are ranked apart.
+    """
+    lessons = form_of(recipe).lessons(groups, rubric)
     if not lessons:
         raise UserError(
             f"ranks no two replies to a prompt apart, and judge.form={recipe.judge.form} is taught "
@@ -144,8 +161,7 @@ def judge_examples(
             way_out="Name replies that people ranked as data.ranked, or leave judge data out "
             "(anchor.use_eft=false)",
         )
-    write_records(session.run.anchor.eft_targets, lessons)
-    return ift_examples(session, lessons, as_they_stand=True)
+    return lessons
 
 
 def eft_rows(session: Session, ift: Sequence[Example], facts: dict[str, Any]) -> list[RankedReply]:

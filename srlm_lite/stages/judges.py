@@ -85,10 +85,14 @@ class SessionJudge(JudgeAtWork):
                 least=min(judge.min_votes, self._votes),
                 scale=(self.rubric.min, self.rubric.max),
                 variance=pooled_variance(votes),
+                step=self.rubric.step or 1.0,
             )
             wanting = set(wanted(rule, candidates, votes))
             numbers = {
-                name: range(len(some), len(some) + (name in wanting))
+                name: range(
+                    len(some),
+                    min(self._votes, len(some) + rule.at_once) if name in wanting else len(some),
+                )
                 for name, some in votes.items()
             }
         every = [vote for row in candidates for vote in rows[row.candidate_id]]
