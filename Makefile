@@ -9,7 +9,7 @@ VENV      := .venv
 BIN       := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEMO      := out/demo
-PYTEST     = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+PYTEST     = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 HERE      := not gpu and not vllm and not unsloth and not browser
 
 .DEFAULT_GOAL := help

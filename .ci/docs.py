@@ -198,10 +198,11 @@ def architecture_page() -> str:
 
 
 def judges_page() -> str:
-    """The page with its table of forms of judging as they declare themselves."""
+    """The page with its tables of forms of judging and of the layouts of preference files."""
+    from srlm_lite.data.preferences import formats_table
     from srlm_lite.forms import forms_table
 
-    return _with_parts("judges.md", f"{forms_table()}\n")
+    return _with_parts("judges.md", f"{forms_table()}\n", formats_table())
 
 
 def methods_page() -> str:
@@ -225,11 +226,13 @@ def readme() -> str:
     return _with_parts("../README.md", f"{table()}\n")
 
 
-def _with_parts(name: str, parts: str) -> str:
-    """A page that is written by hand, but for one part."""
-    before, rest = (DOCS / name).read_text(encoding="utf-8").split(BEGIN)
-    _, after = rest.split(END)
-    return f"{before}{BEGIN}\n\n{parts}\n{END}{after}"
+def _with_parts(name: str, *parts: str) -> str:
+    """A page that is written by hand, but for some parts, in their order."""
+    page, *rest = (DOCS / name).read_text(encoding="utf-8").split(BEGIN)
+    for part, text in zip(parts, rest, strict=True):
+        _, after = text.split(END)
+        page += f"{BEGIN}\n\n{part}\n{END}{after}"
+    return page
 
 
 def _parts() -> str:

@@ -18,8 +18,13 @@ from srlm_lite.quoting import fill, options, verdicts
 from srlm_lite.records import FinishReason
 from srlm_lite.shipped import TEMPLATES, shipped_file, shipped_text
 
-QuestionKind = Literal["meta-judge", "mt-bench", "pairwise", "side-by-side"]
+QuestionKind = Literal[
+    "checklist", "checklist-item", "disturb", "meta-judge", "mt-bench", "pairwise", "side-by-side"
+]
 QUESTIONS: Mapping[QuestionKind, tuple[str, ...]] = {
+    "checklist": ("prompt",),
+    "checklist-item": ("prompt", "response", "item"),
+    "disturb": ("prompt",),
     "meta-judge": ("first", "second"),
     "mt-bench": ("turn", "conversation"),
     "pairwise": ("prompt", "first", "second"),

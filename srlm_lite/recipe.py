@@ -178,13 +178,13 @@ class Recipe(_OfMethods):
         others = sections_of_others(self.method) | sections_of_other_forms(self.judge.form)
         settings = as_noted_now(self.model_dump(mode="json", exclude=others))
         settings["pairing"]["accumulate"] = method_of(self).accumulates  # what `auto` comes to
-        for part, key, path in paths_in(settings):
-            if path.by_content:
-                part[key] = _content_digest(part[key], path)
-        for name, before in marked(Recipe, Before):
+        for name, before in marked(Recipe, Before):  # as named, before files stand for their names
             part, key = _place(settings, name)
             if key in part and part[key] == before.value:
                 del part[key]
+        for part, key, path in paths_in(settings):
+            if path.by_content:
+                part[key] = _content_digest(part[key], path)
         return settings
 
     def digest(self) -> str:

@@ -20,6 +20,11 @@ Ids = tuple[int, ...]
 it ran into the token limit. A record has them where reading the text again would give others."""
 
 
+CheckedItem = tuple[str, float | None, str]
+"""An item of a checklist, how likely it holds of a candidate, from 0 to 1 (None is unreadable), and
+who checked it: `judge` or `code`."""
+
+
 @dataclass(frozen=True, slots=True)
 class Record:
     """A row. Unknown keys in a file are ignored, so that files may carry more than we read."""
@@ -115,10 +120,10 @@ class Judgement(Record):
     `score` is what counts. It is None when the judge's reply could not be read; None never counts
     as a number. `sampled_score` is what the reply says, where `score` is an expected one. `text`
     is without the judge's thought; `ids` are what is learned, see `Ids`. `verdicts` is on how many
-    comparisons with other candidates the score rests.
+    comparisons with other candidates the score rests, `items` what a checklist's items came to.
     """
 
-    omitted = frozenset({"thought", "ids", "verdicts"})
+    omitted = frozenset({"thought", "ids", "verdicts", "items"})
 
     candidate_id: str
     vote: int
@@ -130,6 +135,23 @@ class Judgement(Record):
     thought: str | None = None
     ids: Ids | None = None
     verdicts: int | None = None
+    items: tuple[CheckedItem, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Checklist(Record):
+    """What replies to a prompt are held against; people may edit it.
+
+    Each of `items` has its text (`item`), a `weight` above 0, and who checks it (`by`): `judge` or
+    `code`. `reference` is an answer by the model itself, where a judge is shown one.
+    """
+
+    omitted = frozenset({"reference"})
+
+    prompt_id: str
+    prompt: str
+    items: tuple[dict[str, Any], ...]
+    reference: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +179,18 @@ class Contest(Record):
     def ids(self) -> tuple[str, str]:
         """Both candidates."""
         return self.first_id, self.second_id
+
+    def told(self, of: str) -> str:
+        """What the judge made of one of them against the other, in words."""
+
+        def shown(p: float | None) -> str:
+            if p is None:
+                return "unreadable"
+            return f"{p if of == self.first_id else 1 - p:.2f}"
+
+        shown_as = self.p_shown_first, self.p_shown_last
+        first, last = shown_as if of == self.first_id else shown_as[::-1]
+        return f"wins with {shown(first)} where it is shown first, with {shown(last)} last"
 
     @property
     def readable(self) -> tuple[float, ...]:

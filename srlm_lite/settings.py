@@ -131,6 +131,20 @@ def marked(section: type[BaseModel], kind: type[M], prefix: str = "") -> Iterato
                 yield f"{prefix}{name}", mark
 
 
+def as_before(section: Section) -> dict[str, Any]:
+    """What a section says, without the settings that came later and are what they were before.
+
+    For names that go by settings: what was made without such a setting keeps its name.
+    """
+    came = dict(marked(type(section), Before))
+    found = section.model_dump()
+    return {
+        name: value
+        for name, value in found.items()
+        if name not in came or value != came[name].value
+    }
+
+
 class Base(Section):
     """The frozen weights."""
 
@@ -206,7 +220,8 @@ class Data(Section):
     the replies that it hopes for. They are learned as they stand, without `base.system`."""
     ranked: Annotated[str | None, IsPath()] = None
     """Replies that humans ranked, a file of the form of `eft_train.jsonl`, for the methods that
-    learn from them (`dpo`, `rlhf`: default `eft_train.jsonl`; `spin`: default `ift.jsonl`)."""
+    learn from them (`dpo`, `rlhf`: default `eft_train.jsonl`; `spin`: default `ift.jsonl`), and for
+    an anchor that is taught to compare (`judge.form: pairwise`: default `eft_train.jsonl`)."""
 
 
 class Optim(Section):
@@ -233,8 +248,8 @@ class Optim(Section):
         "auto"
     )
     """Tokens in memory at once; `auto`: what `micro_batch_size` of the longest sequences (or pairs)
-    of the training can have at most. What several have in common counts once. One that alone has
-    more is computed by itself. Halved by itself when memory runs out."""
+    of the training can have at most, on a CPU no more than 2048. What several have in common counts
+    once. One that alone has more is computed by itself. Halved by itself when memory runs out."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """A longer gradient is cut to this length before a step."""
     gradient_checkpointing: Annotated[bool, DECIDES_NOTHING] = False
@@ -256,6 +271,10 @@ class Optim(Section):
         return self
 
 
+DISTURBED_PROMPTS = 64
+"""Prompts of which `anchor.eft_targets: disturbed` makes pairs where `eft_prompts` is not set."""
+
+
 class Anchor(Optim):
     """The SFT adapter on instruction data (IFT) and judge data (EFT): the paper's M1."""
 
@@ -271,10 +290,15 @@ class Anchor(Optim):
     """At most this many rows of `ift.jsonl`, the first ones."""
     eft_prompts: Positive | None = None
     """At most this many EFT prompts (with all their replies)."""
-    eft_targets: Literal["self", "given", "human"] = "self"
+    eft_targets: Literal["self", "given", "human", "disturbed"] = "self"
     """`self`: the IFT-only model writes rationale and score; a prompt's judgements are kept when
     their order agrees with the human order. `given`: the data has them. `human`: the human
-    quality, or rank, on the rubric's scale and no rationale, for bases too small to write one."""
+    quality, or rank, on the rubric's scale and no rationale, for bases too small to write one.
+    `disturbed`: as `self`, without ranked replies: of each of `eft_prompts` prompts (64 unless
+    said) the model writes one that only looks like it, and its answer to that is the worse one."""
+    disturb_template: Annotated[str, IsPath(shipped=TEMPLATES), Before("disturb")] = "disturb"
+    """The question for an instruction that only looks like a given one: name of a shipped template
+    or a path. Also asked by `srlm-lite bench judge --disturbed`."""
     max_score_share: Annotated[float, Field(gt=0, le=1)] = 0.35
     """The most common score is thinned to this share of the targets, unless they are given."""
     lora: Lora = Lora()
@@ -335,7 +359,7 @@ class Rollout(Sampling):
     """Prompts whose results reach the disk together; a killed run loses at most one chunk."""
 
 
-FormName = Literal["grade", "pairwise"]
+FormName = Literal["grade", "pairwise", "checklist"]
 
 
 class Judge(Sampling):
@@ -343,7 +367,7 @@ class Judge(Sampling):
 
     form: Annotated[FormName, Before("grade")] = "grade"
     """How candidates are judged. `grade`: each alone, by the rubric. `pairwise`: a prompt's against
-    each other."""
+    each other. `checklist`: each by a few yes-or-no items that the model writes for the prompt."""
     rationale: Annotated[bool, Before(True)] = True
     """False: the judge writes nothing. A score is the mean of the whole scores that it would give,
     by their probability, for the price of reading the question once; `votes` and `score` count for
@@ -560,6 +584,11 @@ class Gate(Section):
     """Share of the judge's votes with one and the same score at which its grades have collapsed."""
     readable: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Least share of readable votes."""
+    position_consistency: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Least share of comparisons whose two orders name the same reply, of a judge that compares."""
+    intransitive: Annotated[float, Field(ge=0, le=1)] = 0.25
+    """Largest share of triples of replies that such a judge puts in a circle; one in four is what a
+    coin does."""
     length: Annotated[float, Field(ge=0)] = 0.3
     """Answers may have grown since the anchor by so much more, as a share of their length, than
     their score has, as a share of the rubric's scale. The score is the anchor's."""
@@ -693,8 +722,8 @@ class Shared(Section):
     checkpoint_minutes: Annotated[float, Field(ge=0), DECIDES_NOTHING] = 10.0
     """Minutes of a training after which it is kept on disk as it is, and then again and again: a
     killed run goes on from there, with the same bytes. The folder takes three times what the
-    adapters take in float32, twice that while it is replaced, and is deleted when the training
-    has ended. 0: only when Ctrl-C or SIGTERM ends the run, which keeps it always."""
+    adapter that trains takes in float32, twice that while it is replaced, and is deleted when the
+    training has ended. 0: only when Ctrl-C or SIGTERM ends the run, which keeps it always."""
     base: Base
     data: Data
     anchor: Anchor = Anchor()

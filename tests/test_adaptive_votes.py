@@ -35,7 +35,7 @@ def test_the_chance_of_another_order_by_hand() -> None:
     The variance of each is (1 x .25 + 0) / (1 + 1) = .125; of its end (1/3)^2 x .125 x (1/2 + 1) =
     1/48. So b overtakes a with a chance of cdf(-1 / sqrt(2 / 48)), under one in a million; as 4 is
     the most likely vote on a, not even exact bounds (11/3 for b) are near. With 3.7 for b's place
-    it is cdf(-.3 / .204) = .071 for best, and as much for worst: both are asked.
+    it is cdf(-.3 / .204) = .071 for best, and as much for worst: the leader of each is asked.
     """
     ends = rule(3)
     assert ends.wanting({"a": (4, 4), "b": (3, 3)}) == []
@@ -44,9 +44,21 @@ def test_the_chance_of_another_order_by_hand() -> None:
 
 
 def test_only_those_in_doubt_are_asked_again() -> None:
-    """a is the best for sure; c and d may both be the worst; b is neither."""
-    votes: Mapping[str, Votes] = {"a": (5, 5), "b": (3, 3), "c": (1, 1), "d": (1, 1)}
-    assert rule(11).wanting(votes) == ["c", "d"]
+    """a is the best for sure; c and d may both be the worst; b is neither.
+
+    Of the two the first one is asked, then the other, whose end is less sure by then.
+    """
+    votes: dict[str, Votes] = {"a": (5, 5), "b": (3, 3), "c": (1, 1), "d": (1, 1)}
+    assert rule(11).wanting(votes) == ["c"]
+    assert rule(11).wanting({**votes, "c": (1, 1, 1)}) == ["d"]
+
+
+def test_of_equals_the_first_stands_where_the_scale_leaves_no_room() -> None:
+    """Both are at the top; once all votes on a are in, b can be no better, and a stays best."""
+    assert rule(3).wanting({"a": (5, 5), "b": (5, 5), "c": (0, 0)}) == ["a"]
+    assert rule(3).wanting({"a": (5, 5, 5), "b": (5, 5), "c": (0, 0)}) == []
+    # The one behind may be better where there is room above: it is asked in its turn.
+    assert rule(3).wanting({"a": (4, 4, 4), "b": (4, 4), "c": (0, 0)}) == ["b"]
 
 
 def test_what_cannot_be_read_gets_votes_until_it_counts() -> None:
@@ -141,9 +153,9 @@ def test_the_judge_draws_in_rounds_and_the_same_votes(
     every, facts = votes("all")
     assert facts == {} and {len(some) for some in every.values()} == {4}
     some, facts = votes("some", adaptive_votes=True)
-    assert [len(some[row.candidate_id]) for row in rows] == [2, 2, 4, 4]
+    assert [len(some[row.candidate_id]) for row in rows] == [2, 2, 3, 4]
     assert all(every[name][: len(found)] == found for name, found in some.items())
-    assert facts == {"votes_drawn": 0.75}
+    assert facts == {"votes_drawn": 0.6875}
     # What is on disk is taken as it is.
     again, _ = votes("some", adaptive_votes=True)
     assert again == some
@@ -152,6 +164,7 @@ def test_the_judge_draws_in_rounds_and_the_same_votes(
         "some_votes_1.jsonl",
         "some_votes_2.jsonl",
         "some_votes_3.jsonl",
+        "some_votes_4.jsonl",
     ]
 
 

@@ -33,15 +33,15 @@ from transformers import (
 from srlm_lite.errors import UserError
 from srlm_lite.model import base as base_module
 from srlm_lite.model import gguf as gguf_module
+from srlm_lite.model import whereabouts
 from srlm_lite.model.base import (
-    SMOLLM2,
-    SMOLLM2_WHEEL,
     LoadedBase,
     load_base,
     load_files,
 )
 from srlm_lite.model.heap import give_back
 from srlm_lite.model.targets import check_targets
+from srlm_lite.model.whereabouts import SMOLLM2, SMOLLM2_WHEEL
 from srlm_lite.settings import Base
 
 DIMENSION, HIDDEN, HEADS, LAYERS = 32, 64, 4, 2
@@ -280,7 +280,7 @@ def test_smollm2_speaks(smollm2: LoadedBase) -> None:
 
 
 def test_without_the_wheel_smollm2_is_a_hub_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base_module, "smollm2_file", lambda: None)
+    monkeypatch.setattr(whereabouts, "smollm2_file", lambda: None)
     line = refusal(Base(name=SMOLLM2))
     assert "Hub cannot be reached" in line
     assert SMOLLM2_WHEEL in line

@@ -242,6 +242,9 @@ def test_the_command(tiny_base_dir: Path, cli: Cli) -> None:
         sum(phase["seconds"] for phase in found["floor"].values()), abs=1e-5
     )
     assert found["floor_share"]["ours"] < 1
+    assert found["votes_s"] == found["phases"]["ours"]["judge_s"]
+    assert found["prefill_s"] > 0
+    assert found["prefill_share"] == pytest.approx(found["prefill_s"] / found["votes_s"], abs=0.01)
     assert {"date", "machine", "versions", "dtype", "threads", "base"} <= found.keys()
     assert found["machine"]["cores"] >= 1 and found["versions"]["torch"]
 
@@ -253,6 +256,7 @@ def test_ways_that_are_not_asked_for_are_null(tiny_base_dir: Path) -> None:
     assert found["batched_generate_s"] > 0
     absent = ("one_by_one_s", "ours_s", "vllm_s", "ratio_vs_batched_generate", "ratio_vs_vllm")
     assert [found[key] for key in absent] == [None] * 5
+    assert [found[key] for key in ("votes_s", "prefill_s", "prefill_share")] == [None] * 3
     assert list(found["phases"]) == ["batched"]
 
 

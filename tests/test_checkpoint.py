@@ -6,6 +6,8 @@ import errno
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,7 +19,8 @@ import torch
 from commands import Cli, Done
 from forked import ended
 from messages import Told
-from test_processes import started_as_two
+from safetensors.torch import load_file
+from test_processes import environment, free_port, started_as_two
 from trainings import LORA, given_anchor, tokens
 
 from srlm_lite.errors import ProofError
@@ -32,6 +35,7 @@ from srlm_lite.run.layout import CheckpointDir
 from srlm_lite.run.run import RunDir
 from srlm_lite.session import Session
 from srlm_lite.settings import Anchor, Base, Consistency, Dpo, Rollout
+from srlm_lite.shipped import recipes_dir
 from srlm_lite.stopping import Terminated, deferred, terminable
 from srlm_lite.training import checkpoint
 from srlm_lite.training.checkpoint import Checkpoints, packed, unpacked, write_checkpoint
@@ -280,6 +284,21 @@ def test_what_goes_on_is_proven_to_be_what_was_kept(
         one.run()
 
 
+def test_of_the_slot_what_learns_is_kept(slot: Slot, base: LoadedBase, tmp_path: Path) -> None:
+    """The delta's rows of weights and moments; the anchor's are what they were, and zero."""
+    one = Training(slot, base, tmp_path, kind="dpo")
+    with pytest.raises(Killed):
+        one.run(dies_in=3)
+    newest = one.place.newest()
+    assert newest is not None
+    found = load_file(one.place.tensors(newest))
+    moments = {name for name in found if "exp_avg" in name}
+    weights = {name for name in found if name.startswith("weights/")}
+    assert len(moments) == 2 * len(weights) > 0
+    for name in moments | weights:
+        assert LORA.rank in found[name].shape and slot.rank not in found[name].shape, name
+
+
 def test_it_is_kept_after_the_interval_and_not_before(
     slot: Slot, base: LoadedBase, tmp_path: Path
 ) -> None:
@@ -358,6 +377,7 @@ def test_a_folder_has_its_name_when_it_is_whole(tmp_path: Path) -> None:
 
 SETTINGS = (
     "base.quantization=none",
+    "base.device=cpu",
     "checkpoint_minutes=1e-9",
     "anchor.ift_limit=12",
     "anchor.eft_prompts=2",
@@ -424,29 +444,70 @@ def test_a_run_that_is_killed_and_stopped_in_its_trainings_ends_with_the_same_by
     assert "kept: the training of delta of iteration 1 after step 2 of" in shown.stdout
     shown = cli("show", "run", "--adapters", out.path, "--json")
     assert json.loads(shown.stdout)["checkpoint"]["step"] == 2
+    # Killed when its result was written, and the checkpoint not yet deleted.
+    result = out.iteration(1).delta_place.training
+    result.write_text("{}")
+    assert "kept:" not in cli("show", "run", "--adapters", out.path).stdout
+    result.unlink()
     iterate(Session(recipe, out))
     assert artefacts(out) == artefacts(whole)
+
+
+def as_two(run: RunDir, *stop: str) -> tuple[list[int | None], str]:
+    programs = started_as_two(SCRIPT, *stop, *words(run.path, "iterations=0"))
+    errors = "".join(program.communicate()[1] for program in programs)
+    return [program.returncode for program in programs], errors
 
 
 def test_two_processes_stop_after_the_same_step_and_go_on(tmp_path: Path) -> None:
     """One of them is told to end, then the other is killed: the first writes, both go on."""
     whole, out = RunDir(tmp_path / "whole"), RunDir(tmp_path / "out")
 
-    def both(run: RunDir, *stop: str) -> tuple[list[int | None], str]:
-        programs = started_as_two(SCRIPT, *stop, *words(run.path, "iterations=0"))
-        errors = "".join(program.communicate()[1] for program in programs)
-        return [program.returncode for program in programs], errors
-
-    assert both(whole, "0", "SFT", "0", "SIGKILL")[0] == [0, 0]
-    codes, errors = both(out, "1", "SFT", "2", "SIGTERM")
+    assert as_two(whole, "0", "SFT", "0", "SIGKILL")[0] == [0, 0]
+    codes, errors = as_two(out, "1", "SFT", "2", "SIGTERM")
     assert codes == [143, 143], errors
     lines = [line for line in errors.splitlines() if "srlm-lite:" in line]
     assert len(lines) == 1 and "(SIGTERM) after step 2 of 4 of anchor SFT; what" in lines[0]
     assert out.checkpoint.newest() == out.checkpoint.of(2)
-    codes, errors = both(out, "1", "SFT", "4", "SIGKILL")
+    codes, errors = as_two(out, "1", "SFT", "4", "SIGKILL")
     assert codes == [1, -signal.SIGKILL] and "  anchor SFT goes on from step 2 of 4" in errors
     assert out.checkpoint.newest() == out.checkpoint.of(3)
-    assert both(out, "0", "SFT", "0", "SIGKILL")[0] == [0, 0]
+    assert as_two(out, "0", "SFT", "0", "SIGKILL")[0] == [0, 0]
+    assert artefacts(out) == artefacts(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["accelerate", "torchrun"])
+def test_ctrl_c_on_a_launcher_stops_both_after_a_step(launcher: str, tmp_path: Path) -> None:
+    """As a terminal sends it: to the launcher and all that is in its group."""
+    whole, out = RunDir(tmp_path / "whole"), RunDir(tmp_path / "out")
+    assert as_two(whole, "0", "SFT", "0", "SIGKILL")[0] == [0, 0]
+
+    def started(*stop: str) -> tuple[int, str]:
+        config, port = recipes_dir() / "accelerate" / "ddp-2.yaml", str(free_port())
+        launch = ["-m", "accelerate.commands.launch", "--config_file", str(config)]
+        launch += ["--main_process_port", port]
+        if launcher == "torchrun":
+            launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port]
+        program = [sys.executable, *launch, str(SCRIPT), *stop]
+        done = subprocess.run(
+            [*program, *words(out.path, "iterations=0")],
+            env=environment(),
+            capture_output=True,
+            text=True,
+            start_new_session=True,
+        )
+        return done.returncode, done.stderr
+
+    # The second one sends it to the launcher's whole group, as a terminal does.
+    code, errors = started("1", "SFT", "2", "GROUP")
+    assert code != 0
+    lines = [line for line in errors.splitlines() if line.startswith("srlm-lite:")]
+    assert len(lines) == 1 and "interrupted after step" in lines[0], errors
+    step = int(lines[0].split("after step ")[1].split()[0])
+    assert step in (2, 3) and out.checkpoint.newest() == out.checkpoint.of(step)
+    code, errors = started("0", "SFT", "0", "SIGKILL")
+    assert code == 0 and f"  anchor SFT goes on from step {step} of 4" in errors
     assert artefacts(out) == artefacts(whole)
 
 

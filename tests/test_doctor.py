@@ -21,7 +21,7 @@ from srlm_lite.doctor import machine, packages, proof
 from srlm_lite.doctor.finding import Finding
 from srlm_lite.doctor.recipes import recipe_finding
 from srlm_lite.errors import ProofError, UserError
-from srlm_lite.model import base as base_module
+from srlm_lite.model import whereabouts
 from srlm_lite.model.base import base_is_here
 from srlm_lite.planning import machine as planning
 from srlm_lite.planning.machine import plan_for
@@ -167,9 +167,9 @@ def cached(folder: Path, files: dict[str, str]) -> Path:
 def test_a_base_in_the_hubs_cache_is_here_when_all_of_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    download = base_module.snapshot_download
+    download = whereabouts.snapshot_download
     monkeypatch.setattr(
-        base_module, "snapshot_download", lambda *a, **k: download(*a, **k, cache_dir=tmp_path)
+        whereabouts, "snapshot_download", lambda *a, **k: download(*a, **k, cache_dir=tmp_path)
     )
     index = json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}})
     files = {"config.json": "{}", "model.safetensors.index.json": index}

@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from srlm_lite.errors import UserError
 from srlm_lite.export.export import Export, ExportWish
 from srlm_lite.export.source import FinishedModel, find_source
-from srlm_lite.model.base import SMOLLM2, SMOLLM2_WHEEL, load_base, smollm2_file
+from srlm_lite.model.base import load_base
 from srlm_lite.model.chat import ChatFormat
 from srlm_lite.model.stack import Adapter, Slot
+from srlm_lite.model.whereabouts import SMOLLM2, SMOLLM2_WHEEL, smollm2_file
 from srlm_lite.progress import Silent
 from srlm_lite.shipped import recipes_dir
 

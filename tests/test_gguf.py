@@ -26,12 +26,10 @@ from gguf_files import (
 from srlm_lite.errors import UserError
 from srlm_lite.model import gguf as gguf_module
 from srlm_lite.model.base import (
-    SMOLLM2,
     LoadedBase,
     base_files,
     load_base,
     read_config,
-    smollm2_file,
     spoken_here,
 )
 from srlm_lite.model.chat import ChatFormat
@@ -39,6 +37,7 @@ from srlm_lite.model.companions import write_tokenizer
 from srlm_lite.model.gguf_header import read_header
 from srlm_lite.model.gguf_splits import SPLITS
 from srlm_lite.model.gguf_tokenizer import build_tokenizer, read_vocabulary
+from srlm_lite.model.whereabouts import SMOLLM2, smollm2_file
 from srlm_lite.progress import Silent
 from srlm_lite.recipe import load_recipe
 from srlm_lite.run.run import RunDir

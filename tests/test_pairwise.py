@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
+import json
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
+from pathlib import Path
 from random import Random
+from statistics import fmean
 from typing import Any
 
 import pytest
+from commands import Cli
 from messages import Told
+from toy_run import make_toy_run
 
 from srlm_lite.declared import Facts, Sizes, Weighs
-from srlm_lite.forms import form_of
+from srlm_lite.evaluate.gate import findings
+from srlm_lite.forms import form_in, form_of, pairwise
 from srlm_lite.forms.base import JudgeAtWork, JudgeQuestion
 from srlm_lite.forms.tournament import (
     AllPairs,
@@ -22,8 +30,28 @@ from srlm_lite.forms.tournament import (
     strengths,
 )
 from srlm_lite.judging import Rubric, load_rubric
+from srlm_lite.preflight.inputs import judge_data
+from srlm_lite.preflight.launch import Launch
 from srlm_lite.recipe import Recipe, load_recipe
-from srlm_lite.records import Candidate, Contest, Judgement, Prompt, RankedReply, Reply, Weighed
+from srlm_lite.records import (
+    Annotation,
+    Candidate,
+    Contest,
+    Judgement,
+    PreferencePair,
+    Prompt,
+    RankedReply,
+    Reply,
+    Weighed,
+)
+from srlm_lite.report.facts import gather
+from srlm_lite.report.html import html
+from srlm_lite.report.pack import pack
+from srlm_lite.run.files import read_records, write_records
+from srlm_lite.run.run import RunDir
+from srlm_lite.session import Session
+from srlm_lite.settings import Gate
+from srlm_lite.stages.evaluation import evaluation
 
 
 def contest(a: str, b: str, first: float | None, last: float | None) -> Contest:
@@ -372,3 +400,162 @@ def test_a_form_s_settings_count_for_it_alone() -> None:
     pairwise = load_recipe("toy-pairwise").digest()
     assert load_recipe("toy-pairwise", ["pairwise.score=bradley-terry"]).digest() != pairwise
     assert pairwise != grade
+
+
+def forms_run(path: Path, *overrides: str) -> RunDir:
+    return make_toy_run(
+        path,
+        models=2,
+        overrides=(
+            "judge.form=pairwise",
+            "pairwise.template=toy-pairwise",
+            "pairwise.winners=['1', '2']",
+            "evaluate.policy_prompts=6",
+            "evaluate.eft_prompts=4",
+            *overrides,
+        ),
+    )
+
+
+@pytest.fixture
+def hears_anything(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The toy base without an anchor that learned to compare would rather say something else."""
+    monkeypatch.setattr(pairwise, "LEAST_MASS", 0.0)
+
+
+@pytest.mark.model
+@pytest.mark.usefixtures("hears_anything")
+def test_a_judge_that_compares_decides_a_comparison_in_its_form(cli: Cli, tmp_path: Path) -> None:
+    """The same question and the same verdicts as of candidates; nothing is written."""
+    run = forms_run(tmp_path / "run")
+    options = ["--adapters", run.path, "1", "anchor", "--json"]
+    done = cli("compare", *options)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["judge"] == {"name": "iteration 1", "judging": "pairwise", "form": "pairwise"}
+    [result] = run.comparisons.finished()
+    contests = read_records(result.file("comparisons"), Contest)
+    rows = read_records(result.annotations, Annotation)
+    for row in rows:
+        held = next((one for one in contests if one.prompt_id == row.prompt_id), None)
+        if held is None:
+            assert row.output_1 == row.output_2 or not (row.output_1 and row.output_2)
+            continue
+        a, b = (p is not None and p > 0.5 for p in (held.p_shown_first, held.p_shown_last))
+        assert row.verdicts == ("A" if a else "B", "B" if b else "A")
+        assert row.preference == (1.5 if a != b else 1.0 + a)
+    assert not result.verdicts.exists()
+
+
+@pytest.mark.model
+@pytest.mark.usefixtures("hears_anything")
+def test_an_evaluation_holds_answers_against_the_anchor_s(tmp_path: Path) -> None:
+    """A win rate in the place of a grade: the anchor's own is a half, and needs no question."""
+    run = forms_run(tmp_path / "run", "pairwise.score=probability")
+    session = Session(run.recipe(), run)
+    _, told = evaluation(session, run.anchor, session.stack(0))
+    assert told["judge"]["comparisons"] == 4 * 6
+    assert told["judge"]["position_consistency"] is not None
+    anchor = told["policy"]
+    assert (anchor["anchor_score"], anchor["self_score"], anchor["score_scale"]) == (
+        0.5,
+        0.5,
+        [0, 1],
+    )
+    asked = run.anchor.evaluation_dir / "grades_anchor_comparisons.jsonl"
+    assert read_records(asked, Contest) == []
+    later = run.iteration(1)
+    _, told = evaluation(session, later, session.stack(1))
+    contests = read_records(later.evaluation_dir / "grades_self_comparisons.jsonl", Contest)
+    wins = []
+    answers = {
+        whose: {
+            row.candidate_id: row.text
+            for row in read_records(place.evaluation_dir / "answers_sampled.jsonl", Candidate)
+        }
+        for whose, place in (("own", later), ("anchor", run.anchor))
+    }
+    held = {one.prompt_id: one for one in contests}
+    for name, text in answers["own"].items():
+        other, contest = answers["anchor"][name], held.get(name.partition("#")[0])
+        if contest is None:
+            wins.append(0.5 if bool(text) == bool(other) else float(bool(text)))
+        else:
+            wins.append(fmean(contest.readable))
+    assert told["policy"]["self_score"] == pytest.approx(fmean(wins), abs=1e-4)
+    assert len(set(wins)) > 1
+
+
+def test_a_gate_on_the_order_of_verdicts_and_on_circles() -> None:
+    def judge(**figures: float) -> dict[str, Any]:
+        return {"judge": {"score_histogram": {"0.5": 1, "0": 1}, **figures}, "policy": {}}
+
+    def failed(**figures: float) -> list[str]:
+        return [found.gate for found in findings([judge(**figures)], Gate())]
+
+    assert failed(position_consistency=0.6, intransitive=0.2, triples=100) == []
+    assert failed(position_consistency=0.4, first_wins=0.9) == ["position_consistency"]
+    # One in four is chance, and a tenth more is with a hundred triples.
+    assert failed(intransitive=0.34, triples=100) == []
+    assert failed(intransitive=0.36, triples=100) == ["intransitive"]
+
+
+def test_an_anchor_needs_replies_that_are_ranked_apart(told: Told, tmp_path: Path) -> None:
+    """The toy's own judge data has one reply a prompt."""
+    data = Path(load_recipe("toy").data.dir)
+    launch = Launch(load_recipe("toy-pairwise", [f"data.ranked={data / 'eft_train.jsonl'}"]))
+    with told.refused():
+        judge_data(launch)
+    assert judge_data(Launch(load_recipe("toy-pairwise"))).text.endswith("of judge.form=pairwise")
+
+
+@pytest.fixture
+def shown(tmp_path: Path) -> RunDir:
+    """A run with one prompt whose two answers have met."""
+    run = forms_run(tmp_path / "run")
+    place = run.iteration(1)
+    good, bad = case("a good one", "a bad one")
+    record = PreferencePair("p", "about p", "p#0", "p#1", good.text, bad.text, 1.0, 0.0)
+    write_records(place.prompts, [Prompt("p", "about p")])
+    write_records(place.candidates, [good, bad])
+    write_records(
+        place.judgements,
+        [Judgement("p#0", 0, "", 1.0, verdicts=2), Judgement("p#1", 0, "", 0.0, verdicts=2)],
+    )
+    write_records(place.comparisons, [Contest("p", "p#0", "p#1", 0.91, 0.62)])
+    write_records(place.pairs, [record])
+    return run
+
+
+def test_show_tells_who_won_against_whom(cli: Cli, shown: RunDir) -> None:
+    done = cli("show", "pairs", "--adapters", shown.path, "--iteration", "1")
+    assert done.returncode == 0, done.stderr
+    head = done.stdout.splitlines()[0]
+    assert "share of verdicts won 1 against 0" in head
+    assert "the chosen one wins with 0.91 where it is shown first, with 0.62 last" in head
+    assert "chosen (p#0; of 2 verdicts)" in done.stdout
+    done = cli("show", "judgements", "--adapters", shown.path, "--iteration", "1")
+    assert "the first wins with 0.91 where it is shown first, with 0.62 last" in done.stdout
+    told = cli("show", "judgements", "--adapters", shown.path, "--iteration", "1", "--json")
+    assert json.loads(told.stdout) == Contest("p", "p#0", "p#1", 0.91, 0.62).to_row()
+
+
+def test_the_pair_browser_has_the_comparison_and_the_verdicts(shown: RunDir) -> None:
+    facts = gather(shown)
+    [pair] = facts.pairs
+    assert facts.words.score == "share of verdicts won"
+    packed = pack([pair], room=10_000, told=form_in(facts.settings).told)
+    [row] = json.loads(gzip.decompress(base64.b64decode(packed.data)))
+    assert row["vs"] == (
+        "against the rejected one the chosen one wins with 0.91 where it is shown first, "
+        "with 0.62 last"
+    )
+    assert row["cv"] == [[1.0, None, "", ["of 2 verdicts"]]]
+    page = html(facts)
+    assert "pairwise" in page and "verdicts by" in page
+
+
+def test_what_one_made_of_the_other_is_told_from_either_side() -> None:
+    met = Contest("p", "a", "b", 0.9, None)
+    assert met.told("a") == "wins with 0.90 where it is shown first, with unreadable last"
+    assert met.told("b") == "wins with unreadable where it is shown first, with 0.10 last"

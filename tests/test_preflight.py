@@ -20,10 +20,13 @@ from safetensors.torch import load_file, save_file
 from toy_run import make_toy_run
 
 from srlm_lite import tracking
+from srlm_lite.hardware import device_name
 from srlm_lite.model.base import load_base, spoken
 from srlm_lite.planning import machine as planning
 from srlm_lite.planning.machine import plan_for
 from srlm_lite.planning.plan import Hardware, Plan
+from srlm_lite.planning.rates import rates_key, remember
+from srlm_lite.planning.times import in_words
 from srlm_lite.preflight.checks import CHECKS, NEEDS, OF_WORK
 from srlm_lite.processes import LAUNCHER
 from srlm_lite.recipe import Recipe, load_recipe
@@ -67,11 +70,14 @@ def data(tmp_path: Path) -> Path:
     return shutil.copytree(load_recipe("tiny").data.dir, tmp_path / "data")
 
 
-def test_a_run_that_can_start_says_so_and_what_to_type(cli: Cli, out: Path) -> None:
+def test_a_run_that_can_start_says_so_and_what_to_type(
+    cli: Cli, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("srlm_lite.planning.times.rates_folder", lambda: tmp_path)
     done = cli("iterate", "--recipe", "tiny", "--adapters", out, "--dry-run")
     assert done.returncode == 0
     assert [line.split()[0] for line in done.stdout.splitlines()] == [
-        "-" if name in ("anchor", "tracking", "server") else "ok" for name in CHECKS
+        "-" if name in ("anchor", "tracking", "server", "time") else "ok" for name in CHECKS
     ]
     [line] = done.stderr.strip().splitlines()
     assert line.startswith("next: srlm-lite iterate --recipe tiny --adapters ")
@@ -144,6 +150,22 @@ def test_a_held_out_prompt_among_the_training_s(cli: Cli, out: Path, data: Path)
     with (data / "prompts.jsonl").open("a") as file:
         file.write(json.dumps({"prompt_id": "leak", "text": first["text"]}) + "\n")
     assert "1 of its prompts are also in" in asked(cli, out, f"data.dir={data}")["held-out"]
+
+
+def test_how_long_it_takes_is_told_where_rates_are_known(
+    cli: Cli, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("srlm_lite.planning.times.rates_folder", lambda: tmp_path)
+    assert asked(cli, out)["time"] == "not asked: unknown: no rate of this device is known"
+    recipe = load_recipe("tiny")
+    plan = plan_for(recipe)
+    key = rates_key(recipe, device=device_name("cpu"), itemsize=plan.itemsize)
+    rates = {"candidates": 1000.0, "judge": 1000.0, "DPO": 1000.0}
+    remember(tmp_path, key, rates)
+    tokens = sum(one.tokens or 0 for one in plan.phases if one.name in rates)
+    told = asked(cli, out)["time"]
+    assert told.startswith(f"ok: {in_words(tokens / 1000)} at most, anchor SFT, evaluation apart, ")
+    assert told.endswith("at rates measured on this device (srlm-lite plan says by what)")
 
 
 def test_thoughts_that_a_base_would_learn_as_text(cli: Cli, out: Path, data: Path) -> None:

@@ -18,6 +18,7 @@ from srlm_lite.evaluate.gold import load_gold
 from srlm_lite.hardware import Gpu, choose_recipe
 from srlm_lite.judging import load_rubric
 from srlm_lite.recipe import Recipe, find_recipe, load_recipe, recipe_from, shipped_recipes
+from srlm_lite.settings import Before, IsPath, marked
 from srlm_lite.shipped import (
     CHAT_TEMPLATES,
     RUBRICS,
@@ -476,6 +477,16 @@ def test_identity_leaves_out_how_a_server_is_reached() -> None:
 )
 def test_identity_holds_what_decides_the_result(changes: dict[str, Any]) -> None:
     assert recipe(**changes).digest() != recipe().digest()
+
+
+def test_identity_leaves_out_a_file_that_came_later_by_its_name() -> None:
+    """A shipped file that a setting names by default, whatever it holds: earlier runs have none."""
+    later = dict(marked(Recipe, Before))
+    names = [name for name, _ in marked(Recipe, IsPath) if later.get(name) and later[name].value]
+    assert "anchor.disturb_template" in names
+    identity = recipe().identity()
+    for section, key in (name.split(".") for name in names):
+        assert key not in identity.get(section, {}), key
 
 
 def test_identity_has_older_pairs_as_they_come_to() -> None:

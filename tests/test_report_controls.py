@@ -29,7 +29,7 @@ CONTROLS: dict[str, tuple[tuple[str, ...], str]] = {
     "cold": (("iterations=0", "evaluate.temperature=0.5"), "the anchor at temperature 0.5"),
     "rebased": (
         ("dpo.init=anchor",),
-        "rebased: each delta from the anchor; pairing.accumulate true",
+        "rebased: each delta from the anchor; on all pairs so far",
     ),
     "other": (("dpo.beta=0.2", "rollout.n=3"), "rollout.n 3; dpo.beta 0.2"),
 }  # fmt: skip
@@ -58,6 +58,7 @@ def test_a_control_is_called_by_what_it_does_otherwise(name: str, tmp_path: Path
     facts = beside(made(tmp_path / "run"), made(tmp_path / "control", *overrides))
     [control] = controls_of(facts)
     assert (control.name, control.doubts) == (called, [])
+    assert control.kind == ("other" if name in ("rebased", "other") else "control")
 
 
 def test_what_makes_figures_no_comparison_is_said(tmp_path: Path) -> None:
@@ -97,9 +98,13 @@ def test_what_the_controls_say(tmp_path: Path) -> None:
     facts = beside(run, blind, once, bound)
     found = verdict(comparisons(facts))
     assert found.startswith("Not above one pass over all 400 prompts by more than chance:")
-    assert verdict([]) == "No control has figures to hold this run against."
     # The bound is told of, and held against nobody.
     assert any(one.text.startswith("pairs by the gold scorer") for one in comparisons(facts))
+    # Another way to learn that gets as far takes nothing from the run.
+    facts = beside(run, blind, made(tmp_path / "a", "dpo.init=anchor"))
+    assert "+0.00" in comparisons(facts)[1].text
+    assert verdict(comparisons(facts)).startswith("More than chance above every control")
+    assert verdict([]).startswith("None of these runs is a control")
 
 
 def test_without_intervals_nothing_is_told_apart() -> None:

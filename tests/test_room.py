@@ -130,7 +130,25 @@ def test_plan_and_doctor_say_it_beforehand(
     row = json.loads(cli("plan", "--recipe", "llama3.1-8b", "--gpus", "24GB", "--json").stdout)
     assert row["room"]["sampled"] == 2048 and not row["room"]["fits"]
     assert not row["room"]["counted"]  # its tokenizer is gated
-    finding = recipe_finding(load_recipe("llama3.1-8b"))
-    assert "have 2,048 tokens when sampled, about 1,4" in finding.text
+    # doctor says it where the recipe can run at all.
+    assert "tokens when sampled" not in recipe_finding(load_recipe("llama3.1-8b")).text
+    data = shutil.copytree(load_recipe("tiny").data.dir, tmp_path / "data")
+    (data / "prompts.jsonl").write_text(json.dumps({"text": "whale " * 150}) + "\n")
+    finding = recipe_finding(load_recipe("tiny", [f"data.dir={data}"]))
+    assert "tokens when sampled" in finding.text
     assert finding.way_out is not None and "Set base.window=" in finding.way_out
     assert "too long to be judged" not in cli("plan", "--recipe", "toy").stdout
+
+
+def test_a_question_about_two_replies_needs_room_for_both() -> None:
+    """512 - 8 for the verdict - 100 of the question = 404; a prompt of 100 with two replies of 160
+    has 420 tokens, so 16 are missing, and replies of 152 mend it."""
+    recipe = load_recipe("toy-pairwise", ["base.window=512", "rollout.max_new_tokens=160"])
+    asked = Counted(100, exact=True)
+    room = room_of(recipe, rubric=Counted(100, exact=True), prompts=asked, held_out=asked)
+    assert room is not None
+    assert (room.sampled, room.judged, room.missing, room.safe_prompt) == (420, 404, 16, 84)
+    found = unjudged(room)
+    assert found is not None
+    assert "prompt and replies together may have 420 tokens" in found[0]
+    assert found[1] == "Set base.window=528 or rollout.max_new_tokens=152"

@@ -28,6 +28,7 @@ def test_settings_that_may_be_paths() -> None:
         "data.dir": IsPath(),
         "data.extra": IsPath(),
         "data.ranked": IsPath(),
+        "anchor.disturb_template": IsPath(shipped=TEMPLATES),
         "anchor.init": IsPath(words=("base",)),
         "prompts.file": IsPath(),
         "judge.rubric": IsPath(shipped=RUBRICS),
@@ -64,6 +65,7 @@ def test_settings_that_decide_nothing() -> None:
 
 def test_settings_that_came_later() -> None:
     assert {name: mark.value for name, mark in marked(Shared, Before)} == {
+        "anchor.disturb_template": "disturb",
         "anchor.micro_batch_tokens": "auto",
         "base.attention": "sdpa",
         "base.chat_template_kwargs": {},

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from forked import ended
 
-from srlm_lite.model.base import SMOLLM2_WHEEL, smollm2_file
+from srlm_lite.model.whereabouts import SMOLLM2_WHEEL, smollm2_file
 from srlm_lite.run.files import read_json, read_jsonl
 from srlm_lite.run.run import RunDir
 

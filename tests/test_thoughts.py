@@ -20,8 +20,8 @@ from test_chat_templates import trl_chat
 
 from srlm_lite.errors import UserError
 from srlm_lite.loop import iterate
-from srlm_lite.model.base import SMOLLM2_WHEEL, smollm2_file
 from srlm_lite.model.chat import ChatFormat
+from srlm_lite.model.whereabouts import SMOLLM2_WHEEL, smollm2_file
 from srlm_lite.pairing import usable_candidates
 from srlm_lite.planning.lengths import lengths_of
 from srlm_lite.recipe import Recipe, load_recipe, recipe_from

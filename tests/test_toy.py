@@ -148,6 +148,36 @@ def test_examples_of_principles_are_right_and_stay_in_the_world() -> None:
     assert len(asked) == 300 and not asked & {row["text"] for row in rows("eval_prompts")}
 
 
+def test_examples_of_disturbed_prompts_are_about_another_topic() -> None:
+    examples = [json.loads(line) for line in (RECIPES / "toy" / "disturb.jsonl").open()]
+    known = set(toy.vocabulary())
+    assert len(examples) == 800
+    for row in examples:
+        assert set(toy.words(row["prompt"])) <= known
+        asked = row["prompt"].split("question: ")[1]
+        topic, other = toy.topic_of(asked), toy.topic_of(row["response"])
+        assert topic and other and topic != other
+        assert row["response"] == asked.replace(topic, other)
+
+
+def test_examples_of_checklists_are_right_and_stay_in_the_world() -> None:
+    examples = [json.loads(line) for line in (RECIPES / "toy" / "checklist.jsonl").open()]
+    known, kinds = (
+        set(toy.vocabulary()),
+        Counter(row["prompt_id"].split("-")[1] for row in examples),
+    )
+    assert kinds == {"checklist": 200, "item": 1200}
+    for row in examples:
+        assert set(toy.words(f"{row['prompt']}\n{row['response']}")) <= known
+        if row["prompt_id"].startswith("toy-item"):
+            asked, rest = row["prompt"].removeprefix("question: ").split("\nanswer:\n")
+            answer, item = rest.split("\none point for: ")
+            criterion = {text: name for name, text in toy.checklist(asked).items()}[item]
+            assert row["response"] == ("yes" if toy.gold(asked, answer)[criterion] else "no")
+    asked = {row["prompt"].split("question: ")[1].split("\n")[0] for row in examples}
+    assert len(asked) == 1400 and not asked & {row["text"] for row in rows("eval_prompts")}
+
+
 def test_last_word_identifies_a_fact() -> None:
     assert len({fact.split()[-1] for fact in toy.FACTS}) == len(toy.FACTS) == 12
     assert len(toy.TOPICS) == 24
@@ -166,7 +196,7 @@ def test_held_out_phrasings_are_apart() -> None:
 
 def test_shipped_data_is_what_the_script_makes(script: ModuleType, tmp_path: Path) -> None:
     script.write_data(tmp_path / "data", seed=0)
-    for name in ("ranked.jsonl", "meta.jsonl", "rlaif.jsonl"):
+    for name in ("ranked.jsonl", "meta.jsonl", "rlaif.jsonl", "disturb.jsonl", "checklist.jsonl"):
         assert (tmp_path / name).read_bytes() == (RECIPES / "toy" / name).read_bytes(), name
     for stem in FILES:
         made = (tmp_path / "data" / f"{stem}.jsonl").read_bytes()

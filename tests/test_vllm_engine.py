@@ -20,9 +20,10 @@ import pytest
 import torch
 
 from srlm_lite.errors import UserError
-from srlm_lite.model.base import SMOLLM2, LoadedBase, load_base
+from srlm_lite.model.base import LoadedBase, load_base
 from srlm_lite.model.chat import ChatFormat
 from srlm_lite.model.stack import Adapter, Slot
+from srlm_lite.model.whereabouts import SMOLLM2
 from srlm_lite.preflight.inputs import check_inputs
 from srlm_lite.recipe import load_recipe
 from srlm_lite.rollout.protocol import Limits, Request, Sample

@@ -31,6 +31,9 @@ Row = dict[str, Any]
 
 RUBRIC = Path(__file__).parent.parent / "rubrics" / "toy.yaml"
 META_TEMPLATE = Path(__file__).parent.parent / "templates" / "toy-meta.txt"
+DISTURB_TEMPLATE = Path(__file__).parent.parent / "templates" / "toy-disturb.txt"
+LIST_TEMPLATE = Path(__file__).parent.parent / "templates" / "toy-checklist.txt"
+ITEM_TEMPLATE = Path(__file__).parent.parent / "templates" / "toy-checklist-item.txt"
 PRINCIPLES = Path(__file__).parent.parent / "principles" / "toy.yaml"
 TEMPLATE: str = yaml.safe_load(RUBRIC.read_text(encoding="utf-8"))["template"]
 
@@ -156,6 +159,63 @@ def make_rlaif(*, seed: int) -> list[Row]:
     return rows
 
 
+def make_disturbed(*, seed: int) -> list[Row]:
+    """Questions for a prompt that only looks like a given one: about another topic."""
+    known = toy.prompts(held_out=False)
+    random.Random(f"toy data {seed}").shuffle(known)
+    rng = random.Random(f"toy disturbed {seed}")
+    template = DISTURB_TEMPLATE.read_text(encoding="utf-8")
+    rows = []
+    for number, prompt in enumerate(known[3100:3900]):
+        topic = toy.topic_of(prompt) or ""
+        other = rng.choice([one for one in toy.TOPICS if one != topic])
+        rows.append(
+            {
+                "prompt_id": f"toy-disturb-{number:04}",
+                "prompt": template.replace("{{prompt}}", prompt),
+                "response": prompt.replace(topic, other),
+            }
+        )
+    return rows
+
+
+def make_checklists(*, seed: int) -> list[Row]:
+    """Checklists for prompts, and items of them with whether they hold of an answer."""
+    known = toy.prompts(held_out=False)
+    random.Random(f"toy data {seed}").shuffle(known)
+    rng = random.Random(f"toy checklists {seed}")
+    of_list = LIST_TEMPLATE.read_text(encoding="utf-8")
+    of_item = ITEM_TEMPLATE.read_text(encoding="utf-8")
+    rows = []
+    for number, prompt in enumerate(known[3900:4100]):
+        items = [toy.checklist(prompt)[name] for name in ("topic", "items", "unique")]
+        rows.append(
+            {
+                "prompt_id": f"toy-checklist-{number:04}",
+                "prompt": of_list.replace("{{prompt}}", prompt),
+                "response": "\n".join(f"9: {item}" for item in items),
+            }
+        )
+    for number, prompt in enumerate(known[4100:5300]):
+        response = toy.sample_answer(rng, prompt, rng.choice(REVIEWED_RATES))
+        if rng.random() < 0.2:
+            response = toy.disturb(rng, response)
+        criterion = toy.CRITERIA[number % len(toy.CRITERIA)]
+        question = of_item
+        item = toy.checklist(prompt)[criterion]
+        for name, text in {"prompt": prompt, "response": response, "item": item}.items():
+            question = question.replace("{{" + name + "}}", text)
+        holds = toy.gold(prompt, response)[criterion]
+        rows.append(
+            {
+                "prompt_id": f"toy-item-{number:04}",
+                "prompt": question,
+                "response": "yes" if holds else "no",
+            }
+        )
+    return rows
+
+
 def _with_one_verdict_wrong(rng: random.Random, review: str) -> str:
     *verdicts, score = review.split("\n")
     at = rng.randrange(len(verdicts))
@@ -174,6 +234,8 @@ def write_data(directory: Path, *, seed: int) -> None:
     _write_rows(directory.parent / "ranked.jsonl", make_ranked(seed=seed))
     _write_rows(directory.parent / "meta.jsonl", make_meta(seed=seed))
     _write_rows(directory.parent / "rlaif.jsonl", make_rlaif(seed=seed))
+    _write_rows(directory.parent / "disturb.jsonl", make_disturbed(seed=seed))
+    _write_rows(directory.parent / "checklist.jsonl", make_checklists(seed=seed))
 
 
 def _write_rows(path: Path, rows: list[Row]) -> None:

@@ -13,22 +13,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from srlm_lite.bench.judges import BenchJudge, bench_judge_of
 from srlm_lite.errors import UserError
 from srlm_lite.evaluate.intervals import interval, ratio
 from srlm_lite.judging import PLACEHOLDER, Rubric, mean_scores
 from srlm_lite.progress import Reporter
-from srlm_lite.recipe import load_recipe
 from srlm_lite.run.files import read_jsonl
-from srlm_lite.run.run import RunDir
-from srlm_lite.session import Session
 from srlm_lite.stages.sampling import judge_replies
 from srlm_lite.stages.seed_data import policy_prompts
-
-if TYPE_CHECKING:
-    from srlm_lite.model.stack import Adapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,28 +124,17 @@ def bench_attacks(
         votes: On each reply; default: as the recipe has it.
 
     Raises:
-        UserError: Neither a run nor a recipe is named, or both, or the recipe ships no anchor; as
-            `read_attacks`.
+        UserError: As `bench_judge_of` and `read_attacks`.
     """
-    if (adapters is None) == (recipe is None):
-        raise UserError("name a run with --adapters or a recipe with --recipe, one of them")
-    if overrides and recipe is None:
-        raise UserError("--set goes with --recipe: a run's settings are settled")
     own = None if replies is None else read_attacks(replies)
-    with TemporaryDirectory(prefix="srlm-lite-attacks-") as scratch:
-        if recipe is not None:
-            session = Session(load_recipe(recipe, overrides), RunDir(Path(scratch)), reporter)
-        else:
-            run = RunDir(Path(str(adapters)))
-            run.hold_to_files()
-            session = Session(run.recipe(), run, reporter)
-        stack, judge = _judge(session, shipped=recipe is not None)
+    with bench_judge_of(adapters, recipe, overrides, reporter) as judge:
+        session = judge.session
         held_out = [one.text for one in policy_prompts(session.recipe)[:prompts]]
         attacks = own or [one for text in held_out for one in built_in(text, session.rubric)]
-        scores = _scores(session, stack, attacks, votes, Path(scratch) / "judgements.jsonl")
+        scores = _scores(judge, attacks, votes)
     return {
         "recipe": session.recipe.name,
-        "judge": judge,
+        "judge": judge.name,
         "rubric": session.rubric.name,
         "prompts": len({one.prompt for one in attacks}),
         "votes": votes or session.recipe.judge.votes,
@@ -159,41 +142,19 @@ def bench_attacks(
     }
 
 
-def _judge(session: Session, *, shipped: bool) -> tuple[Sequence[Adapter], str]:
-    """Who judges, and its name."""
-    recipe = session.recipe
-    if session.engine_kind("judge").remote:
-        return [], str(recipe.openai.model)
-    if not shipped:
-        last = session.run.last_done()
-        return session.stack(last, "judge"), f"iteration {last}" if last else "anchor"
-    anchor = session.shipped_anchor
-    if anchor is None:
-        raise UserError(
-            "ships no anchor", where=recipe.name, way_out="Name a run of it with --adapters"
-        )
-    return [anchor], "shipped anchor"
-
-
 Scores = dict[tuple[str, str], float | None]
 """By prompt and text: the mean of the votes that can be read."""
 
 
-def _scores(
-    session: Session,
-    stack: Sequence[Adapter],
-    attacks: Sequence[Attack],
-    votes: int | None,
-    path: Path,
-) -> Scores:
-    recipe = session.recipe
+def _scores(judge: BenchJudge, attacks: Sequence[Attack], votes: int | None) -> Scores:
+    recipe = judge.recipe
     texts = dict.fromkeys((one.prompt, text) for one in attacks for text in (one.reply, one.twin))
     names = {one: f"attack-{at}" for at, one in enumerate(texts)}
     rows = judge_replies(
-        session,
-        stack,
+        judge.session,
+        judge.stack,
         [(name, prompt, text) for (prompt, text), name in names.items()],
-        path=path,
+        path=judge.scratch / "judgements.jsonl",
         stage="judgements",
         votes=votes or recipe.judge.votes,
         chunk=recipe.rollout.chunk_prompts * recipe.rollout.n,

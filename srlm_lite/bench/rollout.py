@@ -27,6 +27,7 @@ from srlm_lite.bench.plain import PlainGenerate
 from srlm_lite.bench.roofline import Rates, measure_rates, roofline, shape_of
 from srlm_lite.bench.workload import StandIn, Workload
 from srlm_lite.errors import SrlmError, UserError
+from srlm_lite.judging import whole_scores
 from srlm_lite.model.base import LoadedBase, compute_device, compute_dtype, load_base
 from srlm_lite.model.random_base import random_base
 from srlm_lite.planning.shapes import config_of
@@ -37,6 +38,8 @@ from srlm_lite.run.run import RunDir
 from srlm_lite.seeds import derive_seed
 from srlm_lite.session import Session
 from srlm_lite.settings import Base, Lora
+from srlm_lite.stages.sampling import ALTERNATIVES
+from srlm_lite.stages.weighing import options_of
 
 Way = Literal["ours", "vllm", "continuous", "batched", "one-by-one"]
 WAYS: tuple[Way, ...] = ("ours", "vllm", "continuous", "batched", "one-by-one")
@@ -88,11 +91,16 @@ class RolloutBench:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Seconds of the two phases, and the peak of memory in bytes over both."""
+    """Seconds of the two phases, and the peak of memory in bytes over both.
+
+    `prefill_s` are seconds of reading the same judge prompts for the probabilities of their next
+    token, with nothing written; ours alone.
+    """
 
     candidates_s: float
     judge_s: float
     peak_bytes: int | None
+    prefill_s: float | None = None
 
     @property
     def total(self) -> float:
@@ -134,6 +142,20 @@ class EngineSampler:
         return samples
 
 
+def weigh_all(engine: Engine, prompts: Sequence[Ids], options: Ids) -> None:
+    """Read prompts for the probabilities of tokens that may come next, as a judge without a
+    rationale does."""
+    limits = Limits(
+        temperature=0.0,
+        top_p=1.0,
+        max_new_tokens=1,
+        alternatives=ALTERNATIVES,
+        also=options,
+        ignore_end=True,
+    )
+    engine.sample([Request(prompt, (0,)) for prompt in prompts], limits)
+
+
 def ways_of(text: str) -> tuple[Way, ...]:
     """The ways named in a list with commas.
 
@@ -156,7 +178,8 @@ def bench_rollout(settings: RolloutBench, reporter: Reporter) -> dict[str, Any]:
 
     Returns:
         Seconds of each way over the whole workload (`one_by_one_s`, `batched_generate_s`,
-        `ours_s`, `vllm_s`; None where a way was not asked for or is not installed), ratios, the
+        `ours_s`, `vllm_s`; None where a way was not asked for or is not installed), ratios, our
+        seconds of judging by votes (`votes_s`) and by one reading each (`prefill_s`), the
         roofline's floor, tokens per second, memory, and what they were measured with.
     """
     with TemporaryDirectory() as folder:
@@ -276,9 +299,26 @@ class _RolloutRunner:
         with peak_memory(self._device) as peak:
             candidates_s = phase(questions, work.n, work.answer_tokens)
             judge_s = phase(grading, work.votes, work.vote_tokens)
+        prefill_s = self._prefill() if way == "ours" else None
         if way == "vllm":
             self._session.close_engines()
-        return Timing(candidates_s, judge_s, peak.bytes)
+        return Timing(candidates_s, judge_s, peak.bytes, prefill_s)
+
+    def _prefill(self) -> float:
+        """Seconds in which our engine judges all candidates without a rationale."""
+        begun: Ids = ()
+        options: Ids = tuple(range(6))
+        if self._stand_in is None:
+            scores = [f"Score: {score}" for score in whole_scores(self._session.rubric)]
+            told = options_of(self._session.chat, scores, setting="--rubric")
+            begun, options = told.begun, told.next
+        prompts = [(*prompt, *begun) for prompt in self._grading]
+        engine = self._session.engine(())
+        weigh_all(engine, prompts[:1], options)
+        start = time.perf_counter()
+        weigh_all(engine, prompts, options)
+        synchronise(self._device)
+        return time.perf_counter() - start
 
     def _measured_prompts(self, way: Way) -> int:
         all_of_them = self._work.prompts
@@ -304,6 +344,16 @@ class _RolloutRunner:
             workload=self._work,
         )
 
+    def _judging(self, ours: Timing | None) -> dict[str, float | None]:
+        """Our judgements by written votes, and by one reading of the question each."""
+        votes_s = None if ours is None else round(ours.judge_s, 3)
+        prefill_s = None if ours is None or ours.prefill_s is None else round(ours.prefill_s, 3)
+        return {
+            "votes_s": votes_s,
+            "prefill_s": prefill_s,
+            "prefill_share": _ratio(prefill_s, votes_s),
+        }
+
     def _report(self, timings: dict[Way, Timing], rates: Rates) -> dict[str, Any]:
         settings, work, base = self._settings, self._work, self._session.base
         seconds = {way: round(timing.total, 3) for way, timing in timings.items()}
@@ -312,6 +362,7 @@ class _RolloutRunner:
         )
         return {
             **{key: seconds.get(way) for way, key in KEYS.items()},
+            **self._judging(timings.get("ours")),
             "ratio_vs_batched_generate": _ratio(seconds.get("batched"), seconds.get("ours")),
             "ratio_vs_vllm": _ratio(seconds.get("vllm"), seconds.get("ours")),
             **bound,

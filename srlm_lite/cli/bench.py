@@ -82,18 +82,69 @@ def rollout(
 
 @app.command()
 def judge(
-    adapters: Annotated[Path, typer.Option("--adapters", help="The run directory.", metavar="DIR")],
+    adapters: Annotated[
+        Path | None,
+        typer.Option(
+            "--adapters", help="A run directory: its last judge.", metavar="DIR", show_default=False
+        ),
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help="A recipe: its shipped anchor. With --pairs or --disturbed.",
+            metavar="NAME",
+            autocompletion=recipe_names,
+            show_default=False,
+        ),
+    ] = None,
+    pairs: Annotated[
+        Path | None,
+        typer.Option(
+            help="Ask the judge about a preference file: RewardBench 2, RM-Bench, JudgeBench, PPE, "
+            "or replies in an order as `data prepare` reads them.",
+            metavar="FILE",
+            show_default=False,
+        ),
+    ] = None,
+    disturbed: Annotated[
+        int | None,
+        typer.Option(
+            help="Ask it about pairs with a known loser: N of the run's prompts, answered, and an "
+            "answer to what the model makes of each, which only looks like it.",
+            metavar="N",
+            min=1,
+            show_default=False,
+        ),
+    ] = None,
+    prompts: Annotated[
+        int | None,
+        typer.Option(
+            help="Of the file at most P prompts, spread over it.",
+            metavar="P",
+            min=1,
+            show_default=False,
+        ),
+    ] = None,
     iteration: Annotated[
-        str, typer.Option(help="Number of an iteration, or `last`: the last that is judged.")
+        str, typer.Option(help="Number of an iteration (0: the anchor), or `last`.")
     ] = "last",
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="Ask in another way: a setting of judge, of a form of judging, or of rollout.",
+            metavar="KEY=VALUE",
+            autocompletion=overrides,
+        ),
+    ] = None,
     json_: Json = False,
 ) -> None:
-    """Sampled against expected scores, on the judgements of a run; samples nothing.
+    """How good a judge is, and what a judgement costs, by every way of asking it.
 
-    The run has to be one with judge.score=expected: its judgements carry both.
+    With --pairs or --disturbed it is asked about replies of which the better one is known. Without
+    either nothing is sampled: sampled against expected scores on the judgements of a run with
+    judge.score=expected, which carry both.
     """
-    from srlm_lite.bench.judge import bench_judge
-
     if iteration != "last" and not iteration.isdecimal():
         raise UserError(
             f"no judgements are of {iteration}",
@@ -101,7 +152,34 @@ def judge(
             way_out="Say the number of an iteration, or last",
         )
     number = None if iteration == "last" else int(iteration)
-    show("judge", bench_judge(adapters, number), _judge_text, as_json=json_)
+    if pairs is not None and disturbed is not None:
+        raise UserError("--pairs and --disturbed are two benchmarks: name one of them")
+    if pairs is None and disturbed is None:
+        from srlm_lite.bench.judge import bench_judge
+
+        if adapters is None:
+            raise UserError("name a run with --adapters")
+        if recipe is not None or prompts is not None or set_:
+            raise UserError("--recipe, --prompts and --set go with --pairs or --disturbed")
+        show("judge", bench_judge(adapters, number), _judge_text, as_json=json_)
+        return
+    from srlm_lite.bench.judge_pairs import bench_judge_on_disturbed, bench_judge_on_pairs
+    from srlm_lite.bench.judges import bench_judge_of
+    from srlm_lite.cli.judge_tables import judge_text
+    from srlm_lite.cli.progress import ConsoleReporter
+
+    console = ConsoleReporter()
+    with (
+        console,
+        bench_judge_of(
+            adapters, recipe, set_ or (), console, iteration=number, measured=True
+        ) as asked,
+    ):
+        if pairs is not None:
+            result = bench_judge_on_pairs(asked, pairs, prompts)
+        else:
+            result = bench_judge_on_disturbed(asked, disturbed or 1)
+    show("judge", result, judge_text, as_json=json_)
 
 
 @app.command()
@@ -663,6 +741,11 @@ def _rollout_text(result: dict[str, Any]) -> str:
         f"{max(rates['matmul_flops_per_s'].values()) / 1e12:.2f} TFLOP/s and "
         f"{rates['copy_bytes_per_s'] / 1e9:.0f} GB/s, both measured here",
     ]
+    if result["prefill_s"] is not None:
+        lines.append(
+            f"without a rationale (judge.rationale=false): all candidates judged in "
+            f"{result['prefill_s']:.2f} s, {result['prefill_share']:.3f} of the votes' time"
+        )
     if result["vllm"]:
         lines.append(f"vLLM: {result['vllm']}, its start not counted")
     if "batched" in shown:

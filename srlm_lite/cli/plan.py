@@ -21,7 +21,16 @@ from srlm_lite.planning.machine import (
 )
 from srlm_lite.planning.plan import PARTS, Hardware, Plan, needs_sharding, parse_gpus
 from srlm_lite.planning.room import Room, room_for, unjudged
-from srlm_lite.planning.times import Known, Other, Time, by_devices, other_engines, times_of, total
+from srlm_lite.planning.times import (
+    Known,
+    Other,
+    Time,
+    by_devices,
+    in_words,
+    other_engines,
+    times_of,
+    total,
+)
 from srlm_lite.recipe import load_recipe
 
 _HEADS = {
@@ -303,8 +312,4 @@ def _gigabytes(count: int) -> str:
 
 
 def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return ""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    return "" if seconds is None else in_words(seconds)

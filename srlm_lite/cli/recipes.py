@@ -22,20 +22,13 @@ Name = Annotated[str, typer.Argument(help="Shipped name or path.", autocompletio
 @app.command("list")
 def list_() -> None:
     """Names and what they are for."""
-    import shutil
-    import sys
-    import textwrap
-
+    from srlm_lite.cli.wrapping import columns, hung
     from srlm_lite.recipe import load_recipe, shipped_recipes
 
     names = shipped_recipes()
     width = max(len(name) for name in names)
-    # A terminal is wrapped for; a program gets a line for each.
-    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 10**6
     for name in names:
-        line = f"{name:<{width}}  {load_recipe(name).description}"
-        indent = " " * (width + 2)
-        typer.echo(textwrap.fill(line, max(columns, width + 20), subsequent_indent=indent))
+        typer.echo(hung(f"{name:<{width}}  ", load_recipe(name).description, columns()))
 
 
 @app.command()
@@ -226,16 +219,15 @@ def _list(settings: list[Setting], recipe: str | None) -> None:
 
 def _say(text: str, *, indent: str = "", hanging: str | None = None) -> None:
     """A line, wrapped for a terminal; a program gets it whole."""
-    import shutil
-    import sys
     import textwrap
 
-    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 10**6
+    from srlm_lite.cli.wrapping import columns
+
     hanging = indent if hanging is None else hanging
     typer.echo(
         textwrap.fill(
             text,
-            max(columns, len(hanging) + 20),
+            max(columns() or 10**6, len(hanging) + 20),
             initial_indent=indent,
             subsequent_indent=hanging,
             break_on_hyphens=False,

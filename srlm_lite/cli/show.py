@@ -40,7 +40,7 @@ def run(adapters: Adapters, json_: Json = False) -> None:
 
     run_dir = RunDir(adapters)
     facts = run_dir.facts()
-    under_way = run_dir.checkpoint.progress()
+    under_way = run_dir.under_way()
     if json_:
         told = {**facts, "stages": run_dir.read_metrics()}
         if under_way:
@@ -67,6 +67,7 @@ def pairs(
 ) -> None:
     """Preference pairs: the prompt, both replies, and the judge's words on each."""
     from srlm_lite.errors import UserError
+    from srlm_lite.forms import form_in
     from srlm_lite.report.facts import iteration_pairs
 
     run_dir, place, words = _opened(adapters, iteration)
@@ -77,6 +78,7 @@ def pairs(
             way_out="They follow its judgements; --iteration shows those of another one",
         )
     found = iteration_pairs(run_dir, place.number)
+    form = form_in(run_dir.facts()["recipe"])
 
     def tell(pair: Pair) -> None:
         record = pair.record
@@ -84,14 +86,16 @@ def pairs(
         name = "" if score == "score" else f"{score} "
         figures = f"{name}{_score(record.chosen_score)} against {_score(record.rejected_score)}"
         by = f"principle {pair.principle}" if pair.principle else ""
-        known = filter(None, (figures if score else "", by, pair.source))
+        known = filter(None, (figures if score else "", by, pair.source, pair.compared))
         _heading(record.prompt_id, ", ".join(known))
         _asked(record.asked)
         for label, text, name, said in (
             ("chosen", record.chosen, record.chosen_id, pair.chosen_votes),
             ("rejected", record.rejected, record.rejected_id, pair.rejected_votes),
         ):
+            told = [line for vote in said for line in form.told(vote)]
             scores = f"; votes {', '.join(_score(vote.score) for vote in said)}" if said else ""
+            scores = f"; {'; '.join(told)}" if told else scores
             _secho(f"{label} ({name}{scores})", fg="cyan")
             _echo(_indented(text))
             _words("the judge", said[0].text if said else "")
@@ -105,10 +109,11 @@ def judgements(
     adapters: Adapters, iteration: Iteration = "last", limit: Limit = 6, json_: Json = False
 ) -> None:
     """The judge's replies and the scores read from them, or what a method has in their place."""
-    from srlm_lite.records import Judgement, Label, Revision
+    from srlm_lite.forms import form_in
+    from srlm_lite.records import Contest, Judgement, Label, Revision
 
-    _, place, words = _opened(adapters, iteration)
-    draft = _texts(place)
+    run_dir, place, words = _opened(adapters, iteration)
+    draft, form = _texts(place), form_in(run_dir.facts()["recipe"])
 
     def tell(row: Judgement) -> None:
         wrote = "" if row.sampled_score is None else f" (it wrote {_score(row.sampled_score)})"
@@ -117,8 +122,16 @@ def judgements(
         _heading(f"{row.candidate_id}{vote}", f"{words.judgement} {_score(row.score)}{wrote}")
         _echo(_indented(text))
         _words("the judge's thought", row.thought or "")
-        _words("the judge", row.text)
+        _words("the judge", "\n".join(filter(None, (row.text, *form.told(row)))))
         _echo("")
+
+    def tell_contest(row: Contest) -> None:
+        _heading(row.prompt_id, f"the first {row.told(row.first_id)}")
+        for name, said in zip(row.ids, (row.said_first, row.said_last), strict=True):
+            _secho(name, fg="cyan")
+            _echo(_indented(draft(name)))
+            _words("the judge, where this one is shown first", said or "")
+            _echo("")
 
     def tell_revision(row: Revision) -> None:
         text = draft(row.candidate_id)
@@ -139,6 +152,8 @@ def judgements(
         _tell(_read([place.revisions], Revision), tell_revision, limit, json_)
     elif place.labels.is_file():
         _tell(_read([place.labels], Label), tell_label, limit, json_)
+    elif place.comparisons.is_file():
+        _tell(_read([place.comparisons], Contest), tell_contest, limit, json_)
     else:
         rows = _read(place.all_judgements or [place.judgements], Judgement)
         none = words.why_no_votes and f"this run's candidates are not graded: {words.why_no_votes}"

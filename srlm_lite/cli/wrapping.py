@@ -33,7 +33,7 @@ def fitted(text: str, width: int | None) -> str:
 
 def hung(head: str, text: str, width: int | None) -> str:
     """A head and what is to be said beside it, below one another where the terminal ends."""
-    if width is None or len(head) + len(text) <= width:
+    if width is None or width < LEAST or len(head) + len(text) <= width:
         return head + text
     indent = " " * min(len(head), width - LEAST)
     return textwrap.fill(

@@ -7,7 +7,7 @@ stopped comparison goes on, a finished one is read, and models that meet again a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any, Literal
 
@@ -21,14 +21,16 @@ from srlm_lite.evaluate.head_to_head import (
     of_verdicts,
     tally,
 )
+from srlm_lite.forms import DEFAULT_FORM, form_of
 from srlm_lite.judging import mean_scores
 from srlm_lite.questions import PairQuestion, Verdict, load_question
-from srlm_lite.records import Annotation, Candidate, Prompt
-from srlm_lite.run.files import read_json, write_json, write_records
+from srlm_lite.records import Annotation, Candidate, Contest, Prompt
+from srlm_lite.run.files import read_json, read_records, write_json, write_records
 from srlm_lite.run.layout import ComparisonDir
 from srlm_lite.session import Session
-from srlm_lite.settings import Sampling
-from srlm_lite.stages.sampling import ask, judge_replies, limits_of, sample_candidates
+from srlm_lite.settings import Sampling, as_before
+from srlm_lite.stages.judges import judged
+from srlm_lite.stages.sampling import ask, limits_of, sample_candidates
 from srlm_lite.window import room_for_prompt
 
 Judging = Literal["pointwise", "pairwise"]
@@ -37,7 +39,10 @@ Model = RunModel | FileModel
 
 @dataclass(frozen=True, slots=True)
 class CompareJudge:
-    """Who decides, and how. `model` is None for a server."""
+    """Who decides, and how. `model` is None for a server.
+
+    Pointwise is as the run judges candidates (`judge.form`); where that compares them, so does it.
+    """
 
     name: str
     digest: str
@@ -52,7 +57,9 @@ class CompareJudge:
         if self.judging == "pairwise":
             template = load_question("pairwise", recipe.compare.template)
             return {**recipe.compare.model_dump(), "template": template}
-        return {**recipe.judge.model_dump(), "rubric": self.session.rubric.template}
+        form = form_of(recipe)
+        own = {} if form.section is None else {form.section: form.own.model_dump()}
+        return {**as_before(recipe.judge), **own, "rubric": self.session.rubric.template}
 
     def facts(self) -> dict[str, Any]:
         """What the result says of it."""
@@ -60,6 +67,10 @@ class CompareJudge:
         facts: dict[str, Any] = {"name": self.name, "judging": self.judging}
         if self.judging == "pairwise":
             return {**facts, "template": recipe.compare.template}
+        form = form_of(recipe)
+        if form.name != DEFAULT_FORM:
+            judging = "pairwise" if form.compares else "pointwise"
+            return {"name": self.name, "judging": judging, "form": form.name}
         return {**facts, "rubric": self.session.rubric.name, "votes": recipe.judge.votes}
 
 
@@ -109,6 +120,8 @@ def compare(comparison: Comparison) -> dict[str, Any]:
     model = _replies(comparison, comparison.model, prompts)
     baseline = _replies(comparison, comparison.baseline, prompts)
     decide = _pairwise if comparison.judge.judging == "pairwise" else _pointwise
+    if decide is _pointwise and form_of(comparison.judge.session.recipe).compares:
+        decide = _in_form
     annotations = [
         Annotation(
             prompt_id=prompt.prompt_id,
@@ -236,6 +249,51 @@ def _pairwise(
     return [{"preference": _preference(of_verdicts(*pair)), "verdicts": pair} for pair in both]
 
 
+def _in_form(
+    comparison: Comparison,
+    prompts: Sequence[Prompt],
+    model: Mapping[str, Candidate],
+    baseline: Mapping[str, Candidate],
+) -> list[Decision]:
+    """By a judge whose form compares candidates: the two replies are a prompt's candidates."""
+    judge, place = comparison.judge, comparison.place
+    both = [
+        replace(replies[one.prompt_id], candidate_id=f"{one.prompt_id}, {whose}")
+        for one in prompts
+        for whose, replies in (("model", model), ("baseline", baseline))
+    ]
+    judged(
+        judge.session,
+        [] if judge.model is None else judge.model.stack("judge"),
+        prompts,
+        [row for row in both if row.text],
+        place=place.file,
+        stage="verdicts",
+        seed_path=(comparison.session.recipe.seed, "compare", "verdicts"),
+        every_vote=True,
+    )
+    contests = {row.prompt_id: row for row in read_records(place.file("comparisons"), Contest)}
+
+    def decision(prompt: Prompt) -> Decision:
+        name = prompt.prompt_id
+        found, texts = contests.get(name), (model[name].text, baseline[name].text)
+        if found is None:  # one of them is empty, or they are the same text
+            told = 0.5 if bool(texts[0]) == bool(texts[1]) else float(bool(texts[0]))
+            return {"preference": _preference(told)}
+        first = _named(found.p_shown_first, ("A", "B"))
+        last = _named(found.p_shown_last, ("B", "A"))
+        return {"preference": _preference(of_verdicts(first, last)), "verdicts": (first, last)}
+
+    return [decision(prompt) for prompt in prompts]
+
+
+def _named(p_model: float | None, letters: tuple[Verdict, Verdict]) -> Verdict | None:
+    """A verdict by how likely the model wins; the letters are the model's and the baseline's."""
+    if p_model is None:
+        return None
+    return "tie" if p_model == 0.5 else letters[p_model < 0.5]
+
+
 def _pointwise(
     comparison: Comparison,
     prompts: Sequence[Prompt],
@@ -264,22 +322,20 @@ def _scores(
     judge = comparison.judge
     recipe = judge.session.recipe
     digest = digest_of(comparison.replies_digest(of), judge.digest, judge.settings)
-    rows = judge_replies(
+    path = comparison.session.run.comparisons.judgements(
+        file_name(of.name, "by", judge.name, digest)
+    )
+    rows, _ = judged(
         judge.session,
         [] if judge.model is None else judge.model.stack("judge"),
-        [
-            (replies[one.prompt_id].candidate_id, one.text, replies[one.prompt_id].text)
-            for one in prompts
-        ],
-        path=comparison.session.run.comparisons.judgements(
-            file_name(of.name, "by", judge.name, digest)
-        ),
+        prompts,
+        [replies[one.prompt_id] for one in prompts],
+        place=lambda name: path if name == "judgements" else path.with_stem(f"{path.stem}_{name}"),
         stage=f"judgements, {of.name}",
-        votes=recipe.judge.votes,
-        chunk=recipe.rollout.chunk_prompts * recipe.rollout.n,
         seed_path=(comparison.session.recipe.seed, "compare", "judgements"),
+        every_vote=True,
     )
-    return mean_scores(rows, min_votes=recipe.judge.min_votes)
+    return mean_scores(rows, min_votes=form_of(recipe).min_votes)
 
 
 def _preference(value: float | None) -> float | None:

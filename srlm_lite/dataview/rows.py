@@ -39,7 +39,11 @@ class DataFile:
 
 FILES = (
     DataFile("ift.jsonl", "answers", needed="unless anchor.use_ift is false"),
-    DataFile("eft_train.jsonl", "ranked", needed="unless anchor.use_eft is false"),
+    DataFile(
+        "eft_train.jsonl",
+        "ranked",
+        needed="unless anchor.use_eft is false, or anchor.eft_targets disturbed",
+    ),
     DataFile("eft_eval.jsonl", "ranked", held_out=True, needed="by every run"),
     DataFile("prompts.jsonl", "prompts", needed="unless prompts.file names another list"),
     DataFile("eval_prompts.jsonl", "prompts", held_out=True),

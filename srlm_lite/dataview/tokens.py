@@ -54,7 +54,7 @@ class RecipeTokens:
 
     def _target(self, file: DataFile, row: DataRow) -> int:
         """What is written behind the judge's question, or learned."""
-        if file.held_out or self._targets == "self":
+        if file.held_out or self._targets in ("self", "disturbed"):
             return self._judgement
         text = row.target if self._targets == "given" else f"Score: {self._rubric.max:g}"
         return len(self._chat.target_ids(text or ""))

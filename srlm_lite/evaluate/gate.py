@@ -85,6 +85,32 @@ def _judge_accuracy(before: Sequence[Evaluation], now: Evaluation, gate: Gate) -
         )
 
 
+def _position_consistency(
+    before: Sequence[Evaluation], now: Evaluation, gate: Gate
+) -> Iterator[str]:
+    found = now["judge"].get("position_consistency")
+    if found is not None and found < gate.position_consistency:
+        first = now["judge"].get("first_wins")
+        which = f"; {first:.0%} of its verdicts are for the one shown first" if first else ""
+        yield (
+            f"in only {found:.0%} of its comparisons the judge names the same reply in both orders"
+            f"{which}: it judges the place more than the reply; give the anchor more ranked "
+            "replies, or set judge.form=grade"
+        )
+
+
+def _intransitive(before: Sequence[Evaluation], now: Evaluation, gate: Gate) -> Iterator[str]:
+    """Where few triples are told, more of them may go in a circle by chance."""
+    found, triples = now["judge"].get("intransitive"), now["judge"].get("triples")
+    if found is None or not triples:
+        return
+    if found > gate.intransitive + 1 / triples**0.5:
+        yield (
+            f"{found:.0%} of the judge's comparisons of three replies go round in a circle: it has "
+            "no order of them; give the anchor more ranked replies, or set judge.form=grade"
+        )
+
+
 def _gold(before: Sequence[Evaluation], now: Evaluation, gate: Gate) -> Iterator[str]:
     fall = _fall(before, now, "gold_mean", "gold_se", least=gate.gold)
     if fall is not None:
@@ -213,6 +239,8 @@ CHECKS: tuple[Check, ...] = (
     _one_score,
     _readable,
     _judge_accuracy,
+    _position_consistency,
+    _intransitive,
     _gold,
     _criterion,
     _anchor_score,

@@ -5,12 +5,15 @@ Answers to one prompt hang together, so it is prompts that count, never single a
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 
 Terms = Sequence[tuple[float, float]]
 """One (numerator, denominator) for each prompt: the figure is the ratio of their sums."""
+
+T = TypeVar("T")
 
 LEVEL = 0.95
 RESAMPLES = 2000
@@ -97,3 +100,27 @@ def intervals(
         name: (interval if name in means else share_interval)(values)
         for name, values in terms.items()
     }
+
+
+def interval_of(
+    prompts: Sequence[T], figure: Callable[[Sequence[T]], float | None]
+) -> list[float] | None:
+    """As `interval`, of a figure that is no ratio of sums.
+
+    Args:
+        prompts: What is drawn with replacement: what is known of one prompt each.
+        figure: Of the prompts of a draw; a draw of which it is None is left out.
+
+    Returns:
+        Its two ends; None with fewer than two prompts, or where most draws have no figure.
+    """
+    if len(prompts) < 2:
+        return None
+    rng = np.random.default_rng(0)
+    drawn = (rng.integers(0, len(prompts), len(prompts)) for _ in range(RESAMPLES // 4))
+    found = [figure([prompts[place] for place in places]) for places in drawn]
+    known = [value for value in found if value is not None]
+    if len(known) <= len(found) // 2:
+        return None
+    ends = (1 - LEVEL) / 2
+    return [round(float(np.quantile(known, end)), 4) for end in (ends, 1 - ends)]

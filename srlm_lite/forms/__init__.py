@@ -7,6 +7,7 @@ from typing import Any
 
 from srlm_lite.declared import NoSettings
 from srlm_lite.forms.base import Form
+from srlm_lite.forms.checklist import ChecklistForm
 from srlm_lite.forms.grade import GradeForm
 from srlm_lite.forms.pairwise import PairwiseForm
 from srlm_lite.settings import FormName, Shared
@@ -14,6 +15,7 @@ from srlm_lite.settings import FormName, Shared
 FORMS: Mapping[FormName, type[Form[Any]]] = {
     "grade": GradeForm,
     "pairwise": PairwiseForm,
+    "checklist": ChecklistForm,
 }
 """Every form that a recipe may name, a row each; their sections stand in this order in a recipe."""
 
@@ -31,6 +33,12 @@ def form_of(recipe: Shared) -> Form[Any]:
 def sections_of_other_forms(form: str) -> set[str]:
     """The sections of a recipe that belong to other forms than this one."""
     return {kind.section for name, kind in FORMS.items() if kind.section and name != form}
+
+
+def form_in(settings: Mapping[str, Any]) -> type[Form[Any]]:
+    """The form of a recipe as `run.json` has it; the default one for a form that is not known."""
+    named = (settings.get("judge") or {}).get("form", DEFAULT_FORM)
+    return FORMS.get(named, FORMS[DEFAULT_FORM])
 
 
 def forms_table() -> str:

@@ -2,10 +2,11 @@
 
 Votes are drawn in rounds. What a candidate's mean will be, once all its votes are in, is bounded by
 the rubric's scale: where the bounds leave the best and the worst no other choice nothing more is
-drawn. Long before that it is hardly in doubt. The votes to come are taken to be normal around the
-mean of those that are there, with a variance that is the candidate's own, shrunk towards that of
-all candidates; a prompt is done once the chance that any other candidate would end up best, or
-worst, is below `RISK` in all.
+drawn; of equals the first one stands, as where pairs are made. Long before that it is hardly in
+doubt. The votes to come are taken to be normal around the mean of those that are there, with a
+variance that is the candidate's own, shrunk towards that of all candidates; a prompt is done once
+the chance that any other candidate would end up best, or worst, is below `RISK` in all. Until then
+one candidate gets a vote: the leader, or whoever may best overtake it, whichever is less sure.
 
 Source: Aggarwal et al. 2023 (Adaptive-Consistency), arXiv:2305.11860, which stops sampling answers
 once the majority is unlikely to change, at 5% as here; of grades in place of a majority, the rule
@@ -31,6 +32,9 @@ START = 2
 PRIOR_VOTES = 1.0
 """How many votes' worth of deviations the variance of all candidates counts among one's own."""
 
+TELLING = 3
+"""Votes of a candidate from which on the spread of its own says something."""
+
 LEAST_VARIANCE = 1e-6
 
 Votes = Sequence[float | None]
@@ -46,12 +50,19 @@ class Rule:
         least: Readable votes that it must have to count.
         scale: The lowest and the highest score.
         variance: Of single votes around the mean of their candidate, over all of them.
+        step: Between two neighbouring scores.
     """
 
     total: int
     least: int
     scale: tuple[float, float]
     variance: float
+    step: float = 1.0
+
+    @property
+    def at_once(self) -> int:
+        """Votes that are drawn on a candidate in a round: each round reads its question anew."""
+        return max(1, self.total // 5)
 
     def wanting(self, votes: Mapping[str, Votes]) -> list[str]:
         """The candidates of a prompt that are to get another vote, in their order."""
@@ -74,26 +85,39 @@ class Rule:
         """The candidates between which the best one, by scores times the sign, is in doubt."""
         if len(ends) < 2:
             return set()
-        first = max(ends, key=lambda name: sign * ends[name].mean)
+        names = list(ends)
+        first = max(names, key=lambda name: sign * ends[name].mean)
+        # Of equals the first one stands: one behind it has to be better, one before it as good.
+        behind = names[names.index(first) + 1 :]
         chances = {
-            name: self._overtakes(ends[name], ends[first], sign) for name in ends if name != first
+            name: self._overtakes(ends[name], ends[first], sign, strictly=name in behind)
+            for name in names
+            if name != first
         }
         if sum(chances.values()) <= RISK:
             return set()
-        # Those that make out little of it are left as they are.
-        most = RISK / (2 * len(chances))
-        return {first, *(name for name, chance in chances.items() if chance > most)}
+        # One vote may tell enough: that of the leader, or of whoever may best overtake it.
+        other = max(chances, key=chances.__getitem__)
+        one = first if ends[first].variance >= ends[other].variance else other
+        return {one}
 
-    def _overtakes(self, one: _End, first: _End, sign: float) -> float:
-        """How likely one ends up level with the first or beyond it."""
+    def _overtakes(self, one: _End, first: _End, sign: float, *, strictly: bool) -> float:
+        """How likely one ends up beyond the first, or level with it where that is enough.
+
+        Means of so many votes lie on a grid, and half a step of it is between the two; but not
+        before each has `TELLING` votes. With fewer, that two are level says little.
+        """
         one_most = one.high if sign > 0 else -one.low
         first_least = first.low if sign > 0 else -first.high
-        if one_most < first_least:
+        if one_most < first_least or (strictly and one_most <= first_least):
             return 0.0
-        spread = math.sqrt(one.variance + first.variance)
         gap = sign * (first.mean - one.mean)
+        if min(one.votes, first.votes) >= TELLING:
+            half = self.step / (2 * self.total)
+            gap += half if strictly else -half
+        spread = math.sqrt(one.variance + first.variance)
         if spread == 0:
-            return 0.0 if gap > 0 else 0.5
+            return 0.0 if gap > 0 or strictly else 1.0
         return NormalDist().cdf(-gap / spread)
 
     def _end(self, votes: Votes) -> _End:
@@ -105,6 +129,7 @@ class Rule:
         variance = (PRIOR_VOTES * self.variance + own) / (PRIOR_VOTES + n - 1)
         share = left / (n + left)
         return _End(
+            n,
             mean,
             (n * mean + left * self.scale[0]) / (n + left),
             (n * mean + left * self.scale[1]) / (n + left),
@@ -114,8 +139,10 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class _End:
-    """The mean so far, its bounds once all votes are in, and the variance of what it will be."""
+    """The votes and their mean so far, its bounds once all are in, and the variance of what it will
+    be."""
 
+    votes: int
     mean: float
     low: float
     high: float

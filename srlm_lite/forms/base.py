@@ -20,6 +20,7 @@ from srlm_lite.records import (
     Candidate,
     Instruction,
     Judgement,
+    PreferencePair,
     Prompt,
     RankedReply,
     Record,
@@ -30,6 +31,9 @@ from srlm_lite.settings import Section, Shared
 
 S = TypeVar("S", bound=Section)
 R = TypeVar("R", bound=Record)
+
+BEGUN = 8
+"""Tokens that are put in a judge's mouth, and that are weighed, at most: `Score: 3`."""
 
 Scale = tuple[float, float]
 """The lowest and the highest score."""
@@ -116,11 +120,15 @@ class JudgeAtWork(ABC):
         """Tokens of a reply."""
 
     @abstractmethod
-    def write(self, name: str, rows: Sequence[Record]) -> None:
-        """Write a file of the form's own, whole; `judgements` holds what `Form.judge` gives."""
+    def write(self, name: str, rows: Sequence[Record], *, shared: bool = False) -> None:
+        """Write a file of the form's own, whole; `judgements` holds what `Form.judge` gives.
+
+        Args:
+            shared: It is one for the whole run, which people may edit between two judgings.
+        """
 
     @abstractmethod
-    def read(self, name: str, kind: type[R]) -> list[R] | None:
+    def read(self, name: str, kind: type[R], *, shared: bool = False) -> list[R] | None:
         """The rows of such a file; None where there is none yet."""
 
 
@@ -144,12 +152,19 @@ class Form(ABC, Generic[S]):
     """Its own settings that a report shows, with what they are called there."""
     unshown: ClassVar[Collection[str]] = ()
     """Dotted settings that it does not read, and that a report need not show."""
+    shown: ClassVar[int] = 1
+    """Candidates that one question to the judge shows."""
     compares: ClassVar[bool] = False
     """Whether candidates are judged against each other: one alone has no score."""
     has_lessons: ClassVar[bool] = False
     """Whether an anchor is taught its own questions (`lessons`), and not the rubric's."""
     figures: ClassVar[Mapping[str, str]] = {}
     """Facts of its judging that reports show, with what they are called there."""
+
+    @classmethod
+    def told(cls, judgement: Judgement) -> tuple[str, ...]:
+        """What a judgement says beside its score and its text, a line each, for reports."""
+        return ()
 
     def __init__(self, recipe: Shared, own: S) -> None:
         self.recipe, self.own = recipe, own
@@ -170,6 +185,14 @@ class Form(ABC, Generic[S]):
     def weighs(self) -> bool:
         """Whether it asks for probabilities, which not every server tells."""
         return False
+
+    def blank(self, rubric: Rubric) -> str:
+        """Its longest question without the prompt and the candidates in it, for planning.
+
+        Raises:
+            UserError: The file that it is in cannot be read.
+        """
+        return rubric.render(prompt="", response="")
 
     def scale(self, rubric: Rubric) -> Scale:
         """The lowest and the highest score that it can give."""
@@ -198,6 +221,12 @@ class Form(ABC, Generic[S]):
             answers: Candidates of the whole run.
             at_once: Candidates that are judged at once.
         """
+
+    def kept(
+        self, pairs: Sequence[PreferencePair], judgements: Sequence[Judgement]
+    ) -> list[PreferencePair]:
+        """Those of an iteration's pairs that are worth learning, in their order."""
+        return list(pairs)
 
     def lessons(self, groups: Sequence[Sequence[RankedReply]], rubric: Rubric) -> list[Instruction]:
         """What teaches an anchor to judge in this form, from replies that humans ranked.

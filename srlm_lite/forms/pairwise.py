@@ -22,7 +22,7 @@ from pydantic import Field as Ranged
 from pydantic import field_validator
 
 from srlm_lite.declared import Draws, Facts, Phase, Sizes, Source, Weighs
-from srlm_lite.forms.base import Form, JudgeAtWork, JudgeQuestion, Scale, no_verdict
+from srlm_lite.forms.base import BEGUN, Form, JudgeAtWork, JudgeQuestion, Scale, no_verdict
 from srlm_lite.forms.grade import LEAST_MASS
 from srlm_lite.forms.tournament import (
     AllPairs,
@@ -91,6 +91,7 @@ class PairwiseForm(Form[PairwiseSettings]):
     Settings = PairwiseSettings
     labels = {"verdict": "verdicts by", "score": "score"}
     unshown = ("judge.votes", "judge.rubric")
+    shown = 2
     compares = True
     has_lessons = True
     figures = {
@@ -99,6 +100,11 @@ class PairwiseForm(Form[PairwiseSettings]):
         "intransitive": "triples that go in a circle",
         "longer_wins": "won by the longer one",
     }
+
+    @classmethod
+    def told(cls, judgement: Judgement) -> tuple[str, ...]:
+        """On how many verdicts the score rests."""
+        return () if judgement.verdicts is None else (f"of {judgement.verdicts} verdicts",)
 
     @property
     def weighs(self) -> bool:
@@ -113,6 +119,10 @@ class PairwiseForm(Form[PairwiseSettings]):
             UserError: The template cannot be read.
         """
         return PairQuestion(load_question("pairwise", self.own.template), self.own.winners)
+
+    def blank(self, rubric: Rubric) -> str:
+        """The question about two answers."""
+        return self.question.ask("", "", "")
 
     def scale(self, rubric: Rubric) -> Scale:
         """Shares; with length control a win over a longer answer counts more than one."""
@@ -132,7 +142,7 @@ class PairwiseForm(Form[PairwiseSettings]):
             meetings = 2 * (n - 1) + max(0, n // 2 - 1)
         questions = 2 * meetings * prompts
         if self.weighs:
-            yield Weighs("comparisons (prefill)", at_once, sizes.room(1), questions)
+            yield Weighs("comparisons (prefill)", at_once, sizes.room(BEGUN), questions)
             return
         new = sizes.judgement
         yield Draws("comparisons", at_once, 1, sizes.room(new), new, questions, "judge")

@@ -59,6 +59,7 @@ OWN_GRADES = "Other ways with the own grades"
 REBASING = "What a rebased delta learns"
 SHARPENING = "Learning or sharpening"
 TAUGHT_MORE = "With an anchor that learned more"
+OF_FORMS = "Forms of judging"
 """What cases of the bench are shown beside."""
 
 

@@ -24,6 +24,7 @@ from srlm_lite.forms import form_of
 from srlm_lite.judging import mean_scores, unasked, votes_by_candidate
 from srlm_lite.methods.base import (
     CONTROLS,
+    OF_FORMS,
     REBASING,
     SHARPENING,
     Case,
@@ -68,6 +69,10 @@ class SelfRewarding(Method[S]):
         "random pairs": Case("toy", ("pairing.source=random",), group=CONTROLS),
         "gold pairs": Case("toy", ("pairing.source=gold",), group=CONTROLS),
         "no judge data": Case("toy", ("anchor.use_eft=false",), anchor=None, group=CONTROLS),
+        "expected scores": Case("toy", ("judge.score=expected",), group=OF_FORMS),
+        "no rationale": Case("toy", ("judge.rationale=false",), anchor=None, group=OF_FORMS),
+        "pairwise": Case("toy-pairwise", anchor=None, is_long=True, group=OF_FORMS),
+        "checklist": Case("toy-checklist", anchor=None, is_long=True, group=OF_FORMS),
         "flipped pairs": Case("toy", ("pairing.source=flipped",), group=SHARPENING),
         "SFT on the best": Case("toy", ("dpo.loss=sft",), group=SHARPENING),
         "one pass": Case("toy", group=SHARPENING, one_pass=True),
@@ -121,6 +126,11 @@ class SelfRewarding(Method[S]):
     ) -> tuple[list[PreferencePair], Facts]:
         """What to learn from; methods change `make_pairs`."""
         made, drops, facts = self.make_pairs(it, prompts, candidates, judgements)
+        if self.recipe.pairing.source in ("judge", "flipped"):
+            worth = form_of(self.recipe).kept(made, judgements)
+            if len(worth) < len(made):
+                drops.prompts["not_widest"] += len(made) - len(worth)
+                made = worth
         kept, counts = it.keep(made, drops, advice=self.advice, origin=self.origin_of_pairs(it))
         return kept, {**counts, **facts}
 

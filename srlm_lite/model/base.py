@@ -198,11 +198,6 @@ def spoken(folder: Path) -> tuple[PreTrainedTokenizerBase, tuple[int, ...]]:
     return tokenizer, _settle_tokenizer(tokenizer, generation, settings)
 
 
-def is_gguf(name: str) -> bool:
-    """Whether a base of this name is a GGUF file, or a package's."""
-    return located(name)[0] == "gguf"
-
-
 def spoken_here(
     section: Base, *, revision: str | None = None, conversion: int | None = None
 ) -> tuple[PreTrainedTokenizerBase, tuple[int, ...]] | None:

@@ -293,6 +293,8 @@ class Slot:
         self._bare: dict[str, nn.Module] = {}
         self._last_scaling = 1.0
         self._held: tuple[Adapter, ...] | None = None
+        self.learning: dict[int, tuple[slice, slice]] = {}
+        """While one adapter trains: by the id of each of the slot's parameters, its part of it."""
         self.load(())
 
     @property
@@ -470,13 +472,15 @@ class Slot:
             trains = module in adapter.factors
             a, b = _weight(layer.lora_A, _SLOT), _weight(layer.lora_B, _SLOT)
             rows, columns = torch.zeros(self.rank, 1), torch.zeros(1, self.rank)
-            if trains:
-                rows[part], columns[:, part] = 1, 1
+            own = part if trains else slice(0, 0)
+            rows[own], columns[:, own] = 1, 1
+            self.learning |= {id(a): (own, slice(None)), id(b): (slice(None), own)}
             for parameter, mask in ((a, rows), (b, columns)):
                 handles.append(parameter.register_hook(_masking(mask.to(parameter.device))))  # type: ignore[no-untyped-call]
         try:
             yield
         finally:
+            self.learning = {}
             for handle in handles:
                 handle.remove()
 

@@ -14,9 +14,10 @@ from typing import Any
 
 from srlm_lite.conversation import with_both_faces
 from srlm_lite.errors import UserError
+from srlm_lite.forms import form_of
 from srlm_lite.planning.probe import thinks
 from srlm_lite.records import Prompt
-from srlm_lite.settings import Base, Shared
+from srlm_lite.settings import DISTURBED_PROMPTS, Base, Shared
 
 TEMPLATE = 64
 """Tokens that a chat template may put around a turn."""
@@ -90,9 +91,15 @@ def lengths_of(recipe: Shared) -> Lengths:
         )
     )
     anchor, shipped = recipe.anchor, recipe.anchor.init != "base"
-    count = len(ift) * anchor.use_ift + len(extra) + len(eft) * anchor.use_eft
+    learned = len(ift) * anchor.use_ift + len(extra)
+    count = learned + len(eft) * anchor.use_eft
     if anchor.use_eft and anchor.eft_targets == "self":
         count += len(ift) * anchor.use_ift  # the model that writes the targets learns them first
+    elif anchor.use_eft and anchor.eft_targets == "disturbed":
+        count = 2 * learned + 2 * (anchor.eft_prompts or DISTURBED_PROMPTS)
+        example = max(example, own + recipe.judge.max_new_tokens + thought)
+    if form_of(recipe).shown > 1:  # questions and lessons hold several replies
+        own = example = window
     return Lengths(
         prompt=min(window, prompt),
         judge_prompt=min(window, max(own, given)),

@@ -101,6 +101,8 @@ class Shape:
     """Tokens that a layer sees, of each layer that does not see all of the past."""
     experts: int = 0
     """Parameters of a mixture's experts, where all of a layer lie in one: no NF4 reaches them."""
+    lean_norms: bool = False
+    """Whether a training keeps of a norm no more than what goes in."""
 
     def adapted(self, targets: Collection[str]) -> list[Linear]:
         """The linear layers that carry an adapter."""
@@ -295,7 +297,8 @@ def saved(held: Held, *, dropout: bool = False, by_trl: bool = False) -> int:
 
     The base is frozen, so its linear layers keep nothing of their inputs. What is kept:
 
-        two norms       their input, in float32                             8 H
+        two norms       their input, in float32 where it is not `lean_norms`
+                        or a trainer of TRL's                               2 c H or 8 H
         adapters        the input of A, of width n                          c n
                         its output, the input of B                          c R
                         with dropout, its mask: a byte each
@@ -322,13 +325,8 @@ def saved(held: Held, *, dropout: bool = False, by_trl: bool = False) -> int:
     width = shape.heads * shape.head_width
     kept = 2 * width if by_trl else shape.kv_width
     attention = c * (2 * width + kept) + 4 * shape.heads
-    return (
-        8 * shape.hidden
-        + inputs
-        + len(adapted) * held.rank * c
-        + attention
-        + (3 * c * shape.intermediate)
-    )
+    norms = 2 * (c if shape.lean_norms and not by_trl else 4) * shape.hidden
+    return norms + inputs + len(adapted) * held.rank * c + attention + (3 * c * shape.intermediate)
 
 
 _INPUTS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
@@ -349,10 +347,10 @@ def training(
     """One micro-batch in training: the optimiser's states are there, the backward pass begins.
 
     AdamW keeps two float32 numbers for each parameter. The losses of SFT and DPO have the logits of
-    256 target tokens at a time, in float32: they themselves and three gradients (of the gather, of
-    the log-sum-exp, and their sum). A reward model has none. RLOO, a trainer of TRL's, pads; it has
-    the logits of all answers of the micro-batch at once, in the compute dtype, and two more copies
-    of the slot, the reference's and the reward model's.
+    256 target tokens at a time: they themselves, their chances in float32, and where they are in 16
+    bits a copy in float32 on the way. A reward model has none. RLOO, a trainer of TRL's, pads; it
+    has the logits of all answers of the micro-batch at once, in the compute dtype, and two more
+    copies of the slot, the reference's and the reward model's.
 
     Args:
         rows: Sequences; a pair is two. What they have in common counts as if they did not.
@@ -375,7 +373,8 @@ def training(
         shape.layers * count * c * shape.hidden if checkpointing else shape.layers * layer
     )
     # Beside a piece's logits the states of all targets, and the slopes of their scores.
-    pieces = min(count, PIECE) * shape.vocabulary * 4 * 4 + 2 * count * c * shape.hidden
+    of_logit = c + 4 + (4 if held.mixed else 0)
+    pieces = min(count, PIECE) * shape.vocabulary * of_logit + 2 * count * c * shape.hidden
     logits = 0 if kind == "reward" else pieces
     if kind == "rloo":
         logits = rows * scored * shape.vocabulary * 4 * c

@@ -35,6 +35,7 @@ from srlm_lite.planning.memory import (
 from srlm_lite.recipe import Recipe, recipe_from
 from srlm_lite.rollout.sizes import drawing_bytes, rows_within
 from srlm_lite.settings import Anchor, Dpo, Optim
+from srlm_lite.training.sizes import AT_ONCE_ON_A_CPU
 from srlm_lite.window import longest_prompt
 
 PARTS = ("base", "adapters", "optimizer", "activations", "kv_cache", "logits", "libraries")
@@ -347,13 +348,14 @@ class _Phases:
             "batch_rows": at_once * samples,
         }
         least = sum(parts(at_once if whole else 1).values())
+        alone = whole or method_of(self.recipe).one_process
         return Phase(
             name,
             parts(at_once),
             least,
             tokens,
             read=None if tokens is None else requests * prompt_tokens,
-            shares=1 if whole else max(1, math.ceil(requests / rounds / max(1, prompts))),
+            shares=1 if alone else max(1, math.ceil(requests / rounds / max(1, prompts))),
             engine=engine.name,
             shape=shape,
             like=like,
@@ -423,23 +425,24 @@ class _Phases:
     def _training(self, one: Trains, trained: int | None, *, rows: int) -> Phase:
         """A training; `rows` are the sequences of one example."""
         section: Optim = attrgetter(one.section)(self.recipe)
+        at_once = self._at_once(section, one, rows)
         parts = training(
             self.held,
             kind=one.kind,
-            rows=rows * section.micro_batch_size,
+            rows=rows * at_once,
             tokens=one.tokens,
             checkpointing=section.gradient_checkpointing,
-            accumulates=section.batch_size > section.micro_batch_size,
+            accumulates=section.batch_size > at_once,
             dropout=isinstance(section, Anchor | Dpo) and section.lora.dropout > 0,
             scored=one.scored,
         )
-        count = rows * section.micro_batch_size * one.tokens
+        count = rows * at_once * one.tokens
         parts["activations"] += holes(self.held, parts["activations"], count=count)
         whole = self._libraries(parts, "training")
         shape = {
-            "sequences": rows * section.micro_batch_size,
+            "sequences": rows * at_once,
             "tokens": one.tokens,
-            "accumulated": section.batch_size // section.micro_batch_size,
+            "accumulated": math.ceil(section.batch_size / at_once),
         }
         like = _LIKE.get(one.kind, "")
         total = sum(whole.values())
@@ -454,6 +457,17 @@ class _Phases:
             like=like,
             trains=one,
         )
+
+    def _at_once(self, section: Optim, one: Trains, rows: int) -> int:
+        """Examples in memory at once, as long as they can be."""
+        tokens, micro = section.micro_batch_tokens, section.micro_batch_size
+        if one.kind == "rloo":  # a trainer of TRL's
+            return micro
+        if tokens != "auto":
+            return min(section.batch_size, max(1, tokens // (rows * one.tokens)))
+        if self.held.device == "cpu":
+            return min(micro, max(1, AT_ONCE_ON_A_CPU // (rows * one.tokens)))
+        return micro
 
     def _evaluation(self) -> Phase:
         """As judge and as policy: the larger of both."""

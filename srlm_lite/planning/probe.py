@@ -58,13 +58,14 @@ def question_tokens(section: Base, texts: Iterable[str]) -> list[int] | None:
 def _chat_here(of_templates: str) -> ChatFormat | None:
     from transformers import AutoTokenizer
 
-    from srlm_lite.model.base import is_gguf, spoken_here
+    from srlm_lite.model.base import spoken_here
     from srlm_lite.model.chat import ChatFormat
+    from srlm_lite.model.whereabouts import located
 
     found = json.loads(of_templates)
     try:
         tokenizer: Any
-        if is_gguf(found["name"]):
+        if located(found["name"])[0] == "gguf":
             tokenizer, _ = spoken_here(Base(name=found["name"])) or (None, ())
         else:
             tokenizer = AutoTokenizer.from_pretrained(
@@ -186,7 +187,15 @@ def probe(settings: Any, targets: Iterable[str] = ()) -> Shape:
         embedded=sum(ends.values()),
         windows=_windows(text),
         experts=experts,
+        lean_norms=_lean_norms(model),
     )
+
+
+def _lean_norms(model: Any) -> bool:
+    from srlm_lite.training.norms import keeps_its_input_alone
+
+    norms = {type(one) for one in model.modules() if type(one).__name__.endswith("RMSNorm")}
+    return bool(norms) and all(keeps_its_input_alone(kind) for kind in norms)
 
 
 def _windows(text: Any) -> tuple[int, ...]:

@@ -32,7 +32,8 @@ def rates_folder() -> Path:
 def rates_key(recipe: Shared, *, device: str, itemsize: int) -> str:
     """What rates are kept under: the device's name, and what of the base decides its speed."""
     base = Path(recipe.base.name).name.lower()
-    return f"{device} | {base} | {recipe.base.quantization} | {8 * itemsize} bit"
+    folded = " | folded" if recipe.rollout.fold else ""
+    return f"{device} | {base} | {recipe.base.quantization} | {8 * itemsize} bit{folded}"
 
 
 def known_rates(folder: Path, key: str) -> tuple[Rates, str] | None:

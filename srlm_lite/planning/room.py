@@ -6,12 +6,15 @@ longest replies first, without a word before the run.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from srlm_lite.data.self_instruct import MAX_NEW_TOKENS
 from srlm_lite.engines import kind_of
+from srlm_lite.forms import form_of
+from srlm_lite.forms.base import BEGUN
 from srlm_lite.planning.lengths import around, longest, prompts_of
 from srlm_lite.planning.probe import prompt_tokens, question_tokens
 from srlm_lite.records import Prompt
@@ -34,7 +37,8 @@ class Counted:
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """Tokens that a prompt and its reply may have together.
+    """Tokens that a prompt and its reply may have together, or its replies: as many as a question
+    to the judge shows.
 
     All are of the whole turn, with what the template writes around it; a thought is not part of a
     reply, for no judge sees it.
@@ -55,11 +59,13 @@ class Room:
     known: bool = True
     """Whether the data bounds the longest prompt, or the window alone."""
     exact: bool = True
+    shown: int = 1
+    """Replies in a question to the judge."""
 
     @property
     def safe_prompt(self) -> int:
         """Tokens of a prompt up to which every reply can be judged; below 1: of no prompt."""
-        return self.judged - self.answer
+        return self.judged - self.shown * self.answer
 
     @property
     def missing(self) -> int:
@@ -78,15 +84,15 @@ def room_of(
     """What the recipe's window leaves for prompt and reply; None of a judge behind a server.
 
     Args:
-        rubric: What a judge's question holds beside prompt and reply.
+        rubric: What a judge's question holds beside prompt and replies.
         prompts: The longest that candidates answer; None: as long as the window admits.
         held_out: The same of the evaluation, whose answers are judged as well.
         thought: Before every answer and judgement.
     """
     if kind_of(recipe, "judge").remote:
         return None
-    window, answer = recipe.base.window, recipe.rollout.max_new_tokens
-    judgement = recipe.judge.max_new_tokens + thought
+    form, window, answer = form_of(recipe), recipe.base.window, recipe.rollout.max_new_tokens
+    judgement = BEGUN if form.weighs else recipe.judge.max_new_tokens + thought
     longest_asked = room_for_prompt(window, answer=answer, thought=thought)
     admitted = Counted(max(0, longest_asked), exact=True)
 
@@ -101,11 +107,12 @@ def room_of(
         return None
     which, (tokens, known, exact) = max(asked, key=lambda one: one[1][0])
     return Room(
-        sampled=tokens + answer,
+        sampled=tokens + form.shown * answer,
         judged=room_for_prompt(window, answer=judgement) - rubric.tokens,
         rubric=rubric.tokens,
         judgement=judgement,
         answer=answer,
+        shown=form.shown,
         window=window,
         prompts="prompts" if which == "prompts" else "held-out prompts",
         known=known,
@@ -122,7 +129,7 @@ def room_for(recipe: Shared) -> Room | None:
     from srlm_lite.judging import load_rubric
 
     training, evaluated = prompts_of(recipe)
-    question = load_rubric(recipe.judge.rubric).render(prompt="", response="")
+    question = form_of(recipe).blank(load_rubric(recipe.judge.rubric))
     counted = question_tokens(recipe.base, ["", question])
     if counted is None:
         rubric = Counted(len(question.encode()) // BYTES_A_TOKEN, exact=False)
@@ -166,13 +173,16 @@ def unjudged(room: Room) -> tuple[str, str] | None:
     about = "" if room.exact else "about "
     short = max(0, room.safe_prompt)
     of_which = f"{room.prompts} of more than {about}{short:,} tokens" if short else "all prompts"
+    replies = "reply" if room.shown == 1 else "replies"
     what = (
         f"{of_which} may get replies too long to be judged, which then have no grade: prompt and "
-        f"reply together may have {room.sampled:,} tokens when sampled, {about}{room.judged:,} to "
-        f"be judged (the rubric takes {about}{room.rubric:,}, a judgement {room.judgement:,})"
+        f"{replies} together may have {room.sampled:,} tokens when sampled, {about}"
+        f"{room.judged:,} to be judged (the rubric takes {about}{room.rubric:,}, a judgement "
+        f"{room.judgement:,})"
     )
     changes = [f"base.window={room.window + room.missing}"]
-    answer, judgement = room.answer - room.missing, room.judgement - room.missing
+    answer = room.answer - math.ceil(room.missing / room.shown)
+    judgement = room.judgement - room.missing
     if room.known and 2 * answer >= room.answer:
         changes.append(f"rollout.max_new_tokens={answer}")
     if 2 * judgement >= room.judgement:

@@ -102,6 +102,8 @@ def _time(plan: Plan, phase: Phase, own: tuple[Mapping[str, float], str] | None)
         return _unknown("does not fit")
     if plan.hardware.shards > 1:
         return _unknown("nothing was measured on a base that is spread")
+    if phase.engine not in ("", HERE.name):
+        return _unknown(f"no rate of the engine {phase.engine} was measured")
     # What a user's own measurement ran is the plan's batch, the reading of its prompts included.
     rate = None if own is None else own[0].get(phase.name, own[0].get(phase.like))
     if own is not None and rate:
@@ -114,8 +116,6 @@ def _time(plan: Plan, phase: Phase, own: tuple[Mapping[str, float], str] | None)
 
 def _by_shipped_rates(plan: Plan, phase: Phase, gpu: GpuModel) -> Time:
     recipe = plan.recipe
-    if phase.engine not in ("", HERE.name):
-        return _unknown(f"no rate of the engine {phase.engine} was measured")
     if recipe.base.quantization != "nf4" or plan.itemsize != 2:
         return _unknown("rates were measured in NF4 with 16 bits alone")
     if plan.shape.experts:
@@ -285,3 +285,10 @@ def total(times: Mapping[str, Time]) -> tuple[float, list[str]]:
     """Seconds of all phases that are known, and the names of the others."""
     missing = [name for name, time in times.items() if time.seconds is None]
     return sum(time.seconds or 0.0 for time in times.values()), missing
+
+
+def in_words(seconds: float) -> str:
+    """Hours, minutes or seconds, whichever fits."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -40,6 +40,7 @@ CHECKS: Mapping[str, Check] = {
     "judging": base.judging,
     "memory": machine.memory,
     "disk": machine.disk,
+    "time": machine.time,
 }
 """Name to check. From `backend` on they import torch, which takes seconds: whatever can be told
 without it comes before. Unsloth comes before what imports transformers."""
@@ -58,6 +59,7 @@ NEEDS: Mapping[str, tuple[str, ...]] = {
     "judging": ("base", "data", "judge", "prompts", "chat template", "conversations"),
     "memory": ("base", "device", "targets"),
     "disk": ("base", "device", "targets"),
+    "time": ("base", "device", "targets"),
 }
 """Checks that mean nothing where another one has found something: they would say it again."""
 
@@ -69,6 +71,7 @@ OF_WORK = (
     "prompts that fit",
     "judging",
     "disk",
+    "time",
     "server",
 )
 """Checks of what a run that is finished does not need any more."""

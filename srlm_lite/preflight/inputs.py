@@ -12,9 +12,10 @@ from srlm_lite.forms import form_of
 from srlm_lite.judging import load_rubric
 from srlm_lite.methods import method_of
 from srlm_lite.preflight.launch import Launch, Seen
+from srlm_lite.questions import load_question
 from srlm_lite.recipe import Recipe
 from srlm_lite.shipped import CHAT_TEMPLATES, shipped_text
-from srlm_lite.stages.anchor import given_targets
+from srlm_lite.stages.anchor import given_targets, lessons_of
 from srlm_lite.stages.seed_data import (
     FilesOfRecipe,
     check_window,
@@ -23,6 +24,8 @@ from srlm_lite.stages.seed_data import (
     nearly_held_out,
     policy_prompts,
     prompts_suffice,
+    prompts_to_disturb,
+    ranked_file,
     read_extra,
     read_ift,
     read_ranked,
@@ -92,7 +95,10 @@ def data(launch: Launch) -> Seen:
         counted["IFT rows"] = len(read_ift(recipe))
     if trained and recipe.data.extra:
         counted["extra rows"] = len(read_extra(recipe))
-    if trained and recipe.anchor.use_eft:
+    if trained and recipe.anchor.use_eft and recipe.anchor.eft_targets == "disturbed":
+        load_question("disturb", recipe.anchor.disturb_template)
+        counted["prompts to disturb"] = len(prompts_to_disturb(recipe)[0])
+    elif trained and recipe.anchor.use_eft:
         path = data_file(recipe, "eft_train.jsonl")
         groups = refuse_none(read_ranked(path, recipe.anchor.eft_prompts), path)
         counted["EFT prompts"] = len(groups)
@@ -107,7 +113,12 @@ def judge_data(launch: Launch) -> Seen:
     """That the anchor's judge data says what is to be learned, in the judge's own scores."""
     recipe = launch.recipe
     section = recipe.anchor
-    if section.init != "base" or not section.use_eft or section.eft_targets != "given":
+    trained = section.init == "base" and section.use_eft
+    if trained and form_of(recipe).has_lessons and section.eft_targets != "disturbed":
+        path, rubric = ranked_file(recipe), load_rubric(recipe.judge.rubric)
+        lessons = lessons_of(recipe, read_ranked(path, section.eft_prompts), rubric, path)
+        return Seen(f"{len(lessons):,} questions of judge.form={recipe.judge.form}")
+    if not trained or section.eft_targets != "given":
         return Seen("its targets are made", asked=False)
     path = data_file(recipe, "eft_train.jsonl")
     rows = given_targets(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 from srlm_lite.engines import engines_of, kind_of
 from srlm_lite.errors import UserError
 from srlm_lite.forms import form_of
 from srlm_lite.planning.machine import shortfall
+from srlm_lite.planning.times import in_words, times_of, total
 from srlm_lite.preflight.launch import Launch, Seen
 from srlm_lite.session import refuse_several, refuse_sharding
 from srlm_lite.settings import LORA_TARGETS
@@ -93,6 +95,24 @@ def memory(launch: Launch) -> Seen:
     tight = [phase.name for phase in plan.phases if not plan.fits(phase)]
     warnings = (f"smaller batches than planned make these fit: {', '.join(tight)}",)
     return Seen(text, warnings if tight else ())
+
+
+def time(launch: Launch) -> Seen:
+    """How long the run takes at most, as far as rates of this device, or of others, are known."""
+    try:
+        plan = launch.plan
+    except UserError:
+        return Seen("not known before the base is loaded", asked=False)
+    times = times_of(replace(plan, hardware=replace(plan.hardware, count=launch.processes)))
+    seconds, missing = total(times)
+    if not seconds:
+        return Seen("unknown: no rate of this device is known", asked=False)
+    apart = f", {', '.join(missing)} apart" if missing else ""
+    scaled = any(one.known == "scaled" for one in times.values())
+    how = (
+        "scaled from what was measured elsewhere" if scaled else "at rates measured on this device"
+    )
+    return Seen(f"{in_words(seconds)} at most{apart}, {how} (srlm-lite plan says by what)")
 
 
 def disk(launch: Launch) -> Seen:

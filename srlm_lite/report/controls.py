@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from srlm_lite.evaluate.judge_figures import ACCURACY
 from srlm_lite.recipe import Recipe
@@ -25,10 +25,16 @@ KNOWN = {
     ("pairing.source", "flipped"): "the judge's pairs turned round",
     ("pairing.source", "gold"): "pairs by the gold scorer, the upper bound",
     ("dpo.loss", "sft"): "SFT on the chosen replies alone",
-    ("dpo.init", "previous"): "the chain: each delta from the last one",
-    ("dpo.init", "anchor"): "rebased: each delta from the anchor",
 }
 """Settings that make a run a control, and what it is called then."""
+
+OTHERWISE = {
+    ("dpo.init", "previous"): "the chain: each delta from the last one",
+    ("dpo.init", "anchor"): "rebased: each delta from the anchor",
+    ("pairing.accumulate", True): "on all pairs so far",
+    ("pairing.accumulate", False): "on the last pairs alone",
+}
+"""Settings that make it another way to learn, and what that is called."""
 
 NOT_COMPARED = ("name", "description", "iterations", "tracking", "compare", "mt_bench")
 """What decides nothing of what a run computes, or is told of in another way."""
@@ -38,6 +44,10 @@ MEASURING = ("base", "data", "evaluate", "seed")
 
 SHOWN = 4
 """Other differing settings that a control's name has, at most."""
+
+
+Kind = Literal["control", "bound", "other"]
+"""A control; an upper bound, which nobody expects a run to pass; or another way to learn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,14 +66,14 @@ class Control:
         """What it is, by what it does otherwise."""
         left = dict(self.differing)
         found = []
-        for (key, value), name in KNOWN.items():
+        for (key, value), name in (KNOWN | OTHERWISE).items():
             if key in left and left[key][1] == value:
                 found.append(name)
                 del left[key]
         if self.one_pass:
             found.append(f"one pass over all {left.pop('prompts.per_iteration')[1]} prompts")
         cold = left.pop("evaluate.temperature", None)
-        if not self.facts.finished:
+        if not self.trains:
             at = "" if cold is None else f" at temperature {cold[1]:g}"
             found.append(f"the anchor{at}")
             left = {key: value for key, value in left.items() if key.split(".")[0] in MEASURING}
@@ -74,13 +84,26 @@ class Control:
         return "; ".join([*found, *others[:SHOWN], *more]) or "the same settings"
 
     @property
+    def kind(self) -> Kind:
+        """A run that does something else otherwise, such as another method, is no control."""
+        if self.differing.get("pairing.source", ("", ""))[1] == "gold":
+            return "bound"
+        does = {(key, theirs) for key, (_, theirs) in self.differing.items()}
+        return "control" if does & KNOWN.keys() or self.one_pass or not self.trains else "other"
+
+    @property
+    def trains(self) -> bool:
+        """Whether it goes on from the anchor at all."""
+        return bool(self.facts.planned)
+
+    @property
     def doubts(self) -> list[str]:
         """Why its figures are not those of the run with one thing done otherwise."""
         found = []
         if not self.same_anchor:
             found.append("it has another anchor")
         keys = [key for key in self.differing if key.split(".")[0] in MEASURING]
-        keys = [key for key in keys if self.facts.finished or key != "evaluate.temperature"]
+        keys = [key for key in keys if self.trains or key != "evaluate.temperature"]
         if keys:
             found.append(f"measured otherwise: {', '.join(keys[:SHOWN])}")
         if not self.facts.is_finished:
@@ -135,8 +158,7 @@ class Beside:
     name: str
     mine: Estimate
     theirs: Estimate
-    is_bound: bool = False
-    """Whether it is an upper bound, which nobody expects a run to pass."""
+    kind: Kind = "control"
     doubts: tuple[str, ...] = ()
 
     @property
@@ -174,8 +196,8 @@ def comparisons(facts: Facts) -> list[Beside]:
         if control.same_anchor and not (mine and other):
             mine, other = chosen.anchor_score, theirs.anchor_score
         if mine and other:
-            bound = control.differing.get("pairing.source", ("", ""))[1] == "gold"
-            found.append(Beside(control.name, mine, other, bound, tuple(control.doubts)))
+            told = tuple(control.doubts)
+            found.append(Beside(control.name, mine, other, control.kind, told))
     first = next((model for model in facts.models if model.number == 0), None)
     if first and first.best_of_gold and chosen.gold and facts.controls:
         name = f"no training: M1's pick, as judge, of {first.policy['best_of']['n']} answers"
@@ -185,9 +207,12 @@ def comparisons(facts: Facts) -> list[Beside]:
 
 def verdict(found: Sequence[Beside]) -> str:
     """What the controls say of what the loop has brought."""
-    held = [one for one in found if not one.is_bound]
+    held = [one for one in found if one.kind == "control"]
     if not held:
-        return "No control has figures to hold this run against."
+        return (
+            "None of these runs is a control with figures of its own: they do not tell whether the "
+            "model learned or grew sharper."
+        )
     level = [one.name for one in held if not one.told_apart]
     if not level:
         return "More than chance above every control: the rise is the loop's own."

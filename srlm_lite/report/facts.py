@@ -20,6 +20,7 @@ from srlm_lite.pairing import JUDGE, replay_age
 from srlm_lite.recipe import paths_in
 from srlm_lite.records import (
     Candidate,
+    Contest,
     Judgement,
     Label,
     PreferencePair,
@@ -95,6 +96,8 @@ class Pair:
     rejected_votes: tuple[Judgement, ...] = ()
     principle: str = ""
     """By which the two were compared, where the method goes by principles."""
+    contest: Contest | None = None
+    """What the judge made of the two against each other, where it compares candidates."""
 
     def to_row(self) -> dict[str, Any]:
         """Its row in `pairs.jsonl`."""
@@ -105,6 +108,13 @@ class Pair:
         """Where it is from, in words; empty for the iteration's own answers."""
         origin = self.record.origin
         return origin.replace(JUDGE, "a pair of judgements", 1)
+
+    @property
+    def compared(self) -> str:
+        """What the judge made of the two against each other, in words; empty if it did not."""
+        if self.contest is None:
+            return ""
+        return f"against the rejected one the chosen one {self.contest.told(self.record.chosen_id)}"
 
     @property
     def gap(self) -> float:
@@ -437,6 +447,8 @@ def _pairs(
     found = []
     labels = read_records(place.labels, Label) if place.labels.is_file() else []
     principles = {frozenset((row.first_id, row.second_id)): row.principle for row in labels}
+    held = read_records(place.comparisons, Contest) if place.comparisons.is_file() else []
+    contests = {frozenset(row.ids): row for row in held}
     for record in records:
         known = votes.get(place.number - replay_age(record), {})
         found.append(
@@ -445,7 +457,8 @@ def _pairs(
                 record,
                 known.get(record.chosen_id, ()),
                 known.get(record.rejected_id, ()),
-                principles.get(frozenset((record.chosen_id, record.rejected_id)), ""),
+                principles.get(both := frozenset((record.chosen_id, record.rejected_id)), ""),
+                contests.get(both),
             )
         )
     return found

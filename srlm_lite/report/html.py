@@ -20,6 +20,7 @@ from srlm_lite.errors import UserError
 from srlm_lite.evaluate.gold import Gold, load_gold
 from srlm_lite.evaluate.judge_figures import JUDGE_FIGURES, JudgeFigure
 from srlm_lite.evaluate.reading import KINDS, first_loss
+from srlm_lite.forms import DEFAULT_FORM, form_in
 from srlm_lite.methods import METHODS, own_settings
 from srlm_lite.report.answer import answer, duration, hardware
 from srlm_lite.report.charts import groups, number
@@ -44,6 +45,7 @@ KEY_SETTINGS = (
     ("prompts.per_iteration", "prompts an iteration"),
     ("rollout.n", "candidates a prompt"),
     ("rollout.temperature", "temperature of candidates"),
+    ("judge.form", "judged by"),
     ("judge.rubric", "rubric"),
     ("judge.votes", "votes a candidate"),
     ("pairing.source", "pairs by"),
@@ -63,7 +65,8 @@ def html(facts: Facts) -> str:
     empty = _render(page, Packed("", 0, 0, None), "")
     room = MOST_BYTES - len(empty.encode()) - 20_000  # for the notes on pairs
     gold, note = _gold(facts)
-    packed = pack(facts.pairs, room=room, gold=gold.total if gold else None)
+    told = form_in(facts.settings).told
+    packed = pack(facts.pairs, room=room, gold=gold.total if gold else None, told=told)
     return _render(page, packed, note)
 
 
@@ -167,6 +170,11 @@ def _columns(facts: Facts) -> list[tuple[str, Cell]]:
         columns += [(name, lambda m: _with_bounds(m.best_of_gold))]
     columns += [
         *((one.label.replace("-", _HYPHEN), judged(one)) for one in JUDGE_FIGURES),
+        *(
+            (label, lambda m, key=key: number(m.judge.get(key)))
+            for key, label in form_in(facts.settings).figures.items()
+            if any(key in model.judge for model in facts.models)
+        ),
         ("characters", lambda m: number(m.policy.get("mean_length_chars"), 0)),
         ("cut off", lambda m: number(m.policy.get("truncated_rate"))),
         *([] if facts.words.why_no_pairs else [("pairs", _pairs)]),
@@ -252,6 +260,12 @@ def _key_settings(facts: Facts) -> list[tuple[str, str]]:
         unread = kind.unread(own_settings(kind, facts.settings))
         unused = {*kind.unshown, *(name for name in unread if not unread[name])}
         own = {f"{kind.section}.{key}": name for key, name in kind.labels.items()}
+    form = form_in(facts.settings)
+    if form.name == DEFAULT_FORM:
+        unused.add("judge.form")
+    else:
+        unused |= set(form.unshown)
+        own |= {f"{form.section}.{key}": name for key, name in form.labels.items()}
     if facts.words.why_no_votes:
         unused.add("judge.votes")
         if (facts.settings.get("pairing") or {}).get("source") == "judge":

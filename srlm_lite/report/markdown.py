@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from srlm_lite.evaluate.judge_figures import SHORT_FIGURES
+from srlm_lite.forms import form_in
 from srlm_lite.report.answer import Headline, answer, worries
 from srlm_lite.report.charts import number
 from srlm_lite.report.controls import COLUMNS, comparisons, rows, verdict
@@ -44,6 +45,7 @@ def measured(facts: Facts) -> str:
         "pairs",
         *(["gold"] if gold else []),
         *(one.short or one.label for one in SHORT_FIGURES),
+        *(own := form_in(facts.settings).figures).values(),
     ]
     names.append("mean length, characters")
     lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
@@ -53,6 +55,7 @@ def measured(facts: Facts) -> str:
         if gold:
             cells.append(_gold(model))
         cells += [number(one.of(judge)) for one in SHORT_FIGURES]
+        cells += [number(judge.get(key)) for key in own]
         cells.append(number(policy.get("mean_length_chars"), 0))
         lines.append("| " + " | ".join(cells) + " |")
     notes = (

@@ -37,7 +37,13 @@ class Packed:
     """Longer texts are cut in the middle."""
 
 
-def pack(pairs: Sequence[Pair], *, room: int, gold: GoldScores | None = None) -> Packed:
+def pack(
+    pairs: Sequence[Pair],
+    *,
+    room: int,
+    gold: GoldScores | None = None,
+    told: Callable[[Judgement], Sequence[str]] = lambda judgement: (),
+) -> Packed:
     """As much of the pairs as fits.
 
     Long texts are cut first, in the middle, all to the same length; when that is not enough, every
@@ -45,8 +51,9 @@ def pack(pairs: Sequence[Pair], *, room: int, gold: GoldScores | None = None) ->
 
     Args:
         room: Bytes that the data may have.
+        told: What a judgement says beside its score and its text, a line each.
     """
-    rows = [_row(pair, gold) for pair in pairs]
+    rows = [_row(pair, gold, told) for pair in pairs]
     longest = max((len(text) for row in rows for text in _texts(row)), default=0)
     limits = [limit for limit in TEXT_LIMITS if limit is None or limit < longest]
     for limit in limits:
@@ -61,7 +68,9 @@ def pack(pairs: Sequence[Pair], *, room: int, gold: GoldScores | None = None) ->
     return Packed(data, len(rows), len(pairs), limit)
 
 
-def _row(pair: Pair, gold: GoldScores | None) -> dict[str, Any]:
+def _row(
+    pair: Pair, gold: GoldScores | None, told: Callable[[Judgement], Sequence[str]]
+) -> dict[str, Any]:
     """What the page's script reads; short keys, for there are many rows.
 
     `m` are the turns of a conversation before the one that is answered, `p`.
@@ -82,18 +91,20 @@ def _row(pair: Pair, gold: GoldScores | None) -> dict[str, Any]:
         "rs": _finite(record.rejected_score),
         "cl": len(record.chosen),
         "rl": len(record.rejected),
-        "cv": [_vote(vote) for vote in pair.chosen_votes],
-        "rv": [_vote(vote) for vote in pair.rejected_votes],
+        "cv": [_vote(vote, told(vote)) for vote in pair.chosen_votes],
+        "rv": [_vote(vote, told(vote)) for vote in pair.rejected_votes],
         "d": pair.disagreement,
         "w": [record.weight, record.smoothing],
         "g": scored,
         "by": pair.principle,
+        **({"vs": pair.compared} if pair.compared else {}),
     }
 
 
-def _vote(vote: Judgement) -> list[Any]:
-    """Score, the score that the judge wrote where another one counts, and its words."""
-    return [vote.score, vote.sampled_score, vote.text]
+def _vote(vote: Judgement, told: Sequence[str]) -> list[Any]:
+    """Score, the score that the judge wrote where another one counts, its words, and what the form
+    of judging tells beside them, if anything."""
+    return [vote.score, vote.sampled_score, vote.text, *([list(told)] if told else [])]
 
 
 def _finite(value: float) -> float | None:
@@ -118,7 +129,9 @@ def _cut(row: dict[str, Any], limit: int | None) -> dict[str, Any]:
     if limit is None:
         return row
     votes = {
-        key: [[score, wrote, shortened(text, limit)] for score, wrote, text in row[key]]
+        key: [
+            [score, wrote, shortened(text, limit), *more] for score, wrote, text, *more in row[key]
+        ]
         for key in ("cv", "rv")
     }
     said = [[who, shortened(text, limit)] for who, text in row["m"]]

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from srlm_lite.engines import ENGINES
+from srlm_lite.forms import form_in
 from srlm_lite.methods import DEFAULT, METHODS, own_settings
 from srlm_lite.methods.base import Words
 
@@ -21,6 +22,12 @@ def words(settings: Mapping[str, Any]) -> Words:
     engine = engine or (settings.get("rollout") or {}).get("engine")
     external = any(kind.name == engine and kind.remote for kind in ENGINES.values())
     found = replace(found, external=external)
-    if found.score == "score" and (settings.get("pairing") or {}).get("source") == "gold":
+    form = form_in(settings)
+    if found.score == "score" and form.score != "score":
+        found = replace(found, score=form.score, judgement=form.score)
+    if (
+        found.score in ("score", form.score)
+        and (settings.get("pairing") or {}).get("source") == "gold"
+    ):
         return replace(found, score="gold score")
     return found

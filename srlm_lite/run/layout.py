@@ -170,6 +170,11 @@ class AnchorDir(StageDir):
         return self.path / f"eft_{name}.jsonl"
 
     @property
+    def disturbed(self) -> Path:
+        """What the IFT-only model writes for pairs with a known loser."""
+        return self.path / "disturbed"
+
+    @property
     def eft_targets(self) -> Path:
         """The EFT rows that were kept, with their targets."""
         return self.path / "eft_targets.jsonl"
@@ -249,7 +254,10 @@ class CheckpointDir:
         shutil.rmtree(self.draft)
 
     def drop(self) -> None:
-        """Delete all of it."""
+        """Delete all of it; what is half deleted has no name any more."""
+        newest = self.newest()
+        if newest is not None:
+            self.discard(newest)
         shutil.rmtree(self.path, ignore_errors=True)
 
     def progress(self) -> dict[str, Any] | None:
@@ -320,6 +328,11 @@ class IterationDir(StageDir):
     def revisions(self) -> Path:
         """Answers revised in the light of principles, a row for each round."""
         return self.path / "revisions.jsonl"
+
+    @property
+    def comparisons(self) -> Path:
+        """What the judge made of every two candidates, where it compares them."""
+        return self.path / "comparisons.jsonl"
 
     @property
     def labels(self) -> Path:
@@ -424,6 +437,10 @@ class ComparisonDir:
     """One head to head."""
 
     path: Path
+
+    def file(self, name: str) -> Path:
+        """What a judge that is asked in its run's form made of the replies, by name."""
+        return self.path / f"{name}.jsonl"
 
     @property
     def verdicts(self) -> Path:

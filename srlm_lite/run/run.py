@@ -24,6 +24,7 @@ from srlm_lite.run.layout import (
     MtBenchDir,
     RewardDir,
     StageDir,
+    adapter_files,
 )
 from srlm_lite.run.sums import forget, is_harmed, note
 from srlm_lite.telling import without_secrets_in
@@ -97,6 +98,10 @@ class RunDir:
         """The training under way, as it was after one of its steps."""
         return CheckpointDir(self.path / ".checkpoint")
 
+    def shared(self, name: str) -> Path:
+        """A file of the judge's that the whole run shares and people may edit."""
+        return self.path / f"{name}.jsonl"
+
     @property
     def anchor(self) -> AnchorDir:
         return AnchorDir(self.path / "anchor")
@@ -117,6 +122,32 @@ class RunDir:
     def mt_bench(self, name: str) -> MtBenchDir:
         """Where a model's MT-Bench goes; the name ends in a digest, as of a comparison."""
         return MtBenchDir(self.path / "mt_bench" / name)
+
+    def under_way(self) -> dict[str, Any] | None:
+        """The training that is kept: its iteration and name, its step, and how many there are.
+
+        None where there is none, and where its result is written: a run may be killed before it
+        lets go of what it has kept.
+        """
+        found = self.checkpoint.progress()
+        if found is None:
+            return None
+        result = self._result(found["iteration"], found["name"])
+        return None if result is not None and result.is_file() else found
+
+    def _result(self, iteration: int, training: str) -> Path | None:
+        """What is written last of a training; None: of one that is not known here."""
+        if iteration:
+            places = {place.name: place for place in self.iteration(iteration).delta_places}
+            place = places.get(training.removesuffix(" sft"))
+            return None if place is None else place.training
+        weights, _ = adapter_files(self.anchor.ift_only)
+        of_run = {
+            "anchor": self.anchor.training,
+            "ift-only": weights,
+            "reward": self.reward.done,
+        }
+        return of_run.get(training)
 
     def iteration(self, number: int) -> IterationDir:
         return IterationDir(self.path / f"iter_{number:03d}", number)

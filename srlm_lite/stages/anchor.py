@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
@@ -17,6 +17,7 @@ from srlm_lite.forms import form_of
 from srlm_lite.forms.grade import GradeForm
 from srlm_lite.judging import Rubric, as_sampled, parse_score
 from srlm_lite.progress import Training
+from srlm_lite.recipe import Recipe
 from srlm_lite.records import (
     Instruction,
     Judgement,
@@ -28,11 +29,13 @@ from srlm_lite.run.files import read_json, write_json, write_records
 from srlm_lite.seeds import derive_seed
 from srlm_lite.session import Session
 from srlm_lite.settings import Optim
+from srlm_lite.stages.disturbed import Disturbed, disturbed_pairs
 from srlm_lite.stages.judges import SessionJudge, as_candidates
 from srlm_lite.stages.keeping import checkpoints, kept
 from srlm_lite.stages.replies import learned_ids, without_thoughts
 from srlm_lite.stages.seed_data import (
     data_file,
+    prompts_to_disturb,
     ranked_file,
     read_extra,
     read_ift,
@@ -126,9 +129,30 @@ def judge_examples(
     recipe, form = session.recipe, form_of(session.recipe)
     if not form.has_lessons:
         return [_judge_example(session, row) for row in eft_rows(session, ift, facts)]
-    path = ranked_file(recipe)
-    groups = without_thoughts(session.chat, read_ranked(path, recipe.anchor.eft_prompts))
-    lessons = form.lessons(groups, session.rubric)
+    if recipe.anchor.eft_targets == "disturbed":
+        found, path = _disturbed(session, _writes_pairs(session, ift))
+        groups: Sequence[Sequence[RankedReply]] = found.groups
+        facts["eft_drops"] = dict(found.drops)
+    else:
+        path = ranked_file(recipe)
+        groups = without_thoughts(session.chat, read_ranked(path, recipe.anchor.eft_prompts))
+    lessons = lessons_of(recipe, groups, session.rubric, path)
+    write_records(session.run.anchor.eft_targets, lessons)
+    return ift_examples(session, lessons, as_they_stand=True)
+
+
+def lessons_of(
+    recipe: Recipe, groups: Sequence[Sequence[RankedReply]], rubric: Rubric, path: Path
+) -> list[Instruction]:
+    """What teaches an anchor to judge in the recipe's form.
+
+    Args:
+        path: Of the replies, for messages.
+
+    Raises:
+        UserError: No two replies to a prompt are ranked apart.
+    """
+    lessons = form_of(recipe).lessons(groups, rubric)
     if not lessons:
         raise UserError(
             f"ranks no two replies to a prompt apart, and judge.form={recipe.judge.form} is taught "
@@ -137,23 +161,28 @@ def judge_examples(
             way_out="Name replies that people ranked as data.ranked, or leave judge data out "
             "(anchor.use_eft=false)",
         )
-    write_records(session.run.anchor.eft_targets, lessons)
-    return ift_examples(session, lessons, as_they_stand=True)
+    return lessons
 
 
 def eft_rows(session: Session, ift: Sequence[Example], facts: dict[str, Any]) -> list[RankedReply]:
     """Judge data with targets, from where the recipe says."""
     section = session.recipe.anchor
-    path = data_file(session.recipe, "eft_train.jsonl")
-    groups = without_thoughts(session.chat, read_ranked(path, section.eft_prompts))
-    if section.eft_targets == "given":
-        rows = given_targets(groups, session.rubric, path)
-        return rows if session.recipe.judge.rationale else score_lines(rows, session.rubric)
-    drops: dict[str, int] = {}
-    if section.eft_targets == "human":
-        scored = human_targets(groups, session.rubric)
+    drops: Mapping[str, int] = {}
+    if section.eft_targets == "disturbed":
+        stack = _writes_pairs(session, ift)
+        found, path = _disturbed(session, stack)
+        scored, disagreeing = _self_written_targets(session, stack, found.groups, path)
+        drops = {**found.drops, **disagreeing}
     else:
-        scored, drops = _self_written_targets(session, groups, ift, path)
+        path = data_file(session.recipe, "eft_train.jsonl")
+        groups = without_thoughts(session.chat, read_ranked(path, section.eft_prompts))
+        if section.eft_targets == "given":
+            rows = given_targets(groups, session.rubric, path)
+            return rows if session.recipe.judge.rationale else score_lines(rows, session.rubric)
+        if section.eft_targets == "human":
+            scored = human_targets(groups, session.rubric)
+        else:
+            scored, drops = _self_written_targets(session, _ift_stack(session, ift), groups, path)
     thinned = thin_most_common(
         scored, max_share=section.max_score_share, rng=Random(f"{session.recipe.seed}/thin")
     )
@@ -198,15 +227,47 @@ def score_lines(rows: Sequence[RankedReply], rubric: Rubric) -> list[RankedReply
     ]
 
 
+def _writes_pairs(session: Session, ift: Sequence[Example]) -> list[Adapter]:
+    """Who disturbs prompts. It has learned the extra rows, for the question may be among them."""
+    extra = ift_examples(session, read_extra(session.recipe), as_they_stand=True)
+    return _ift_stack(session, [*ift, *extra])
+
+
+def _disturbed(session: Session, stack: Sequence[Adapter]) -> tuple[Disturbed, Path]:
+    """Pairs whose loser is known, and the file that their prompts are from.
+
+    Raises:
+        UserError: The model made none.
+    """
+    prompts, path = prompts_to_disturb(session.recipe)
+    found = disturbed_pairs(
+        session,
+        stack,
+        prompts,
+        folder=session.run.anchor.disturbed,
+        seed_path=(session.recipe.seed, "eft-disturbed"),
+    )
+    if not found.groups:
+        told = ", ".join(f"{count} {reason}" for reason, count in found.drops.items())
+        raise UserError(
+            f"the IFT-only model made no pair of {len(prompts)} prompts ({told})",
+            where=f"anchor.disturb_template = {session.recipe.anchor.disturb_template}",
+            way_out="Teach it such questions with rows of data.extra, give more prompts "
+            "(anchor.eft_prompts), or set anchor.eft_targets=self where replies are ranked",
+        )
+    return found, path
+
+
 def _self_written_targets(
     session: Session,
+    stack: Sequence[Adapter],
     groups: Sequence[Sequence[RankedReply]],
-    ift: Sequence[Example],
     path: Path,
 ) -> tuple[list[tuple[RankedReply, float]], dict[str, int]]:
+    known = "known" if session.recipe.anchor.eft_targets == "disturbed" else "human"
     judge = SessionJudge(
         session,
-        [_ift_only(session, ift)] if ift else [],
+        stack,
         place=session.run.anchor.eft_file,
         stage="EFT targets",
         seed_path=(session.recipe.seed, "eft-targets"),
@@ -217,7 +278,7 @@ def _self_written_targets(
     kept, drops = agreeing_targets(groups, judgements)
     if not kept:
         raise UserError(
-            f"the IFT-only model's judgements agree with the human order on none of "
+            f"the IFT-only model's judgements agree with the {known} order on none of "
             f"{len(groups)} prompts ({drops['unreadable']} unreadable, "
             f"{drops['disagreeing']} disagreeing)",
             where=str(path),
@@ -320,6 +381,11 @@ def thin_most_common(
     places = [i for i, (_, score) in enumerate(rows) if score == common]
     dropped = set(rng.sample(places, excess))
     return [row for i, row in enumerate(rows) if i not in dropped]
+
+
+def _ift_stack(session: Session, ift: Sequence[Example]) -> list[Adapter]:
+    """Who writes the EFT targets: the base where there is nothing to learn before."""
+    return [_ift_only(session, ift)] if ift else []
 
 
 def _ift_only(session: Session, ift: Sequence[Example]) -> Adapter:

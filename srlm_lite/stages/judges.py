@@ -33,6 +33,7 @@ class SessionJudge(JudgeAtWork):
         place: Where its files go.
         stage: What the judging is called while it goes on.
         seed_path: What its seeds come of.
+        shared: Where files go that all judgings share; default: the run's.
         votes: Votes on a candidate; default: `judge.votes`.
         every_vote: All of them are drawn, whatever `judge.adaptive_votes` says: somebody is going
             to look at each.
@@ -46,10 +47,12 @@ class SessionJudge(JudgeAtWork):
         place: Place,
         stage: str,
         seed_path: Sequence[object],
+        shared: Place | None = None,
         votes: int | None = None,
         every_vote: bool = False,
     ) -> None:
         self._session, self._stack, self._place = session, stack, place
+        self._shared = shared or session.run.shared
         self._stage, self._seed_path = stage, seed_path
         self._votes = votes or session.recipe.judge.votes
         self._adapts = session.recipe.judge.adaptive_votes and not every_vote
@@ -82,10 +85,14 @@ class SessionJudge(JudgeAtWork):
                 least=min(judge.min_votes, self._votes),
                 scale=(self.rubric.min, self.rubric.max),
                 variance=pooled_variance(votes),
+                step=self.rubric.step or 1.0,
             )
             wanting = set(wanted(rule, candidates, votes))
             numbers = {
-                name: range(len(some), len(some) + (name in wanting))
+                name: range(
+                    len(some),
+                    min(self._votes, len(some) + rule.at_once) if name in wanting else len(some),
+                )
                 for name, some in votes.items()
             }
         every = [vote for row in candidates for vote in rows[row.candidate_id]]
@@ -147,11 +154,13 @@ class SessionJudge(JudgeAtWork):
     def length(self, text: str) -> int:
         return len(self._session.chat.target_ids(text))
 
-    def write(self, name: str, rows: Sequence[Record]) -> None:
-        write_records(self._place(name), rows)
+    def write(self, name: str, rows: Sequence[Record], *, shared: bool = False) -> None:
+        path = self._shared(name) if shared else self._place(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_records(path, rows)
 
-    def read(self, name: str, kind: type[R]) -> list[R] | None:
-        path = self._place(name)
+    def read(self, name: str, kind: type[R], *, shared: bool = False) -> list[R] | None:
+        path = self._shared(name) if shared else self._place(name)
         return read_records(path, kind) if path.is_file() else None
 
     def _file(self, about: str) -> Path:
@@ -181,6 +190,7 @@ def judged(
     place: Place,
     stage: str,
     seed_path: Sequence[object],
+    shared: Place | None = None,
     votes: int | None = None,
     every_vote: bool = False,
 ) -> tuple[list[Judgement], Facts]:
@@ -191,6 +201,7 @@ def judged(
         place=place,
         stage=stage,
         seed_path=seed_path,
+        shared=shared,
         votes=votes,
         every_vote=every_vote,
     )

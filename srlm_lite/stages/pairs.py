@@ -37,6 +37,7 @@ Grade = Callable[[Sequence[Prompt], Sequence[Candidate]], Sequence[Judgement]]
 ADVICE: Mapping[str, str] = {
     "tied": "raise judge.votes or rollout.n, or train a finer judge",
     "narrow": "lower pairing.min_gap",
+    "not_widest": "raise checklist.keep",
     "truncated": "raise rollout.max_new_tokens",
     "unreadable": "raise judge.max_new_tokens, or give the anchor more judge data",
     "too_long_to_judge": "raise base.window, or lower rollout.max_new_tokens or "

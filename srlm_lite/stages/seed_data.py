@@ -25,6 +25,7 @@ from srlm_lite.methods.base import Pool, SeedData
 from srlm_lite.recipe import Recipe
 from srlm_lite.records import Instruction, Prompt, RankedReply
 from srlm_lite.run.files import read_jsonl, records_of
+from srlm_lite.settings import DISTURBED_PROMPTS
 from srlm_lite.window import admits_a_prompt
 
 T = TypeVar("T")
@@ -218,6 +219,24 @@ def read_prompts(path: Path) -> list[Prompt]:
     return prompts
 
 
+def prompts_to_disturb(recipe: Recipe) -> tuple[list[Prompt], Path]:
+    """The prompts of which the anchor's pairs with a known loser are made, and their file.
+
+    The first of the run's prompt list, or of IFT where the run has no list.
+
+    Raises:
+        UserError: There is neither.
+    """
+    path = prompt_file(recipe)
+    if path.is_file() or not recipe.anchor.use_ift:
+        prompts = read_prompts(path)
+    else:
+        path = data_file(recipe, "ift.jsonl")
+        prompts = [Prompt.of(row, path.name) for row in read_ift(recipe)]
+    wanted = recipe.anchor.eft_prompts or DISTURBED_PROMPTS
+    return refuse_none(prompts, path)[:wanted], path
+
+
 def policy_prompts(recipe: Recipe) -> list[Prompt]:
     """Held-out prompts for the evaluation: `eval_prompts.jsonl`, else those of the EFT eval set."""
     path = Path(recipe.data.dir) / "eval_prompts.jsonl"
@@ -292,7 +311,10 @@ def _learned_from(recipe: Recipe) -> dict[Path, set[str]]:
     if trained and recipe.anchor.use_ift:
         path = data_file(recipe, "ift.jsonl")
         found[path] = {row.prompt for row in read_ift(recipe)}
-    if trained and recipe.anchor.use_eft:
+    if trained and recipe.anchor.use_eft and recipe.anchor.eft_targets == "disturbed":
+        prompts, path = prompts_to_disturb(recipe)
+        found[path] = {prompt.text for prompt in prompts}
+    elif trained and recipe.anchor.use_eft:
         path = data_file(recipe, "eft_train.jsonl")
         found[path] = {group[0].prompt for group in read_ranked(path, recipe.anchor.eft_prompts)}
     if recipe.data.ranked is not None:

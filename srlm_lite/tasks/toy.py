@@ -207,6 +207,17 @@ def review(prompt: str, response: str) -> str:
     return "\n".join([*lines, f"Score: {sum(points.values()):.0f}"])
 
 
+def checklist(prompt: str) -> dict[str, str]:
+    """For each criterion an item that it is checked by; that on `items` code can count."""
+    return {
+        "topic": f"the answer is about the {topic_of(prompt)}.",
+        "items": f"list {MIN_ITEMS} items and more.",
+        "unique": "list no items again.",
+        "opening": "the opening is good.",
+        "ending": "the ending is good.",
+    }
+
+
 def critique(prompt: str, response: str, criterion: str) -> str:
     """The part of the review that speaks of one criterion, with the evidence for it."""
     lines = review(prompt, response).split("\n")

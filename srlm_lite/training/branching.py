@@ -1,11 +1,11 @@
 """Attention within trees, with gradients: no token is held against one that it does not see.
 
-A part's tokens attend to each other, causally, and to every part above theirs, wholly. Each of
-these is an attention of its own by torch's kernels, over that part's keys alone; they are merged by
-their log-sum-exp, which is exact. Backwards each part is given the merged output and the
-merged log-sum-exp: with P = exp(score - lse) and dS = P (dP - rowsum(dO O)) every part then gives
-its share of the gradients of the whole. That is written out, in blocks of queries: torch's own
-kernel for it took 4 ms for 50 tokens of 9 heads in bfloat16.
+On a CPU a small tree attends in one piece under a mask, and so does each small branch of a large
+one; a trunk attends by itself, and all that is below it attends to it at once, wholly. The pieces
+of a query are merged by their log-sum-exp, which is exact. Backwards each piece is given the merged
+output and the merged log-sum-exp: with P = exp(score - lse) and dS = P (dP - rowsum(dO O)) it then
+gives its share of the gradients of the whole. That is written out, in float32 and in blocks of
+queries: torch's own kernel for it took 4 ms for 50 tokens of 9 heads in bfloat16.
 
 Where no kernel tells its log-sum-exp, or scores are capped or have sinks, or a window hides what
 lies far back, a branch attends under a mask: one below the trunk at a time, so that trees do not
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,7 +34,10 @@ from srlm_lite.training.trees import Part
 NAME = "srlm_branches"
 """Under which transformers knows this attention."""
 
-BLOCK = 512
+DENSE = 192
+"""Tokens of a tree, or of a branch, up to which it attends in one piece, under a mask."""
+
+BLOCK = 128
 """Queries whose scores are there at once in a backward pass."""
 
 aten: Any = torch.ops.aten
@@ -50,6 +54,7 @@ class Branches:
         self._parts: tuple[Part, ...] = ()
         self._positions = torch.zeros(0, dtype=torch.long)
         self._blocks: list[_Block] | None = None
+        self._pieces: _Pieces | None = None
         self._longest = 0
         self.asked = 0
         """Layers that have attended by this."""
@@ -58,7 +63,7 @@ class Branches:
         """The next row: its parts, and (T,) the position of each token in its text."""
         self._parts, self._positions = parts, positions
         self._longest = int(positions.max()) + 1
-        self._blocks = None
+        self._blocks = self._pieces = None
 
     @contextmanager
     def attending(self, model: Any) -> Iterator[None]:
@@ -116,7 +121,9 @@ class Branches:
             and query.shape[-1] == value.shape[-1]
         )
         if kernels:
-            output: Tensor = _InParts.apply(query, key, value, self._parts, scaling)  # type: ignore[no-untyped-call]
+            if self._pieces is None:
+                self._pieces = _pieces(self._parts)
+            output: Tensor = _InPieces.apply(query, key, value, self._pieces, scaling)  # type: ignore[no-untyped-call]
             return output, None
         output = self._masked(query, key, value, window, scaling, softcap, s_aux)
         return output.transpose(1, 2), None
@@ -232,8 +239,69 @@ def _repeated(states: Tensor, groups: int) -> Tensor:
     return states if groups == 1 else states.repeat_interleave(groups, dim=1)
 
 
-class _InParts(torch.autograd.Function):
-    """Attention part by part on the kernels of a CPU: (1, T, Hq, D)."""
+@dataclass(frozen=True, slots=True)
+class _Dense:
+    """Tokens `start` to `stop` of a row that attend to each other in one piece.
+
+    Args:
+        hidden: (Q, Q) keys that a query does not see; None: those after it.
+        mask: The same, to be added to scores.
+    """
+
+    start: int
+    stop: int
+    hidden: Tensor | None = None
+    mask: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Pieces:
+    """A row in pieces for the kernels of a CPU; each query is in one that is dense.
+
+    Args:
+        above: Queries, and the keys of a part above theirs, all of which they see.
+    """
+
+    dense: list[_Dense]
+    above: list[tuple[slice, slice]]
+
+
+def _pieces(parts: Sequence[Part]) -> _Pieces:
+    """Small trees, and small branches of large ones, are dense: few and wide operations."""
+    found = _Pieces([], [])
+    reached = 0
+    for number, part in enumerate(parts):
+        if part.start < reached:  # in a dense piece already
+            continue
+        if part.stop == part.end:
+            found.dense.append(_Dense(part.start, part.stop))
+        elif part.end - part.start > DENSE:
+            found.dense.append(_Dense(part.start, part.stop))
+            found.above.append((slice(part.stop, part.end), slice(part.start, part.stop)))
+            continue
+        else:
+            found.dense.append(_dense(parts, number))
+        reached = part.end
+    return found
+
+
+def _dense(parts: Sequence[Part], number: int) -> _Dense:
+    """A part with all that is below it."""
+    first, last = parts[number].start, parts[number].end
+    hidden = torch.ones(last - first, last - first, dtype=torch.bool)
+    for part in parts[number:]:
+        if part.start >= last:
+            break
+        hidden[part.start - first : part.end - first, part.start - first : part.stop - first] = (
+            False
+        )
+    hidden |= torch.ones_like(hidden).triu_(1)
+    mask = torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
+    return _Dense(first, last, hidden, mask)
+
+
+class _InPieces(torch.autograd.Function):
+    """Attention piece by piece on a CPU: (1, T, Hq, D)."""
 
     @staticmethod
     def forward(
@@ -241,78 +309,85 @@ class _InParts(torch.autograd.Function):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        parts: tuple[Part, ...],
+        pieces: _Pieces,
         scaling: float | None,
     ) -> Tensor:
         key, value = key.to(query.dtype), value.to(query.dtype)
         groups = query.shape[1] // key.shape[1]
         keys, values = _repeated(key, groups), _repeated(value, groups)
-        output = torch.empty_like(query, dtype=torch.float32)
+        output = torch.empty_like(query, dtype=torch.float32 if pieces.above else query.dtype)
         lse = torch.empty(query.shape[:3], dtype=torch.float32)
-        for queries, seen, causal in _attentions(parts):
-            found, scores = aten._scaled_dot_product_flash_attention_for_cpu(
-                query[:, :, queries], keys[:, :, seen], values[:, :, seen], 0.0, causal,
-                scale=scaling,
+        for piece in pieces.dense:
+            rows = slice(piece.start, piece.stop)
+            output[:, :, rows], lse[:, :, rows] = aten._scaled_dot_product_flash_attention_for_cpu(
+                query[:, :, rows], keys[:, :, rows], values[:, :, rows], 0.0, piece.mask is None,
+                attn_mask=piece.mask, scale=scaling,
             )  # fmt: skip
-            if causal:
-                output[:, :, queries], lse[:, :, queries] = found, scores
-                continue
-            before = lse[:, :, queries]
+        for rows, seen in pieces.above:
+            found, scores = aten._scaled_dot_product_flash_attention_for_cpu(
+                query[:, :, rows], keys[:, :, seen], values[:, :, seen], 0.0, False, scale=scaling
+            )
+            before = lse[:, :, rows]
             both = torch.logaddexp(before, scores)
-            so_far = output[:, :, queries]
-            so_far.lerp_(found.float(), (scores - both).exp().unsqueeze(-1))
+            output[:, :, rows].lerp_(found.float(), (scores - both).exp().unsqueeze(-1))
             before.copy_(both)
         # As the next layer reads it, so that it keeps no copy.
         merged = output.transpose(1, 2).to(query.dtype).contiguous()
         ctx.save_for_backward(query, key, value, merged, lse)
-        ctx.parts, ctx.scaling, ctx.groups = parts, scaling, groups
+        ctx.pieces = pieces
+        ctx.scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         return merged
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, output, lse = ctx.saved_tensors
-        gradient, output = gradients[0].transpose(1, 2).to(query.dtype), output.transpose(1, 2)
-        keys, values = _repeated(key, ctx.groups), _repeated(value, ctx.groups)
-        scaling = query.shape[-1] ** -0.5 if ctx.scaling is None else ctx.scaling
-        delta = (gradient.float() * output.float()).sum(dim=-1, keepdim=True)
-        of_query, of_keys, of_values = (
-            torch.zeros(query.shape, dtype=torch.float32) for _ in range(3)
-        )
-        for queries, seen, causal in _attentions(ctx.parts):
-            for first in range(queries.start, queries.stop, BLOCK):
-                last = min(first + BLOCK, queries.stop)
-                rows = slice(first, last)
-                columns = slice(seen.start, last) if causal else seen
-                asked, slopes = query[:, :, rows], gradient[:, :, rows]
-                of_part, values_of_part = keys[:, :, columns], values[:, :, columns]
-                scores = (asked @ of_part.transpose(-1, -2)).float().mul_(scaling)
-                weights = scores.sub_(lse[:, :, rows, None]).exp_()
-                if causal:
-                    weights.tril_(first - seen.start)
-                down = (slopes @ values_of_part.transpose(-1, -2)).float()
-                down = down.sub_(delta[:, :, rows]).mul_(weights).mul_(scaling).to(query.dtype)
-                weights = weights.to(query.dtype)
-                of_query[:, :, rows] += down @ of_part
-                of_keys[:, :, columns] += down.transpose(-1, -2) @ asked
-                of_values[:, :, columns] += weights.transpose(-1, -2) @ slopes
-        shape = (*key.shape[:2], ctx.groups, *key.shape[2:])
+        heads, groups = key.shape[1], query.shape[1] // key.shape[1]
+        # (H, groups, T, D) and (H, T, D), in float32: no gradient is rounded on the way.
+        split = heads, groups, *query.shape[2:]
+        of_output = gradients[0].transpose(1, 2).float().reshape(split)
+        delta = (of_output * output.transpose(1, 2).reshape(split)).sum(dim=-1)
+        queries, keys, values = query.float().view(split), key[0].float(), value[0].float()
+        lse = lse.view(split[:3])
+        of_queries = torch.zeros(split)
+        of_keys, of_values = torch.zeros_like(keys), torch.zeros_like(values)
+
+        def attended(rows: slice, seen: slice, hidden: Tensor | None) -> None:
+            shape = heads, groups * (rows.stop - rows.start), -1
+            asked, slopes = (x[:, :, rows].reshape(shape) for x in (queries, of_output))
+            known, told = keys[:, seen], values[:, seen]
+            scores = torch.baddbmm(
+                lse[:, :, rows].reshape(shape), asked, known.mT, beta=-1, alpha=ctx.scaling
+            )
+            weights = scores.exp_()
+            if hidden is not None:
+                weights.view(heads, groups, *hidden.shape).masked_fill_(hidden, 0)
+            of_values[:, seen] += weights.mT @ slopes
+            down = torch.baddbmm(delta[:, :, rows].reshape(shape), slopes, told.mT, beta=-1)
+            down.mul_(weights)
+            of_queries[:, :, rows] += (down @ known).view(heads, groups, -1, known.shape[-1])
+            of_keys[:, seen] += down.mT @ asked
+
+        for piece in ctx.pieces.dense:
+            if piece.hidden is not None:
+                attended(
+                    slice(piece.start, piece.stop), slice(piece.start, piece.stop), piece.hidden
+                )
+                continue
+            for first in range(piece.start, piece.stop, BLOCK):
+                last = min(first + BLOCK, piece.stop)
+                hidden = torch.ones(last - first, last - piece.start, dtype=torch.bool)
+                seen = slice(piece.start, last)
+                attended(slice(first, last), seen, hidden.triu_(1 + first - piece.start))
+        for rows, seen in ctx.pieces.above:
+            for first in range(rows.start, rows.stop, BLOCK):
+                attended(slice(first, min(first + BLOCK, rows.stop)), seen, None)
         return (
-            of_query.to(query.dtype),
-            of_keys.view(shape).sum(dim=2).to(key.dtype),
-            of_values.view(shape).sum(dim=2).to(value.dtype),
+            of_queries.mul_(ctx.scaling).view(query.shape).to(query.dtype),
+            of_keys.mul_(ctx.scaling)[None].to(key.dtype),
+            of_values[None].to(value.dtype),
             None,
             None,
         )
-
-
-def _attentions(parts: Sequence[Part]) -> Iterator[tuple[slice, slice, bool]]:
-    """Queries, the keys that they see, and whether causally; each query's causal one is first."""
-    for part in parts:
-        own = slice(part.start, part.stop)
-        yield own, own, True
-    for part in parts:
-        if part.stop < part.end:
-            yield slice(part.stop, part.end), slice(part.start, part.stop), False
 
 
 def _mask(

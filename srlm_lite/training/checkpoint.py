@@ -4,6 +4,9 @@ What is kept is all that the next step depends on: weights, optimiser, schedule,
 data, the generators; and what has been logged, so that the results tell of the whole training. A
 training that goes on from there ends with the same bytes as one that was never stopped.
 
+Of the slot that is the adapter that trains: what is frozen below it is loaded as at the start, and
+the optimiser has zeros there.
+
 A checkpoint says what training it is of: examples, settings, adapters, seed, processes, versions.
 One of anything else is told of, and not used.
 """
@@ -30,14 +33,14 @@ from transformers import TrainerCallback
 
 from srlm_lite.errors import ProofError, UserError
 from srlm_lite.model.base import LoadedBase
-from srlm_lite.model.stack import Adapter
+from srlm_lite.model.stack import Adapter, Slot
 from srlm_lite.processes import Processes
 from srlm_lite.run.files import read_json, sha256_file, write_json
 from srlm_lite.run.layout import CheckpointDir
 from srlm_lite.settings import Before, DecidesNothing, Optim, marked
 from srlm_lite.stopping import Stop, deferred
 
-FORMAT = 1
+FORMAT = 2
 """A checkpoint whose files have another form is not used."""
 
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes")
@@ -47,6 +50,7 @@ TRAINER_STATE = "trainer_state.json"
 """Where transformers' trainer looks for its own counters."""
 
 Tensors = dict[str, Tensor]
+Index = tuple[slice, slice]
 
 
 class Keeper(Protocol):
@@ -96,6 +100,7 @@ class Checkpoints:
     def keep(
         self,
         base: LoadedBase,
+        slot: Slot,
         optim: Optim,
         *,
         seed: int,
@@ -109,6 +114,7 @@ class Checkpoints:
         """What `run_training` is to keep.
 
         Args:
+            slot: One adapter of it trains by now.
             examples: What is learned from; told apart by their `repr`.
             adapters: All that stand at the start: what is frozen, what is trained, references.
             others: Whatever else decides what is computed, as JSON.
@@ -126,7 +132,7 @@ class Checkpoints:
             "versions": versions(),
             **others,
         }
-        return Kept(self, json.loads(json.dumps(of)), keeper, proof, more)
+        return Kept(self, slot.learning, json.loads(json.dumps(of)), keeper, proof, more)
 
 
 class Resumable:
@@ -154,11 +160,16 @@ class Resumable:
 
 
 class Kept(TrainerCallback):
-    """Keeps a training, and goes on with what is kept of it."""
+    """Keeps a training, and goes on with what is kept of it.
+
+    Args:
+        learning: As `Slot.learning`; a parameter that it does not name learns as a whole.
+    """
 
     def __init__(
         self,
         checkpoints: Checkpoints,
+        learning: Mapping[int, Index],
         of: dict[str, Any],
         keeper: Keeper,
         proof: Proof | None,
@@ -168,6 +179,7 @@ class Kept(TrainerCallback):
         self._keeper, self._proof, self._more = keeper, proof, more
         self._leads = checkpoints.processes.place.leads
         self._trainer: Any = None
+        self._learning = learning
         self._found: tuple[dict[str, Any], Tensors] | None = None
         self._generators: Tensors = {}
         self._stop = Stop()
@@ -292,14 +304,51 @@ class Kept(TrainerCallback):
         """What a step reads and changes."""
         trainer, tensors = self._trainer, {}
         for name, weight in _trained(trainer.model).items():
-            tensors[f"weights/{name}"] = _copied(weight)
+            tensors[f"weights/{name}"] = _copied(weight[self._part(weight)])
         scaler = trainer.accelerator.scaler
+        optimizer = trainer.optimizer.state_dict()
         parts = {
-            "optimizer": trainer.optimizer.state_dict(),
+            "optimizer": optimizer | {"state": self._states(optimizer["state"])},
             "schedule": trainer.lr_scheduler.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
         }
         return {name: packed(part, tensors, name) for name, part in parts.items()}, tensors
+
+    def _part(self, weight: Tensor) -> Index | tuple[()]:
+        """What of a parameter learns, as its index."""
+        return self._learning.get(id(weight), ())
+
+    @property
+    def _parameters(self) -> list[Tensor]:
+        """Those of the optimiser, as its state counts them."""
+        return [one for group in self._trainer.optimizer.param_groups for one in group["params"]]
+
+    def _states(self, states: Mapping[int, Mapping[str, Any]]) -> dict[int, dict[str, Any]]:
+        """The optimiser's, without the zeros that it has where nothing learns."""
+        parameters, found = self._parameters, {}
+        for number, state in states.items():
+            weight = parameters[number]
+            index = self._part(weight)
+            found[number] = {
+                name: _Partial(value[index])
+                if index and isinstance(value, Tensor) and _is_zero_beside(value, weight, index)
+                else value
+                for name, value in state.items()
+            }
+        return found
+
+    def _whole(self, states: Mapping[int, Mapping[str, Any]]) -> dict[int, dict[str, Any]]:
+        """What `_states` was given."""
+        parameters, found = self._parameters, {}
+        for number, state in states.items():
+            weight, values = parameters[number], dict(state)
+            for name, value in state.items():
+                if isinstance(value, _Partial):
+                    whole = torch.zeros(weight.shape, dtype=value.tensor.dtype)
+                    whole[self._part(weight)] = value.tensor
+                    values[name] = whole
+            found[number] = values
+        return found
 
     def _restore(self, kept: Mapping[str, Any], tensors: Tensors) -> None:
         """Take on the state, and prove that it is what was kept."""
@@ -309,8 +358,10 @@ class Kept(TrainerCallback):
         if of_weights != {f"weights/{name}" for name in weights}:
             raise ProofError("a checkpoint holds other weights than those that are to be trained")
         for name, weight in weights.items():
-            weight.data.copy_(tensors[f"weights/{name}"])
-        trainer.optimizer.load_state_dict(unpacked(kept["optimizer"], tensors))
+            weight.data[self._part(weight)].copy_(tensors[f"weights/{name}"])
+        optimizer = unpacked(kept["optimizer"], tensors)
+        states = self._whole(optimizer["state"])
+        trainer.optimizer.load_state_dict(optimizer | {"state": states})
         trainer.lr_scheduler.load_state_dict(unpacked(kept["schedule"], tensors))
         if trainer.accelerator.scaler is not None:
             trainer.accelerator.scaler.load_state_dict(unpacked(kept["scaler"], tensors))
@@ -389,6 +440,20 @@ def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Partial:
+    """The part of a tensor that learns; the rest of it is zero."""
+
+    tensor: Tensor
+
+
+def _is_zero_beside(value: Tensor, weight: Tensor, index: Index) -> bool:
+    """Whether it has the parameter's form, and is zero where that does not learn."""
+    if value.shape != weight.shape or not value.is_floating_point():
+        return False
+    return int(value.count_nonzero()) == int(value[index].count_nonzero())
+
+
 def packed(value: Any, tensors: Tensors, name: str) -> Any:
     """A tree of mappings, sequences and values as JSON, whose keys need not be texts.
 
@@ -401,6 +466,8 @@ def packed(value: Any, tensors: Tensors, name: str) -> Any:
     if isinstance(value, Tensor):
         tensors[name] = _copied(value)
         return {"tensor": name}
+    if isinstance(value, _Partial):
+        return {"part": packed(value.tensor, tensors, name)}
     if isinstance(value, Mapping):
         items = [[key, packed(below, tensors, f"{name}/{key}")] for key, below in value.items()]
         return {"items": items}
@@ -418,6 +485,8 @@ def unpacked(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     if isinstance(value, dict):
         if "tensor" in value:
             return tensors[value["tensor"]]
+        if "part" in value:
+            return _Partial(unpacked(value["part"], tensors))
         return {key: unpacked(below, tensors) for key, below in value["items"]}
     return value
 

@@ -201,6 +201,7 @@ def train_reward(
             if checkpoints is None
             else checkpoints.keep(
                 base,
+                slot,
                 optim,
                 seed=seed,
                 keeper=listener,

@@ -261,6 +261,7 @@ def train_rloo(
                 if checkpoints is None
                 else checkpoints.keep(
                     base,
+                    slot,
                     optim,
                     seed=seed,
                     keeper=listener,

@@ -136,6 +136,7 @@ def train_sft(
                 if checkpoints is None
                 else checkpoints.keep(
                     base,
+                    slot,
                     optim,
                     seed=seed,
                     keeper=listener,
@@ -179,7 +180,7 @@ class _SftProof(TrainerCallback):
         counted = sum(map(len, found))
         loss = -sum(float(tokens.sum()) for tokens in found) / counted
         prove_own(loss, -sum(own) / counted, trainer.base.dtype, what="SFT's loss")
-        found += trainer.likelihoods(step[PROVEN:]) if step[PROVEN:] else []
+        found += trainer.likelihoods(step[PROVEN:]).values() if step[PROVEN:] else []
         whole = -sum(float(tokens.sum()) for tokens in found) / sum(map(len, found))
         self.facts = {"step0_nll": whole}
         trainer.model.train()

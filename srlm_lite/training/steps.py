@@ -13,11 +13,10 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from peft.helpers import disable_input_dtype_casting
@@ -36,8 +35,12 @@ from srlm_lite.training.arguments import one_device, share_adapters
 from srlm_lite.training.branching import Branches
 from srlm_lite.training.checkpoint import Resumable
 from srlm_lite.training.dealing import Share, StepOrder, cut, deal
+from srlm_lite.training.layers import Layers
+from srlm_lite.training.sizes import AT_ONCE_ON_A_CPU
 from srlm_lite.training.tokens import TOLERANCE, Scored
 from srlm_lite.training.trees import Forest, Part
+
+Value = TypeVar("Value")
 
 logger = logging.getLogger(__name__)
 
@@ -126,8 +129,9 @@ class StepTrainer(Resumable, Trainer):
         self.batch_size = optim.batch_size
         self.packs = may_pack(slot)
         """Whether a row holds trees; else each text is a row, and rows are padded."""
-        self.budget = budget_of(forest, examples, optim)
+        self.budget = budget_of(forest, examples, optim, cpu=base.device.type == "cpu")
         self.branches = Branches()
+        self.layers = Layers(slot)
         self.told: dict[str, float] = {}
         self._noted: dict[str, Tensor] = {}
         if slot.sharded:
@@ -204,7 +208,7 @@ class StepTrainer(Resumable, Trainer):
     def reading(self) -> Iterator[None]:
         """Within this context the model reads batches: rows of trees where it can."""
         attending = self.branches.attending(self.base.model) if self.packs else nullcontext()
-        with attending:
+        with attending, self.layers.in_fewer_operations():
             yield
 
     def expect(self, batch: Batch) -> None:
@@ -260,13 +264,17 @@ class StepTrainer(Resumable, Trainer):
         """
         step = inputs["examples"].tolist()
         model.train()
+        return self.within_memory(step, lambda: self._learned(model, step))
+
+    def within_memory(self, step: Sequence[int], compute: Callable[[], Value]) -> Value:
+        """What is computed of a step, in the parts that memory allows."""
         while True:
             try:
-                return self._learned(model, step)
+                return compute()
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error) or not self.halve(step):
                     raise
-            model.zero_grad(set_to_none=True)
+            self.model.zero_grad(set_to_none=True)
 
     def halve(self, step: Sequence[int]) -> bool:
         """Make do with less memory; False where there is no less."""
@@ -321,17 +329,17 @@ class StepTrainer(Resumable, Trainer):
 
     # Without gradients.
 
-    @torch.no_grad()
-    def likelihoods(self, texts: Sequence[int]) -> list[Tensor]:
+    def likelihoods(self, texts: Sequence[int]) -> dict[int, Tensor]:
         """Log-likelihoods of each text's targets, token by token, on the CPU; all processes'.
 
         In rows of twice the budget: nothing is kept of them for a backward pass.
         """
-        model = self.model_wrapped
         budget = 2 * self.budget
+        # Those of a prompt side by side.
+        order = sorted(texts, key=lambda text: (self.forest.tree(text), text))
         while True:
             try:
-                return self._likelihoods(model, texts, budget)
+                return self.of_rows(cut(order, self.tokens_of, budget=budget))
             except (RuntimeError, MemoryError) as error:
                 widest = max(self.tokens_of([text]) for text in texts)
                 if not is_out_of_memory(error) or place().world > 1 or budget <= widest:
@@ -339,39 +347,53 @@ class StepTrainer(Resumable, Trainer):
             budget //= 2
             give_back()
 
-    def _likelihoods(self, model: Any, texts: Sequence[int], budget: int) -> list[Tensor]:
-        # Those of a prompt side by side.
-        order = sorted(range(len(texts)), key=lambda i: (self.forest.tree(texts[i]), i))
-        parts = cut(order, lambda some: self.tokens_of([texts[i] for i in some]), budget=budget)
-        offsets = [0]
-        for text in texts:
-            offsets.append(offsets[-1] + self.forest.counted(text))
-        table = torch.zeros(offsets[-1], dtype=torch.float64)
+    @torch.no_grad()
+    def of_rows(self, rows: Sequence[list[int]]) -> dict[int, Tensor]:
+        """The same of the texts of these rows, which are shared out; of a text in several rows,
+        what the first one gives."""
+        offsets, at = {}, 0
+        for row in rows:
+            offsets[tuple(row)] = at
+            at += sum(map(self.forest.counted, row))
+        table = torch.zeros(at, dtype=torch.float64)
         with self.reading(), self.compute_loss_context_manager():
-            for share in deal(parts, place()):
-                batch = self.batch([texts[i] for i in share.examples])
-                found = self.scores(model, batch).double().cpu()
+            for share in deal(rows, place()):
+                found = self.scores(self.model_wrapped, self.batch(share.examples)).double().cpu()
                 if share.counts:
-                    pieces = torch.split(found, batch.counts)
-                    for i, piece in zip(share.examples, pieces, strict=True):
-                        table[offsets[i] : offsets[i + 1]] = piece
+                    offset = offsets[tuple(share.examples)]
+                    table[offset : offset + len(found)] = found
         if place().world > 1:
             table = self.accelerator.reduce(table.to(self.args.device), "sum").cpu()
-        return [table[a:b].float() for a, b in pairwise(offsets)]
+        texts = [text for row in rows for text in row]
+        pieces = torch.split(table.float(), [self.forest.counted(text) for text in texts])
+        return dict(reversed(list(zip(texts, pieces, strict=True))))
 
     def of_reference(
-        self, kept: list[Tensor] | None, some: Sequence[int], sums: Sequence[float]
+        self,
+        kept: Sequence[Tensor] | None,
+        some: Sequence[int],
+        sums: Sequence[float],
+        step: Sequence[int],
     ) -> list[Tensor]:
         """Likelihoods of all texts by the stack that is in the slot.
+
+        In 16 bits a text's likelihood is rounded otherwise in another row. Those of a step are read
+        in the rows in which it learns them, so that its loss is what it has to be.
 
         Args:
             kept: What an earlier training had computed of them; taken where it agrees with the
                 sums of some of them.
+            step: The first one.
         """
         agrees = kept is not None and agree([kept[i] for i in some], sums, self.base.dtype)
-        if self._all_say(agrees) and kept is not None:
-            return kept
-        return self.likelihoods(range(len(self.forest)))
+        taken = kept if self._all_say(agrees) else None
+        found = self.of_rows([self.texts_of(part) for part in self.parts_of(step)])
+        rest = [text for text in range(len(self.forest)) if text not in found]
+        if taken is not None:
+            found |= {text: taken[text] for text in rest}
+        elif rest:
+            found |= self.likelihoods(rest)
+        return [found[text] for text in range(len(self.forest))]
 
     @property
     def cut(self) -> dict[str, Any]:
@@ -390,15 +412,17 @@ class StepTrainer(Resumable, Trainer):
     def read_as_trees(self, texts: Sequence[int], own: Sequence[float]) -> list[Tensor]:
         """Likelihoods of texts, token by token, as the training will compute them, in one batch.
 
-        Where rows of trees do not give the model's own, the rows are padded from here on.
+        Where they are not the model's own, rows are padded from here on, and all layers computed by
+        their own code.
 
         Args:
             own: The likelihood of each of them, by a plain forward pass.
         """
-        if self.packs:
+        if self.packs or self.layers.some:
             try:
                 found = self.read(texts)
-                agrees = self.branches.asked > 0 and agree(found, own, self.base.dtype)
+                attended = self.branches.asked > 0 or not self.packs
+                agrees = attended and agree(found, own, self.base.dtype)
                 why = "its likelihoods would be others"
             except (RuntimeError, MemoryError) as error:
                 if is_out_of_memory(error):
@@ -408,8 +432,10 @@ class StepTrainer(Resumable, Trainer):
                 agrees, why = False, str(error)
             if self._all_say(agrees):
                 return found
+            if self.packs:
+                logger.warning("texts are padded, not packed, for %s: %s", self.name_of_base, why)
             self.packs = False
-            logger.warning("texts are padded, not packed, for %s: %s", self.name_of_base, why)
+            self.layers.leave()
         return self.read(texts)
 
     @torch.no_grad()
@@ -448,10 +474,16 @@ def may_pack(slot: Slot) -> bool:
     return told and not slot.has_own_attention and may_branch(model)
 
 
-def budget_of(forest: Forest, examples: Sequence[tuple[int, ...]], optim: Optim) -> int:
-    """Tokens in memory at once: as set, or what `micro_batch_size` examples can have at most."""
+def budget_of(
+    forest: Forest, examples: Sequence[tuple[int, ...]], optim: Optim, *, cpu: bool
+) -> int:
+    """Tokens in memory at once: as set, or what `micro_batch_size` examples can have at most.
+
+    On a CPU no more than it gains by; an example alone may have more.
+    """
     if optim.micro_batch_tokens != "auto":
         return optim.micro_batch_tokens
     rows = max(len(texts) for texts in examples)
     longest = max(forest.tokens([text]) for texts in examples for text in texts)
-    return min(optim.micro_batch_size, len(examples)) * rows * longest
+    most = min(optim.micro_batch_size, len(examples)) * rows * longest
+    return min(most, AT_ONCE_ON_A_CPU) if cpu else most

@@ -259,9 +259,27 @@ def _same(found: Tensor, whole: Tensor) -> bool:
 
 def _scores(logits: Tensor, targets: Tensor) -> Tensor:
     """(N,) log-likelihoods from (N, V)."""
-    logits = logits.float()
-    scores: Tensor = logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(dim=1)
-    return scores
+    found: Tensor = _Chances.apply(logits, targets)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _Chances(torch.autograd.Function):
+    """log softmax at the targets. With p the chances, dx = (target - p) g: one table in float32
+    is all that there is beside the logits, forwards and backwards."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        chances = torch.log_softmax(logits, dim=1, dtype=torch.float32)
+        ctx.save_for_backward(chances, targets)
+        ctx.dtype = logits.dtype
+        return chances.gather(1, targets[:, None])[:, 0]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        chances, targets = ctx.saved_tensors
+        slopes = chances.exp_().mul_(-gradients[0].float()[:, None])
+        slopes.scatter_add_(1, targets[:, None], gradients[0].float()[:, None])
+        return slopes.to(ctx.dtype), None
 
 
 def prove_own(loss: float, own: float, dtype: torch.dtype, *, what: str) -> None:

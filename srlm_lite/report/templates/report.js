@@ -54,10 +54,13 @@
     if (score) facts.unshift(score);
     if (gold !== null) facts.push("gold " + shown(gold));
     made.append(element("p", "facts", facts.join(", ")), modelText(text));
-    votes.forEach(([vote, wrote, words], i) => {
+    votes.forEach(([vote, wrote, words, told = []], i) => {
       const said = element("div", "vote");
       const wroteToo = wrote === null ? "" : " (it wrote " + shown(wrote) + ")";
-      said.append(element("p", "facts", "Vote " + (i + 1) + ": " + shown(vote) + wroteToo), modelText(words));
+      const which = votes.length > 1 || words ? "Vote " + (i + 1) : "Judged";
+      said.append(element("p", "facts", which + ": " + shown(vote) + wroteToo));
+      for (const line of told) said.append(element("p", "facts told", line));
+      if (words || !told.length) said.append(modelText(words));
       made.append(said);
     });
     return made;
@@ -68,6 +71,7 @@
     const facts = [pair.id];
     if (pair.from) facts.push(pair.from === OF_JUDGEMENTS ? "a pair of judgements" : pair.from);
     if (pair.by) facts.push("principle " + pair.by);
+    if (pair.vs) facts.push(pair.vs);
     if (pair.gold) facts.push("gold order: " + (pair.gold === "right" ? "the same" : pair.gold));
     if (pair.w[0] !== 1) facts.push("weight " + shown(pair.w[0]));
     if (pair.w[1] !== 0) facts.push("smoothing " + shown(pair.w[1]));
