@@ -584,18 +584,20 @@ def test_a_reward_model_that_does_not_fit_gets_settings_that_do() -> None:
 
 
 PREVIOUS = ("dpo.init=previous",)
+# A delta that begins anew learns from the pairs of all iterations: of 12 prompts, then of 24.
+ALL = 12 + 24
 SHAPES: dict[str, tuple[tuple[str, ...], dict[str, int | None]]] = {
     # 2 iterations of 12 prompts, 4 answers of 48 tokens, 3 votes of 64; sequences of pairs.
-    "self-rewarding": ((), {"candidates": 96 * 48, "judge": 96 * 3 * 64, "DPO": 24 * 2}),
+    "self-rewarding": ((), {"candidates": 96 * 48, "judge": 96 * 3 * 64, "DPO": ALL * 2}),
     # Humans have answered and judged: how many of their replies differ, the data says.
-    "dpo": ((), {"DPO": 24 * 2}),
+    "dpo": ((), {"DPO": ALL * 2}),
     "dpo, all": (("offline.pairs=all",), {"DPO": None}),
-    "spin": (("spin.answers=2",), {"candidates": 48 * 48, "DPO": 48 * 2}),
+    "spin": (("spin.answers=2",), {"candidates": 48 * 48, "DPO": 2 * ALL * 2}),
     # Likelihoods rank, or two judges.
-    "cream": ((), {"candidates": 96 * 48, "DPO": 24 * 2}),
+    "cream": ((), {"candidates": 96 * 48, "DPO": ALL * 2}),
     "cream, judge": (
         ("cream.scores=judge",),
-        {"candidates": 96 * 48, "judge": 2 * 96 * 3 * 64, "DPO": 24 * 2},
+        {"candidates": 96 * 48, "judge": 2 * 96 * 3 * 64, "DPO": ALL * 2},
     ),
     # The policy and the next model in both iterations, the first model in the second one.
     "temporal": (
@@ -603,14 +605,14 @@ SHAPES: dict[str, tuple[tuple[str, ...], dict[str, int | None]]] = {
         {"candidates": 5 * 48 * 48, "judge": 5 * 48 * 3 * 64, "DPO": 2 * 24 * 2},
     ),
     # All 6 pairs of 4 answers; with a teacher's the 10 of 5, one more to grade.
-    "dno": ((), {"candidates": 96 * 48, "judge": 96 * 3 * 64, "DPO": 24 * 6 * 2}),
+    "dno": ((), {"candidates": 96 * 48, "judge": 96 * 3 * 64, "DPO": ALL * 6 * 2}),
     "dno, teacher": (
         ("dno.teacher=answers.jsonl",),
-        {"candidates": 96 * 48, "judge": 120 * 3 * 64, "DPO": 24 * 10 * 2},
+        {"candidates": 96 * 48, "judge": 120 * 3 * 64, "DPO": ALL * 10 * 2},
     ),
     "dno, side by side": (
         ("dno.grading=side-by-side",),
-        {"candidates": 96 * 48, "side by side": 24 * 3 * 64, "DPO": 24 * 6 * 2},
+        {"candidates": 96 * 48, "side by side": 24 * 3 * 64, "DPO": ALL * 6 * 2},
     ),
     "scir": (
         (*PREVIOUS, "dpo.reference=anchor"),

@@ -205,7 +205,8 @@ def test_a_run_that_an_earlier_version_let_have_one_shows_it_nowhere(
     add_anchor(run)
     add_iteration(run, 1, [pair], measured=evaluation())
     facts = read_json(run.run_json)
-    facts["recipe"]["openai"] |= {"url": f"http://me:{PASSWORD}@host/v1?api_key={PASSWORD}"}
+    for noted in ("recipe", "identity"):
+        facts[noted]["openai"] |= {"url": f"http://me:{PASSWORD}@host/v1?api_key={PASSWORD}"}
     write_json(run.run_json, {**facts, "command": f"srlm-lite iterate --api-key {KEY}"})
     page = tmp_path / "page.html"
     shown = [

@@ -12,6 +12,7 @@ exit code 2 (named), both of it: named, then gone on with to the same results (m
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import tempfile
@@ -68,9 +69,13 @@ def main() -> int:
     parser.add_argument("--what", help="only kinds of tries whose name holds this")
     parser.add_argument("--out", type=Path, help="write every try here, as JSON lines")
     parser.add_argument("--within", type=float, help="seconds after which no new try begins")
+    parser.add_argument("--folder", type=Path, help="work here, and keep what is undisturbed")
     wish = parser.parse_args()
     begun, found = time.monotonic(), []
-    with tempfile.TemporaryDirectory(prefix="srlm-lite-campaign-") as folder:
+    with contextlib.ExitStack() as stack:
+        folder = wish.folder or stack.enter_context(
+            tempfile.TemporaryDirectory(prefix="srlm-lite-campaign-")
+        )
         for name in wish.only:
             place = Place(Path(folder) / name, name, wish.seed, wish.n, wish.what)
             for one in known[name](place, Random(f"{wish.seed}/{name}")):

@@ -46,7 +46,7 @@ def tries(place: Place, rng: Random) -> Iterator[Try]:
     run = references.run("self-rewarding", recipe, *settings)
     other = references.run("other", recipe, *settings, "seed=1")
     stands = [Stand(run, other, True)]
-    stands += [_on_its_way(place, run, other, number) for number in range(3)]
+    stands += [_on_its_way(place, other, number) for number in range(3)]
     expected: dict[tuple[str, int], tuple[Ended, dict[str, str]]] = {}
     combinations = [(h, c) for h in HARMS for c in COMMANDS if place.wants(f"{c}, {h}")]
     for number in range(place.count(200)):
@@ -55,9 +55,10 @@ def tries(place: Place, rng: Random) -> Iterator[Try]:
         harm, which = combinations[number % len(combinations)]
         # What takes the whole run to make again is tried with a run on its way half of the time.
         at = draw.randrange(len(stands)) if which == "iterate" else 0 if draw.random() < 0.7 else 1
-        if (which, at) not in expected:
-            out = copied(stands[at].run, place("work"))
-            expected[which, at] = _ask(place, which, out, recipe, settings)
+        base = 0 if which == "iterate" else at  # a run on its way ends as the one that was whole
+        if (which, base) not in expected:
+            out = copied(stands[base].run, place("work"))
+            expected[which, base] = _ask(place, which, out, recipe, settings)
         begin = time.monotonic()
         out = copied(stands[at].run, place("work"))
         files = [one for one in sorted(out.rglob("*")) if one.is_file() and one.name != ".lock"]
@@ -66,21 +67,21 @@ def tries(place: Place, rng: Random) -> Iterator[Try]:
         if harm == "of another run" and not (stands[at].other / name).is_file():
             continue
         _harm(file, harm, stands[at].other / name, draw)
-        outcome, told = _judge(*expected[which, at], *_ask(place, which, out, recipe, settings))
+        outcome, told = _judge(*expected[which, base], *_ask(place, which, out, recipe, settings))
         where = "finished" if stands[at].finished else "on its way"
         kind = f"{which}, {'finished' if stands[at].finished else 'under way'}"
         yield Try("damage", kind, seed, outcome, f"{harm}: {name} ({where}): {told}",
                   time.monotonic() - begin)  # fmt: skip
 
 
-def _on_its_way(place: Place, run: Path, other: Path, number: int) -> Stand:
+def _on_its_way(place: Place, other: Path, number: int) -> Stand:
     """A run without the last of what it has done: as if killed in its second iteration."""
-    import json
-
-    out = copied(run, place(f"on-its-way-{number}"))
+    out, made = place(f"on-its-way-{number}"), place(f"on-its-way-{number}.made")
+    if made.exists():
+        return Stand(out, other, False)
     recipe, settings = methods()["self-rewarding"]
     begin = time.monotonic()
-    shutil.rmtree(out)
+    shutil.rmtree(out, ignore_errors=True)
     program = started(iterate(out, recipe, *settings))
     wanted = ("iter_001/judgements.jsonl", "iter_001/pairs.jsonl", "iter_002/candidates.jsonl")
     while program.poll() is None and not (out / wanted[number]).is_file():
@@ -89,7 +90,8 @@ def _on_its_way(place: Place, run: Path, other: Path, number: int) -> Stand:
     time.sleep(0.3)
     program.kill()
     end_of(program)
-    assert json.loads((out / "run.json").read_text())
+    assert (out / "run.json").is_file() and not (out / "iter_002" / "done.json").exists()
+    made.touch()
     return Stand(out, other, False)
 
 
