@@ -173,7 +173,8 @@ def reply_id(test: JudgeTest, place: int) -> str:
 def _result(
     judge: BenchJudge, source: Mapping[str, Any], tests: Sequence[JudgeTest]
 ) -> dict[str, Any]:
-    ways = dict(_ways(judge, tests))
+    refused: dict[str, str] = {}
+    ways = dict(_ways(judge, tests, refused))
     pairs = {name: pairs_of(tests, way) for name, way in ways.items()}
     first = next(iter(pairs))
     forms = {
@@ -194,6 +195,7 @@ def _result(
         "source": dict(source),
         "replies": sum(len(test.replies) for test in tests),
         "forms": forms,
+        "not_asked": refused,
         "self_preference": _own_answers(judge),
     }
 
@@ -217,8 +219,14 @@ def _of_tests(tests: Sequence[JudgeTest]) -> _Asked:
     )
 
 
-def _ways(judge: BenchJudge, tests: Sequence[JudgeTest]) -> Iterator[tuple[str, Way]]:
-    """Every way of asking: one sampled grade first, several, expected ones, and the other forms."""
+def _ways(
+    judge: BenchJudge, tests: Sequence[JudgeTest], refused: dict[str, str]
+) -> Iterator[tuple[str, Way]]:
+    """Every way of asking: one sampled grade first, several, expected ones, and the other forms.
+
+    Args:
+        refused: Is told of ways in which this base cannot be asked, and why.
+    """
     asked, recipe = _of_tests(tests), judge.recipe.judge
     rows, cost = _judged(judge, asked, "grade", score=_score(judge.session))
     left = len(unasked(rows))
@@ -239,6 +247,7 @@ def _ways(judge: BenchJudge, tests: Sequence[JudgeTest]) -> Iterator[tuple[str, 
             rows, cost = _judged(judge, asked, name, form=form, **settings)
         except UserError as problem:
             judge.session.reporter.warn(f"{name}: {problem}")
+            refused[name] = str(problem)
             continue
         consistent = _consistent(judge, name)
         yield name, Way(_means(rows), len(unasked(rows)), cost, consistent)
