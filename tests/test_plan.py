@@ -17,6 +17,7 @@ from messages import Told
 from typer.testing import CliRunner
 
 from srlm_lite.errors import UserError
+from srlm_lite.hardware import device_name
 from srlm_lite.methods import METHODS
 from srlm_lite.methods.rlhf import RewardSection
 from srlm_lite.planning.gpus import known_gpu
@@ -37,6 +38,7 @@ from srlm_lite.planning.shapes import config_of
 from srlm_lite.planning.times import (
     Time,
     by_devices,
+    in_words,
     other_engines,
     shipped_rates,
     speedup,
@@ -868,6 +870,22 @@ def test_where_times_are_from_is_told_in_words(told: Told, recipe: str, gpus: st
     for line in shown.splitlines():
         if line.startswith(("time of ", "in all ", "with ", "`srlm-lite bench plan`")):
             told(re.sub(r"\d[\d.]*(?= (?:h|min|s|GB)\b)|(?<= x)\d\.\d+", "#", line))
+
+
+def test_a_cpu_s_own_rates_give_a_sum_and_what_it_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("srlm_lite.planning.times.rates_folder", lambda: tmp_path)
+    recipe = load_recipe("tiny", ["base.device=cpu"])
+    plan = plan_for(recipe)
+    remember(
+        tmp_path, rates_key(recipe, device=device_name("cpu"), itemsize=plan.itemsize), {"DPO": 1.0}
+    )
+    shown = run("plan", "--recipe", "tiny", "--set", "base.device=cpu").stdout
+    tokens = next(phase.tokens for phase in plan.phases if phase.name == "DPO")
+    apart = "candidates, judge, anchor SFT, evaluation"
+    assert f"in all {in_words(float(tokens or 0))}, {apart} apart\n" in shown
+    assert f"time of {apart}: unknown: `srlm-lite bench plan` has not measured" in shown
 
 
 def test_other_engines_are_told_of_with_what_they_bring() -> None:
