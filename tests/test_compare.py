@@ -234,11 +234,12 @@ def compare(cli: Cli) -> Any:
 
 
 def files_of(run: RunDir) -> dict[str, bytes]:
+    """What comparisons have left; the hidden sums beside them apart."""
     folder = run.comparisons.path
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
-        if path.is_file()
+        if path.is_file() and not path.name.startswith(".")
     }
 
 
