@@ -171,6 +171,7 @@ def test_where_the_judge_has_a_delta_of_its_own_that_one_grades(
     facts["recipe"] |= {"method": "meta-rewarding", "meta_rewarding": {"roles": "separate"}}
     facts["recipe"]["judge"] |= {"temperature": 0.0}
     facts["recipe"]["base"]["window"] = 2048
+    facts["identity"] = recipe_from(facts["recipe"], where="test").identity()
     write_json(run.run_json, facts)
     place = run.iteration(2).judge_place
     before = talk(QUESTION, "/judge")[0]  # it has learned nothing: the judge is the anchor
@@ -179,6 +180,7 @@ def test_where_the_judge_has_a_delta_of_its_own_that_one_grades(
     run.iteration(2).finish()
     after = talk(QUESTION, "/judge")[0]
     answer = greedy(run, 2, [user(QUESTION)])
+    answer = for_terminal(answer)
     assert before.startswith(f"{answer}\n") and after.startswith(f"{answer}\n")
     assert before != after
 
