@@ -106,6 +106,8 @@ def test_a_run_s_judge_on_a_preference_file(cli: Cli, run: RunDir, pairs: Path) 
     assert form["best"]["share"] > 0.7 and set(form["subsets"]) == {"plants", "things"}
     assert form["cost"]["seconds"] > 0 and form["cost"]["read"] > 20 < form["cost"]["written"]
     assert form["to_first"]["interval"] is not None
+    # To the toy's tokenizer both verdicts of the shipped question are words that it does not know.
+    assert "go on with the same token" in found["not_asked"]["pairwise"]
     cheap = found["forms"]["grade, no rationale"]["cost"]
     assert cheap["written"] == 0 and cheap["read"] > 20
     assert form["position_consistency"] is None  # it sees one reply at a time

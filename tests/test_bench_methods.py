@@ -67,10 +67,12 @@ def test_what_cases_have_in_common() -> None:
     shared = recipe(ANCHORS[SHARED])
     users = {name: recipe(case) for name, case in CASES.items() if case.anchor == SHARED}
     measured_apart = {name for name, one in users.items() if not same_evaluation(shared, one)}
-    assert measured_apart == {"dno"}  # five answers to a prompt: batches of another size
+    # Five answers to a prompt: batches of another size. And votes that count by probability.
+    assert measured_apart == {"dno", "expected scores"}
     alike = {name for name, one in users.items() if same_first_grades(shared, one)}
     apart = {"dpo", "spin", "rlhf", "cream", "cream, judge", "temporal", "dno"}
-    assert alike == set(users) - apart  # those have stages of their own
+    # Those have stages of their own.
+    assert alike == set(users) - apart - {"expected scores"}
     # What such a stage reads makes a difference, what it does not read makes none.
     toy = CASES["self-rewarding"]
     for setting in ("seed=1", "rollout.n=3", "judge.votes=3", "evaluate.samples=2"):

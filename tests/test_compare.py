@@ -234,7 +234,7 @@ def compare(cli: Cli) -> Any:
 
 
 def files_of(run: RunDir) -> dict[str, bytes]:
-    """What comparisons have left; the hidden sums beside them apart."""
+    """All but the hidden ones, which hold sums of the others."""
     folder = run.comparisons.path
     return {
         str(path.relative_to(folder)): path.read_bytes()

@@ -268,6 +268,7 @@ ALLOWED: dict[str, set[str]] = {
     "loop": {"methods", "run.layout", "session", "stages"},
     "bench": {
         "data",
+        "declared",
         "engines",
         "errors",
         "evaluate",

@@ -226,6 +226,25 @@ def test_where_memory_does_not_suffice_a_step_is_done_anew_in_smaller_rows(
     assert less == pytest.approx(whole, rel=1e-4, abs=1e-5)
 
 
+def test_memory_that_runs_out_before_the_first_step_is_halved_too(
+    base: LoadedBase, slot: Slot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the reference is read in the rows of the first step."""
+    whole = trained(base, slot, tmp_path)
+    read, failed = steps_module.StepTrainer.of_rows, []
+
+    def limited(self: Any, rows: Any) -> Any:
+        if not failed:
+            failed.append(len(rows))
+            raise MemoryError
+        return read(self, rows)
+
+    monkeypatch.setattr(steps_module.StepTrainer, "of_rows", limited)
+    less = trained(base, slot, tmp_path)
+    assert failed == [1] and less.pop("tokens_at_once") < whole.pop("tokens_at_once")
+    assert less == pytest.approx(whole, rel=1e-4, abs=1e-5)
+
+
 def test_a_reference_is_computed_once_and_taken_up_after_a_stop(
     base: LoadedBase, slot: Slot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

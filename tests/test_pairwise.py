@@ -51,6 +51,7 @@ from srlm_lite.run.files import read_records, write_records
 from srlm_lite.run.run import RunDir
 from srlm_lite.session import Session
 from srlm_lite.settings import Gate
+from srlm_lite.stages.at_work import AtWork
 from srlm_lite.stages.evaluation import evaluation
 
 
@@ -242,7 +243,7 @@ def case(*texts: str, prompt_id: str = "p") -> list[Candidate]:
 def judged(
     candidates: Sequence[Candidate], p_first: Callable[[str, str], float | None], *overrides: str
 ) -> tuple[dict[str, float | None], Facts, Court]:
-    recipe = load_recipe("toy-pairwise", list(overrides))
+    recipe = load_recipe("toy-pairwise", ["pairwise.score=wins", *overrides])
     court = Court(recipe, p_first)
     prompts = [Prompt(name, f"about {name}") for name in {row.prompt_id for row in candidates}]
     rows, facts = form_of(recipe).judge(court, prompts, candidates)
@@ -383,7 +384,6 @@ def test_the_plan_counts_the_questions(n: int, overrides: list[str], questions: 
         ("toy-temporal", ["judge.form=pairwise"]),
         ("toy-dno", ["judge.form=pairwise"]),
         ("toy-pairwise", ["pairwise.winners=['Winner: A', 'winner: a']"]),
-        ("toy", ["judge.form=pairs"]),
     ],
 )
 def test_methods_that_cannot_take_a_form_say_so(
@@ -397,9 +397,9 @@ def test_a_form_s_settings_count_for_it_alone() -> None:
     """A recipe with another form is the same run whatever its section says."""
     grade = load_recipe("toy").digest()
     assert load_recipe("toy", ["pairwise.score=bradley-terry"]).digest() == grade
-    pairwise = load_recipe("toy-pairwise").digest()
-    assert load_recipe("toy-pairwise", ["pairwise.score=bradley-terry"]).digest() != pairwise
-    assert pairwise != grade
+    compared = load_recipe("toy-pairwise").digest()
+    assert load_recipe("toy-pairwise", ["pairwise.score=bradley-terry"]).digest() != compared
+    assert compared != grade
 
 
 def forms_run(path: Path, *overrides: str) -> RunDir:
@@ -559,3 +559,36 @@ def test_what_one_made_of_the_other_is_told_from_either_side() -> None:
     met = Contest("p", "a", "b", 0.9, None)
     assert met.told("a") == "wins with 0.90 where it is shown first, with unreadable last"
     assert met.told("b") == "wins with unreadable where it is shown first, with 0.10 last"
+
+
+@pytest.mark.model
+@pytest.mark.usefixtures("hears_anything")
+def test_judging_in_pairs_goes_on_where_it_was_killed(tmp_path: Path) -> None:
+    """With the same bytes; a chunk that was half written is asked again."""
+    run = forms_run(tmp_path / "run", "rollout.chunk_prompts=2", "pairwise.score=probability")
+    prompts = [Prompt(name, f"list facts about the {name}") for name in ("oak", "rose", "boat")]
+    rows = [
+        row
+        for one in prompts
+        for row in case(
+            f"1. {one.text.split()[-1]} has history",
+            "gladly, here you go.\n1. it gives joy\n2. it needs care",
+            "go away.",
+            prompt_id=one.prompt_id,
+        )
+    ]
+
+    def judged_now() -> tuple[list[Judgement], Facts, dict[str, bytes]]:
+        place = run.iteration(2)
+        found, facts = AtWork(Session(run.recipe(), run), place).judged(prompts, rows)
+        files = ("judgements", "comparisons", "comparison_weights")
+        return found, facts, {name: place.file(name).read_bytes() for name in files}
+
+    found, facts, files = judged_now()
+    assert (facts["comparisons"], facts["verdicts"]) == (9, 18)
+    assert len({row.score for row in found}) > 3
+    weights = run.iteration(2).file("comparison_weights")
+    weights.write_bytes(files["comparison_weights"][: len(files["comparison_weights"]) * 2 // 3])
+    for name in ("judgements", "comparisons"):
+        run.iteration(2).file(name).unlink()
+    assert judged_now() == (found, facts, files)

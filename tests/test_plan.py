@@ -17,6 +17,7 @@ from messages import Told
 from typer.testing import CliRunner
 
 from srlm_lite.errors import UserError
+from srlm_lite.hardware import device_name
 from srlm_lite.methods import METHODS
 from srlm_lite.methods.rlhf import RewardSection
 from srlm_lite.planning.gpus import known_gpu
@@ -37,6 +38,7 @@ from srlm_lite.planning.shapes import config_of
 from srlm_lite.planning.times import (
     Time,
     by_devices,
+    in_words,
     other_engines,
     shipped_rates,
     speedup,
@@ -584,18 +586,20 @@ def test_a_reward_model_that_does_not_fit_gets_settings_that_do() -> None:
 
 
 PREVIOUS = ("dpo.init=previous",)
+# A delta that begins anew learns from the pairs of all iterations: of 12 prompts, then of 24.
+ALL = 12 + 24
 SHAPES: dict[str, tuple[tuple[str, ...], dict[str, int | None]]] = {
     # 2 iterations of 12 prompts, 4 answers of 48 tokens, 3 votes of 64; sequences of pairs.
-    "self-rewarding": ((), {"candidates": 96 * 48, "judge": 96 * 3 * 64, "DPO": 24 * 2}),
+    "self-rewarding": ((), {"candidates": 96 * 48, "judge": 96 * 3 * 64, "DPO": ALL * 2}),
     # Humans have answered and judged: how many of their replies differ, the data says.
-    "dpo": ((), {"DPO": 24 * 2}),
+    "dpo": ((), {"DPO": ALL * 2}),
     "dpo, all": (("offline.pairs=all",), {"DPO": None}),
-    "spin": (("spin.answers=2",), {"candidates": 48 * 48, "DPO": 48 * 2}),
+    "spin": (("spin.answers=2",), {"candidates": 48 * 48, "DPO": 2 * ALL * 2}),
     # Likelihoods rank, or two judges.
-    "cream": ((), {"candidates": 96 * 48, "DPO": 24 * 2}),
+    "cream": ((), {"candidates": 96 * 48, "DPO": ALL * 2}),
     "cream, judge": (
         ("cream.scores=judge",),
-        {"candidates": 96 * 48, "judge": 2 * 96 * 3 * 64, "DPO": 24 * 2},
+        {"candidates": 96 * 48, "judge": 2 * 96 * 3 * 64, "DPO": ALL * 2},
     ),
     # The policy and the next model in both iterations, the first model in the second one.
     "temporal": (
@@ -603,14 +607,14 @@ SHAPES: dict[str, tuple[tuple[str, ...], dict[str, int | None]]] = {
         {"candidates": 5 * 48 * 48, "judge": 5 * 48 * 3 * 64, "DPO": 2 * 24 * 2},
     ),
     # All 6 pairs of 4 answers; with a teacher's the 10 of 5, one more to grade.
-    "dno": ((), {"candidates": 96 * 48, "judge": 96 * 3 * 64, "DPO": 24 * 6 * 2}),
+    "dno": ((), {"candidates": 96 * 48, "judge": 96 * 3 * 64, "DPO": ALL * 6 * 2}),
     "dno, teacher": (
         ("dno.teacher=answers.jsonl",),
-        {"candidates": 96 * 48, "judge": 120 * 3 * 64, "DPO": 24 * 10 * 2},
+        {"candidates": 96 * 48, "judge": 120 * 3 * 64, "DPO": ALL * 10 * 2},
     ),
     "dno, side by side": (
         ("dno.grading=side-by-side",),
-        {"candidates": 96 * 48, "side by side": 24 * 3 * 64, "DPO": 24 * 6 * 2},
+        {"candidates": 96 * 48, "side by side": 24 * 3 * 64, "DPO": ALL * 6 * 2},
     ),
     "scir": (
         (*PREVIOUS, "dpo.reference=anchor"),
@@ -866,6 +870,22 @@ def test_where_times_are_from_is_told_in_words(told: Told, recipe: str, gpus: st
     for line in shown.splitlines():
         if line.startswith(("time of ", "in all ", "with ", "`srlm-lite bench plan`")):
             told(re.sub(r"\d[\d.]*(?= (?:h|min|s|GB)\b)|(?<= x)\d\.\d+", "#", line))
+
+
+def test_a_cpu_s_own_rates_give_a_sum_and_what_it_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("srlm_lite.planning.times.rates_folder", lambda: tmp_path)
+    recipe = load_recipe("tiny", ["base.device=cpu"])
+    plan = plan_for(recipe)
+    remember(
+        tmp_path, rates_key(recipe, device=device_name("cpu"), itemsize=plan.itemsize), {"DPO": 1.0}
+    )
+    shown = run("plan", "--recipe", "tiny", "--set", "base.device=cpu").stdout
+    tokens = next(phase.tokens for phase in plan.phases if phase.name == "DPO")
+    apart = "candidates, judge, anchor SFT, evaluation"
+    assert f"in all {in_words(float(tokens or 0))}, {apart} apart\n" in shown
+    assert f"time of {apart}: unknown: `srlm-lite bench plan` has not measured" in shown
 
 
 def test_other_engines_are_told_of_with_what_they_bring() -> None:

@@ -27,6 +27,10 @@ CONTROLS: dict[str, tuple[tuple[str, ...], str]] = {
         ("iterations=1", "prompts.per_iteration=400"), "one pass over all 400 prompts",
     ),
     "cold": (("iterations=0", "evaluate.temperature=0.5"), "the anchor at temperature 0.5"),
+    "cold chain": (
+        ("iterations=0", "evaluate.temperature=0.5", "dpo.init=anchor"),
+        "the anchor at temperature 0.5",
+    ),
     "rebased": (
         ("dpo.init=anchor",),
         "rebased: each delta from the anchor; on all pairs so far",
@@ -105,6 +109,21 @@ def test_what_the_controls_say(tmp_path: Path) -> None:
     assert "+0.00" in comparisons(facts)[1].text
     assert verdict(comparisons(facts)).startswith("More than chance above every control")
     assert verdict([]).startswith("None of these runs is a control")
+
+
+def test_a_control_may_have_the_anchor_s_pick(tmp_path: Path) -> None:
+    """It was measured of the control's anchor, the same one, and there only."""
+    run = made(tmp_path / "run")
+    measured = evaluation(gold=2.0)
+    run.anchor.done.unlink()
+    finish(run.anchor, measured)
+    picked = made(tmp_path / "p", "iterations=0", "evaluate.best_of=4")
+    facts = beside(run, picked)
+    [control] = controls_of(facts)
+    assert (control.name, control.doubts) == ("the anchor", [])
+    assert [one.name for one in comparisons(facts)][1].startswith("no training: M1's pick")
+    other = made(tmp_path / "o", "iterations=0", "evaluate.best_of=4", weights=b"other")
+    assert len(comparisons(beside(run, other))) == 1
 
 
 def test_without_intervals_nothing_is_told_apart() -> None:

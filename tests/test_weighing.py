@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,19 @@ import pytest
 from chat_server import completion, scripted
 from messages import Told
 
-from srlm_lite.forms.base import JudgeQuestion
+from srlm_lite.declared import Sizes, Weighs
+from srlm_lite.forms import form_of
+from srlm_lite.forms.base import JudgeAtWork, JudgeQuestion
 from srlm_lite.forms.grade import expected
+from srlm_lite.judging import Rubric, load_rubric, unasked
 from srlm_lite.recipe import load_recipe
-from srlm_lite.records import Candidate, Weighed
+from srlm_lite.records import Candidate, Prompt, RankedReply, Weighed
 from srlm_lite.rollout.openai_engine import refuse_untold
 from srlm_lite.rollout.protocol import Token
 from srlm_lite.run.run import RunDir
 from srlm_lite.session import Session
 from srlm_lite.settings import OpenAI
+from srlm_lite.stages.anchor import score_lines
 from srlm_lite.stages.weighing import chunks_of, options_of, told_by, told_in, weigh
 
 SCORES = [f"Score: {score}" for score in range(6)]
@@ -166,3 +171,69 @@ def test_a_server_that_tells_them_is_asked_for_the_verdict_alone(tmp_path: Path)
     asked = [body["messages"][-1]["content"] for body in server.bodies[1:]]
     assert sorted(text.split("\n")[0] for text in asked) == ["And now?", "Which?"]
     assert all(text.endswith("\nA\nB") for text in asked)
+
+
+def test_a_judge_without_a_rationale_learns_the_score_line_alone() -> None:
+    rows = [
+        RankedReply("p", "q", "a", "x", 0, target="It says much.\nScore: 4"),
+        RankedReply("p", "q", "b", "y", 1, target="Little.\n**Score: 1/5**"),
+    ]
+    lines = score_lines(rows, load_rubric("toy"))
+    assert [row.target for row in lines] == ["Score: 4", "Score: 1"]
+
+
+class Reads(JudgeAtWork):
+    """A judge that goes on with the first option, or with the last one after a good answer."""
+
+    where = "here"
+
+    def __init__(self, *overrides: str) -> None:
+        self.recipe = load_recipe("toy", ["judge.rationale=false", *overrides])
+        self.options: Sequence[str] = ()
+
+    @property
+    def rubric(self) -> Rubric:
+        return load_rubric("toy")
+
+    def weigh(
+        self, questions: Sequence[JudgeQuestion], options: Sequence[str], **_: Any
+    ) -> dict[str, Weighed]:
+        self.options = options
+        found = {}
+        for one in questions:
+            at = -1 if "good" in one.text else 0
+            p = [0.0] * len(options)
+            p[at], p[1] = 0.6, 0.2
+            found[one.name] = Weighed(one.name, None if "long" in one.text else tuple(p))
+        return found
+
+    def vote(self, *args: Any) -> Any:
+        raise AssertionError("nothing is written")
+
+    ask = length = read = vote
+
+    def write(self, name: str, rows: Sequence[Any]) -> None:
+        assert name == "judgements"
+
+
+def test_without_a_rationale_each_candidate_is_read_once() -> None:
+    """(5 x .6 + 1 x .2) / .8 = 4 for the good one, (0 x .6 + 1 x .2) / .8 = .25 for the other."""
+    judge = Reads()
+    rows = [
+        Candidate("p", f"p#{i}", text, 1, "stop") for i, text in enumerate(["good", "x", "long"])
+    ]
+    form = form_of(judge.recipe)
+    found, facts = form.judge(judge, [Prompt("p", "about it")], rows)
+    assert [row.score for row in found] == [4.0, 0.25, None]
+    assert [row.sampled_score for row in found] == [5.0, 0.0, None]
+    assert judge.options == SCORES and facts == {}
+    # One judgement is all there is, whatever the recipe says of votes.
+    assert (form.min_votes, form.weighs) == (1, True)
+    assert unasked(found) == {"p#2"}
+    [phase] = form.phases(Sizes(256, 20, 64, 90, 100, 72, 0), prompts=10, answers=40, at_once=8)
+    assert isinstance(phase, Weighs) and phase.texts == 40
+
+
+def test_votes_that_adapt_are_refused_where_there_are_none(told: Told) -> None:
+    with told.refused():
+        load_recipe("toy", ["judge.rationale=false", "judge.adaptive_votes=true"])

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from srlm_lite.bench.judges import BenchJudge
 from srlm_lite.data.preferences import JudgeTest, JudgeTests, read_judge_tests
+from srlm_lite.declared import NoSettings
 from srlm_lite.errors import UserError
 from srlm_lite.evaluate.gold import load_gold
 from srlm_lite.evaluate.judge_tests import (
@@ -32,7 +33,8 @@ from srlm_lite.evaluate.judge_tests import (
     self_preference,
     style_figures,
 )
-from srlm_lite.forms import FORMS
+from srlm_lite.forms import DEFAULT_FORM, FORMS, form_of
+from srlm_lite.forms.grade import GradeForm
 from srlm_lite.forms.tournament import verdict
 from srlm_lite.judging import as_sampled, mean_scores, unasked, whole_scores
 from srlm_lite.records import Candidate, Contest, Judgement, Prompt
@@ -171,7 +173,8 @@ def reply_id(test: JudgeTest, place: int) -> str:
 def _result(
     judge: BenchJudge, source: Mapping[str, Any], tests: Sequence[JudgeTest]
 ) -> dict[str, Any]:
-    ways = dict(_ways(judge, tests))
+    refused: dict[str, str] = {}
+    ways = dict(_ways(judge, tests, refused))
     pairs = {name: pairs_of(tests, way) for name, way in ways.items()}
     first = next(iter(pairs))
     forms = {
@@ -192,6 +195,7 @@ def _result(
         "source": dict(source),
         "replies": sum(len(test.replies) for test in tests),
         "forms": forms,
+        "not_asked": refused,
         "self_preference": _own_answers(judge),
     }
 
@@ -215,8 +219,14 @@ def _of_tests(tests: Sequence[JudgeTest]) -> _Asked:
     )
 
 
-def _ways(judge: BenchJudge, tests: Sequence[JudgeTest]) -> Iterator[tuple[str, Way]]:
-    """Every way of asking: one sampled grade first, several, expected ones, and the other forms."""
+def _ways(
+    judge: BenchJudge, tests: Sequence[JudgeTest], refused: dict[str, str]
+) -> Iterator[tuple[str, Way]]:
+    """Every way of asking: one sampled grade first, several, expected ones, and the other forms.
+
+    Args:
+        refused: Is told of ways in which this base cannot be asked, and why.
+    """
     asked, recipe = _of_tests(tests), judge.recipe.judge
     rows, cost = _judged(judge, asked, "grade", score=_score(judge.session))
     left = len(unasked(rows))
@@ -237,6 +247,7 @@ def _ways(judge: BenchJudge, tests: Sequence[JudgeTest]) -> Iterator[tuple[str, 
             rows, cost = _judged(judge, asked, name, form=form, **settings)
         except UserError as problem:
             judge.session.reporter.warn(f"{name}: {problem}")
+            refused[name] = str(problem)
             continue
         consistent = _consistent(judge, name)
         yield name, Way(_means(rows), len(unasked(rows)), cost, consistent)
@@ -394,8 +405,16 @@ def _own_answers(judge: BenchJudge) -> dict[str, Any] | None:
         if row.candidate_id in references[own]
     ]
     asked = _Asked(list(prompts.values()), shown)
-    rows, _ = _judged(judge, asked, "grades of answers", score=_score(judge.session))
+    form = form_of(recipe)
+    settings: dict[str, Any] = {"form": recipe.judge.form, "rationale": recipe.judge.rationale}
+    if form.compares:  # what one alone is worth, only a grade says
+        form, settings = GradeForm(recipe, NoSettings()), {}
+    if recipe.judge.rationale and form.name == DEFAULT_FORM:
+        settings["score"] = _score(judge.session)
+    rows, _ = _judged(judge, asked, "grades of answers", **settings)
     scores = _means(rows)
+    if all(score is None for score in scores.values()):
+        return None
     confidence = candidate_likelihoods(
         judge.session,
         judge.policy,
@@ -404,7 +423,9 @@ def _own_answers(judge: BenchJudge) -> dict[str, Any] | None:
         path=judge.scratch / "likelihoods_own.jsonl",
     )
     rubric = judge.session.rubric
-    low, high = _range(references, rubric.min, rubric.max, gold=recipe.evaluate.gold is not None)
+    least, most = form.scale(rubric)
+    scale = (rubric.min, rubric.max) if recipe.evaluate.gold else (least, most)
+    low, high = _range(references, *scale)
     graded = []
     for own, side in sides.items():
         for row in side:
@@ -416,13 +437,14 @@ def _own_answers(judge: BenchJudge) -> dict[str, Any] | None:
             graded.append(
                 GradedAnswer(
                     row.prompt_id,
-                    (score - rubric.min) / (rubric.max - rubric.min),
+                    (score - least) / (most - least),
                     (reference - low) / (high - low) if high > low else 0.5,
                     own,
                     None if likely is None else likely.logp / likely.n_tokens,
                 )
             )
     return {
+        "form": form.name,
         "reference": recipe.evaluate.gold or "anchor's grades",
         "answers_of_others": _name(other) if sides[False] else None,
         **self_preference(graded),
@@ -461,10 +483,10 @@ def _references(
 
 
 def _range(
-    references: Mapping[bool, Mapping[str, float]], low: float, high: float, *, gold: bool
+    references: Mapping[bool, Mapping[str, float]], low: float, high: float
 ) -> tuple[float, float]:
-    """The scale of the references: the rubric's where they lie on it, else from least to most."""
+    """The scale of the references: this one where they lie on it, else from least to most."""
     values = [value for side in references.values() for value in side.values()]
-    if not gold or (low <= min(values) and max(values) <= high):
+    if low <= min(values) and max(values) <= high:
         return low, high
     return min(values), max(values)

@@ -83,7 +83,8 @@ def judge_text(result: dict[str, Any]) -> str:
         )
         lines += [
             "",
-            f"its model's own {own['answers']} answers, quality by {own['reference']}: {told}",
+            f"its model's own {own['answers']} answers by {own['form']}, quality by "
+            f"{own['reference']}: {told}",
         ]
     return "\n".join([*lines, ""])
 

@@ -293,14 +293,15 @@ _NO_RATES = (
 
 def _brought(plan: Plan, times: Mapping[str, Time], brings: Brings) -> list[str]:
     """What the known phases take together: here, on more or fewer devices, with other engines."""
-    if not brings.by_devices:
-        return []
     now, missing = total(times)
+    if not now:
+        return []
     apart = f", {', '.join(missing)} apart" if missing else ""
     counts = ", ".join(
         f"{count}: {_duration(seconds)}" for count, seconds in brings.by_devices.items()
     )
-    lines = [f"in all {_duration(now)}{apart}; by number of GPUs: {counts}"]
+    by_number = f"; by number of GPUs: {counts}" if counts else ""
+    lines = [f"in all {_duration(now)}{apart}{by_number}"]
     for one in brings.others:
         said = one.why if one.seconds is None else f"{_duration(one.seconds)} in all"
         lines.append(f"with {one.setting}: {said}")

@@ -109,6 +109,8 @@ def _time(plan: Plan, phase: Phase, own: tuple[Mapping[str, float], str] | None)
     if own is not None and rate:
         return _shared(plan, phase, phase.tokens / rate, "measured", [f"your own, {own[1]}"])
     gpu = known_gpu(plan.hardware.name)
+    if gpu is None and own is not None:
+        return _unknown("`srlm-lite bench plan` has not measured this phase here")
     if gpu is None:
         return _unknown("no rate was measured on this device, and it is none that is known by name")
     return _by_shipped_rates(plan, phase, gpu)

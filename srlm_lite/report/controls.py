@@ -42,6 +42,9 @@ NOT_COMPARED = ("name", "description", "iterations", "tracking", "compare", "mt_
 MEASURING = ("base", "data", "evaluate", "seed")
 """Settings in which a control should be as the run is: else their figures are of other things."""
 
+ADDED = "evaluate.best_of"
+"""It adds a figure to the others, and changes none."""
+
 SHOWN = 4
 """Other differing settings that a control's name has, at most."""
 
@@ -64,21 +67,18 @@ class Control:
     @property
     def name(self) -> str:
         """What it is, by what it does otherwise."""
-        left = dict(self.differing)
+        left = {key: both for key, both in self.differing.items() if key != ADDED}
         found = []
+        if not self.trains:
+            cold = left.pop("evaluate.temperature", None)
+            found.append("the anchor" + ("" if cold is None else f" at temperature {cold[1]:g}"))
+            left = {key: both for key, both in left.items() if key.split(".")[0] in MEASURING}
         for (key, value), name in (KNOWN | OTHERWISE).items():
             if key in left and left[key][1] == value:
                 found.append(name)
                 del left[key]
         if self.one_pass:
             found.append(f"one pass over all {left.pop('prompts.per_iteration')[1]} prompts")
-        cold = left.pop("evaluate.temperature", None)
-        if not self.trains:
-            at = "" if cold is None else f" at temperature {cold[1]:g}"
-            found.append(f"the anchor{at}")
-            left = {key: value for key, value in left.items() if key.split(".")[0] in MEASURING}
-        elif cold is not None:
-            left["evaluate.temperature"] = cold
         others = [f"{key} {in_short(theirs)}" for key, (_, theirs) in left.items()]
         more = [f"and {len(others) - SHOWN} more settings"] if len(others) > SHOWN else []
         return "; ".join([*found, *others[:SHOWN], *more]) or "the same settings"
@@ -102,7 +102,7 @@ class Control:
         found = []
         if not self.same_anchor:
             found.append("it has another anchor")
-        keys = [key for key in self.differing if key.split(".")[0] in MEASURING]
+        keys = [key for key in self.differing if key.split(".")[0] in MEASURING and key != ADDED]
         keys = [key for key in keys if self.trains or key != "evaluate.temperature"]
         if keys:
             found.append(f"measured otherwise: {', '.join(keys[:SHOWN])}")
@@ -198,10 +198,13 @@ def comparisons(facts: Facts) -> list[Beside]:
         if mine and other:
             told = tuple(control.doubts)
             found.append(Beside(control.name, mine, other, control.kind, told))
-    first = next((model for model in facts.models if model.number == 0), None)
-    if first and first.best_of_gold and chosen.gold and facts.controls:
-        name = f"no training: M1's pick, as judge, of {first.policy['best_of']['n']} answers"
-        found.append(Beside(name, chosen.gold, first.best_of_gold))
+    same = [control.facts for control in controls_of(facts) if control.same_anchor]
+    for one in (facts, *same) if facts.controls else ():
+        first = next((model for model in one.models if model.number == 0), None)
+        if chosen.gold and first and first.best_of_gold:
+            name = f"no training: M1's pick, as judge, of {first.policy['best_of']['n']} answers"
+            found.append(Beside(name, chosen.gold, first.best_of_gold))
+            break
     return found
 
 
