@@ -22,6 +22,7 @@ from srlm_lite.run.files import write_json
 from srlm_lite.run.run import RunDir
 from srlm_lite.session import Session
 from srlm_lite.stages.conversation import Conversation
+from srlm_lite.telling import for_terminal
 
 QUESTION = "How do I look after a bicycle?"
 
@@ -61,7 +62,8 @@ def user(text: str) -> dict[str, str]:
 def test_it_answers_as_the_model_of_that_iteration(run: RunDir, talk: Any) -> None:
     answers = {name: talk(QUESTION, iteration=name)[0] for name in ("base", "anchor", "1", "2")}
     for name, number in (("base", None), ("anchor", 0), ("1", 1), ("2", 2)):
-        assert answers[name] == greedy(run, number, [user(QUESTION)]) + "\n", name
+        answer = greedy(run, number, [user(QUESTION)])
+        assert answers[name] == for_terminal(answer) + "\n", name  # noise may hold an escape
     assert len(set(answers.values())) == 4
 
 
@@ -82,7 +84,7 @@ def test_it_switches_without_loading_anything_again(
     assert code == 0 and len(loads) == 1
     monkeypatch.undo()
     one, two = (greedy(run, number, [user(QUESTION)]) for number in (2, 0))
-    assert out == f"{one}\n{two}\n{one}\n"
+    assert out == for_terminal(f"{one}\n{two}\n{one}\n")
     assert "M3 of" in err and "M1 of" in err
 
 
@@ -90,7 +92,7 @@ def test_it_remembers_the_conversation(run: RunDir, talk: Any) -> None:
     out, _, _ = talk(QUESTION, "And a car?")
     first = greedy(run, 2, [user(QUESTION)])
     turns = [user(QUESTION), {"role": "assistant", "content": first}, user("And a car?")]
-    assert out == f"{first}\n{greedy(run, 2, turns)}\n"
+    assert out == for_terminal(f"{first}\n{greedy(run, 2, turns)}\n")
 
 
 def test_the_model_grades_its_last_answer(
@@ -169,6 +171,7 @@ def test_where_the_judge_has_a_delta_of_its_own_that_one_grades(
     facts["recipe"] |= {"method": "meta-rewarding", "meta_rewarding": {"roles": "separate"}}
     facts["recipe"]["judge"] |= {"temperature": 0.0}
     facts["recipe"]["base"]["window"] = 2048
+    facts["identity"] = recipe_from(facts["recipe"], where="test").identity()
     write_json(run.run_json, facts)
     place = run.iteration(2).judge_place
     before = talk(QUESTION, "/judge")[0]  # it has learned nothing: the judge is the anchor
@@ -177,6 +180,7 @@ def test_where_the_judge_has_a_delta_of_its_own_that_one_grades(
     run.iteration(2).finish()
     after = talk(QUESTION, "/judge")[0]
     answer = greedy(run, 2, [user(QUESTION)])
+    answer = for_terminal(answer)
     assert before.startswith(f"{answer}\n") and after.startswith(f"{answer}\n")
     assert before != after
 

@@ -691,7 +691,8 @@ def test_the_card_says_where_an_anchor_is_from_that_the_run_did_not_train(
     trained = "the anchor, made by SFT on instruction and judge data"
     assert trained in about("anchor") and trained in about("last")
     told = run.facts()
-    told["recipe"]["anchor"]["init"] = str(tmp_path / "my-anchor")
+    for noted in ("recipe", "identity"):
+        told[noted]["anchor"]["init"] = str(tmp_path / "my-anchor")
     write_json(run.run_json, told)
     for text in (about("anchor"), about("last")):
         assert "the anchor, an adapter trained before and taken as it was (`my-anchor`)" in text

@@ -166,6 +166,16 @@ def test_it_is_shown_and_reported(cli: Cli, later: RunDir) -> None:
     assert "M2" in later.report.read_text()
 
 
+@pytest.mark.parametrize("what", ["run", "pairs", "judgements"])
+def test_what_show_shows_is_held_to_what_was_written(cli: Cli, later: RunDir, what: str) -> None:
+    """Found by the campaign: an eval.json of another run, in the table of `show run`."""
+    file = later.iteration(1).evaluation if what == "run" else later.iteration(1).pairs
+    file.write_text(file.read_text().replace("1", "2", 1))
+    done = cli("show", what, "--adapters", later.path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"{file} (changed)" in done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.model
 def test_it_goes_on_with_a_judge_of_its_own_and_is_exported(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -391,6 +392,34 @@ def test_what_the_run_would_be_refused_for_after_its_anchor(
 ) -> None:
     with listing(None, knows="judge", says=says) as url:
         assert told.format(url=url) in asked(cli, out, *judged_by(url))["server"]
+
+
+def test_a_server_that_hangs_up_after_an_error_is_asked_on_another_connection(
+    cli: Cli, out: Path
+) -> None:
+    """As `transformers serve` does, whose list of models fails for one that it has by its path."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        asked_on: list[int] = []
+
+        def serve() -> None:
+            for number in range(2):
+                with listener.accept()[0] as one:
+                    asked_on.append(number)
+                    said = one.recv(65536)
+                    while said.startswith(b"POST") and not said.rstrip().endswith(b"}"):
+                        said += one.recv(65536)
+                    status = b"500 Error" if said.startswith(b"GET") else b"200 OK"
+                    body = b'{"choices": [{"message": {"content": "Yes."}}]}'
+                    length = str(len(body)).encode()
+                    one.sendall(b"HTTP/1.1 " + status + b"\r\nContent-Length: " + length)
+                    one.sendall(b"\r\n\r\n" + body)
+
+        Thread(target=serve, daemon=True).start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+        assert asked(cli, out, *judged_by(url))["server"] == f"ok: {url} answers"
+        assert asked_on == [0, 1]
 
 
 def test_a_server_that_refuses_the_key(cli: Cli, out: Path) -> None:

@@ -40,6 +40,7 @@ def run(adapters: Adapters, json_: Json = False) -> None:
 
     run_dir = RunDir(adapters)
     facts = run_dir.facts()
+    run_dir.hold_to_rows()
     under_way = run_dir.under_way()
     if json_:
         told = {**facts, "stages": run_dir.read_metrics()}

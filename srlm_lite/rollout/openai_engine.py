@@ -393,7 +393,8 @@ def reach(settings: OpenAI) -> str:
             the protocol.
     """
     url, model = (settings.url or "").rstrip("/"), settings.model
-    headers = {"Authorization": authorization(key_of(settings))}
+    # A connection for each question: a server may close one after an answer that was an error.
+    headers = {"Authorization": authorization(key_of(settings)), "Connection": "close"}
 
     def wrong(what: str, way_out: str) -> UserError:
         return UserError(what, where=f"openai.url = {url}", way_out=way_out)
@@ -407,8 +408,11 @@ def reach(settings: OpenAI) -> str:
                 "model": model,
                 "messages": [{"role": "user", "content": "Say yes."}],
                 "max_tokens": 16,
+                "temperature": 0,
             }
-            answer = client.post("/chat/completions", json=body)
+            answer = client.post("/chat/completions", json={**body, **NEUTRAL})
+            if _knows_no_neutral(answer):
+                answer = client.post("/chat/completions", json=body)
     except httpx.ReadTimeout:
         return f"{url} is there, and slow"
     except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:

@@ -221,19 +221,23 @@ class RunDir:
                 "on (iterate makes them again)",
             )
 
-    def hold_to_rows(self, number: int) -> None:
-        """The same of an iteration's rows and figures alone, in no time.
+    def hold_to_rows(self, *numbers: int) -> None:
+        """The same of rows and figures alone, in no time.
+
+        Args:
+            numbers: Of iterations; default: all, and the anchor.
 
         Raises:
             UserError: As `hold_to_files`.
         """
-        place = self.iteration(number)
-        if changed := place.changed(weights=False):
-            raise UserError(
-                f"holds files that the run has not written so: {_some(changed)}",
-                where=str(self.path),
-                way_out=f"Restore them, or delete {place.path} and what follows it, and go on",
-            )
+        stages = map(self.iteration, numbers) if numbers else [self.anchor, *self.iterations()]
+        for place in stages:
+            if changed := place.changed(weights=False):
+                raise UserError(
+                    f"holds files that the run has not written so: {_some(changed)}",
+                    where=str(self.path),
+                    way_out=f"Restore them, or delete {place.path} and what follows it, and go on",
+                )
 
     @property
     def exists(self) -> bool:
