@@ -19,7 +19,15 @@ from srlm_lite.records import FinishReason
 from srlm_lite.shipped import TEMPLATES, shipped_file, shipped_text
 
 QuestionKind = Literal[
-    "checklist", "checklist-item", "disturb", "meta-judge", "mt-bench", "pairwise", "side-by-side"
+    "checklist",
+    "checklist-item",
+    "disturb",
+    "meta-judge",
+    "mt-bench",
+    "new-problem",
+    "pairwise",
+    "side-by-side",
+    "step",
 ]
 QUESTIONS: Mapping[QuestionKind, tuple[str, ...]] = {
     "checklist": ("prompt",),
@@ -27,8 +35,10 @@ QUESTIONS: Mapping[QuestionKind, tuple[str, ...]] = {
     "disturb": ("prompt",),
     "meta-judge": ("first", "second"),
     "mt-bench": ("turn", "conversation"),
+    "new-problem": ("problems",),
     "pairwise": ("prompt", "first", "second"),
     "side-by-side": ("prompt", "responses"),
+    "step": ("prompt", "steps"),
 }
 """Questions to a judge beside its rubric, and the placeholders that a template of each holds once.
 The shipped template of a kind has the kind's name."""

@@ -232,6 +232,37 @@ class PreferencePair(Record):
 
 
 @dataclass(frozen=True, slots=True)
+class JudgedStep(Record):
+    """A step of a candidate, counted from 0, and how likely the judge finds it right.
+
+    `p_right` is None where the judge could not be asked, or would say neither right nor wrong.
+    """
+
+    candidate_id: str
+    step: int
+    text: str
+    p_right: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class VoteCount(Record):
+    """How often a prompt's samples end in each answer, the most frequent one first.
+
+    `answers` are what each candidate ends in, None where it could not be read.
+    """
+
+    prompt_id: str
+    samples: int
+    votes: dict[str, int]
+    answers: dict[str, str | None]
+
+    @property
+    def share(self) -> float:
+        """The share of the samples that end in the most frequent answer."""
+        return max(self.votes.values(), default=0) / self.samples if self.samples else 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class TrainingStep(Record):
     """One step of DPO's optimiser: means over its pairs, before the update.
 

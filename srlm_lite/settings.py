@@ -359,7 +359,7 @@ class Rollout(Sampling):
     """Prompts whose results reach the disk together; a killed run loses at most one chunk."""
 
 
-FormName = Literal["grade", "pairwise", "checklist"]
+FormName = Literal["grade", "pairwise", "checklist", "steps"]
 
 
 class Judge(Sampling):
@@ -367,7 +367,8 @@ class Judge(Sampling):
 
     form: Annotated[FormName, Before("grade")] = "grade"
     """How candidates are judged. `grade`: each alone, by the rubric. `pairwise`: a prompt's against
-    each other. `checklist`: each by a few yes-or-no items that the model writes for the prompt."""
+    each other. `checklist`: each by a few yes-or-no items that the model writes for the prompt.
+    `steps`: each step of it, right or wrong."""
     rationale: Annotated[bool, Before(True)] = True
     """False: the judge writes nothing. A score is the mean of the whole scores that it would give,
     by their probability, for the price of reading the question once; `votes` and `score` count for
@@ -584,6 +585,10 @@ class Gate(Section):
     """Share of the judge's votes with one and the same score at which its grades have collapsed."""
     readable: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Least share of readable votes."""
+    vote_share: Probability = 0.95
+    """Mean share of the most frequent answer, where answers are voted on (`scpo`), from which on
+    the votes have collapsed if over the prompts answers have also become few: the entropy of the
+    most frequent ones is below half of what it was in the first iteration."""
     position_consistency: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Least share of comparisons whose two orders name the same reply, of a judge that compares."""
     intransitive: Annotated[float, Field(ge=0, le=1)] = 0.25

@@ -17,13 +17,13 @@ MOMENT = 60.0
 
 # fmt: off
 FILES = frozenset({
-    "anchor_targets", "cli", "compare", "data_prepare", "data_shapes", "data_show", "dealing",
-    "doctor", "engines", "english", "evaluation_tables", "explain", "house_style",
+    "anchor_targets", "arithmetic", "cli", "compare", "data_prepare", "data_shapes", "data_show",
+    "dealing", "doctor", "engines", "english", "evaluation_tables", "explain", "house_style",
     "human_targets", "ifeval", "judge_metrics", "judge_tests", "judging", "kept_ids",
     "layering", "length_control", "messages", "methods", "mt_bench", "pairing",
     "planning_shapes", "policy_metrics", "preferences", "preflight", "principles", "quoting",
-    "reading", "readme", "recipe", "room", "run_dir", "seed_data", "self_instruct", "settings",
-    "trees", "warnings", "window",
+    "reading", "readme", "recipe", "room", "run_dir", "scpo", "seed_data", "self_instruct",
+    "settings", "trees", "warnings", "window",
 })
 # fmt: on
 """The files, without the `test_` before their names."""

@@ -175,7 +175,7 @@ def test_a_shell_is_offered_recipes_and_settings() -> None:
     assert completion.setting_keys("dpo.lora.r") == ["dpo.lora.rank"]
     assert completion.overrides("dpo.be") == ["dpo.beta="]
     assert completion.overrides("method=s") == [
-        f"method={name}" for name in ("self-rewarding", "spin", "scir")
+        f"method={name}" for name in ("self-rewarding", "spin", "scir", "scpo")
     ]
     assert completion.overrides("rollout.fold=") == ["rollout.fold=true", "rollout.fold=false"]
     assert completion.overrides("judge.engine=v") == ["judge.engine=vllm"]

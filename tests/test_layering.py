@@ -78,6 +78,7 @@ ALLOWED: dict[str, set[str]] = {
         "errors",
         "evaluate",
         "judging",
+        "pairing",
         "questions",
         "quoting",
         "records",

@@ -24,12 +24,17 @@ CACHES = {"__pycache__", ".pytest_cache", ".ruff_cache", ".mypy_cache"}
 MUST_HAVE = (
     "smollm2-135m-demo.yaml",
     "toy.yaml",
+    "toy-arithmetic.yaml",
     "tiny.yaml",
     "rubrics/additive-5.yaml",
     "rubrics/house-style.yaml",
     "rubrics/toy.yaml",
     "chat_templates/chatml.jinja",
     "chat_templates/llama-2.jinja",
+    "arithmetic/base/config.json",
+    "arithmetic/base/model.safetensors",
+    "arithmetic/base/tokenizer.json",
+    "arithmetic/steps.jsonl",
     "toy/base/config.json",
     "toy/base/model.safetensors",
     "toy/base/tokenizer.json",
@@ -37,7 +42,7 @@ MUST_HAVE = (
     "house_style/anchor/adapter_model.safetensors",
     *(
         f"{task}/data/{name}.jsonl"
-        for task in ("toy", "house_style")
+        for task in ("toy", "house_style", "arithmetic")
         for name in ("ift", "eft_train", "eft_eval", "prompts", "eval_prompts")
     ),
 )

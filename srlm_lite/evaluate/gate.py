@@ -167,6 +167,25 @@ def _anchor_score(before: Sequence[Evaluation], now: Evaluation, gate: Gate) -> 
     yield f"{told}; lower dpo.learning_rate, raise dpo.beta, or stop at the best iteration"
 
 
+def _vote_share(before: Sequence[Evaluation], now: Evaluation, gate: Gate) -> Iterator[str]:
+    """Samples that agree may be right; where they agree on one answer to all prompts they are not.
+
+    Source: Shafayat et al. 2025, arXiv:2505.21444, section 4.
+    """
+    first = next((each["votes"] for each in before if each.get("votes")), None)
+    votes = now.get("votes")
+    if not votes or first is None or votes["vote_share"] is None:
+        return
+    entropy = first["answer_entropy"], votes["answer_entropy"]
+    if votes["vote_share"] >= gate.vote_share and entropy[1] < entropy[0] / 2:
+        yield (
+            f"{votes['vote_share']:.0%} of a prompt's samples agree, while answers have become "
+            f"few: their entropy over the prompts fell from {entropy[0]:.2f} to {entropy[1]:.2f} "
+            "nats: the policy says the same to everything; stop at an earlier iteration, or lower "
+            "dpo.learning_rate"
+        )
+
+
 def _length(before: Sequence[Evaluation], now: Evaluation, gate: Gate) -> Iterator[str]:
     if not before:
         return
@@ -244,6 +263,7 @@ CHECKS: tuple[Check, ...] = (
     _gold,
     _criterion,
     _anchor_score,
+    _vote_share,
     _length,
     _truncated,
     _divergence,
@@ -288,7 +308,7 @@ FIGURES = ("gold_mean", "anchor_score")
 """What the policy is compared by: the first one that all models have."""
 
 
-BROKEN = {"one_score", "readable", "judge_accuracy", "truncated", "divergence"}
+BROKEN = {"one_score", "readable", "judge_accuracy", "vote_share", "truncated", "divergence"}
 """Gates on which a model fails that is broken; the anchor's grades may be high all the same."""
 
 

@@ -6,9 +6,10 @@ import importlib
 import inspect
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from srlm_lite.errors import UserError
 
@@ -54,33 +55,45 @@ def load_gold(name: str) -> Gold:
         UserError: Not of the form `module:function`, it cannot be imported, or is no function of
             a prompt and a response.
     """
+    where = f"evaluate.gold = {name}"
+    return Gold(name, load_function(name, ("prompt", "response"), where=where))
+
+
+def load_function(name: str, parameters: Sequence[str], *, where: str) -> Callable[..., Any]:
+    """Import a function of the user's own, `module:function`, that takes these texts.
+
+    Modules in the working directory are found too.
+
+    Args:
+        where: The setting that names it.
+
+    Raises:
+        UserError: Not of that form, it cannot be imported, or takes something else.
+    """
     module_name, colon, function_name = name.partition(":")
     if not colon or not module_name or not function_name:
-        raise UserError("expected module:function", where=f"evaluate.gold = {name}")
+        raise UserError("expected module:function", where=where)
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.append(here)
     try:
-        function = getattr(importlib.import_module(module_name), function_name)
+        function: Callable[..., Any] = getattr(importlib.import_module(module_name), function_name)
     except ImportError as error:
         raise UserError(
             f"cannot be imported ({error})",
-            where=f"evaluate.gold = {name}",
+            where=where,
             way_out="Put the module on PYTHONPATH or in the working directory",
         ) from error
     except Exception as error:  # the module is the user's own code
-        raise UserError(
-            f"cannot be used ({type(error).__name__}: {error})", where=f"evaluate.gold = {name}"
-        ) from error
+        raise UserError(f"cannot be used ({type(error).__name__}: {error})", where=where) from error
     if not callable(function):
-        raise UserError("is not a function", where=f"evaluate.gold = {name}")
+        raise UserError("is not a function", where=where)
     try:
-        inspect.signature(function).bind("prompt", "response")
+        inspect.signature(function).bind(*parameters)
     except TypeError as error:
         raise UserError(
-            f"cannot be called with a prompt and a response ({error})",
-            where=f"evaluate.gold = {name}",
+            f"cannot be called with a {' and a '.join(parameters)} ({error})", where=where
         ) from error
     except ValueError:  # what is built in may not tell
         pass
-    return Gold(name, function)
+    return function

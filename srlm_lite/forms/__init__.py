@@ -10,12 +10,14 @@ from srlm_lite.forms.base import Form
 from srlm_lite.forms.checklist import ChecklistForm
 from srlm_lite.forms.grade import GradeForm
 from srlm_lite.forms.pairwise import PairwiseForm
+from srlm_lite.forms.steps import StepsForm
 from srlm_lite.settings import FormName, Shared
 
 FORMS: Mapping[FormName, type[Form[Any]]] = {
     "grade": GradeForm,
     "pairwise": PairwiseForm,
     "checklist": ChecklistForm,
+    "steps": StepsForm,
 }
 """Every form that a recipe may name, a row each; their sections stand in this order in a recipe."""
 

@@ -12,12 +12,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from srlm_lite.declared import Facts, NoSettings, Phase, Sizes, Source
 from srlm_lite.judging import Rubric
+from srlm_lite.pairing import Drops, Scored
 from srlm_lite.records import (
     Candidate,
+    Ids,
     Instruction,
     Judgement,
     PreferencePair,
@@ -130,6 +132,16 @@ class JudgeAtWork(ABC):
     @abstractmethod
     def read(self, name: str, kind: type[R], *, shared: bool = False) -> list[R] | None:
         """The rows of such a file; None where there is none yet."""
+
+
+class PairsAtWork(Protocol):
+    """An iteration as a form sees it that makes pairs of its own."""
+
+    def read(self, name: str, kind: type[R]) -> list[R]:
+        """The rows of a file of the iteration, those that its judge has written among them."""
+
+    def unended(self, text: str) -> Ids:
+        """Ids of an answer that goes on: without the end of its turn."""
 
 
 class Form(ABC, Generic[S]):
@@ -254,6 +266,21 @@ class Form(ABC, Generic[S]):
             Rows in the order of the candidates, at least one of each. A candidate's score is the
             mean of its rows' scores; None is a judgement that cannot be read, and never a number.
         """
+
+    def pairs(
+        self,
+        work: PairsAtWork,
+        prompts: Sequence[Prompt],
+        usable: Mapping[str, Sequence[Scored]],
+        drops: Drops,
+    ) -> list[PreferencePair] | None:
+        """Pairs of a form that knows more than scores; None: the best against the worst, by those.
+
+        Args:
+            usable: The candidates of a prompt that can be part of a pair, with their scores.
+            drops: Where prompts without a pair are counted, by reason.
+        """
+        return None
 
 
 def no_verdict(candidate: Candidate, *, too_long: bool = False, **fields: Any) -> Judgement:

@@ -18,6 +18,7 @@ from srlm_lite.methods.meta_rewarding import MetaRewarding
 from srlm_lite.methods.rlaif import Rlaif
 from srlm_lite.methods.rlhf import Rlhf
 from srlm_lite.methods.scir import Scir
+from srlm_lite.methods.scpo import Scpo
 from srlm_lite.methods.self_rewarding import SelfRewarding
 from srlm_lite.methods.spin import Spin
 from srlm_lite.methods.temporal import Temporal
@@ -31,6 +32,7 @@ OURS: tuple[type[Method[Any]], ...] = (
     Temporal,
     Dno,
     Scir,
+    Scpo,
     MetaRewarding,
     Rlaif,
     Rlhf,

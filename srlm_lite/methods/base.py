@@ -28,6 +28,7 @@ from srlm_lite.judging import Rubric
 from srlm_lite.pairing import Drops
 from srlm_lite.records import (
     Candidate,
+    Ids,
     Instruction,
     Judgement,
     Likelihood,
@@ -45,6 +46,9 @@ R = TypeVar("R", bound=Record)
 
 Pool = tuple[list[Prompt], Path]
 """Prompts that the iterations take theirs from, and the file they are from."""
+
+MorePrompts = Callable[[Sequence[Prompt]], tuple[Sequence[Prompt], Facts]]
+"""Makes further prompts of an iteration, given those from the pool."""
 
 MadePairs = tuple[Sequence[PreferencePair], Drops, Facts]
 """Pairs, what gave none and why, and facts for `metrics.jsonl`."""
@@ -185,11 +189,14 @@ class Iteration(ABC):
     # Verbs: text.
 
     @abstractmethod
-    def prompts(self, pool: Callable[[SeedData], Pool | None]) -> tuple[list[Prompt], Facts]:
+    def prompts(
+        self, pool: Callable[[SeedData], Pool | None], *, more: MorePrompts | None = None
+    ) -> tuple[list[Prompt], Facts]:
         """The iteration's prompts: the next slice of the shuffled pool.
 
         Args:
             pool: Reads it; where it gives None, the anchor writes new prompts.
+            more: Gives further ones, and facts of them; those that fit the window are taken.
         """
 
     @abstractmethod
@@ -286,6 +293,10 @@ class Iteration(ABC):
     @abstractmethod
     def length(self, text: str) -> int:
         """Tokens of a reply."""
+
+    @abstractmethod
+    def unended(self, text: str) -> Ids:
+        """Ids of an answer that goes on: without the end of its turn."""
 
     # Verbs: files.
 

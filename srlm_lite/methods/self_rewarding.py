@@ -145,8 +145,15 @@ class SelfRewarding(Method[S]):
         candidates: Sequence[Candidate],
         judgements: Sequence[Judgement],
     ) -> MadePairs:
-        """The best against the worst candidate of each prompt, by mean score."""
+        """The best against the worst candidate of each prompt, by mean score.
+
+        Or the pairs of a form of judging that makes its own.
+        """
         usable, drops = self.judged(prompts, candidates, judgements)
+        if self.recipe.pairing.source in ("judge", "flipped"):
+            own = form_of(self.recipe).pairs(it, prompts, usable, drops)
+            if own is not None:
+                return own, drops, {}
         return self.best_against_worst(it, prompts, usable, drops)
 
     def delta(self, it: Iteration, pairs: Sequence[PreferencePair]) -> tuple[None, Facts]:

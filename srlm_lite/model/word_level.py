@@ -1,7 +1,7 @@
 """Word-level bases of about a million parameters, pretrained in minutes on one core.
 
 The scripts beside the toy recipes make their bases with it: a tokenizer of a given vocabulary, and
-a Llama that learns to reply, loss on the replies only.
+a Llama that learns to reply.
 """
 
 from __future__ import annotations
@@ -83,6 +83,8 @@ def pretrain(
     steps: int,
     batch: int,
     threads: int,
+    whole: bool = False,
+    begin: Path | None = None,
     tell: Callable[[str], None] = lambda line: None,
 ) -> None:
     """Pretrain a Llama on (user, assistant) turns, and save it with its tokenizer, in bf16.
@@ -90,6 +92,8 @@ def pretrain(
     Deterministic for a seed and thread count on one machine.
 
     Args:
+        whole: Learn the user's turns as well: what is copied within them teaches to copy.
+        begin: A base to go on from; None: random weights.
         tell: Given a line every hundred steps.
     """
     torch.manual_seed(seed)
@@ -108,6 +112,8 @@ def pretrain(
         pad_token_id=tokenizer.pad_token_id,
     )
     model = hf.LlamaForCausalLM(config)
+    if begin is not None:
+        model = hf.LlamaForCausalLM.from_pretrained(begin, dtype=torch.float32)
     # One length-sorted block is cut into batches, so that little of a batch is padding.
     block: list[tuple[list[int], int]] = []
     order = random.Random(seed)
@@ -126,7 +132,8 @@ def pretrain(
         labels = torch.full((batch, width), -100)
         for at, (row, prompt_length) in enumerate(rows):
             ids[at, : len(row)] = torch.tensor(row)
-            labels[at, prompt_length : len(row)] = ids[at, prompt_length : len(row)]
+            first = 0 if whole else prompt_length
+            labels[at, first : len(row)] = ids[at, first : len(row)]
         tokens += sum(len(row) for row, _ in rows)
         for group in optimizer.param_groups:
             group["lr"] = _learning_rate(step, steps)

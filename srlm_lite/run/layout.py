@@ -316,6 +316,11 @@ class IterationDir(StageDir):
         return self.path / "teacher_candidates.jsonl"
 
     @property
+    def votes(self) -> Path:
+        """How often a prompt's samples end in each answer, where answers are voted on."""
+        return self.path / "votes.jsonl"
+
+    @property
     def replies(self) -> Path:
         """What a model said to a method's own questions."""
         return self.path / "replies.jsonl"

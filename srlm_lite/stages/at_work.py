@@ -11,10 +11,11 @@ from srlm_lite.engines import Role
 from srlm_lite.forms.base import JudgeQuestion
 from srlm_lite.judging import Rubric
 from srlm_lite.methods import method_of
-from srlm_lite.methods.base import Facts, Iteration, Model
+from srlm_lite.methods.base import Facts, Iteration, Model, MorePrompts
 from srlm_lite.pairing import Drops
 from srlm_lite.records import (
     Candidate,
+    Ids,
     Instruction,
     Judgement,
     Likelihood,
@@ -60,9 +61,11 @@ class AtWork(Iteration):
         """What the judge is asked by."""
         return self._session.rubric
 
-    def prompts(self, pool: prompts.ReadPool) -> tuple[list[Prompt], Facts]:
+    def prompts(
+        self, pool: prompts.ReadPool, *, more: MorePrompts | None = None
+    ) -> tuple[list[Prompt], Facts]:
         """See `Iteration`; as all verbs."""
-        return prompts.prompts(self._session, self._directory, pool)
+        return prompts.prompts(self._session, self._directory, pool, more)
 
     def answer(
         self,
@@ -177,6 +180,9 @@ class AtWork(Iteration):
 
     def length(self, text: str) -> int:
         return len(self._session.chat.target_ids(text))
+
+    def unended(self, text: str) -> Ids:
+        return tuple(self._session.chat.target_ids(text))[:-1]
 
     def write(self, name: str, rows: Sequence[Record]) -> None:
         write_records(self._directory.file(name), rows)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from srlm_lite.errors import GateError, UserError, same_command
 from srlm_lite.evaluate import ifeval
+from srlm_lite.evaluate.answers import vote_figures
 from srlm_lite.evaluate.gate import best_model, findings
 from srlm_lite.evaluate.gold import load_gold
 from srlm_lite.evaluate.intervals import interval
@@ -22,9 +23,9 @@ from srlm_lite.evaluate.policy_metrics import (
 )
 from srlm_lite.forms import form_of
 from srlm_lite.judging import mean_scores
-from srlm_lite.records import Candidate, Prompt
+from srlm_lite.records import Candidate, Prompt, VoteCount
 from srlm_lite.run.files import read_json, read_records, write_json, write_records
-from srlm_lite.run.layout import StageDir
+from srlm_lite.run.layout import IterationDir, StageDir
 from srlm_lite.run.run import RunDir
 from srlm_lite.session import Session
 from srlm_lite.settings import Gate, Sampling
@@ -54,6 +55,8 @@ def evaluation(
     judge: Sequence[Adapter] | None = None,
 ) -> tuple[None, dict[str, Any]]:
     """Measure a stack as judge and as policy; write `eval.json`.
+
+    Where answers are voted on, it says also how sure the votes were that the model learned from.
 
     Every model of a run answers the same prompts and judges the same replies, with the same
     seeds, so that differences are the models'.
@@ -85,6 +88,8 @@ def evaluation(
         },
         "policy": _policy(session, directory, stack, stack if judge is None else judge),
     }
+    if isinstance(directory, IterationDir) and directory.votes.is_file():
+        result["votes"] = vote_figures(read_records(directory.votes, VoteCount))
     if recipe.evaluate.ifeval:
         result["ifeval"] = _ifeval(session, directory, stack)
     if recipe.evaluate.tasks:

@@ -43,6 +43,7 @@ ADVICE: Mapping[str, str] = {
     "too_long_to_judge": "raise base.window, or lower rollout.max_new_tokens or "
     "judge.max_new_tokens: what is sampled has to fit the judge's question",
     "too_few_votes": "raise judge.max_new_tokens or judge.votes",
+    "no_parting": "raise rollout.n or rollout.temperature, or set steps.pairs=answers",
     "duplicate": "raise rollout.temperature",
     "empty": "check the chat template and the anchor",
     "too_long": "raise base.window or lower rollout.max_new_tokens",

@@ -7,7 +7,7 @@ from random import Random
 from typing import Any
 
 from srlm_lite.errors import UserError
-from srlm_lite.methods.base import Pool, SeedData
+from srlm_lite.methods.base import MorePrompts, Pool, SeedData
 from srlm_lite.records import Prompt
 from srlm_lite.run.files import read_records, write_records
 from srlm_lite.run.layout import IterationDir
@@ -20,9 +20,13 @@ ReadPool = Callable[[SeedData], Pool | None]
 
 
 def prompts(
-    session: Session, iteration: IterationDir, pool: ReadPool
+    session: Session, iteration: IterationDir, pool: ReadPool, more: MorePrompts | None = None
 ) -> tuple[list[Prompt], dict[str, Any]]:
-    """The iteration's prompts: the next slice of the shuffled list, or newly written ones."""
+    """The iteration's prompts: the next slice of the shuffled list, or newly written ones.
+
+    Args:
+        more: Gives further ones; those that fit the window are taken.
+    """
     if iteration.prompts.is_file():
         found = read_records(iteration.prompts, Prompt)
         return found, {"prompts": len(found)}
@@ -31,6 +35,10 @@ def prompts(
         chosen, facts = write_prompts(session, iteration)
     else:
         chosen, facts = _slice(session, listed, iteration.number)
+    if more is not None:
+        further, told = more(chosen)
+        chosen = [*chosen, *(prompt for prompt in further if session.leaves_room(prompt))]
+        facts = {**facts, **told}
     write_records(iteration.prompts, chosen)
     return chosen, {"prompts": len(chosen), **facts}
 

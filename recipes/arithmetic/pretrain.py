@@ -1,0 +1,262 @@
+"""Make the arithmetic base and its data: `python recipes/arithmetic/pretrain.py --out DIR`.
+
+Writes
+  DIR/data/        ift, eft_train, eft_eval, prompts, eval_prompts (.jsonl), in seconds
+  DIR/steps.jsonl  verdicts on single steps, for the anchor of `toy-steps`
+  DIR/base/        a word-level Llama of about 0.9M parameters with its tokenizer (bf16)
+
+The base is pretrained on answers of a solver who slips (`srlm_lite.tasks.arithmetic`), on reviews
+and on verdicts on single steps in the judge's formats, and on new problems after the example of
+others. So, as with the toy base, the judge's skill is not
+learned from `eft_train` alone, and its reviews carry labels of the gold scorer.
+
+One problem in eight is held out (`arithmetic.is_held_out`): only eft_eval and eval_prompts have
+those. Deterministic for a seed and thread count on one machine. Takes a quarter of an hour on one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from srlm_lite.tasks import arithmetic
+
+Row = dict[str, Any]
+
+RECIPES = Path(__file__).parent.parent
+RUBRIC: str = yaml.safe_load((RECIPES / "rubrics" / "arithmetic.yaml").read_text("utf-8"))[
+    "template"
+]
+STEP = (RECIPES / "templates" / "arithmetic-step.txt").read_text("utf-8")
+NEW_PROBLEM = (RECIPES / "templates" / "arithmetic-problem.txt").read_text("utf-8")
+
+SLIPS = 0.1
+"""How often a step of the anchor's training data goes wrong."""
+REVIEWED_SLIPS = (0.0, 0.1, 0.3)
+SHOTS = 2
+"""Problems that a request for a new one shows."""
+
+
+class Stage(NamedTuple):
+    """A part of the pretraining, with a schedule of its own."""
+
+    steps: int
+    slips: float
+    """How often a step of an answer goes wrong."""
+    whole: bool
+    """Whether the user's turns are learned as well."""
+
+
+STAGES = (Stage(1600, slips=0.15, whole=False), Stage(1200, slips=SLIPS, whole=True))
+"""After the first one the base computed well and copied badly: of what a problem says it took the
+wrong number or name. Problems are full of repetitions, so the second one learns them too."""
+
+
+def judge_prompt(prompt: str, response: str) -> str:
+    """The rubric filled in, as the judge receives it."""
+    return RUBRIC.replace("{{prompt}}", prompt).replace("{{response}}", response)
+
+
+def step_prompt(prompt: str, steps: list[str]) -> str:
+    """The question whether the last of these steps is right."""
+    return STEP.replace("{{prompt}}", prompt).replace("{{steps}}", "\n".join(steps))
+
+
+def reviewed_answer(rng: random.Random, prompt: str) -> str:
+    """An answer such as a judge may meet: some of it wrong, at times out of shape."""
+    response = arithmetic.sample_answer(rng, prompt, rng.choice(REVIEWED_SLIPS))
+    return arithmetic.disturb(rng, response) if rng.random() < 0.25 else response
+
+
+def verdict(rng: random.Random, prompt: str) -> tuple[str, str]:
+    """A question about one step, and its answer: about as many are wrong as right.
+
+    Steps behind a mistake are asked about as well.
+    """
+    wanted = rng.random() < 0.5
+    while True:
+        steps = arithmetic.read_steps(prompt, reviewed_answer(rng, prompt))
+        fitting = [at for at, step in enumerate(steps) if step.is_right == wanted]
+        if fitting:
+            at = rng.choice(fitting)
+            said = arithmetic.RIGHT if wanted else arithmetic.WRONG
+            return step_prompt(prompt, [step.text for step in steps[: at + 1]]), said
+
+
+def make_data(*, seed: int) -> dict[str, list[Row]]:
+    """Rows of every data file by file stem; the same seed gives the same rows."""
+    rng = random.Random(f"arithmetic data {seed}")
+    known = _distinct(rng, 2200, held_out=False)
+    unseen = _distinct(rng, 300, held_out=True)
+    ift = [
+        {
+            "prompt_id": f"arithmetic-ift-{number:04}",
+            "prompt": prompt,
+            "response": arithmetic.sample_answer(rng, prompt, SLIPS),
+        }
+        for number, prompt in enumerate(known[:400])
+    ]
+    eft_train = [
+        _judged_row(f"arithmetic-eft-{number:04}", 0, prompt, response, rank=0, with_target=True)
+        for number, prompt in enumerate(known[400:1200])
+        for response in [_answer_with_score(rng, prompt, number)]
+    ]
+    return {
+        "ift": ift,
+        "eft_train": eft_train,
+        "eft_eval": _ranked_rows(rng, "arithmetic-judge", unseen[:60]),
+        "prompts": _prompt_rows("arithmetic-prompt", known[1200:]),
+        "eval_prompts": _prompt_rows("arithmetic-eval", unseen[60:260]),
+    }
+
+
+def make_steps(*, seed: int) -> list[Row]:
+    """Questions about single steps with their verdicts, on problems that no other file has."""
+    rng = random.Random(f"arithmetic steps {seed}")
+    taken = {row.get("prompt") or row["text"] for rows in make_data(seed=seed).values()
+             for row in rows}  # fmt: skip
+    rows: list[Row] = []
+    while len(rows) < 600:
+        prompt = arithmetic.sample_problem(rng)
+        if prompt in taken:
+            continue
+        question, said = verdict(rng, prompt)
+        rows.append(
+            {
+                "prompt_id": f"arithmetic-step-{len(rows):04}",
+                "prompt": question,
+                "response": said,
+            }
+        )
+    return rows
+
+
+def write_data(directory: Path, *, seed: int) -> None:
+    """Write each file of `make_data` as JSONL into `data`, and the verdicts beside it."""
+    (directory / "data").mkdir(parents=True, exist_ok=True)
+    for stem, rows in make_data(seed=seed).items():
+        _write_rows(directory / "data" / f"{stem}.jsonl", rows)
+    _write_rows(directory / "steps.jsonl", make_steps(seed=seed))
+
+
+def pretraining_dialogues(rng: random.Random, slips: float) -> Iterator[tuple[str, str]]:
+    """Endless (user, assistant) turns of the four kinds."""
+    while True:
+        prompt = arithmetic.sample_problem(rng)
+        kind = rng.random()
+        if kind < 0.3:
+            yield prompt, arithmetic.sample_answer(rng, prompt, slips)
+        elif kind < 0.65:
+            response = reviewed_answer(rng, prompt)
+            yield judge_prompt(prompt, response), arithmetic.review(prompt, response)
+        elif kind < 0.92:
+            yield verdict(rng, prompt)
+        else:
+            shown = [arithmetic.sample_problem(rng) for _ in range(SHOTS)]
+            yield NEW_PROBLEM.replace("{{problems}}", "\n".join(shown)), prompt
+
+
+def make_base(directory: Path, *, seed: int, batch: int, threads: int) -> None:
+    """Pretrain the base and save it with its tokenizer: all stages, each from the one before."""
+    from srlm_lite.model.word_level import make_tokenizer, pretrain
+
+    for number, stage in enumerate(STAGES):
+        rng = random.Random(f"arithmetic pretraining {seed + number}")
+        pretrain(
+            directory,
+            make_tokenizer(arithmetic.vocabulary(), marks=",.:?", numbers=True),
+            pretraining_dialogues(rng, stage.slips),
+            seed=seed + number, steps=stage.steps, batch=batch, threads=threads,
+            whole=stage.whole, begin=directory if number else None,
+            tell=lambda line: print(line, flush=True),
+        )  # fmt: skip
+
+
+def _distinct(rng: random.Random, count: int, *, held_out: bool) -> list[str]:
+    found: dict[str, None] = {}
+    while len(found) < count:
+        found[arithmetic.sample_problem(rng, held_out=held_out)] = None
+    return list(found)
+
+
+def _score(prompt: str, response: str) -> int:
+    return int(arithmetic.review(prompt, response).split()[-1])
+
+
+def _answer_with_score(rng: random.Random, prompt: str, number: int) -> str:
+    """An answer without a mistake for every second number, else one with a mistake."""
+    while True:
+        response = reviewed_answer(rng, prompt)
+        if (_score(prompt, response) == arithmetic.MAX_SCORE) == (number % 2 == 0):
+            return response
+
+
+def _judged_row(
+    prompt_id: str, at: int, prompt: str, response: str, *, rank: int, with_target: bool
+) -> Row:
+    return {
+        "prompt_id": prompt_id,
+        "prompt": prompt,
+        "response_id": f"{prompt_id}-{at}",
+        "response": response,
+        "rank": rank,
+        "quality": float(_score(prompt, response)),
+        "target": arithmetic.review(prompt, response) if with_target else None,
+    }
+
+
+def _ranked_rows(rng: random.Random, stem: str, prompts: list[str]) -> list[Row]:
+    rows = []
+    for number, prompt in enumerate(prompts):
+        responses = [_answer_with_score(rng, prompt, at) for at in range(4)]
+        scores = [_score(prompt, response) for response in responses]
+        order = sorted(set(scores), reverse=True)
+        rows += [
+            _judged_row(
+                f"{stem}-{number:04}", at, prompt, response,
+                rank=order.index(score), with_target=False,
+            )
+            for at, (response, score) in enumerate(zip(responses, scores, strict=True))
+        ]  # fmt: skip
+    return rows
+
+
+def _prompt_rows(stem: str, texts: list[str]) -> list[Row]:
+    return [
+        {"prompt_id": f"{stem}-{number:04}", "text": text, "source": "arithmetic"}
+        for number, text in enumerate(texts)
+    ]
+
+
+def _write_rows(path: Path, rows: list[Row]) -> None:
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    path.write_text(text, encoding="utf-8")
+
+
+def main() -> None:
+    summary = (__doc__ or "").splitlines()[0]
+    parser = argparse.ArgumentParser(description=summary)
+    parser.add_argument("--out", type=Path, required=True, help="directory for base/ and data/")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--data-only", action="store_true", help="leave the base as it is")
+    arguments = parser.parse_args()
+    write_data(arguments.out, seed=arguments.seed)
+    if not arguments.data_only:
+        make_base(
+            arguments.out / "base",
+            seed=arguments.seed,
+            batch=arguments.batch,
+            threads=arguments.threads,
+        )
+
+
+if __name__ == "__main__":
+    main()
