@@ -407,11 +407,11 @@ def words(out: Path, *more: str) -> list[str]:
 
 def artefacts(run: RunDir) -> dict[str, str]:
     """Hashes of all that a run computes; seconds and hardware are no results."""
-    left_out = {"done.json", "metrics.jsonl", ".metrics.jsonl.sums", "run.json", ".lock"}
+    left_out = {"done.json", ".noted.json", "metrics.jsonl", "run.json", ".lock"}
     return {
         str(file.relative_to(run.path)): sha256_file(file)
         for file in sorted(run.path.rglob("*"))
-        if file.is_file() and file.name not in left_out
+        if file.is_file() and file.suffix != ".sums" and file.name not in left_out
     }
 
 

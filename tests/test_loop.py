@@ -84,8 +84,8 @@ def artefacts(directory: RunDir) -> dict[str, str]:
         str(file.relative_to(directory.path)): hashlib.sha256(file.read_bytes()).hexdigest()
         for file in sorted(directory.path.rglob("*"))
         if file.is_file()
-        and file.name
-        not in {"done.json", "metrics.jsonl", ".metrics.jsonl.sums", "run.json", ".lock"}
+        and file.suffix != ".sums"
+        and file.name not in {"done.json", ".noted.json", "metrics.jsonl", "run.json", ".lock"}
     }
 
 
@@ -133,7 +133,7 @@ def test_ids_match_from_prompts_to_pairs(finished: RunDir) -> None:
             votes.setdefault(row["candidate_id"], []).append(row["score"])
         assert len(candidates) == 4 * len(prompts)
         assert votes.keys() <= candidates.keys()
-        pairs = read_jsonl(place.pairs)
+        pairs = [row for row in read_jsonl(place.pairs) if "replay" not in row.get("origin", "")]
         assert pairs
         for pair in pairs:
             chosen, rejected = candidates[pair["chosen_id"]], candidates[pair["rejected_id"]]

@@ -926,8 +926,8 @@ def artefacts(directory: RunDir) -> dict[str, str]:
         str(file.relative_to(directory.path)): hashlib.sha256(file.read_bytes()).hexdigest()
         for file in sorted(directory.path.rglob("*"))
         if file.is_file()
-        and file.name
-        not in {"done.json", "metrics.jsonl", ".metrics.jsonl.sums", "run.json", ".lock"}
+        and file.suffix != ".sums"
+        and file.name not in {"done.json", ".noted.json", "metrics.jsonl", "run.json", ".lock"}
     }
 
 

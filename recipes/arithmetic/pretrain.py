@@ -11,7 +11,8 @@ others. So, as with the toy base, the judge's skill is not
 learned from `eft_train` alone, and its reviews carry labels of the gold scorer.
 
 One problem in eight is held out (`arithmetic.is_held_out`): only eft_eval and eval_prompts have
-those. Deterministic for a seed and thread count on one machine. Takes a quarter of an hour on one core.
+those. Deterministic for a seed and thread count on one machine. Takes a quarter of an hour on one
+core.
 """
 
 from __future__ import annotations
