@@ -41,7 +41,7 @@ from srlm_lite.model.whereabouts import SMOLLM2, smollm2_file
 from srlm_lite.progress import Silent
 from srlm_lite.recipe import load_recipe
 from srlm_lite.run.run import RunDir
-from srlm_lite.session import Session, refuse_absent_base
+from srlm_lite.session import Session, refuse_unreadable_base
 from srlm_lite.settings import Base
 
 
@@ -353,12 +353,12 @@ def test_a_run_is_refused_before_it_begins_and_an_earlier_one_goes_on(tmp_path: 
     file = llama().set(logit_scale=0.25).write(tmp_path / "tiny.gguf")
     recipe, run = load_recipe("tiny", [f"base.name={file}"]), RunDir(tmp_path / "run")
     with pytest.raises(UserError, match=r"llama\.logit_scale"):
-        refuse_absent_base(recipe, run)
+        refuse_unreadable_base(recipe, run)
     assert not run.path.exists()
     run.path.mkdir()
     source = base_files(recipe.base, conversion=1).source
     run.base_json.write_text(json.dumps({**source, "conversion": 1}))
-    refuse_absent_base(recipe, run)
+    refuse_unreadable_base(recipe, run)
     assert Session(recipe, run).run.base_conversion == 1
 
 
