@@ -243,6 +243,7 @@ def test_who_asks_the_base_how() -> None:
         "serve/worker.py",  # the same
         "dataview/tokens.py",  # a judge's question
         "stages/sampling.py",  # judges' and methods' questions
+        "stages/weighing.py",  # the same, where options are only weighed
         "stages/self_instruct.py",  # the request for new prompts
         "stages/likelihood.py",  # of a method's questions, where it says so
         "stages/reading.py",  # what the bare base makes of a text
