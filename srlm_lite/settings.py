@@ -248,7 +248,7 @@ class Optim(Section):
         "auto"
     )
     """Tokens in memory at once; `auto`: what `micro_batch_size` of the longest sequences (or pairs)
-    of the training can have at most, on a CPU no more than 2048. What several have in common counts
+    of the training can have at most, on a CPU no more than 1280. What several have in common counts
     once. One that alone has more is computed by itself. Halved by itself when memory runs out."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """A longer gradient is cut to this length before a step."""
