@@ -64,6 +64,7 @@ REBASING = "What a rebased delta learns"
 SHARPENING = "Learning or sharpening"
 TAUGHT_MORE = "With an anchor that learned more"
 OF_FORMS = "Forms of judging"
+LOSSES = "Other losses"
 """What cases of the bench are shown beside."""
 
 

@@ -24,6 +24,7 @@ from srlm_lite.forms import form_of
 from srlm_lite.judging import mean_scores, unasked, votes_by_candidate
 from srlm_lite.methods.base import (
     CONTROLS,
+    LOSSES,
     OF_FORMS,
     REBASING,
     SHARPENING,
@@ -47,6 +48,8 @@ from srlm_lite.seeds import derive_seed
 
 REBASED = ("dpo.init=anchor", "pairing.accumulate=true")
 REBASED_ALONE = ("dpo.init=anchor", "pairing.accumulate=false")
+FAST = ("dpo.learning_rate=1e-2",)
+"""Where a chain of deltas collapses on the toy world."""
 
 
 class SelfRewarding(Method[S]):
@@ -86,6 +89,14 @@ class SelfRewarding(Method[S]):
         "all pairs, disputed smoothed": Case(
             "toy", (*REBASED, "pairing.older_order=smooth"), group=REBASING
         ),
+        "lr 1e-2": Case("toy", FAST, group=REBASING),
+        "lr 1e-2, all pairs so far": Case("toy", (*REBASED, *FAST), group=REBASING),
+        "sigmoid_norm": Case("toy", ("dpo.loss=sigmoid_norm", "dpo.beta=2"), group=LOSSES),
+        "ipo": Case("toy", ("dpo.loss=ipo", "dpo.beta=0.5"), group=LOSSES),
+        "apo_zero": Case("toy", ("dpo.loss=apo_zero",), group=LOSSES),
+        "apo_down": Case("toy", ("dpo.loss=apo_down",), group=LOSSES),
+        "simpo": Case("toy", ("dpo.loss=simpo", "dpo.beta=2"), group=LOSSES),
+        "gap weights": Case("toy", ("pairing.weight=gap",), group=LOSSES),
     }
 
     def phases(self, sizes: Sizes) -> Iterator[Phase]:
