@@ -62,6 +62,22 @@ class PairExample:
         return len(self.prompt_ids) + max(len(self.chosen_ids), len(self.rejected_ids))
 
 
+def distinct_texts(pairs: Sequence[PairExample]) -> tuple[dict[Text, int], list[tuple[int, int]]]:
+    """Each text of some pairs once, with its number, and of each pair those of chosen and rejected.
+
+    A reply in several pairs of a prompt is computed once.
+    """
+    texts: dict[Text, int] = {}
+    for pair in pairs:
+        for reply in (pair.chosen_ids, pair.rejected_ids):
+            texts.setdefault((pair.prompt_ids, reply), len(texts))
+    examples = [
+        (texts[pair.prompt_ids, pair.chosen_ids], texts[pair.prompt_ids, pair.rejected_ids])
+        for pair in pairs
+    ]
+    return texts, examples
+
+
 def sigmoid_loss(chosen: Tensor, rejected: Tensor, beta: float, gamma: float) -> Tensor:
     """-log sigmoid(r_w - r_l): DPO; of rewards per token its length-normalised form.
 
@@ -323,14 +339,7 @@ def train_dpo(
 
     Source: Rafailov et al. 2023, arXiv:2305.18290, Eq. 7.
     """
-    texts: dict[Text, int] = {}
-    for pair in pairs:
-        for reply in (pair.chosen_ids, pair.rejected_ids):
-            texts.setdefault((pair.prompt_ids, reply), len(texts))
-    examples = [
-        (texts[pair.prompt_ids, pair.chosen_ids], texts[pair.prompt_ids, pair.rejected_ids])
-        for pair in pairs
-    ]
+    texts, examples = distinct_texts(pairs)
     stack = [*anchor, delta]
     start = sum(adapter.rank for adapter in anchor)
     slot.load(reference, train=True)

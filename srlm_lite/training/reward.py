@@ -28,11 +28,11 @@ from srlm_lite.training.arguments import (
     run_training,
 )
 from srlm_lite.training.checkpoint import Checkpoints
-from srlm_lite.training.dpo import PairExample
+from srlm_lite.training.dpo import PairExample, distinct_texts
 from srlm_lite.training.sft import Example
 from srlm_lite.training.steps import PROVEN, Batch, Shares, StepTrainer
 from srlm_lite.training.tokens import Scored
-from srlm_lite.training.trees import Forest, Text
+from srlm_lite.training.trees import Forest
 
 _HEAD = "score.weight"
 
@@ -167,14 +167,7 @@ def train_reward(
 
     Source: the Bradley-Terry model, as in Ouyang et al. 2022, arXiv:2203.02155, Eq. 1.
     """
-    texts: dict[Text, int] = {}
-    for pair in pairs:
-        for reply in (pair.chosen_ids, pair.rejected_ids):
-            texts.setdefault((pair.prompt_ids, reply), len(texts))
-    examples = [
-        (texts[pair.prompt_ids, pair.chosen_ids], texts[pair.prompt_ids, pair.rejected_ids])
-        for pair in pairs
-    ]
+    texts, examples = distinct_texts(pairs)
     start = sum(each.rank for each in anchor)
     slot.load([*anchor, adapter], train=True)
     scorer: Any = Scorer(slot, torch.zeros(1, slot.model.config.hidden_size))
