@@ -265,6 +265,7 @@ ALLOWED: dict[str, set[str]] = {
         "run.files",
         "run.run",
         "settings",
+        "telling",
     },
     "loop": {"methods", "run.layout", "session", "stages"},
     "bench": {
