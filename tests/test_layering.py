@@ -254,6 +254,7 @@ ALLOWED: dict[str, set[str]] = {
         "session",
         "settings",
         "stages",
+        "telling",
         "window",
     },
     "tracking": {
