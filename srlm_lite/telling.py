@@ -62,11 +62,11 @@ def without_secrets(text: str) -> str:
 
 
 def without_secrets_in(value: Any) -> Any:
-    """The same of every text in a value as JSON has them."""
+    """The same of every text in a value as JSON has them, names of objects' members included."""
     if isinstance(value, str):
         return without_secrets(value)
     if isinstance(value, dict):
-        return {key: without_secrets_in(each) for key, each in value.items()}
+        return {without_secrets_in(key): without_secrets_in(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
         return [without_secrets_in(each) for each in value]
     return value

@@ -11,6 +11,9 @@ and call every loss `train/loss`. So the trainers report to the stage alone, and
 `tracking.json` notes what each has been told. A run that goes on tells nothing twice, and what they
 missed is told at its start: so even a finished run can be shown to them. trackio writes down what
 it is told only half a second later: a run that was killed before looks up what it has.
+
+What goes there may be seen by others, so no text goes there with a secret in it: names, settings,
+and the command line that W&B notes by itself.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import math
 import os
 import re
 import shlex
+import sys
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -37,6 +41,7 @@ from srlm_lite.report.facts import gather, used_settings
 from srlm_lite.run.files import read_json, read_records, write_json
 from srlm_lite.run.run import RunDir
 from srlm_lite.settings import TrackerName
+from srlm_lite.telling import for_terminal, without_secrets
 
 ITERATION = "iteration"
 """The axis of all figures but those of a training's steps."""
@@ -175,14 +180,15 @@ class RunTracking:
         """
         section, key = recipe.tracking, self._notes["id"]
         made_up = f"{recipe.name}-{self._run.path.absolute().name}-{key[:4]}"
-        name = self._notes["name"] = self._notes["name"] or section.name or made_up
+        name = self._notes["name"] or without_secrets(section.name or made_up)
+        self._notes["name"], project = name, without_secrets(section.project)
         for tracker in section.report_to:
             told = self._notes["told"].setdefault(tracker, {"stages": 0, "steps": {}})
             if TRACKERS[tracker].late:
                 told["open"] = True  # until it is closed, by which it has written everything down
             resume = bool(told["stages"] or told["steps"])
             try:
-                opening = _Opening(self._run, section.project, name, key, resume)
+                opening = _Opening(self._run, project, name, key, resume)
                 self._places[tracker] = place = TRACKERS[tracker].open(opening)
                 written = place.written() if resume else None
             except Exception as error:  # each library has errors of its own
@@ -259,8 +265,9 @@ class RunTracking:
         place = self._places.get(tracker)
         if place is None:
             return False
+        shown = {without_secrets(name): value for name, value in values.items()}
         try:
-            place.tell(values, step=step, of=of, before=before)
+            place.tell(shown, step=step, of=of, before=before)
         except Exception as error:  # a run must not die of those who look at it
             self._failed.append(self._places.pop(tracker))
             self._warn(f"{tracker} is told no more: {_first_line(error)}")
@@ -392,7 +399,8 @@ def _word(name: str) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return for_terminal(without_secrets(first))
 
 
 class _TensorBoard:
@@ -432,15 +440,16 @@ class _Wandb:
         import wandb
 
         # It would say much, and take what the terminal shows, bars and all, for a log.
-        self._run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", project),
-            name=name,
-            id=key,
-            resume="allow",
-            dir=str(run.path),
-            config=config,
-            settings=wandb.Settings(quiet=True, console=os.environ.get("WANDB_CONSOLE", "off")),
-        )
+        with _discreet_command():
+            self._run = wandb.init(
+                project=without_secrets(os.environ.get("WANDB_PROJECT", project)),
+                name=name,
+                id=key,
+                resume="allow",
+                dir=str(run.path),
+                config=config,
+                settings=wandb.Settings(quiet=True, console=os.environ.get("WANDB_CONSOLE", "off")),
+            )
         self._axes: set[str] = set()
         folder = shlex.quote(os.path.relpath(Path(self._run.dir).parent))
         self.hint = f"W&B: {f'wandb sync {folder}' if self._run.offline else self._run.url}"
@@ -511,6 +520,17 @@ TRACKERS: Mapping[TrackerName, TrackerKind] = {
     ),
 }
 """All of them, by the names that a recipe knows them by."""
+
+
+@contextlib.contextmanager
+def _discreet_command() -> Iterator[None]:
+    """The command line without secrets: W&B keeps it, and shows it to whoever sees the run."""
+    words = sys.argv
+    sys.argv = [without_secrets(word) for word in words]
+    try:
+        yield
+    finally:
+        sys.argv = words
 
 
 def _silence() -> contextlib.redirect_stdout[io.StringIO]:

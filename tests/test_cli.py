@@ -676,7 +676,7 @@ def test_check_ends_with_a_verdict_and_says_which_files_are_missing(
         "name: mine\nbase: {name: ./base}\ndata: {dir: nowhere}\njudge: {rubric: additive-5}\n"
     )
     done = cli("recipes", "check", "mine.yaml")
-    assert done.returncode == 0 and yaml.safe_load(done.stdout)["name"] == "mine"
+    assert done.returncode == 2 and yaml.safe_load(done.stdout)["name"] == "mine"
     told(done.stderr.splitlines()[-1])
     fails = re.findall(r"^  fails +(\w+)", done.stderr, re.MULTILINE)
     assert fails == ["data", "prompts", "base"]

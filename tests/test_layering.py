@@ -254,6 +254,7 @@ ALLOWED: dict[str, set[str]] = {
         "session",
         "settings",
         "stages",
+        "telling",
         "window",
     },
     "tracking": {
@@ -265,6 +266,7 @@ ALLOWED: dict[str, set[str]] = {
         "run.files",
         "run.run",
         "settings",
+        "telling",
     },
     "loop": {"methods", "run.layout", "session", "stages"},
     "bench": {

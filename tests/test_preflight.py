@@ -15,14 +15,17 @@ from threading import Thread
 from types import SimpleNamespace
 
 import pytest
+import torch
 from chat_server import free_port
 from commands import Cli, Done
 from safetensors.torch import load_file, save_file
 from toy_run import make_toy_run
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from srlm_lite import tracking
 from srlm_lite.hardware import device_name
 from srlm_lite.model.base import load_base, spoken
+from srlm_lite.model.whereabouts import SAME_NAMES, layers_in_files
 from srlm_lite.planning import machine as planning
 from srlm_lite.planning.machine import plan_for
 from srlm_lite.planning.plan import Hardware, Plan
@@ -107,7 +110,7 @@ def test_a_run_that_can_start_says_so_and_what_to_type(
         ("base", ["base.name=/no/base"], "there is nothing at /no/base"),
         ("base", ["base.name=some-org/base"], "the Hub cannot be reached"),
         ("device", ["base.device=cuda"], "CUDA"),
-        ("targets", ["dpo.lora.targets=[q_proj, c_attn]"], "c_attn"),
+        ("layers", ["dpo.lora.targets=[q_proj, c_attn]"], "c_attn"),
     ],
 )
 def test_what_fails_is_told_by_the_dry_run_and_by_the_run(
@@ -475,6 +478,7 @@ def test_what_can_be_told_without_torch_is_told_before_it_is_loaded(tmp_path: Pa
         ("new", ["base.name=some-org/base"], "the Hub cannot be reached"),
         ("new", [*judge, f"openai.url={absent}"], "cannot be reached"),
         ("new", [*judge, "openai.url=http://me:word@host/v1"], "holds a user or password"),
+        ("new", ["dpo.lora.targets=[q_porj]"], "no linear layer named q_porj. It has down_proj"),
     ]
     commands = [
         (["srlm-lite", "iterate", "--recipe", "tiny", "--adapters", str(tmp_path / name)]
@@ -486,6 +490,7 @@ def test_what_can_be_told_without_torch_is_told_before_it_is_loaded(tmp_path: Pa
         (["plan", "--recipe", "tiny", "--set", "dpo.bet=1"], "unknown key"),
         (["plan", "--recipe", "tiny", "--set", "base.name=some-org/base"], "cannot be reached"),
         (["plan", "--recipe", "tiny", "--set", "base.name=./nothing"], "nothing at ./nothing"),
+        (["plan", "--recipe", "tiny", "--set", "dpo.lora.targets=[q_porj]"], "named q_porj. It"),
         (["export", *there, "--iteration", "7", "--out", "x"], "has no iteration 7"),
         (["evaluate", *there, "--iteration", "7"], "has no iteration 7"),
         (["compare", *there, "7", "anchor"], "has no iteration 7"),
@@ -507,6 +512,40 @@ def test_what_can_be_told_without_torch_is_told_before_it_is_loaded(tmp_path: Pa
         assert told in said and said.count("\n") == 1, (words, said)
         assert not set(loaded) & LATE, (words, set(loaded) & LATE)
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without CUDA")
+def test_a_device_that_is_not_there_is_told_by_torch_alone(tmp_path: Path) -> None:
+    new = str(tmp_path / "new")
+    words = ["srlm-lite", "iterate", "--recipe", "tiny", "--adapters", new]
+    done = subprocess.run(
+        [sys.executable, "-c", ONE_PROCESS],
+        input=json.dumps([[*words, "--set", "base.device=cuda"]]),
+        capture_output=True,
+        text=True,
+    )
+    said, loaded = json.loads(done.stdout)
+    assert said.startswith("srlm-lite: base.device: ") and said.count("\n") == 1
+    assert set(loaded) & LATE == {"torch"} and not Path(new).exists()
+
+
+def test_which_layers_a_base_has_is_told_by_its_files_where_they_call_them_as_memory_does(
+    tmp_path: Path,
+) -> None:
+    """And by no others: a Mixture's files name each expert, which memory has not."""
+    assert not [kind for kind in SAME_NAMES if get_checkpoint_conversion_mapping(kind)]
+    folder = Path(load_recipe("tiny").base.name)
+    linear = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert layers_in_files(folder) == {*linear, "lm_head"}
+    settings = json.loads((folder / "config.json").read_text())
+    shutil.copytree(folder, tmp_path / "base")
+    (tmp_path / "base" / "config.json").write_text(
+        json.dumps({**settings, "model_type": "mixtral"})
+    )
+    assert layers_in_files(tmp_path / "base") is None
+    shutil.copy(folder / "config.json", tmp_path / "base")
+    (tmp_path / "base" / "model.safetensors").write_bytes(b"\xff" * 20)
+    assert layers_in_files(tmp_path / "base") is None
 
 
 # --- the doctor, and the table of checks ------------------------------------------------------

@@ -4,27 +4,41 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
+import signal
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
-from chat_server import completion, scripted
-from commands import Cli
+from chat_server import completion, free_port, scripted
+from commands import Cli, Done
+from forked import Program
 from messages import Told
 from reporting import Reply, add_anchor, add_iteration, evaluation, new_run
 from reporting import Told as ToldPair
 
 from srlm_lite import telling
-from srlm_lite.cli import chat, main
+from srlm_lite.cli import chat, doctor, main, serve
+from srlm_lite.cli.preflight import preflight_json, preflight_text
 from srlm_lite.cli.progress import ConsoleReporter
+from srlm_lite.doctor import machine, packages, proof
+from srlm_lite.doctor.finding import Finding
 from srlm_lite.errors import SrlmError, UserError
 from srlm_lite.export.card import public_recipe
-from srlm_lite.recipe import overridden
+from srlm_lite.preflight.checks import Answer
+from srlm_lite.preflight.launch import Launch
+from srlm_lite.recipe import load_recipe, overridden
 from srlm_lite.rollout.openai_engine import OpenAIEngine, key_of, reach
 from srlm_lite.rollout.protocol import Limits, Request
 from srlm_lite.run.files import read_json, write_json
+from srlm_lite.serve.http import Server
+from srlm_lite.serve.request import Refused
+from srlm_lite.serve.worker import Job
 from srlm_lite.settings import OpenAI
 from srlm_lite.telling import for_terminal, json_for_terminal, secret_in_url, without_secrets
 
@@ -155,6 +169,87 @@ def test_a_key_where_its_variable_s_name_belongs_is_neither_shown_nor_noted(
         done = cli("iterate", "--recipe", "tiny", "--adapters", tmp_path / "out", *sets)
         told(done.stderr.strip())
         assert done.returncode == 2 and key not in done.stderr
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_the_doctor_shows_no_secret(
+    planted: None, cli: Cli, monkeypatch: pytest.MonkeyPatch, as_json: bool
+) -> None:
+    """Whoever is quoted: a recipe, its name, a library that does not start, and what breaks."""
+    text = f"{KEY} http://me:{PASSWORD}@host {OBEYED}"
+    broken = Finding("bad", text, text, text, {text: text})
+    for module, found in (
+        (machine, "machine_findings"),
+        (proof, "proof_findings"),
+        (packages, "package_findings"),
+    ):
+        monkeypatch.setattr(module, found, lambda *at: [broken])
+    seen = Answer("base", "warning", text, (text,))
+    monkeypatch.setattr(doctor, "answers", lambda launch: [seen, Answer("disk", "bad", text)])
+    monkeypatch.setattr(doctor, "load_recipe", lambda name, overrides: name)
+    done = cli("doctor", "--recipe", text, *(["--json"] if as_json else []))
+    said = done.stdout + done.stderr
+    assert done.returncode == 1 and "***@host" in said and said.count("***") > 10
+    assert KEY not in said and PASSWORD not in said and not CONTROL.search(said)
+
+
+def test_a_dry_run_shows_none_either(planted: None) -> None:
+    text = f"{KEY} http://me:{PASSWORD}@host {OBEYED}"
+    found = [Answer("base", "warning", text, (text,)), Answer("disk", "bad", text)]
+    launch = Launch(load_recipe("tiny").model_copy(update={"name": text}))
+    for said in (preflight_text(found), preflight_json(launch, found)):
+        assert said.count("***@host") >= 2 and not CONTROL.search(said)
+        assert KEY not in said and PASSWORD not in said
+
+
+class Broken:
+    """Answers each request with an error that quotes secrets."""
+
+    def __init__(self, *errors: Exception) -> None:
+        self.stacks = {"base": [], "1": []}
+        self._errors = iter(errors)
+
+    def put(self, job: Job) -> None:
+        job.future.set_exception(next(self._errors))
+
+
+def test_a_server_quotes_no_secret_to_its_clients_nor_in_its_log(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its own key, which stands in no variable, and what its errors say, in answers and in lines
+    of `-v`; a thread that ends with an error tells of it alike."""
+    assert serve._key(KEY) == KEY
+    monkeypatch.setenv("HF_TOKEN", f"{KEY}-hub")
+    text = f"{KEY}-hub {KEY} http://me:{PASSWORD}@host"
+    errors = (RuntimeError(text), SrlmError(text), UserError(text), Refused(text))
+    handler = main._log_to_stderr()
+    log = logging.getLogger("srlm_lite.serve")
+    monkeypatch.setattr(log, "level", logging.INFO)
+    log.addHandler(handler)
+    asked = {"messages": [{"role": "user", "content": "q"}]}
+    try:
+        with Server("127.0.0.1", 0, Broken(*errors), key=KEY) as server:  # type: ignore[arg-type]
+            threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+            ask = httpx.Client(base_url=server.url, headers={"Authorization": f"Bearer {KEY}"})
+            answers = [
+                ask.get(f"/{KEY}?api_key={PASSWORD}"),
+                ask.get("/models", headers={"Authorization": f"Bearer {KEY}-hub"}),
+                ask.post("/chat/completions", json={**asked, "model": KEY}),
+                ask.post("/chat/completions", json={**asked, "model": "1", KEY: 1}),
+                *(ask.post("/chat/completions", json={**asked, "model": "1"}) for _ in errors),
+            ]
+            server.shutdown()
+    finally:
+        log.removeHandler(handler)
+    monkeypatch.setattr(threading, "excepthook", main._tell_of_a_thread_s_fault)
+    ending = threading.Thread(target=lambda: int(text))
+    ending.start()
+    ending.join()
+    assert [one.status_code for one in answers] == [404, 401, 404, 400, 500, 500, 400, 400]
+    logged = capfd.readouterr().err
+    assert "GET /v1/***?api_key=***" in logged and "base 10: '*** *** http://***@host'" in logged
+    for said in (*(one.text for one in answers), logged):
+        assert KEY not in said and PASSWORD not in said
 
 
 def refusing(secret: str) -> Iterator[tuple[int, object]]:
@@ -292,6 +387,39 @@ def test_overrides_of_a_run_s_url_decide_nothing_secret() -> None:
 # --- all of it --------------------------------------------------------------------------------
 
 
+def answers_of_a_server(run: Path) -> tuple[list[str], Done]:
+    """What `serve` says to its clients, with and without the key, and how it ended."""
+    port = free_port()
+    options = ("--adapters", run, "--port", str(port), "--iteration", "1")
+    key = os.environ["SRLM_API_KEY"]
+    served = Program("-m", "srlm_lite", "-v", "serve", *options)
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}/v1", timeout=120) as ask:
+            while True:
+                try:
+                    answers = [ask.get(f"/models?api_key={PASSWORD}")]
+                    break
+                except httpx.TransportError:
+                    assert served.poll() is None, served.communicate()
+                    time.sleep(0.2)
+            ask.headers["Authorization"] = f"Bearer {key}"
+            asked = {"model": "1", "messages": [{"role": "user", "content": "q"}], "max_tokens": 2}
+            answers += [
+                ask.get(f"/{key}?token={PASSWORD}"),
+                ask.post("/chat/completions", json=asked),
+                ask.post("/chat/completions", json={**asked, "model": key}),
+                ask.post("/chat/completions", json={**asked, f"{key}": PASSWORD}),
+                ask.post("/chat/completions", content=f"http://me:{PASSWORD}@host"),
+            ]
+        assert [one.status_code for one in answers] == [401, 404, 200, 404, 400, 415]
+        served.send_signal(signal.SIGINT)
+        out, err = served.communicate()
+        assert "GET /v1/***?token=*** " in err and "POST /v1/chat/completions" in err
+        return [one.text for one in answers], Done(served.returncode or 0, out, err)
+    finally:
+        served.kill()
+
+
 @pytest.mark.slow
 @pytest.mark.model
 def test_a_secret_planted_everywhere_is_in_no_file_and_in_nothing_that_is_said(
@@ -334,11 +462,15 @@ def test_a_secret_planted_everywhere_is_in_no_file_and_in_nothing_that_is_said(
             cli("compare", *there, "1", "anchor", "--limit", "1"),
             cli("export", *there, "--iteration", "1", "--out", tmp_path / "merged"),
             cli("export", *there, "--out", tmp_path / "m", "--push-to-hub", "me/m", "--dry-run"),
+            cli("-v", "doctor", "--recipe", "tiny", *sets),
+            cli("doctor", "--json", "--recipe", "tiny", *sets),
         ]
+    served, ended_at_last = answers_of_a_server(out)
+    ended.append(ended_at_last)
     codes = [one.returncode for one in ended]
     assert codes == [1, *[0] * (len(ended) - 1)], [one.stderr[-300:] for one in ended]
     assert "500: no more with ***" in ended[0].stderr
-    said = [text for one in ended for text in (one.stdout, one.stderr)]
+    said = [*served, *(text for one in ended for text in (one.stdout, one.stderr))]
     files = [file for file in tmp_path.rglob("*") if file.is_file()]
     assert (tmp_path / "merged" / "README.md") in files and out / "report.html" in files
     for secret in (KEY, PASSWORD):

@@ -262,6 +262,41 @@ def test_every_figure_is_told_once(
     assert curves["seconds/delta"] == [(1, 10), (2, 7)]
 
 
+def test_no_tracker_is_told_a_secret(
+    tracker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In names, settings, the names of figures, errors, and the command line, which W&B notes."""
+    key, password = "planted-7f3a9c-key", "planted-5e21d0-word"
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    monkeypatch.setenv("WANDB_PROJECT", f"p-{key}")
+    words = ["srlm-lite", "iterate", "--set", f"openai.url=http://me:{password}@host/v1", key]
+    monkeypatch.setattr("sys.argv", words)
+    settings = [
+        *(f"tracking.report_to={tracker}", "iterations=1", f"tracking.name=n-{key}"),
+        *(f"tracking.project=p-{key}", f"openai.url=http://me:{password}@host/v1"),
+    ]
+    run, recipe = new_run(tmp_path / "out", *settings), load_recipe("toy", settings)
+    add_anchor(run)
+    run.add_metrics({"iteration": 1, "stage": "pairs", "seconds": 2.0, "drops": {key: 4}})
+    console = Console()
+    with tracked(recipe, run, console) as told:
+        assert told is not None
+        told.step(Training(1, "delta"), 1, {key: 0.5})
+        told._places[tracker].tell = lambda *at, **more: 1 / int(key)  # type: ignore[assignment]
+        told.step(Training(1, "delta"), 2, {"loss": 0.5})
+        told.stage()
+    [warning] = console.warnings
+    assert "is told no more: invalid literal" in warning and "***" in warning
+    ours = {run.run_json, run.metrics}
+    files = [file for file in tmp_path.rglob("*") if file.is_file() and file not in ours]
+    assert len(files) >= 2  # ours, tracking.json, and theirs
+    for secret in (key, password):
+        assert not [text for text in (*console.said, warning) if secret in text]
+        assert not [file for file in files if secret.encode() in file.read_bytes()]
+        assert not [file for file in files if secret in str(file)]
+    assert words[3].endswith(f"{password}@host/v1")
+
+
 def test_a_run_that_is_over_and_told_of_is_left_alone(tracker: str, tmp_path: Path) -> None:
     settings = [f"tracking.report_to={tracker}", "iterations=1"]
     run, recipe = new_run(tmp_path / "out", *settings), load_recipe("toy", settings)

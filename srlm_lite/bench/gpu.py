@@ -39,8 +39,9 @@ from srlm_lite.bench.plain import PlainGenerate
 from srlm_lite.bench.roofline import matmul_rates, measure_rates, roofline, shape_of
 from srlm_lite.bench.workload import Workload
 from srlm_lite.errors import UserError
-from srlm_lite.model.base import LoadedBase, compute_dtype, load_base
+from srlm_lite.model.base import LoadedBase, load_base
 from srlm_lite.model.chat import ChatFormat
+from srlm_lite.model.device import compute_dtype
 from srlm_lite.model.random_base import random_base
 from srlm_lite.model.stack import Adapter, Slot
 from srlm_lite.planning.machine import refuse_base

@@ -175,7 +175,7 @@ def _stack(job: PhaseJob) -> tuple[Any, Any, list[Any]]:
 
 
 def _random(section: Base) -> LoadedBase:
-    from srlm_lite.model.base import compute_device, compute_dtype
+    from srlm_lite.model.device import compute_device, compute_dtype
     from srlm_lite.model.random_base import random_base
     from srlm_lite.planning.probe import base_config
 

@@ -28,7 +28,8 @@ from srlm_lite.bench.roofline import Rates, measure_rates, roofline, shape_of
 from srlm_lite.bench.workload import StandIn, Workload
 from srlm_lite.errors import SrlmError, UserError
 from srlm_lite.judging import whole_scores
-from srlm_lite.model.base import LoadedBase, compute_device, compute_dtype, load_base
+from srlm_lite.model.base import LoadedBase, load_base
+from srlm_lite.model.device import compute_device, compute_dtype
 from srlm_lite.model.random_base import random_base
 from srlm_lite.planning.shapes import config_of
 from srlm_lite.progress import Reporter

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import warnings
 from collections.abc import Sequence
@@ -20,6 +19,12 @@ from srlm_lite.doctor.finding import Finding, State
 from srlm_lite.preflight.checks import Answer, answers, can_start
 from srlm_lite.preflight.launch import Launch
 from srlm_lite.recipe import load_recipe
+from srlm_lite.telling import (
+    for_terminal,
+    json_for_terminal,
+    without_secrets,
+    without_secrets_in,
+)
 
 SECTIONS_THAT_COUNT = ("machine", "packages", "proof of the stack")
 """A finding `bad` in one of these, and srlm-lite is of no use here."""
@@ -68,7 +73,8 @@ def run_doctor(
     _note("")
     usable = is_usable(sections)
     if as_json:
-        typer.echo(json.dumps(_as_json(sections, usable), indent=2, ensure_ascii=False))
+        row = without_secrets_in(_as_json(sections, usable))
+        typer.echo(json_for_terminal(row, indent=2))
     else:
         show(console, sections, usable=usable)
     raise typer.Exit(1 if not usable else 0 if can_start(asked) else 2)
@@ -102,7 +108,8 @@ def show(console: Console, sections: Sections, *, usable: bool) -> None:
     """Print the report."""
     console.print(Text(f"srlm-lite {__version__}", style="bold"))
     for name, findings in sections.items():
-        console.print(Text(f"\n{name}", style="bold").append(_subtitle(findings), style="not bold"))
+        head = Text(f"\n{for_terminal(without_secrets(name))}", style="bold")
+        console.print(head.append(_subtitle(findings), style="not bold"))
         lines = _together(findings) if name == "recipes" else findings
         width = name_width(lines)
         for finding in lines:
@@ -151,5 +158,6 @@ def _gigabytes(count: object) -> str:
 def _note(text: str) -> None:
     """What is being looked at, on a terminal: libraries take seconds to import."""
     if sys.stderr.isatty():
-        sys.stderr.write(f"\r\x1b[K{f'looking at: {text} ...' if text else ''}")
+        shown = for_terminal(without_secrets(text))
+        sys.stderr.write(f"\r\x1b[K{f'looking at: {shown} ...' if text else ''}")
         sys.stderr.flush()

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from srlm_lite.doctor.finding import Finding, State
+from srlm_lite.telling import for_terminal, without_secrets
 
 WORDS: dict[State, tuple[str, str]] = {
     "ok": ("ok", "green"),
@@ -54,11 +55,13 @@ def name_width(findings: Iterable[Finding]) -> int:
 
 
 def finding_line(console: Console, finding: Finding, width: int) -> None:
-    """Print one, broken between words where the terminal ends."""
+    """Print one, broken between words where the terminal ends; it may quote anybody."""
     word, style = WORDS[finding.state]
     head = Text("  ").append(f"{word:<8}", style=style)
-    head.append(f"{finding.name.replace(GLUE, ' '):<{width}}  ")
+    name = for_terminal(without_secrets(finding.name))
+    head.append(f"{name.replace(GLUE, ' '):<{width}}  ")
     body = finding.text if finding.way_out is None else f"{finding.text}. {finding.way_out}"
+    body = for_terminal(without_secrets(body))
     indent, columns = len(head), console.width if console.is_terminal else WIDE
     if columns - indent < _BESIDE:
         console.print(head, no_wrap=True, overflow="ignore", crop=False)

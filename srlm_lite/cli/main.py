@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import sys
+import threading
 import traceback
 from pathlib import Path
 from types import TracebackType
@@ -584,6 +585,12 @@ def _tell_of_a_fault(
     sys.stderr.write(for_terminal(without_secrets(told)))
 
 
+def _tell_of_a_thread_s_fault(fault: threading.ExceptHookArgs) -> None:
+    """The same of a thread that ends with an error, as those of a server can."""
+    if fault.exc_value is not None:
+        _tell_of_a_fault(fault.exc_type, fault.exc_value, fault.exc_traceback)
+
+
 def _stand_somewhere() -> None:
     try:
         os.getcwd()
@@ -597,6 +604,7 @@ def run() -> None:
     """Entry point: a user's mistake is one line and exit code 2."""
     # Fork-based tokenizer workers warn, datasets draws bars of its own, and transformers advises.
     sys.excepthook = _tell_of_a_fault
+    threading.excepthook = _tell_of_a_thread_s_fault
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")

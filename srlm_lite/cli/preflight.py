@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 
 from srlm_lite.cli.findings import findings_text
@@ -10,6 +9,7 @@ from srlm_lite.doctor.finding import Finding, State
 from srlm_lite.preflight import checks
 from srlm_lite.preflight.checks import Answer, can_start
 from srlm_lite.preflight.launch import Launch
+from srlm_lite.telling import json_for_terminal, without_secrets_in
 
 STATES: dict[checks.State, State] = {
     "ok": "ok",
@@ -52,4 +52,4 @@ def preflight_json(launch: Launch, found: Sequence[Answer]) -> str:
             for one in found
         ],
     }
-    return json.dumps(row, indent=2, ensure_ascii=False)
+    return json_for_terminal(without_secrets_in(row), indent=2)

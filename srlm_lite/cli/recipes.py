@@ -71,7 +71,7 @@ def check(name: Name) -> None:
     """Whether a recipe is valid, what it says with all defaults filled in, and what it lacks here.
 
     The recipe goes to stdout; whether its files are there, and a verdict, to stderr. Exit code 2
-    where it is not valid; a file may come later.
+    where it is not valid, or a file that a run needs is missing or cannot be read.
     """
     import yaml
 
@@ -93,6 +93,7 @@ def check(name: Name) -> None:
         else "is valid, and its files are there; `iterate --dry-run` asks the base and the machine"
     )
     typer.echo(fitted(f"{name}: {verdict}", width), err=True)
+    raise typer.Exit(2 if missing else 0)
 
 
 def _base(name: str) -> tuple[Literal["ok", "bad", "not asked"], str]:

@@ -18,6 +18,7 @@ from srlm_lite.run.run import RunDir
 from srlm_lite.serve.http import Server, is_local
 from srlm_lite.serve.worker import Stacks, Worker
 from srlm_lite.session import Session
+from srlm_lite.telling import hide
 
 KEY_VARIABLE = "SRLM_API_KEY"
 """Holds the key where `--api-key` is not given; on a command line other users can read it."""
@@ -103,4 +104,5 @@ def _key(given: str | None) -> str | None:
     if not (key.isascii() and key.isprintable()) or key != key.strip():
         where = f"${KEY_VARIABLE}" if given is None else "--api-key"
         raise UserError("holds characters that no key has", where=where)
+    hide(key)
     return key

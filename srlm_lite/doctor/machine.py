@@ -24,7 +24,7 @@ def machine_findings(folder: Path) -> list[Finding]:
 
 def processor_finding() -> Finding:
     """Cores, and whether bfloat16 is fast on them."""
-    from srlm_lite.model.base import compute_dtype
+    from srlm_lite.model.device import compute_dtype
     from srlm_lite.settings import Base
 
     dtype = str(compute_dtype(Base(name="-", device="cpu"))).removeprefix("torch.")

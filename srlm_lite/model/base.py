@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.util
 import json
 import logging
 import math
@@ -29,6 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from srlm_lite.errors import UserError
 from srlm_lite.model import unsloth_backend
 from srlm_lite.model.checkpoint import INDEX, Checkpoint, weight_files
+from srlm_lite.model.device import compute_device, dtype_on, refuse_quantization
 from srlm_lite.model.gguf import CONVERSION, converted, gguf_settings, gguf_tokenizer
 from srlm_lite.model.heap import give_back
 from srlm_lite.model.layout import Layout
@@ -260,7 +260,7 @@ def load_base(section: Base, *, sharded: bool = False, conversion: int | None = 
     """
     kind, location = located(section.name)
     device = compute_device(section.device)
-    dtype = _dtype(section.dtype, device)
+    dtype = dtype_on(section.dtype, device)
     refuse_quantization(section)
     source: dict[str, Any] = {"name": section.name, "kind": kind, "location": location}
     folder = location
@@ -284,29 +284,10 @@ def load_base(section: Base, *, sharded: bool = False, conversion: int | None = 
     )
 
 
-def refuse_quantization(section: Base) -> None:
-    """Make sure that what rounds the weights is installed.
-
-    Raises:
-        UserError: It is not.
-    """
-    if section.quantization == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(
-            "nf4 needs bitsandbytes, which is not installed",
-            where="base.quantization",
-            way_out="pip install bitsandbytes, or set base.quantization=none",
-        )
-
-
 def _caps_its_scores(model: PreTrainedModel) -> bool:
     """Whether its attention has a soft cap: transformers 5.17 drops it in `sdpa`, its default."""
     capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
     return capped is not None and model.config._attn_implementation == "sdpa"
-
-
-def compute_dtype(section: Base) -> torch.dtype:
-    """What the section's `dtype` means on this machine."""
-    return _dtype(section.dtype, compute_device(section.device))
 
 
 def _local_files(kind: Kind, location: str, conversion: int | None) -> tuple[str, dict[str, Any]]:
@@ -318,40 +299,6 @@ def _local_files(kind: Kind, location: str, conversion: int | None) -> tuple[str
         return str(folder), {"sha256": digest, "conversion": conversion}
     _check_directory(Path(location))
     return location, {"sha256": _sha256(_base_files(Path(location)))}
-
-
-def compute_device(wanted: str) -> torch.device:
-    """The device that `base.device` names.
-
-    Raises:
-        UserError: CUDA is wanted, and no device has it.
-    """
-    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        built = torch.version.cuda is not None
-        raise UserError(
-            "no CUDA device was found" if built else "this PyTorch is built without CUDA",
-            where="base.device",
-            way_out="Set base.device=auto or cpu",
-        )
-    return torch.device("cuda", torch.cuda.current_device())
-
-
-def _dtype(wanted: str, device: torch.device) -> torch.dtype:
-    if wanted != "auto":
-        return {
-            "bfloat16": torch.bfloat16,
-            "float16": torch.float16,
-            "float32": torch.float32,
-        }[wanted]
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        # Without these instructions a CPU emulates bfloat16, slower than float32.
-        probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-        fast = any(getattr(torch.cpu, probe, bool)() for probe in probes)
-    return torch.bfloat16 if fast else torch.float32
 
 
 def _load(

@@ -25,7 +25,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from srlm_lite.errors import UserError
-from srlm_lite.model.base import compute_dtype
 from srlm_lite.model.checkpoint import (
     INDEX,
     SINGLE,
@@ -34,6 +33,7 @@ from srlm_lite.model.checkpoint import (
     TensorInfo,
     write_index,
 )
+from srlm_lite.model.device import compute_dtype
 from srlm_lite.model.layout import Layout, TensorGroup
 from srlm_lite.model.nf4 import nf4_modules
 from srlm_lite.model.stack import Adapter, Factors, fuse

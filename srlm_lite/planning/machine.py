@@ -50,7 +50,11 @@ def plan_for(
         UserError: Nothing is known of the base's shape, or a LoRA target is not of it.
     """
     if shape is None:
+        from srlm_lite.model.whereabouts import refuse_absent_layers
+
         refuse_unknown(recipe.base)
+        if Path(recipe.base.name).is_dir():
+            refuse_absent_layers(recipe.base, recipe.targets)
     hardware = hardware or hardware_found(recipe)
     return make_plan(
         recipe,
@@ -140,7 +144,7 @@ def _itemsize(recipe: Shared, hardware: Hardware) -> int:
     if hardware.device == "cuda":
         gpu = known_gpu(hardware.name)
         return 2 if gpu is None or gpu.flops else 4  # without bfloat16 in float32
-    from srlm_lite.model.base import compute_dtype
+    from srlm_lite.model.device import compute_dtype
 
     return compute_dtype(recipe.base.model_copy(update={"device": "cpu"})).itemsize
 

@@ -40,6 +40,19 @@ def base(launch: Launch) -> Seen:
     return Seen(name)
 
 
+def layers(launch: Launch) -> Seen:
+    """That names of `lora.targets` stand in the base's files, where those are here and tell."""
+    from srlm_lite.model.whereabouts import refuse_absent_layers
+
+    recipe, run = launch.recipe, launch.run
+    if launch.begun is not None and launch.begun.anchor.is_done:
+        return Seen("the run has an adapter on them", asked=False)
+    noted = None if run is None else run.base_revision
+    if not refuse_absent_layers(recipe.base, recipe.targets, revision=noted):
+        return Seen("not told by the names in its files", asked=False)
+    return Seen("its files name what is adapted")
+
+
 def files(launch: Launch) -> Seen:
     """What is in the base's files, where they are here."""
     refuse_unreadable_base(launch.recipe, launch.run)
@@ -48,11 +61,19 @@ def files(launch: Launch) -> Seen:
 
 def device(launch: Launch) -> Seen:
     """The device that the recipe names, and what its quantization needs."""
-    from srlm_lite.model.base import compute_device, compute_dtype, refuse_quantization
+    from srlm_lite.model.device import (
+        compute_device,
+        compute_dtype,
+        refuse_absent_device,
+        refuse_quantization,
+    )
 
     section = launch.recipe.base
-    found = compute_device(section.device)
+    refuse_absent_device(section.device)
     refuse_quantization(section)
+    if section.backend == "unsloth":  # which settles first how CUDA is to allocate
+        return Seen(f"{section.device}, quantization {section.quantization}")
+    found = compute_device(section.device)
     dtype = str(compute_dtype(section)).removeprefix("torch.")
     return Seen(f"{found.type}, {dtype}, quantization {section.quantization}")
 

@@ -28,9 +28,10 @@ CHECKS: Mapping[str, Check] = {
     "tracking": machine.tracking,
     "server": machine.server,
     "base": base.base,
+    "layers": base.layers,
+    "device": base.device,
     "backend": base.backend,
     "base files": base.files,
-    "device": base.device,
     "targets": base.targets,
     "anchor": base.anchor,
     "chat template": base.template,
@@ -42,15 +43,17 @@ CHECKS: Mapping[str, Check] = {
     "disk": machine.disk,
     "time": machine.time,
 }
-"""Name to check. From `backend` on they import torch, which takes seconds: whatever can be told
-without it comes before. Unsloth comes before what imports transformers."""
+"""Name to check. `device` imports torch, and those from `base files` on what loads a base, which
+takes seconds: whatever can be told without comes before. Unsloth, which `backend` imports, comes
+before what imports transformers."""
 
 NEEDS: Mapping[str, tuple[str, ...]] = {
     "prompts": ("window",),
     "judge data": ("judge", "data"),
     "held-out": ("data",),
     "base files": ("base",),
-    "targets": ("base", "base files", "device"),
+    "layers": ("base",),
+    "targets": ("base", "layers", "base files", "device"),
     "anchor": ("files", "targets"),
     "chat template": ("base", "base files", "device"),
     "conversations": ("base", "data", "prompts", "chat template"),

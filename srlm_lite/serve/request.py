@@ -9,6 +9,7 @@ from typing import Any
 
 from srlm_lite.conversation import Message, problem_of
 from srlm_lite.settings import known_temperature
+from srlm_lite.telling import without_secrets_in
 
 MOST_CHOICES = 128
 MOST_ALTERNATIVES = 20
@@ -51,12 +52,12 @@ class Refused(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
-        """The JSON of the answer."""
+        """The JSON of the answer; what it quotes, a client's words or an error's, is no secret."""
         kinds = {401: "authentication_error", 429: "rate_limit_error"}
         server = "server_error" if self.status >= 500 else "invalid_request_error"
         kind = kinds.get(self.status, server)
         told = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
-        return {"error": told}
+        return {"error": without_secrets_in(told)}
 
 
 @dataclass(frozen=True, slots=True)
