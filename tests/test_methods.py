@@ -504,7 +504,7 @@ def test_the_schedule_says_what_trains() -> None:
 META = ("method=meta-rewarding", "judge.votes=4", "judge.temperature=1.0", "base.window=512",
         "meta_rewarding.template=toy-meta",
         "meta_rewarding.verdicts=['topic: 1', 'topic: 2']", "meta_rewarding.max_new_tokens=16",
-        "dpo.init=previous", "iterations=2")  # fmt: skip
+        "dpo.init=previous", "iterations=2", "rollout.batch_rows=96")  # fmt: skip
 
 
 @pytest.mark.model
