@@ -9,7 +9,9 @@ VENV      := .venv
 BIN       := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEMO      := out/demo
-PYTEST     = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+# Tests and the programs that they start are compiled once, also where the environment says to
+# keep nothing compiled: it would be done anew in every process.
+PYTEST     = OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 HERE      := not gpu and not vllm and not unsloth and not browser
 
 .DEFAULT_GOAL := help

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +39,16 @@ def parse_yaml(text: str) -> Any:
         yaml.YAMLError: It is not YAML, a key stands twice in it, or a value is out of its range.
     """
     try:
-        return yaml.load(text, Loader=_Loader)
+        return deepcopy(_parsed(text))
     # A day that no month has, a number of thousands of digits, a tag for what it is not.
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise yaml.YAMLError(str(error)) from error
+
+
+@lru_cache(maxsize=128)
+def _parsed(text: str) -> Any:
+    """Kept: recipes that others extend are read again and again."""
+    return yaml.load(text, Loader=_Loader)
 
 
 def read_yaml(path: Path) -> Any:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
+import typer.main
 
 
 @dataclass(frozen=True)
@@ -21,12 +23,16 @@ class Done:
 
 Cli = Callable[..., Done]
 
+_built = cache(typer.main.get_command)
+"""All commands with their options, of which a process needs one set, however many it runs."""
+
 
 def in_process(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Cli:
     """The command itself, as `srlm-lite ARGS` would start it."""
     from srlm_lite.cli import main
 
     def command(*args: str | Path) -> Done:
+        monkeypatch.setattr(typer.main, "get_command", _built)
         monkeypatch.setattr(sys, "argv", ["srlm-lite", *map(str, args)])
         capfd.readouterr()
         try:

@@ -175,6 +175,16 @@ def cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> C
     return in_process(monkeypatch, capfd)
 
 
+@pytest.fixture
+def brief_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine's rates by small products and for a moment: they are beside the point."""
+    from srlm_lite.bench import roofline
+
+    monkeypatch.setattr(roofline, "LARGE", (256, 256, 256))
+    monkeypatch.setattr(roofline, "COPIED", 1 << 22)
+    monkeypatch.setattr(roofline, "SECONDS", 0.02)
+
+
 @pytest.fixture(scope="session")
 def tiny_base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base of 0.2M random weights with a byte-level tokenizer and a ChatML template.

@@ -160,6 +160,7 @@ def test_a_device_that_is_not_there_is_refused() -> None:
         bench_gpu(TINY, SMALL, Silent(), device="cuda")
 
 
+@pytest.mark.usefixtures("brief_rates")
 def test_the_command(cli: Cli, tmp_path: Path) -> None:
     ways = "plain,ours,continuous,eager,folded"
     done = cli("bench", "gpu", "--device", "cpu", "--ways", ways, "--json")

@@ -222,6 +222,7 @@ def test_the_peak_of_memory_is_seen_after_it_has_been_given_back() -> None:
 # --- the command ------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("brief_rates")
 def test_the_command(tiny_base_dir: Path, cli: Cli) -> None:
     arguments = ["--base", tiny_base_dir, "--prompts", "1", "--votes", "2"]
     done = cli("bench", "rollout", *arguments, "--json")
@@ -249,6 +250,7 @@ def test_the_command(tiny_base_dir: Path, cli: Cli) -> None:
     assert found["machine"]["cores"] >= 1 and found["versions"]["torch"]
 
 
+@pytest.mark.usefixtures("brief_rates")
 def test_ways_that_are_not_asked_for_are_null(tiny_base_dir: Path) -> None:
     small = Workload(prompts=1, n=2, answer_tokens=8, votes=2, vote_tokens=8)
     settings = RolloutBench(base=str(tiny_base_dir), ways=("batched",), workload=small)
@@ -260,6 +262,7 @@ def test_ways_that_are_not_asked_for_are_null(tiny_base_dir: Path) -> None:
     assert list(found["phases"]) == ["batched"]
 
 
+@pytest.mark.usefixtures("brief_rates")
 def test_one_by_one_is_extrapolated(tiny_base_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One of two prompts is measured, 2 answers and 2 votes on each: 6 samples."""
     small = Workload(prompts=2, n=2, answer_tokens=8, votes=2, vote_tokens=8)
@@ -279,6 +282,7 @@ def test_one_by_one_is_extrapolated(tiny_base_dir: Path, monkeypatch: pytest.Mon
     assert found["one_by_one_s"] == pytest.approx(sum(clocked.values()), abs=0.002)
 
 
+@pytest.mark.usefixtures("brief_rates")
 def test_a_base_of_random_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its shape has a window that is shorter than the prompts."""
     shape = {**SHAPES["gemma3-270m"], "vocab_size": 2048, "hidden_size": 32, "head_dim": 16}
@@ -301,6 +305,7 @@ def test_a_shape_that_the_table_lacks() -> None:
         bench_rollout(RolloutBench(base="random:llama9"), Silent())
 
 
+@pytest.mark.usefixtures("brief_rates")
 def test_a_base_whose_layers_have_other_names(tiny_base_dir: Path, tmp_path: Path) -> None:
     """One projection for queries, keys and values, and no layer of the usual names."""
     config = GPTNeoXConfig(

@@ -130,6 +130,7 @@ def test_a_sample_that_failed_is_no_sample(
         side.continuous()
 
 
+@pytest.mark.usefixtures("brief_rates")
 def test_it_is_one_of_the_ways_of_the_benchmark(tiny_base_dir: Path) -> None:
     small = Workload(prompts=2, n=2, answer_tokens=8, votes=2, vote_tokens=8)
     settings = RolloutBench(base=str(tiny_base_dir), ways=("ours", "continuous"), workload=small)

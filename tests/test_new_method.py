@@ -59,9 +59,8 @@ for words in json.loads(sys.argv[1]):
 def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkout in which somebody has followed the page."""
     root = tmp_path_factory.mktemp("checkout")
-    left = shutil.ignore_patterns("__pycache__")
     for name in ("srlm_lite", "recipes", "tests", "docs", ".ci"):
-        shutil.copytree(ROOT / name, root / name, ignore=left)
+        shutil.copytree(ROOT / name, root / name)
     for name in ("pyproject.toml", "README.md", "constraints.txt"):
         shutil.copy(ROOT / name, root / name)
     (root / "srlm_lite" / "methods" / "second_best.py").write_text(METHOD)

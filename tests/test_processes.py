@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from commands import Cli
 from forked import Program
 from trainings import CASES
 
@@ -311,17 +312,34 @@ def test_a_mistake_is_said_once_and_ends_both(tmp_path: Path) -> None:
 
 
 def test_rlhf_is_refused_at_once_where_there_are_several_processes(tmp_path: Path) -> None:
-    both = started_as_two(
+    """The first one says so and ends; then a launcher ends the other, which waits for that."""
+    first, second = started_as_two(
         *("-m", "srlm_lite", "iterate", "--recipe", "toy-rlhf", "--adapters", str(tmp_path / "out"))
     )
-    said = [process.communicate() for process in both]
-    assert [process.returncode for process in both] == [2, 2]
-    lines = [line for _, errors in said for line in errors.splitlines() if "srlm-lite:" in line]
-    assert lines == [
+    _, errors = first.communicate()
+    assert first.returncode == 2
+    assert second.poll() is None
+    second.kill()
+    assert second.communicate() == ("", "")
+    assert [line for line in errors.splitlines() if "srlm-lite:" in line] == [
         "srlm-lite: method: rlhf trains in one process, and there are 2. "
         "Start it without a launcher"
     ]
     assert not (tmp_path / "out").exists()
+
+
+def test_one_that_no_launcher_ends_leaves_by_itself_without_a_word(
+    tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "a"}
+    for name, value in {**told, "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(processes, "_met", threading.Event())
+    monkeypatch.setattr(processes, "HEARD_S", 0.2)
+    start = time.monotonic()
+    done = cli("iterate", "--recipe", "toy-rlhf", "--adapters", tmp_path / "out")
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "")
+    assert time.monotonic() - start >= 0.2
 
 
 RLAIF = (

@@ -20,6 +20,8 @@ LARGE = (2048, 2048, 2048)
 """Rows, inputs and outputs of a product that keeps any machine busy."""
 COPIED = 1 << 28
 """Bytes; far more than any cache holds."""
+SECONDS = 0.3
+"""For as long each product and the copy are tried; the best one counts."""
 
 
 def shape_of(model: Any) -> Dimensions:
@@ -135,14 +137,14 @@ def copy_bandwidth(device: torch.device) -> float:
     return 2 * COPIED / _best(lambda: target.copy_(source), device)
 
 
-def _best(work: Callable[[], object], device: torch.device, *, seconds: float = 0.3) -> float:
-    """The shortest of the runs that fit into so many seconds, after one that does not count."""
+def _best(work: Callable[[], object], device: torch.device) -> float:
+    """The shortest of the runs that fit into `SECONDS`, after one that does not count."""
     best, end = float("inf"), 0.0
     work()
     synchronise(device)
     while not end or time.perf_counter() < end:
         start = time.perf_counter()
-        end = end or start + seconds
+        end = end or start + SECONDS
         work()
         synchronise(device)
         best = min(best, time.perf_counter() - start)

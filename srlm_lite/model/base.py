@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 import transformers
-from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from srlm_lite.errors import UserError
 from srlm_lite.model import unsloth_backend
+from srlm_lite.model.bare import bare_model
 from srlm_lite.model.checkpoint import INDEX, Checkpoint, weight_files
 from srlm_lite.model.device import compute_device, dtype_on, refuse_quantization
 from srlm_lite.model.gguf import CONVERSION, converted, gguf_settings, gguf_tokenizer
@@ -239,10 +239,7 @@ def empty_model(base: Path | Any) -> PreTrainedModel:
     settings = base
     if isinstance(base, Path):
         settings = hf.AutoConfig.from_pretrained(str(base), trust_remote_code=False)
-    with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = hf.AutoModelForCausalLM.from_config(
-            settings, dtype=torch.float32, trust_remote_code=False
-        )
+    model = bare_model(settings)
     model.tie_weights()
     model.train(False)
     return model

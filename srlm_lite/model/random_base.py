@@ -11,9 +11,8 @@ from typing import Any, Literal
 
 import torch
 import transformers
-from accelerate import init_empty_weights
-from transformers import PreTrainedModel
 
+from srlm_lite.model.bare import bare_model
 from srlm_lite.model.base import LoadedBase, keep_differentiable
 from srlm_lite.model.nf4 import expect_nf4, put_weight
 from srlm_lite.shipped import recipes_dir
@@ -41,8 +40,7 @@ def random_base(
     Args:
         shape: A `LlamaConfig`, or another decoder-only configuration.
     """
-    with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = hf.AutoModelForCausalLM.from_config(shape, dtype=dtype)
+    model = bare_model(shape, dtype=dtype)
     if quantization == "nf4":
         expect_nf4(model, dtype)
     model.tie_weights()

@@ -20,13 +20,13 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 import transformers
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from srlm_lite.model.bare import bare_model
 from srlm_lite.model.checkpoint import Checkpoint
 from srlm_lite.model.layout import Layout
 from srlm_lite.model.nf4 import expect_nf4, put_weight
@@ -45,10 +45,7 @@ def load_shards(
     All processes call it. A layer is read and quantized whole and then cut, so the peak of memory
     is the finished part and one layer.
     """
-    with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = hf.AutoModelForCausalLM.from_config(
-            settings, dtype=dtype, trust_remote_code=False
-        )
+    model = bare_model(settings, dtype=dtype)
     model.tie_weights()
     files = Layout(Checkpoint(folder), model)
     if nf4:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -143,6 +144,21 @@ def probe(settings: Any, targets: Iterable[str] = ()) -> Shape:
         UserError: transformers makes no causal language model of it, or one of the LoRA targets
             names no layer that can carry an adapter.
     """
+    told = settings.to_json_string(use_diff=False)
+    return _probed(_Described(type(settings), told, settings), tuple(targets))
+
+
+@dataclass(frozen=True, slots=True)
+class _Described:
+    """A configuration that can be looked up: by all that it says."""
+
+    kind: type
+    told: str
+    settings: Any = field(compare=False)
+
+
+@lru_cache(maxsize=32)
+def _probed(described: _Described, targets: tuple[str, ...]) -> Shape:
     from srlm_lite.model.base import empty_model
     from srlm_lite.model.nf4 import nf4_modules
     from srlm_lite.model.targets import (
@@ -154,6 +170,7 @@ def probe(settings: Any, targets: Iterable[str] = ()) -> Shape:
         text_model,
     )
 
+    settings = described.settings
     try:
         model = empty_model(settings)
     except (ValueError, KeyError, AttributeError, ImportError) as error:

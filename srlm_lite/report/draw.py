@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 import re
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 from xml.sax.saxutils import escape
 
@@ -59,8 +60,12 @@ WIDTH = 4.9
 """Inches; a phone shows it about as wide as that, and its letters at their size."""
 
 
+@lru_cache(maxsize=128)
 def svg(chart: Chart) -> str:
-    """The chart as an `<svg>` element for an HTML page; the same values give the same bytes."""
+    """The chart as an `<svg>` element for an HTML page; the same values give the same bytes.
+
+    A tenth of a second each: what shows a chart again, as a notebook does, draws it once.
+    """
     import matplotlib
     from matplotlib.figure import Figure
 
