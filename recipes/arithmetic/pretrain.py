@@ -18,17 +18,15 @@ core.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import yaml
 
 from srlm_lite.tasks import arithmetic
-
-Row = dict[str, Any]
+from srlm_lite.tasks.rows import Row, prompt_rows, ranked_rows, write_rows
 
 RECIPES = Path(__file__).parent.parent
 RUBRIC: str = yaml.safe_load((RECIPES / "rubrics" / "arithmetic.yaml").read_text("utf-8"))[
@@ -104,16 +102,19 @@ def make_data(*, seed: int) -> dict[str, list[Row]]:
         for number, prompt in enumerate(known[:400])
     ]
     eft_train = [
-        _judged_row(f"arithmetic-eft-{number:04}", 0, prompt, response, rank=0, with_target=True)
+        row
         for number, prompt in enumerate(known[400:1200])
-        for response in [_answer_with_score(rng, prompt, number)]
-    ]
+        for row in ranked_rows(
+            f"arithmetic-eft-{number:04}", prompt, [_answer_with_score(rng, prompt, number)],
+            score=_score, target=arithmetic.review,
+        )
+    ]  # fmt: skip
     return {
         "ift": ift,
         "eft_train": eft_train,
-        "eft_eval": _ranked_rows(rng, "arithmetic-judge", unseen[:60]),
-        "prompts": _prompt_rows("arithmetic-prompt", known[1200:]),
-        "eval_prompts": _prompt_rows("arithmetic-eval", unseen[60:260]),
+        "eft_eval": _ranked(rng, "arithmetic-judge", unseen[:60]),
+        "prompts": prompt_rows("arithmetic-prompt", known[1200:], "arithmetic"),
+        "eval_prompts": prompt_rows("arithmetic-eval", unseen[60:260], "arithmetic"),
     }
 
 
@@ -142,8 +143,8 @@ def write_data(directory: Path, *, seed: int) -> None:
     """Write each file of `make_data` as JSONL into `data`, and the verdicts beside it."""
     (directory / "data").mkdir(parents=True, exist_ok=True)
     for stem, rows in make_data(seed=seed).items():
-        _write_rows(directory / "data" / f"{stem}.jsonl", rows)
-    _write_rows(directory / "steps.jsonl", make_steps(seed=seed))
+        write_rows(directory / "data" / f"{stem}.jsonl", rows)
+    write_rows(directory / "steps.jsonl", make_steps(seed=seed))
 
 
 def pretraining_dialogues(rng: random.Random, slips: float) -> Iterator[tuple[str, str]]:
@@ -198,46 +199,13 @@ def _answer_with_score(rng: random.Random, prompt: str, number: int) -> str:
             return response
 
 
-def _judged_row(
-    prompt_id: str, at: int, prompt: str, response: str, *, rank: int, with_target: bool
-) -> Row:
-    return {
-        "prompt_id": prompt_id,
-        "prompt": prompt,
-        "response_id": f"{prompt_id}-{at}",
-        "response": response,
-        "rank": rank,
-        "quality": float(_score(prompt, response)),
-        "target": arithmetic.review(prompt, response) if with_target else None,
-    }
-
-
-def _ranked_rows(rng: random.Random, stem: str, prompts: list[str]) -> list[Row]:
-    rows = []
+def _ranked(rng: random.Random, stem: str, prompts: list[str]) -> list[Row]:
+    """Four answers to each prompt, every second one without a mistake."""
+    rows: list[Row] = []
     for number, prompt in enumerate(prompts):
-        responses = [_answer_with_score(rng, prompt, at) for at in range(4)]
-        scores = [_score(prompt, response) for response in responses]
-        order = sorted(set(scores), reverse=True)
-        rows += [
-            _judged_row(
-                f"{stem}-{number:04}", at, prompt, response,
-                rank=order.index(score), with_target=False,
-            )
-            for at, (response, score) in enumerate(zip(responses, scores, strict=True))
-        ]  # fmt: skip
+        answers = [_answer_with_score(rng, prompt, at) for at in range(4)]
+        rows += ranked_rows(f"{stem}-{number:04}", prompt, answers, score=_score)
     return rows
-
-
-def _prompt_rows(stem: str, texts: list[str]) -> list[Row]:
-    return [
-        {"prompt_id": f"{stem}-{number:04}", "text": text, "source": "arithmetic"}
-        for number, text in enumerate(texts)
-    ]
-
-
-def _write_rows(path: Path, rows: list[Row]) -> None:
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    path.write_text(text, encoding="utf-8")
 
 
 def main() -> None:

@@ -11,7 +11,6 @@ The same seed writes the same bytes.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from pathlib import Path
 
 from srlm_lite.judging import load_rubric
 from srlm_lite.tasks.house_style import gold, review
+from srlm_lite.tasks.rows import ranked_rows, write_rows
 
 IFT_ROWS = 400
 EFT_ROWS = 720
@@ -724,24 +724,6 @@ def _ift(rng: random.Random, parts: list[tuple[Kind, str]]) -> Iterable[dict[str
         }
 
 
-def _ranked(
-    prompt_id: str, prompt: str, replies: list[str], *, with_target: bool
-) -> Iterable[dict[str, object]]:
-    """Rows of one prompt; replies with the same gold score share a rank, 0 is the best."""
-    scores = [_score(prompt, reply) for reply in replies]
-    order = sorted(set(scores), reverse=True)
-    for number, (reply, score) in enumerate(zip(replies, scores, strict=True)):
-        yield {
-            "prompt_id": prompt_id,
-            "prompt": prompt,
-            "response_id": f"{prompt_id}-{number}",
-            "response": reply,
-            "rank": order.index(score),
-            "quality": float(score),
-            "target": review(prompt, reply) if with_target else None,
-        }
-
-
 def _eft(rng: random.Random, parts: list[tuple[Kind, str]]) -> Iterable[dict[str, object]]:
     """Three replies a prompt; the six scores are equally frequent."""
     for number in range(EFT_ROWS // 3):
@@ -750,7 +732,7 @@ def _eft(rng: random.Random, parts: list[tuple[Kind, str]]) -> Iterable[dict[str
         points = (0, 2, 4) if number % 2 else (1, 3, 5)
         replies = [write_reply(rng, kind, topic, _keep(rng, value)) for value in points]
         rng.shuffle(replies)
-        yield from _ranked(f"eft-{number:04d}", prompt, replies, with_target=True)
+        yield from ranked_rows(f"eft-{number:04d}", prompt, replies, score=_score, target=review)
 
 
 def _bait_lines(rng: random.Random, topic: str) -> list[str]:
@@ -789,7 +771,7 @@ def _bait(rng: random.Random, parts: list[tuple[Kind, str]]) -> Iterable[dict[st
                 reply = _baited(rng, kind, topic, wanted)
             replies.append(reply)
         rng.shuffle(replies)
-        for row in _ranked(f"bait-{number:04d}", prompt, replies, with_target=False):
+        for row in ranked_rows(f"bait-{number:04d}", prompt, replies, score=_score):
             yield {**row, "target": review(prompt, rubric.quote(str(row["response"])))}
 
 
@@ -799,7 +781,7 @@ def _judge_eval(rng: random.Random, parts: list[tuple[Kind, str]]) -> Iterable[d
         points = sorted(rng.sample(range(RULES + 1), EVAL_REPLIES))
         replies = [write_reply(rng, kind, topic, _keep(rng, value)) for value in points]
         rng.shuffle(replies)
-        yield from _ranked(f"judge-{number:04d}", prompt, replies, with_target=False)
+        yield from ranked_rows(f"judge-{number:04d}", prompt, replies, score=_score)
 
 
 def _prompts(
@@ -843,8 +825,7 @@ def main() -> None:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     for name, rows in make(options.seed).items():
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (options.out / name).write_text(text, encoding="utf-8")
+        write_rows(options.out / name, rows)
 
 
 if __name__ == "__main__":

@@ -17,17 +17,14 @@ Deterministic for a seed and thread count on one machine. Takes six to seven min
 from __future__ import annotations
 
 import argparse
-import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from srlm_lite.tasks import toy
-
-Row = dict[str, Any]
+from srlm_lite.tasks.rows import Row, prompt_rows, ranked_rows, write_rows
 
 RUBRIC = Path(__file__).parent.parent / "rubrics" / "toy.yaml"
 META_TEMPLATE = Path(__file__).parent.parent / "templates" / "toy-meta.txt"
@@ -68,17 +65,20 @@ def make_data(*, seed: int) -> dict[str, list[Row]]:
         for number, prompt in enumerate(ift_prompts)
     ]
     eft_train = [
-        _judged_row(f"toy-eft-{number:04}", 0, prompt, response, rank=0, with_target=True)
+        row
         for number, prompt in enumerate(eft_prompts)
-        for response in [_answer_with_score(rng, prompt, number % 6)]
-    ]
-    eft_eval = _ranked_rows(rng, "toy-judge", judge_eval)
+        for row in ranked_rows(
+            f"toy-eft-{number:04}", prompt, [_answer_with_score(rng, prompt, number % 6)],
+            score=_gold, target=toy.review,
+        )
+    ]  # fmt: skip
+    eft_eval = _ranked(rng, "toy-judge", judge_eval)
     return {
         "ift": ift,
         "eft_train": eft_train,
         "eft_eval": eft_eval,
-        "prompts": _prompt_rows("toy-prompt", loop_prompts),
-        "eval_prompts": _prompt_rows("toy-eval", policy_eval),
+        "prompts": prompt_rows("toy-prompt", loop_prompts, "toy"),
+        "eval_prompts": prompt_rows("toy-eval", policy_eval, "toy"),
     }
 
 
@@ -86,7 +86,7 @@ def make_ranked(*, seed: int) -> list[Row]:
     """Ranked replies for the methods that learn from those: prompts that no other file has."""
     known = toy.prompts(held_out=False)
     random.Random(f"toy data {seed}").shuffle(known)
-    return _ranked_rows(random.Random(f"toy ranked {seed}"), "toy-ranked", known[2160:2400])
+    return _ranked(random.Random(f"toy ranked {seed}"), "toy-ranked", known[2160:2400])
 
 
 def make_meta(*, seed: int) -> list[Row]:
@@ -230,17 +230,12 @@ def write_data(directory: Path, *, seed: int) -> None:
     """Write each file of `make_data` as JSONL, and the methods' own beside the directory."""
     directory.mkdir(parents=True, exist_ok=True)
     for stem, rows in make_data(seed=seed).items():
-        _write_rows(directory / f"{stem}.jsonl", rows)
-    _write_rows(directory.parent / "ranked.jsonl", make_ranked(seed=seed))
-    _write_rows(directory.parent / "meta.jsonl", make_meta(seed=seed))
-    _write_rows(directory.parent / "rlaif.jsonl", make_rlaif(seed=seed))
-    _write_rows(directory.parent / "disturb.jsonl", make_disturbed(seed=seed))
-    _write_rows(directory.parent / "checklist.jsonl", make_checklists(seed=seed))
-
-
-def _write_rows(path: Path, rows: list[Row]) -> None:
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    path.write_text(text, encoding="utf-8")
+        write_rows(directory / f"{stem}.jsonl", rows)
+    write_rows(directory.parent / "ranked.jsonl", make_ranked(seed=seed))
+    write_rows(directory.parent / "meta.jsonl", make_meta(seed=seed))
+    write_rows(directory.parent / "rlaif.jsonl", make_rlaif(seed=seed))
+    write_rows(directory.parent / "disturb.jsonl", make_disturbed(seed=seed))
+    write_rows(directory.parent / "checklist.jsonl", make_checklists(seed=seed))
 
 
 def pretraining_dialogues(rng: random.Random) -> Iterator[tuple[str, str]]:
@@ -288,41 +283,13 @@ def _answer_with_score(rng: random.Random, prompt: str, score: int) -> str:
             return response
 
 
-def _judged_row(
-    prompt_id: str, at: int, prompt: str, response: str, *, rank: int, with_target: bool
-) -> Row:
-    return {
-        "prompt_id": prompt_id,
-        "prompt": prompt,
-        "response_id": f"{prompt_id}-{at}",
-        "response": response,
-        "rank": rank,
-        "quality": float(_gold(prompt, response)),
-        "target": toy.review(prompt, response) if with_target else None,
-    }
-
-
-def _ranked_rows(rng: random.Random, stem: str, prompts: list[str]) -> list[Row]:
-    rows = []
+def _ranked(rng: random.Random, stem: str, prompts: list[str]) -> list[Row]:
+    """Four answers to each prompt, by gold."""
+    rows: list[Row] = []
     for number, prompt in enumerate(prompts):
-        responses = [toy.sample_answer(rng, prompt, rng.choice((0.3, 0.7))) for _ in range(4)]
-        scores = [_gold(prompt, response) for response in responses]
-        order = sorted(set(scores), reverse=True)
-        rows += [
-            _judged_row(
-                f"{stem}-{number:04}", at, prompt, response,
-                rank=order.index(score), with_target=False,
-            )
-            for at, (response, score) in enumerate(zip(responses, scores, strict=True))
-        ]  # fmt: skip
+        answers = [toy.sample_answer(rng, prompt, rng.choice((0.3, 0.7))) for _ in range(4)]
+        rows += ranked_rows(f"{stem}-{number:04}", prompt, answers, score=_gold)
     return rows
-
-
-def _prompt_rows(stem: str, texts: list[str]) -> list[Row]:
-    return [
-        {"prompt_id": f"{stem}-{number:04}", "text": text, "source": "toy"}
-        for number, text in enumerate(texts)
-    ]
 
 
 def main() -> None:
