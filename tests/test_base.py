@@ -6,7 +6,7 @@ import json
 import logging
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
+import transformers
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
@@ -34,6 +35,7 @@ from srlm_lite.errors import UserError
 from srlm_lite.model import base as base_module
 from srlm_lite.model import gguf as gguf_module
 from srlm_lite.model import whereabouts
+from srlm_lite.model.bare import bare_model
 from srlm_lite.model.base import (
     LoadedBase,
     load_base,
@@ -122,6 +124,22 @@ def test_a_directory_loads_frozen_and_ready(tiny_base_dir: Path) -> None:
     assert base.source["kind"] == "directory"
     assert len(base.source["sha256"]) == 64
     json.dumps(base.source)
+
+
+@pytest.mark.parametrize("family", ["gemma3", "recurrent_gemma", "deepseek_v3", "qwen3_next"])
+def test_a_model_without_weights_has_its_buffers(
+    family: str, family_base: Callable[[str], Path]
+) -> None:
+    """Those that no file holds, as a model that is really there has them."""
+    hf: Any = transformers
+    settings = hf.AutoConfig.from_pretrained(family_base(family))
+    bare = bare_model(settings)
+    assert {parameter.device.type for parameter in bare.parameters()} == {"meta"}
+    whole = hf.AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
+    found, expected = dict(bare.named_buffers()), dict(whole.named_buffers())
+    assert found.keys() == expected.keys()
+    for name, buffer in expected.items():
+        assert torch.equal(found[name], buffer), name
 
 
 def test_the_digest_of_a_directory_follows_its_weights(

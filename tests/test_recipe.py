@@ -28,6 +28,7 @@ from srlm_lite.shipped import (
     shipped_text,
 )
 from srlm_lite.stages.seed_data import data_file
+from srlm_lite.yaml_text import parse_yaml
 
 MINIMAL: dict[str, Any] = {"name": "t", "base": {"name": "some/base"}, "data": {"dir": "nowhere"}}
 
@@ -579,6 +580,12 @@ def test_a_long_value_is_shown_in_part(told: Told, written: Path) -> None:
 
 def test_the_home_of_nobody_is_a_path_like_any_other(written: Path) -> None:
     assert load_recipe(str(written), ["data.dir=~nobody-here/x"]).data.dir == "~nobody-here/x"
+
+
+def test_what_was_read_is_the_reader_s_own() -> None:
+    """A text is parsed once; who changes what it says changes nothing for the next reader."""
+    parse_yaml("a: {b: [1]}")["a"]["b"].append(2)
+    assert parse_yaml("a: {b: [1]}") == {"a": {"b": [1]}}
 
 
 def test_a_mark_at_the_start_of_a_file_from_windows_is_passed_over(tmp_path: Path) -> None:
