@@ -133,11 +133,19 @@ class Session:
         return base
 
     def _warn_of_positions(self, base: LoadedBase) -> None:
-        positions = getattr(base.model.config.get_text_config(), "max_position_embeddings", None)
-        if isinstance(positions, int) and self.recipe.base.window > positions:
+        text, window = base.model.config.get_text_config(), self.recipe.base.window
+        positions = getattr(text, "max_position_embeddings", None)
+        if isinstance(positions, int) and window > positions:
             self.reporter.warn(
-                f"base.window is {self.recipe.base.window}, and the base was made for {positions} "
+                f"base.window is {window}, and the base was made for {positions} "
                 "positions: text beyond them it reads and writes badly, if at all"
+            )
+        own = positions_of_its_own(text)
+        if own is not None and window > own:
+            self.reporter.warn(
+                f"base.window is {window}, and beside a text of more than {own} tokens this base "
+                "reads and writes others otherwise than alone: what a prompt samples depends on "
+                f"its neighbours. base.window={own} avoids that"
             )
 
     @cached_property
@@ -442,6 +450,25 @@ def refuse_unexportable(recipe: Recipe, run: RunDir | None) -> None:
     folder = directory_here(recipe.base, revision=revision)
     if folder is not None:
         refuse(folder, recipe.targets)
+
+
+def positions_of_its_own(config: Any) -> int | None:
+    """Tokens up to which a text's positions are scaled by nothing but itself; None: however long.
+
+    transformers scales those of the types `longrope` and `dynamic` by the longest text in a batch.
+
+    Args:
+        config: Of the text model.
+    """
+    said = getattr(config, "rope_parameters", None) or {}
+    kinds = [one for one in said.values() if isinstance(one, dict)] or [said]
+    made_for = getattr(config, "max_position_embeddings", None)
+    found = [
+        one.get("original_max_position_embeddings") if kind == "longrope" else made_for
+        for one in kinds
+        if (kind := one.get("rope_type")) in ("longrope", "dynamic")
+    ]
+    return min((int(each) for each in found if each), default=None)
 
 
 def import_backend(recipe: Recipe) -> None:

@@ -25,7 +25,12 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from srlm_lite import tracking
 from srlm_lite.hardware import device_name
 from srlm_lite.model.base import load_base, spoken
-from srlm_lite.model.whereabouts import SAME_NAMES, layers_in_files
+from srlm_lite.model.whereabouts import (
+    SAME_NAMES,
+    layers_in_files,
+    layers_in_gguf,
+    smollm2_file,
+)
 from srlm_lite.planning import machine as planning
 from srlm_lite.planning.machine import plan_for
 from srlm_lite.planning.plan import Hardware, Plan
@@ -546,6 +551,10 @@ def test_which_layers_a_base_has_is_told_by_its_files_where_they_call_them_as_me
     shutil.copy(folder / "config.json", tmp_path / "base")
     (tmp_path / "base" / "model.safetensors").write_bytes(b"\xff" * 20)
     assert layers_in_files(tmp_path / "base") is None
+    (tmp_path / "torn.gguf").write_bytes(b"GGUF" + b"\xff" * 20)
+    assert layers_in_gguf(tmp_path / "torn.gguf") is None
+    if (file := smollm2_file()) is not None:
+        assert layers_in_gguf(file) == {*linear, "lm_head"}
 
 
 # --- the doctor, and the table of checks ------------------------------------------------------

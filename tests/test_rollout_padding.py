@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from srlm_lite.model.stack import Slot
 from srlm_lite.rollout.plain import hides_padding
 from srlm_lite.rollout.protocol import Limits, Request
 from srlm_lite.rollout.transformers_engine import TransformersEngine
+from srlm_lite.session import Session, positions_of_its_own
 from srlm_lite.settings import Base
 from srlm_lite.training.likelihood import log_likelihoods
 from srlm_lite.training.sft import Example
@@ -172,3 +174,55 @@ def test_likelihoods_do_not_depend_on_padding(base: LoadedBase, slot: Slot) -> N
     alone = [log_likelihoods(slot, base, (), [one], batch_rows=1)[0] for one in examples]
     assert together == pytest.approx(alone, rel=1e-4)
     assert len({round(value) for value in alone}) > 2
+
+
+HALF = 8  # of a head's width: a frequency for each two numbers
+LONGROPE = {
+    **{"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 16},
+    **{"short_factor": [1.0] * HALF, "long_factor": [4.0] * HALF},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "own"),
+    [
+        ("Phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 16}, 16),
+        (
+            "Llama",
+            {
+                "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
+                "max_position_embeddings": 16,
+            },
+            16,
+        ),
+        ("Llama", {}, None),
+    ],
+)
+def test_a_run_is_warned_where_a_base_s_positions_go_by_the_longest_text_of_a_batch(
+    kind: str, more: dict[str, Any], own: int | None
+) -> None:
+    torch.manual_seed(0)
+    config = getattr(hf, f"{kind}Config")(**{**SMALL, "initializer_range": 0.3, **more})
+    model = getattr(hf, f"{kind}ForCausalLM")(config).eval()
+    short, positions = torch.arange(3, 11), torch.arange(40)
+
+    def logits(longest: int) -> torch.Tensor:
+        """Of the short text, beside one of that length, both padded to it."""
+        ids = torch.zeros(2, longest, dtype=torch.long)
+        ids[0, : len(short)], ids[1] = short, torch.arange(longest) + 3
+        with torch.no_grad():
+            mask = (ids > 0).long()
+            found = model(ids, attention_mask=mask, position_ids=positions[None, :longest])
+        return torch.as_tensor(found.logits[0, : len(short)])
+
+    assert positions_of_its_own(config) == own
+    torch.testing.assert_close(logits(16), logits(8), atol=1e-4, rtol=0)
+    assert torch.allclose(logits(17), logits(8), atol=1e-2) is (own is None)
+    told: list[str] = []
+    for window in (16, 17):
+        recipe = SimpleNamespace(base=SimpleNamespace(window=window))
+        session: Any = SimpleNamespace(recipe=recipe, reporter=SimpleNamespace(warn=told.append))
+        Session._warn_of_positions(session, SimpleNamespace(model=model))  # type: ignore[arg-type]
+    told = [line for line in told if "neighbours" in line]
+    assert len(told) == (0 if own is None else 1)
+    assert all(line.endswith("base.window=16 avoids that") for line in told)

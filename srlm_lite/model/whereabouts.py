@@ -7,6 +7,7 @@ import importlib.util
 import json
 import logging
 import re
+import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
@@ -24,6 +25,7 @@ from huggingface_hub.errors import (
 )
 
 from srlm_lite.errors import UserError
+from srlm_lite.model.gguf_header import read_header
 from srlm_lite.settings import LORA_TARGETS, Base
 
 SMOLLM2 = "smollm2-135m-instruct"
@@ -40,7 +42,19 @@ PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 SAME_NAMES = frozenset(
     {"gemma2", "gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3"}
 )
-"""Model types of which a layer has the same last name in the files and in memory."""
+"""Model types, and architectures of GGUF, whose layers have the same last names in the files as in
+memory."""
+
+IN_GGUF = {
+    "attn_q": "q_proj",
+    "attn_k": "k_proj",
+    "attn_v": "v_proj",
+    "attn_output": "o_proj",
+    "ffn_gate": "gate_proj",
+    "ffn_up": "up_proj",
+    "ffn_down": "down_proj",
+}
+"""Layers of a dense model, as GGUF and as memory call them."""
 
 _HEAD = "lm_head"
 """The last layer, which may carry an adapter and is not proposed."""
@@ -143,8 +157,11 @@ def refuse_absent_layers(
     Raises:
         UserError: The base has no layer of such a name; says which names it has.
     """
+    kind, location = located(section.name)
     folder = directory_here(section, revision=revision)
     known = None if folder is None else layers_in_files(folder)
+    if kind == "gguf":
+        known = layers_in_gguf(Path(location))
     if known is None:
         return False
     for target in targets:
@@ -183,6 +200,19 @@ def layers_in_files(folder: Path) -> frozenset[str] | None:
         if _OF_A_LAYER.search(name) and "vision" not in name and len(shape) == 2
     }
     return frozenset({*found, _HEAD}) if found else None
+
+
+def layers_in_gguf(file: Path) -> frozenset[str] | None:
+    """The same of a GGUF file, in which architectures such as Llama's call their layers alike."""
+    try:
+        header = read_header(file)
+    except (OSError, ValueError, struct.error):
+        return None
+    if header.architecture not in SAME_NAMES:
+        return None
+    if not {f"blk.0.{name}.weight" for name in IN_GGUF} <= header.tensors.keys():
+        return None  # fused, or a mixture's experts
+    return frozenset({*IN_GGUF.values(), _HEAD})
 
 
 def smollm2_file() -> Path | None:
