@@ -36,6 +36,10 @@ class UserError(SrlmError):
         super().__init__(" ".join(line.split()))
 
 
+class TooFewPairs(UserError):
+    """An iteration has found fewer pairs than the recipe wants: nothing is left to learn from."""
+
+
 class ProofError(SrlmError):
     """An invariant of the adapter stack does not hold; the run stops before it does harm."""
 

@@ -116,6 +116,10 @@ def test_mean_and_spread_over_seeds() -> None:
     assert found["by_criterion"] == [{"unique": 0.44, "topic": 1.0}, {"unique": 0.6, "topic": 1.0}]
     assert found["greedy_by_criterion"] == [{}, {}]  # not measured
     assert summary(runs[:1])["rise_spread"] is None
+    # A run that stopped after its anchor: no rise, but a mean of what there is.
+    found = summary([*runs, {"models": [model(2.5)], "seconds": 2, "stopped": "no pairs"}])
+    assert found["gold"] == [2.3, 3.0]
+    assert (found["rise"], found["stopped"], found["seconds"]) == (0.8, 1, 4)
 
 
 def test_how_far_a_case_is_above_another_by_seed() -> None:
@@ -132,6 +136,8 @@ def test_how_far_a_case_is_above_another_by_seed() -> None:
     }
     assert above(case[:1], other[:1]) == {"mean": 0.5, "low": None, "high": None}
     assert above(case, []) is None
+    case[2]["stopped"] = "no pairs"
+    assert above(case, other) == above(case[:2], other[:2])
 
 
 def test_the_plot_names_every_case_in_the_panel_of_its_group() -> None:
@@ -247,6 +253,12 @@ def test_the_bench_runs_and_goes_on(jobs: str, tmp_path: Path, cli: Cli) -> None
     assert first["cold_anchor"]["gold"][0] is not None
     assert "<svg" in (tmp_path / "plot.svg").read_text()
     _is_as_if_run_alone(tmp_path / "out", "random-pairs-0", tmp_path / "alone")
+    # A run that stops for want of pairs does not end the bench; it is told as far as it came.
+    too_few = (*SMALL, "pairing.min_pairs=100")
+    stopping = MethodsBench(tmp_path / "out", cases=names[:1], iterations=2, overrides=too_few)
+    [stopped] = bench_methods(stopping)["cases"][names[0]]["runs"]
+    assert "fewer than pairing.min_pairs = 100" in stopped["stopped"]
+    assert stopped["models"] == first["cases"][names[0]]["runs"][0]["models"]
 
 
 def _is_as_if_run_alone(out: Path, name: str, alone: Path) -> None:

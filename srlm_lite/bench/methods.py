@@ -26,7 +26,7 @@ from srlm_lite.bench.lending import (
     same_evaluation,
     same_first_grades,
 )
-from srlm_lite.errors import UserError
+from srlm_lite.errors import TooFewPairs, UserError
 from srlm_lite.evaluate.gate import findings
 from srlm_lite.judging import mean_scores
 from srlm_lite.loop import iterate, make_anchor
@@ -263,7 +263,12 @@ def _measure(
         return {"gold": read_json(place.anchor.evaluation)["policy"]["best_of"]["gold_mean"]}
     case = CASES[name]
     iterations = settings.iterations
-    return measured(_run(reporter, settings, case, name, seed, anchor, iterations), iterations)
+    try:
+        return measured(_run(reporter, settings, case, name, seed, anchor, iterations), iterations)
+    except TooFewPairs as error:  # as where a learning rate is too high: that is what came of it
+        place = _place(settings, name, seed)
+        done = sum(one.is_done for one in islice(place.iterations(), iterations))
+        return {**measured(place, done), "stopped": str(error)}
 
 
 def _bare_base(settings: MethodsBench, seed: int, reporter: Reporter | None) -> dict[str, Any]:
@@ -431,15 +436,21 @@ FIGURES = (
 
 
 def summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Mean and spread (standard deviation) over seeds, of every model in order."""
-    models = list(zip(*(run["models"] for run in runs), strict=True))
+    """Mean and spread (standard deviation) over seeds, of every model in order.
+
+    A run that has stopped for want of pairs counts as far as it came; the rise is of the others.
+    """
+    longest = max(len(run["models"]) for run in runs)
+    models = [[run["models"][t] for run in runs if t < len(run["models"])] for t in range(longest)]
     result: dict[str, Any] = {
         key: [_mean([model.get(key) for model in same]) for same in models] for key in FIGURES
     }
     result["gold_spread"] = [_spread([model["gold"] for model in same]) for same in models]
     for key in ("by_criterion", "greedy_by_criterion"):
         result[key] = [_by_criterion([model.get(key) for model in same]) for same in models]
-    rises = [run["models"][-1]["gold"] - run["models"][0]["gold"] for run in runs]
+    whole = [run["models"] for run in runs if len(run["models"]) == longest]
+    rises = [models[-1]["gold"] - models[0]["gold"] for models in whole]
+    result["stopped"] = sum("stopped" in run for run in runs)
     result["rise"], result["rise_spread"] = _mean(rises), _spread(rises)
     result["warned"] = sum(bool(model.get("warnings")) for run in runs for model in run["models"])
     result["seconds"] = _mean([run["seconds"] for run in runs])
@@ -451,10 +462,12 @@ def above(
 ) -> dict[str, float | None] | None:
     """How far the last models of a case are above those of another one, in gold of sampled answers:
     the mean over seeds, and its 95% interval by Student's t of the differences; None without both.
+    Of seeds at which either has stopped for want of pairs there is no difference.
     """
     both = [
         (one["models"][-1]["gold"], other["models"][-1]["gold"])
         for one, other in zip(runs, others, strict=False)
+        if "stopped" not in one and "stopped" not in other
     ]
     gaps = [a - b for a, b in both if a is not None and b is not None]
     if not gaps:

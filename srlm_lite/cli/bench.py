@@ -835,6 +835,12 @@ def _methods_text(result: dict[str, Any]) -> str:
         "replies; cons.: CREAM's C of the last two judges",
         "warned: iterations with a warning, gold unseen",
     ]
+    lines += [
+        f"{name}: {found['stopped']} of {result['seeds']} runs stopped for want of pairs; "
+        "its means are of the models that there are"
+        for name, found in cases.items()
+        if found["stopped"]
+    ]
     if cold:
         temperature = result["cold_anchor"]["temperature"]
         lines.append(f"M1 at temperature {temperature}: gold {sum(cold) / len(cold):.2f}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from srlm_lite.errors import UserError
+from srlm_lite.errors import TooFewPairs
 from srlm_lite.evaluate.candidates import pair_facts
 from srlm_lite.judging import votes_by_candidate
 from srlm_lite.methods import method_of
@@ -69,7 +69,7 @@ def keep_pairs(
         origin: Of the pairs that the iteration is about, and that `drops` tells of.
 
     Raises:
-        UserError: Fewer new ones than `pairing.min_pairs`; says why prompts gave none.
+        TooFewPairs: Fewer new ones than `pairing.min_pairs`; says why prompts gave none.
     """
     recipe = session.recipe
     fitting = fitting_pairs(session, made)
@@ -179,13 +179,13 @@ def pair_example(session: Session, pair: PreferencePair) -> PairExample:
 
 def _too_few(
     session: Session, count: int, drops: Drops, iteration: IterationDir, advice: dict[str, str]
-) -> UserError:
+) -> TooFewPairs:
     needed = session.recipe.pairing.min_pairs
     if session.thought_tokens():
         advice["truncated"] += " or rollout.max_thought_tokens"
     main = next((reason for reason, found in drops.prompts.most_common(1) if found), "")
     go_on = f"Go on with them by pairing.min_pairs={count}. " if count else ""
-    return UserError(
+    return TooFewPairs(
         f"iteration {iteration.number} has {count} preference pairs, fewer than "
         f"pairing.min_pairs = {needed}; prompts without one: {drops.summary() or 'none'}",
         where=str(iteration.path),
