@@ -207,7 +207,7 @@ def test_a_run_is_warned_where_a_base_s_positions_go_by_the_longest_text_of_a_ba
     short, positions = torch.arange(3, 11), torch.arange(40)
 
     def logits(longest: int) -> torch.Tensor:
-        """Of the short text, beside one of that length, both padded to it."""
+        """What the short text gets beside one of that length, padded to it."""
         ids = torch.zeros(2, longest, dtype=torch.long)
         ids[0, : len(short)], ids[1] = short, torch.arange(longest) + 3
         with torch.no_grad():
