@@ -186,7 +186,7 @@ def pretrain(
             # Right-padded and causal: no real token attends to padding, so no mask is needed.
             logits = model(input_ids=ids).logits[:, :-1]
             losses = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
-            loss = (losses * weights).sum() / weights.sum()
+            loss: Any = (losses * weights).sum() / weights.sum()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in optimizers:
@@ -277,7 +277,8 @@ def _padded(rows: Sequence[Encoded], pad: int) -> tuple[torch.Tensor, torch.Tens
 
 
 def _optimizers(model: Any, *, orthogonal: bool) -> list[torch.optim.Optimizer]:
-    inner, others = [], []
+    inner: list[torch.nn.Parameter] = []
+    others: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
         within = orthogonal and parameter.ndim == 2 and "layers" in name
         (inner if within else others).append(parameter)
