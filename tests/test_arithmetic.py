@@ -136,15 +136,38 @@ def test_a_right_number_stands_above_a_wrong_one() -> None:
 
 def test_a_review_derives_each_step_up_to_the_first_mistake() -> None:
     assert arithmetic.review(PROMPT, RIGHT) == (
-        "12 + 5 = 17 right\n17 - 8 = 9 right\nanswer: 9 right\nScore: 5"
+        "12 + 5 = 17 said 12 + 5 = 17 right\n17 - 8 = 9 said 17 - 8 = 9 right\n"
+        "answer: 9 said answer: 9 right\nScore: 5"
     )
     assert arithmetic.review(PROMPT, "12 + 5 = 17\n17 - 8 = 11\nanswer: 11") == (
-        "12 + 5 = 17 right\n17 - 8 = 9 wrong\nScore: 1"
+        "12 + 5 = 17 said 12 + 5 = 17 right\n17 - 8 = 9 said 17 - 8 = 11 wrong\nScore: 1"
     )
     assert arithmetic.review(PROMPT, "12 + 5 = 17\n17 - 8 = 9") == (
-        "12 + 5 = 17 right\n17 - 8 = 9 right\nScore: 2"
+        "12 + 5 = 17 said 12 + 5 = 17 right\n17 - 8 = 9 said 17 - 8 = 9 right\nScore: 2"
     )
     assert arithmetic.review(PROMPT, "") == "Score: 0"
+
+
+@pytest.mark.parametrize(
+    ("response", "said"),
+    [
+        (RIGHT, "1+ 2+ ++ 5+ =+ 1+ 7+ |+ 1+ 7+ -+ 8+ =+ 9+ |+ answer+ :+ 9+"),
+        # A sum either way.
+        ("5 + 12 = 17\nanswer: 17", "5+ ++ 1+ 2+ =+ 1+ 7+ |+ answer- :- 1- 7-"),
+        # A step is right up to the first token that no right one has, and wrong to its end.
+        ("12 + 5 = 18\n18 - 8 = 10", "1+ 2+ ++ 5+ =+ 1+ 8- |- 1+ 8+ -+ 8+ =+ 1+ 0+"),
+        ("12 - 5 = 7\n7 - 8 = 1", "1+ 2+ -- 5- =- 7- |- 7+ -+ 8+ =+ 1-"),
+        # One that stops too early is wrong at the end of its line alone.
+        ("12 + 5 = 1\nanswer: 1", "1+ 2+ ++ 5+ =+ 1+ |- answer- :- 1-"),
+        ("12 + 5 = 17\n\nanswer", "1+ 2+ ++ 5+ =+ 1+ 7+ |+ |+ answer-"),
+        ("", ""),
+    ],
+)
+def test_a_verdict_at_every_token(response: str, said: str) -> None:
+    found = zip(arithmetic.words(response), arithmetic.verdicts(PROMPT, response), strict=True)
+    signs = {arithmetic.RIGHT: "+", arithmetic.WRONG: "-"}
+    told = [word.replace("\n", "|") + signs[verdict] for word, verdict in found]
+    assert " ".join(told) == said
 
 
 def test_the_score_is_full_exactly_where_all_steps_are_right() -> None:
@@ -250,31 +273,49 @@ def test_the_base_is_small() -> None:
 
 
 @pytest.mark.model
-def test_the_base_solves_some_and_reviews(tokenizer: Any, script: ModuleType) -> None:
+def test_the_base_solves_some_and_judges(tokenizer: Any, script: ModuleType) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(FOLDER / "base", dtype=torch.float32).eval()
 
-    def generate(contents: list[str]) -> list[str]:
+    def encoded(contents: list[str]) -> Any:
         chats = [[{"role": "user", "content": content}] for content in contents]
-        inputs = tokenizer.apply_chat_template(
+        return tokenizer.apply_chat_template(
             chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
         )
-        output = model.generate(**inputs, do_sample=True, top_k=0, max_new_tokens=56)
+
+    def generate(contents: list[str], at_most: int, temperature: float) -> list[str]:
+        inputs = encoded(contents)
+        output = model.generate(
+            **inputs, do_sample=True, top_k=0, temperature=temperature, max_new_tokens=at_most
+        )
         new = output[:, inputs["input_ids"].shape[1] :]
         return [str(text) for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
 
     prompts = [row["text"] for row in rows("data/eval_prompts")[:100]]
-    answers = generate(prompts)
-    right = sum(arithmetic.gold(p, a)["answer"] for p, a in zip(prompts, answers, strict=True))
-    assert 30 < right < 75
-    said = generate([script.judge_prompt(p, a) for p, a in zip(prompts, answers, strict=True)])
-    assert sum(text.split("\n")[-1] in SCORES for text in said) > 90
-    first = [
-        text.split("\n")[0].rpartition(" ")[0]
-        == arithmetic.review(p, a).split("\n")[0].rpartition(" ")[0]
-        for p, a, text in zip(prompts, answers, said, strict=True)
-    ]
-    assert sum(first) > 60  # what the first step should be
+    answers = generate(prompts, 56, 1.0)
+    asked = list(zip(prompts, answers, strict=True))
+    is_right = [arithmetic.gold(p, a)["answer"] == 1 for p, a in asked]
+    assert 40 <= sum(is_right) <= 70
+    said = generate([script.judge_prompt(p, a) for p, a in asked], 112, 0.7)
+    scores = [text.split("\n")[-1] for text in said]
+    assert sum(score in SCORES for score in scores) > 90
+    full = f"Score: {arithmetic.MAX_SCORE}"
+    assert sum((s == full) == r for s, r in zip(scores, is_right, strict=True)) >= 80
+    steps = {
+        (prompt, tuple(step.text for step in read[: at + 1])): read[at].is_right
+        for prompt, answer in asked[:50]
+        for read in [arithmetic.read_steps(prompt, answer)]
+        for at in range(len(read))
+    }
+    with torch.inference_mode():
+        questions = encoded([script.step_prompt(p, list(begun)) for p, begun in steps])
+        logits = model(**questions).logits[:, -1]
+    one, other = tokenizer.convert_tokens_to_ids([arithmetic.RIGHT, arithmetic.WRONG])
+    found = (logits[:, one] > logits[:, other]).tolist()
+    good = [f == r for f, r in zip(found, steps.values(), strict=True)]
+    assert sum(good) / len(good) >= 0.8
+    wrong = [f for f, r in zip(found, steps.values(), strict=True) if not r]
+    assert sum(wrong) / len(wrong) < 0.5

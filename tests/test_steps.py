@@ -157,8 +157,7 @@ def small_recipe(*overrides: str) -> Recipe:
 
 
 @pytest.mark.model
-# The base's verdicts stay on one side of a half: of the other kinds it gives no pair yet.
-@pytest.mark.parametrize("pairs", ["answers"])
+@pytest.mark.parametrize("pairs", ["answers", "partings", "steps"])
 def test_steps_are_judged_and_paired_from_end_to_end(pairs: str, tmp_path: Path) -> None:
     recipe = small_recipe(f"steps.pairs={pairs}", "steps.min_gap=0.05")
     run = RunDir(tmp_path / "out")

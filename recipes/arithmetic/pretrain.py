@@ -7,26 +7,31 @@ Writes
 
 The base is pretrained on answers of a solver who slips (`srlm_lite.tasks.arithmetic`), on reviews
 and on verdicts on single steps in the judge's formats, and on new problems after the example of
-others. So, as with the toy base, the judge's skill is not
-learned from `eft_train` alone, and its reviews carry labels of the gold scorer.
+others. So, as with the toy base, the judge's skill is not learned from `eft_train` alone, and its
+reviews carry labels of the gold scorer. One verdict among a hundred tokens teaches little: where
+steps are judged, every token of theirs is followed by a verdict on all up to it, in place of the
+token that comes next.
 
 One problem in eight is held out (`arithmetic.is_held_out`): only eft_eval and eval_prompts have
-those. Deterministic for a seed and thread count on one machine. Takes a quarter of an hour on one
-core.
+those. Deterministic for a seed and thread count on one machine. Takes about 25
+minutes on one core; stopped, it goes on where it was.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import random
-from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 import yaml
 
 from srlm_lite.tasks import arithmetic
 from srlm_lite.tasks.rows import Row, prompt_rows, ranked_rows, write_rows
+
+if TYPE_CHECKING:
+    from srlm_lite.model.word_level import Dialogue
 
 RECIPES = Path(__file__).parent.parent
 RUBRIC: str = yaml.safe_load((RECIPES / "rubrics" / "arithmetic.yaml").read_text("utf-8"))[
@@ -36,25 +41,20 @@ STEP = (RECIPES / "templates" / "arithmetic-step.txt").read_text("utf-8")
 NEW_PROBLEM = (RECIPES / "templates" / "arithmetic-problem.txt").read_text("utf-8")
 
 SLIPS = 0.1
-"""How often a step of the anchor's training data goes wrong."""
+"""How often a step of an answer goes wrong: of the anchor's data, and of what the base learns."""
 REVIEWED_SLIPS = (0.0, 0.1, 0.3)
 SHOTS = 2
 """Problems that a request for a new one shows."""
-
-
-class Stage(NamedTuple):
-    """A part of the pretraining, with a schedule of its own."""
-
-    steps: int
-    slips: float
-    """How often a step of an answer goes wrong."""
-    whole: bool
-    """Whether the user's turns are learned as well."""
-
-
-STAGES = (Stage(1600, slips=0.15, whole=False), Stage(1200, slips=SLIPS, whole=True))
-"""After the first one the base computed well and copied badly: of what a problem says it took the
-wrong number or name. Problems are full of repetitions, so the second one learns them too."""
+SIZE = (6, 112, 288)
+"""Layers, their width and the width within: a verdict compares what a step should be, which takes
+layers of its own to compute."""
+STEPS = 3300
+USER_WEIGHT = 0.3
+"""How much a token of the user's turn counts. Problems are full of repetitions, and without
+learning those a base computes well and copies badly: of what a problem says it took the wrong
+number or name."""
+VERDICT_WEIGHT = 2.0
+"""How much a verdict counts, in the reply and at every token of the steps that are judged."""
 
 
 def judge_prompt(prompt: str, response: str) -> str:
@@ -73,8 +73,8 @@ def reviewed_answer(rng: random.Random, prompt: str) -> str:
     return arithmetic.disturb(rng, response) if rng.random() < 0.25 else response
 
 
-def verdict(rng: random.Random, prompt: str) -> tuple[str, str]:
-    """A question about one step, and its answer: about as many are wrong as right.
+def verdict(rng: random.Random, prompt: str) -> tuple[list[str], str]:
+    """Steps, and whether the last of them is right: about as many are wrong as right.
 
     Steps behind a mistake are asked about as well.
     """
@@ -85,7 +85,7 @@ def verdict(rng: random.Random, prompt: str) -> tuple[str, str]:
         if fitting:
             at = rng.choice(fitting)
             said = arithmetic.RIGHT if wanted else arithmetic.WRONG
-            return step_prompt(prompt, [step.text for step in steps[: at + 1]]), said
+            return [step.text for step in steps[: at + 1]], said
 
 
 def make_data(*, seed: int) -> dict[str, list[Row]]:
@@ -128,11 +128,11 @@ def make_steps(*, seed: int) -> list[Row]:
         prompt = arithmetic.sample_problem(rng)
         if prompt in taken:
             continue
-        question, said = verdict(rng, prompt)
+        steps, said = verdict(rng, prompt)
         rows.append(
             {
                 "prompt_id": f"arithmetic-step-{len(rows):04}",
-                "prompt": question,
+                "prompt": step_prompt(prompt, steps),
                 "response": said,
             }
         )
@@ -147,37 +147,47 @@ def write_data(directory: Path, *, seed: int) -> None:
     write_rows(directory / "steps.jsonl", make_steps(seed=seed))
 
 
-def pretraining_dialogues(rng: random.Random, slips: float) -> Iterator[tuple[str, str]]:
-    """Endless (user, assistant) turns of the four kinds."""
-    while True:
-        prompt = arithmetic.sample_problem(rng)
-        kind = rng.random()
-        if kind < 0.3:
-            yield prompt, arithmetic.sample_answer(rng, prompt, slips)
-        elif kind < 0.65:
-            response = reviewed_answer(rng, prompt)
-            yield judge_prompt(prompt, response), arithmetic.review(prompt, response)
-        elif kind < 0.92:
-            yield verdict(rng, prompt)
-        else:
-            shown = [arithmetic.sample_problem(rng) for _ in range(SHOTS)]
-            yield NEW_PROBLEM.replace("{{problems}}", "\n".join(shown)), prompt
+def pretraining_dialogue(rng: random.Random, done: float) -> Dialogue:
+    """A dialogue of one of the four kinds; of answers there are most at the beginning.
+
+    What a step should be is what an answer says, so a judge can only be learned behind that.
+    """
+    from srlm_lite.model.word_level import Dialogue
+
+    prompt = arithmetic.sample_problem(rng)
+    answers = 0.25 + 0.35 * max(0.0, 1 - 2 * done)
+    kind = rng.random()
+    if kind < answers:
+        return Dialogue(prompt, arithmetic.sample_answer(rng, prompt, SLIPS))
+    if kind < answers + 0.08:
+        shown = "\n".join(arithmetic.sample_problem(rng) for _ in range(SHOTS))
+        return Dialogue(NEW_PROBLEM.replace("{{problems}}", shown), prompt)
+    if rng.random() < 0.45:
+        response = reviewed_answer(rng, prompt)
+        inside = tuple(arithmetic.verdicts(prompt, response))
+        target = arithmetic.review(prompt, response)
+        return Dialogue(judge_prompt(prompt, response), target, inside)
+    steps, said = verdict(rng, prompt)
+    inside = tuple(arithmetic.verdicts(prompt, "\n".join(steps)))
+    return Dialogue(step_prompt(prompt, steps), said, inside, weight=VERDICT_WEIGHT)
 
 
-def make_base(directory: Path, *, seed: int, batch: int, threads: int) -> None:
-    """Pretrain the base and save it with its tokenizer: all stages, each from the one before."""
-    from srlm_lite.model.word_level import make_tokenizer, pretrain
+def make_base(
+    directory: Path, *, seed: int, steps: int, batch: int, threads: int, minutes: float
+) -> bool:
+    """Pretrain the base and save it with its tokenizer; whether it is done."""
+    from srlm_lite.model.word_level import Size, make_tokenizer, pretrain
 
-    for number, stage in enumerate(STAGES):
-        rng = random.Random(f"arithmetic pretraining {seed + number}")
-        pretrain(
-            directory,
-            make_tokenizer(arithmetic.vocabulary(), marks=",.:?", numbers=True),
-            pretraining_dialogues(rng, stage.slips),
-            seed=seed + number, steps=stage.steps, batch=batch, threads=threads,
-            whole=stage.whole, begin=directory if number else None,
-            tell=lambda line: print(line, flush=True),
-        )  # fmt: skip
+    return pretrain(
+        directory,
+        make_tokenizer(arithmetic.vocabulary(), marks=",.:?", numbers=True),
+        pretraining_dialogue,
+        rng=random.Random(f"arithmetic pretraining {seed}"), seed=seed, steps=steps, batch=batch,
+        threads=threads, size=Size(*SIZE), user_weight=USER_WEIGHT, verdict_weight=VERDICT_WEIGHT,
+        orthogonal=True,
+        progress=directory.parent / "pretraining.pt", minutes=minutes,
+        tell=lambda line: print(line, flush=True),
+    )  # fmt: skip
 
 
 def _distinct(rng: random.Random, count: int, *, held_out: bool) -> list[str]:
@@ -213,6 +223,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=summary)
     parser.add_argument("--out", type=Path, required=True, help="directory for base/ and data/")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="stop then, and go on when called again"
+    )
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--data-only", action="store_true", help="leave the base as it is")
@@ -222,6 +236,8 @@ def main() -> None:
         make_base(
             arguments.out / "base",
             seed=arguments.seed,
+            steps=arguments.steps,
+            minutes=arguments.minutes,
             batch=arguments.batch,
             threads=arguments.threads,
         )

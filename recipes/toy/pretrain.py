@@ -18,13 +18,17 @@ from __future__ import annotations
 
 import argparse
 import random
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 
 from srlm_lite.tasks import toy
 from srlm_lite.tasks.rows import Row, prompt_rows, ranked_rows, write_rows
+
+if TYPE_CHECKING:
+    from srlm_lite.model.word_level import Dialogue
 
 RUBRIC = Path(__file__).parent.parent / "rubrics" / "toy.yaml"
 META_TEMPLATE = Path(__file__).parent.parent / "templates" / "toy-meta.txt"
@@ -238,25 +242,29 @@ def write_data(directory: Path, *, seed: int) -> None:
     write_rows(directory.parent / "checklist.jsonl", make_checklists(seed=seed))
 
 
-def pretraining_dialogues(rng: random.Random) -> Iterator[tuple[str, str]]:
-    """Endless (user, assistant) turns: answers of random quality, and reviews of such answers.
+def pretraining_dialogue(rng: random.Random, done: float) -> Dialogue:
+    """An answer of random quality, or a review of such an answer.
 
     A fourth of the reviewed answers are long lists with many repetitions: there the judge learns
     to notice an item it has listed before.
     """
-    known = toy.prompts(held_out=False)
-    while True:
-        prompt = rng.choice(known)
-        if rng.random() < 0.35:
-            yield prompt, toy.sample_answer(rng, prompt, PRETRAIN_RATES)
-            continue
-        response = toy.sample_answer(rng, prompt, rng.choice(REVIEWED_RATES))
-        if rng.random() < 0.25:
-            facts = rng.choices(toy.FACTS, k=rng.randint(4, 9))
-            response = "\n".join(f"{at}. it {fact}" for at, fact in enumerate(facts, start=1))
-        elif rng.random() < 0.2:
-            response = toy.disturb(rng, response)
-        yield judge_prompt(prompt, response), toy.review(prompt, response)
+    from srlm_lite.model.word_level import Dialogue
+
+    prompt = rng.choice(_known_prompts())
+    if rng.random() < 0.35:
+        return Dialogue(prompt, toy.sample_answer(rng, prompt, PRETRAIN_RATES))
+    response = toy.sample_answer(rng, prompt, rng.choice(REVIEWED_RATES))
+    if rng.random() < 0.25:
+        facts = rng.choices(toy.FACTS, k=rng.randint(4, 9))
+        response = "\n".join(f"{at}. it {fact}" for at, fact in enumerate(facts, start=1))
+    elif rng.random() < 0.2:
+        response = toy.disturb(rng, response)
+    return Dialogue(judge_prompt(prompt, response), toy.review(prompt, response))
+
+
+@cache
+def _known_prompts() -> list[str]:
+    return toy.prompts(held_out=False)
 
 
 def make_base(directory: Path, *, seed: int, steps: int, batch: int, threads: int) -> None:
@@ -266,9 +274,9 @@ def make_base(directory: Path, *, seed: int, steps: int, batch: int, threads: in
     pretrain(
         directory,
         make_tokenizer(toy.vocabulary(), marks=",.:!?"),
-        pretraining_dialogues(random.Random(f"toy pretraining {seed}")),
-        seed=seed, steps=steps, batch=batch, threads=threads,
-        tell=lambda line: print(line, flush=True),
+        pretraining_dialogue,
+        rng=random.Random(f"toy pretraining {seed}"), seed=seed, steps=steps, batch=batch,
+        threads=threads, tell=lambda line: print(line, flush=True),
     )  # fmt: skip
 
 

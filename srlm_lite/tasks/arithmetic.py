@@ -60,11 +60,12 @@ SPECIAL_TOKENS = ("<pad>", "<unk>", "<bos>", "<eos>", "<user>", "<assistant>")
 _PUNCTUATION = ("\n", ",", ".", ":", "?", "+", "-", "*", "/", "=")
 _OTHER_WORDS = (
     "grade", "check", "the", "last", "step", "steps", "answer", "problem", "write", "a", "new",
-    "none", "Score", RIGHT, WRONG,
+    "none", "Score", "said", RIGHT, WRONG,
 )  # fmt: skip
 
 _TOKEN = re.compile(r"[A-Za-z]+|[0-9]|[^\sA-Za-z0-9]|\n")
 _EQUATION = re.compile(r"(\d{1,3}) ?([-+*/]) ?(\d{1,3}) ?= ?(\d{1,3})")
+_TURNABLE = re.compile(r"(\d+) ([+*]) (\d+)")
 _ANSWER = re.compile(r"answer: ?(\d{1,3})\.?")
 
 
@@ -272,18 +273,55 @@ def gold(prompt: str, response: str) -> dict[str, float]:
 
 
 def review(prompt: str, response: str) -> str:
-    """The judge's ideal reply: each step as it should be, and the verdict, up to the first mistake.
+    """The judge's ideal reply: of each step, up to the first mistake, what it should be, what it
+    says, and then the verdict, which has only to compare the two.
 
     The score is the number of right steps before it, and `MAX_SCORE` where there is none.
     """
-    lines, right = [], 0
+    lines, right, ended = [], 0, False
     for step in read_steps(prompt, response):
-        lines.append(f"{step.wanted} {RIGHT if step.is_right else WRONG}")
+        lines.append(f"{step.wanted} said {step.text} {RIGHT if step.is_right else WRONG}")
+        ended = step.is_right and step.wanted.startswith("answer:")
         if not step.is_right:
             break
         right += 1
-    ended = bool(lines) and lines[-1].startswith("answer:") and lines[-1].endswith(RIGHT)
     return "\n".join([*lines, f"Score: {MAX_SCORE if ended else min(right, MAX_SCORE - 1)}"])
+
+
+def verdicts(prompt: str, response: str) -> list[str]:
+    """By token of an answer (`words`), whether its step is right as far as it goes.
+
+    From the first token of a step that none of the right ones has, all is wrong. The end of a line
+    has the verdict on the step, and so has the last token where a right step would go on.
+    """
+    steps = iter(read_steps(prompt, response))
+    said: list[str] = []
+    verdict = RIGHT
+    for number, line in enumerate(response.split("\n")):
+        if number:
+            said.append(verdict)
+        step = next(steps, None) if line.strip() else None
+        if step is None:
+            said += [verdict] * len(words(line))
+            continue
+        verdict = RIGHT if step.is_right else WRONG
+        found = words(line)
+        begins = _agrees(found, step.wanted)
+        said += [RIGHT if at < begins else WRONG for at in range(len(found))]
+    return said
+
+
+def _agrees(found: list[str], wanted: str) -> int:
+    """How many tokens a step has in common with one that would be right, from its beginning."""
+    forms = [words(wanted)]
+    if has := _TURNABLE.match(wanted):
+        forms.append(words(f"{has[3]} {has[2]} {has[1]}{wanted[has.end() :]}"))
+    return max(_common(found, form) for form in forms)
+
+
+def _common(found: list[str], form: list[str]) -> int:
+    pairs = list(zip(found, form, strict=False))
+    return next((at for at, (one, other) in enumerate(pairs) if one != other), len(pairs))
 
 
 def sample_answer(
