@@ -10,6 +10,11 @@ LIMIT = Path("/sys/fs/cgroup/memory.max")
 """Where Linux says how much a container may have."""
 
 
+def amount(count: float) -> str:
+    """Bytes in words: in GB, or below one of them in MB."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
 @dataclass(frozen=True, slots=True)
 class Gpu:
     """One CUDA device."""

@@ -40,6 +40,8 @@ class Program:
         self._folder = tempfile.TemporaryDirectory(prefix="srlm-lite-program-")
         told = dict(os.environ if env is None else env)
         place = Path.cwd(), Path(self._folder.name)
+        for path in _streams(place[1]):
+            path.touch()  # one that is killed at once has opened neither
         self._process = CONTEXT.Process(target=_run, args=(tuple(map(str, words)), told, *place))
         self._process.start()
 

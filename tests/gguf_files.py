@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import subprocess
+import sys
 import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -283,19 +285,35 @@ class LlamaCpp:
         return values
 
 
+SERVER = """
+import sys, xllamacpp
+
+settings = xllamacpp.CommonParams()
+settings.model.path = sys.argv[1]
+settings.n_ctx = settings.n_batch = settings.n_ubatch = 2048
+settings.n_parallel = 1
+settings.warmup = False
+settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = 1
+settings.port = 0
+settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+settings.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+server = xllamacpp.Server(settings)
+print("address:", server.listening_address, flush=True)
+sys.stdin.read()
+"""
+
+
 @contextlib.contextmanager
 def llama_cpp(file: Path) -> Iterator[LlamaCpp]:
-    import xllamacpp
-
-    settings = xllamacpp.CommonParams()
-    settings.model.path = str(file)
-    settings.n_ctx = settings.n_batch = settings.n_ubatch = 2048
-    settings.n_parallel = 1
-    settings.warmup = False
-    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = 1
-    settings.port = 0
-    settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-    settings.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    server = xllamacpp.Server(settings)
-    yield LlamaCpp(server.listening_address)
-    del server
+    """llama.cpp's server, in a process of its own that is killed: one in this process has been seen
+    (xllamacpp 2026.10.11549) to wait for ever for its own end."""
+    command = [sys.executable, "-c", SERVER, str(file)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
+        try:
+            assert process.stdout is not None
+            said = (line for line in process.stdout if line.startswith("address: "))
+            yield LlamaCpp(next(said).split()[1])
+        finally:
+            process.kill()

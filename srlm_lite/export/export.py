@@ -26,6 +26,7 @@ from srlm_lite.errors import ProofError, UserError
 from srlm_lite.export.card import write_card
 from srlm_lite.export.hub import files_of
 from srlm_lite.export.source import FinishedModel
+from srlm_lite.hardware import amount
 from srlm_lite.progress import Reporter, Silent, Task
 from srlm_lite.run.files import read_json, write_json
 from srlm_lite.shipped import short_base
@@ -349,7 +350,7 @@ class Export:
             if not there:
                 shutil.rmtree(draft)
             raise UserError(
-                f"the export needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free",
+                f"the export needs {amount(needed)}, and {amount(free)} are free",
                 where=str(self.wish.out),
                 way_out=f"Make room, or choose another disk for --out{kept}",
             )

@@ -134,6 +134,10 @@ def ask(question: Asking) -> Told:
     return Told(**json.loads(lines[-1]))
 
 
+_RUNNING: list[Any] = []
+"""Servers, never ended: xllamacpp 2026.10.11549 has been seen to wait for ever for that."""
+
+
 def _answer(asked: Asking) -> Told:
     xllamacpp: Any = importlib.import_module(_PACKAGE)
     settings = xllamacpp.CommonParams()
@@ -147,6 +151,7 @@ def _answer(asked: Asking) -> Told:
     settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     settings.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     server = xllamacpp.Server(settings)
+    _RUNNING.append(server)
     address = server.listening_address
 
     def post(path: str, **body: Any) -> Any:
@@ -190,7 +195,6 @@ def _answer(asked: Asking) -> Told:
         error,
         [ends(token) for token in asked.ends],
     )
-    del server
     return found
 
 

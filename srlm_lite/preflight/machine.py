@@ -9,6 +9,7 @@ from pathlib import Path
 from srlm_lite.engines import engines_of, kind_of
 from srlm_lite.errors import UserError
 from srlm_lite.forms import form_of
+from srlm_lite.hardware import amount
 from srlm_lite.planning.machine import shortfall
 from srlm_lite.planning.times import in_words, times_of, total
 from srlm_lite.preflight.launch import Launch, Seen
@@ -129,7 +130,7 @@ def disk(launch: Launch) -> Seen:
     wanted = (recipe.iterations + 1 - there) * adapters
     if there < recipe.iterations and free < wanted:
         raise UserError(
-            f"{free / 1e9:.1f} GB are free, and the adapters take {wanted / 1e9:.1f} GB",
+            f"{amount(free)} are free, and the adapters take {amount(wanted)}",
             where=str(place),
             way_out="Make room, or choose another directory for --adapters",
         )

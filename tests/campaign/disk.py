@@ -15,6 +15,8 @@ from random import Random
 
 from common import Place, References, Try, command, copied, difference, iterate, methods, results
 
+OUT_OF_ROOM = ("No space left on device", "are free")
+"""What a command says in the midst of it, and before it begins."""
 KINDS = ("iterate", "compare", "export --as merged", "data prepare", "report")
 
 
@@ -67,7 +69,7 @@ def _attempt(place: Place, references: References, what: str, rng: Random) -> tu
         first = command(*words)
         if first.code == 0:
             told = "it sufficed"
-        elif first.line is None or "No space left on device" not in first.line:
+        elif first.line is None or not any(words in first.line for words in OUT_OF_ROOM):
             return "failed", f"{room} bytes: {first.short}"
         else:
             told = f"{room} bytes: {first.line[:120]}"
