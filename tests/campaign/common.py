@@ -220,5 +220,12 @@ OF_METHODS: dict[str, tuple[str, ...]] = {
     ),
     "rlhf": ("dpo.batch_size=6", "dpo.micro_batch_size=3", "rollout.temperature=1"),
     "dno": ("dno.least_positive=1",),
+    "scpo": (
+        "rollout.n=8",
+        "rollout.max_new_tokens=96",
+        "prompts.per_iteration=12",
+        "anchor.learning_rate=1e-5",
+        "scpo.thresholds=[0.25, 0.25]",
+    ),
 }
 """What some of them need beside that, so that two iterations find something to learn."""
