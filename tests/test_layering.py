@@ -336,6 +336,7 @@ ALLOWED: dict[str, set[str]] = {
         "errors",
         "evaluate",
         "forms",
+        "hardware",
         "judging",
         "methods",
         "model",
