@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -99,6 +100,47 @@ def test_cases_by_name() -> None:
     assert cases_of("gold pairs; cream, judge") == ("gold pairs", "cream, judge")
     with pytest.raises(UserError, match=r"--cases: no such case: xyz\. There are: self-rewarding;"):
         cases_of("cream;xyz")
+
+
+def test_cases_on_another_recipe() -> None:
+    name = "smollm2-135m-demo"
+    known = cases_of(None, name)
+    assert {"self-rewarding", "one pass", "ipo"} <= set(known) < set(CASES)
+    assert not {"dpo", "scpo", "pairwise"} & set(known)  # of recipes of their own
+    settings = MethodsBench(Path("out"), cases=("self-rewarding", "one pass"), recipe=name)
+    shipped = load_recipe(name)
+    chain, rebased, once = (
+        _recipe(settings, CASES[case], 2, Path("anchor"), 3)
+        for case in ("self-rewarding", "all pairs so far", "one pass")
+    )
+    assert (chain.base, chain.judge, chain.evaluate) == (
+        shipped.base,
+        shipped.judge,
+        shipped.evaluate,
+    )
+    # The same case as on the toy, whatever the recipe says.
+    assert (shipped.dpo.init, chain.dpo.init, rebased.dpo.init) == ("anchor", "previous", "anchor")
+    assert (chain.seed, chain.iterations, chain.prompts.per_iteration) == (2, 3, 40)
+    assert (once.iterations, once.prompts.per_iteration) == (1, 120)
+    assert same_first_grades(chain, rebased)
+    # On the toy itself the chain is what its recipe says: runs made before go on.
+    toy = MethodsBench(Path("out"))
+    plain = _recipe(toy, CASES["self-rewarding"], 0, None, 3)
+    assert plain == load_recipe("toy", [*SMALLER, "seed=0", "iterations=3"])
+    assert (plain.dpo.init, plain.dpo.reference) == ("previous", "anchor")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "cases", "message"),
+    [
+        ("smollm2-135m", "self-rewarding", "--recipe smollm2-135m: this recipe has no gold scorer"),
+        ("smollm2-135m-demo", "dpo; ipo", "but of recipes of their own: dpo. Name others"),
+        ("smollm2-135m-demo", "ipo; no judge data", "each train one: no judge data. Name others"),
+    ],
+)
+def test_cases_that_cannot_be_run_on_a_recipe(recipe: str, cases: str, message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        MethodsBench(Path("out"), cases=cases_of(cases, recipe), recipe=recipe)
 
 
 def test_mean_and_spread_over_seeds() -> None:

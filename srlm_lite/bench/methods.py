@@ -1,5 +1,6 @@
 """What each method makes of the toy world, from the same anchor, beside its controls.
 
+The cases of the recipe `toy` can be run on any other recipe with a gold scorer.
 Every case is an ordinary run in a directory of its own, so a stopped bench goes on. Gold is never
 seen while training (but in the case that says so). Cases of one seed share an anchor, unless the
 case is about the anchor or its method needs to be taught more; each seed has another. What that
@@ -47,6 +48,9 @@ from srlm_lite.stages.log import StageLog
 
 B = TypeVar("B")
 
+TOY = "toy"
+"""The recipe that most cases change."""
+
 SHARED = "anchor"
 """The anchor of most cases."""
 
@@ -74,7 +78,7 @@ GROUPS = _groups()
 CASES: dict[str, Case] = {name: case for group in GROUPS.values() for name, case in group.items()}
 
 ANCHORS: dict[str, Case] = {
-    SHARED: Case("toy", anchor=None),
+    SHARED: Case(TOY, anchor=None),
     **{
         case.anchor: Case(case.recipe, anchor=None, is_long=case.is_long)
         for case in reversed(CASES.values())  # of several the first one counts
@@ -85,6 +89,10 @@ ANCHORS: dict[str, Case] = {
 
 PLAIN = "self-rewarding"
 """The case that others are held against."""
+
+CHAIN = ("dpo.init=previous", "dpo.reference=anchor")
+"""What `toy` says of a delta. On any other recipe the cases say it as well, or `self-rewarding`
+would be another case there."""
 
 SMALLER = (
     "prompts.per_iteration=100",
@@ -115,16 +123,50 @@ class MethodsBench:
     overrides: tuple[str, ...] = ()
     jobs: int = 1
     """Cases at a time, each in a process of its own that computes in one thread."""
+    recipe: str = TOY
+    """What the cases change. All of the work of another recipe is done, the part `SMALLER` of
+    `toy`'s."""
+
+    def __post_init__(self) -> None:
+        if self.recipe != TOY:
+            _check(self)
 
 
-def cases_of(names: str | None) -> tuple[str, ...]:
-    """Names of cases, separated by semicolons; all of them by default.
+def _check(settings: MethodsBench) -> None:
+    """Raises a UserError where some cases cannot be run on a recipe."""
+    recipe = load_recipe(settings.recipe, settings.overrides)
+    where = f"bench methods --recipe {settings.recipe}"
+    if recipe.evaluate.gold is None:
+        raise UserError(
+            "this recipe has no gold scorer, by which the cases are held against each other",
+            where=where,
+            way_out="Set evaluate.gold, or hold runs against each other by `report --control`",
+        )
+    own = [name for name in settings.cases if CASES[name].recipe != TOY]
+    if own:
+        raise UserError(
+            f"not cases of this recipe, but of recipes of their own: {', '.join(own)}",
+            where=where,
+            way_out="Name others by --cases",
+        )
+    taught = [name for name in settings.cases if CASES[name].anchor is None]
+    if taught and recipe.anchor.init is not None:
+        raise UserError(
+            f"the anchor is given, and these cases each train one: {', '.join(taught)}",
+            where=where,
+            way_out="Name others by --cases, or `--set anchor.init=null`",
+        )
+
+
+def cases_of(names: str | None, recipe: str = TOY) -> tuple[str, ...]:
+    """Names of cases, separated by semicolons; by default all that change the recipe, and for the
+    recipe `toy` those of other recipes too.
 
     Raises:
         UserError: There is no such case.
     """
     if names is None:
-        return tuple(CASES)
+        return tuple(name for name, case in CASES.items() if TOY in (recipe, case.recipe))
     found = tuple(name.strip() for name in names.split(";") if name.strip())
     unknown = [name for name in found if name not in CASES]
     if unknown or not found:
@@ -161,7 +203,8 @@ def bench_methods(settings: MethodsBench, reporter: Reporter | None = None) -> d
     return {
         "seeds": settings.seeds,
         "iterations": settings.iterations,
-        "overrides": [*SMALLER, *settings.overrides],
+        "recipe": settings.recipe,
+        "overrides": [*_for_all(settings), *settings.overrides],
         "base": {
             "summary": {key: _mean([one[key] for one in bare]) for key in ("gold", "greedy")},
             "runs": bare,
@@ -254,11 +297,11 @@ def _measure(
     if name == BARE:
         return _bare_base(settings, seed, reporter)
     if name == COLDER:
-        case = Case("toy", (f"evaluate.temperature={COLD}",))
+        case = Case(TOY, (f"evaluate.temperature={COLD}",))
         place = _run(reporter, settings, case, name, seed, anchor, 0)
         return _figures(read_json(place.anchor.evaluation))
     if name == PICKED:
-        case = Case("toy", (f"evaluate.best_of={PICKED_FROM}",))
+        case = Case(TOY, (f"evaluate.best_of={PICKED_FROM}",))
         place = _run(reporter, settings, case, name, seed, anchor, 0)
         return {"gold": read_json(place.anchor.evaluation)["policy"]["best_of"]["gold_mean"]}
     case = CASES[name]
@@ -282,15 +325,21 @@ def _bare_base(settings: MethodsBench, seed: int, reporter: Reporter | None) -> 
     return _figures(read_json(place.base_evaluation.evaluation))
 
 
+def _for_all(settings: MethodsBench) -> tuple[str, ...]:
+    """What is changed in the recipe for every case."""
+    return SMALLER if settings.recipe == TOY else CHAIN
+
+
 def _recipe(settings: MethodsBench, case: Case, seed: int, anchor: Path | None, t: int) -> Recipe:
-    given = [*SMALLER, *case.overrides, *settings.overrides]
+    given = [*_for_all(settings), *case.overrides, *settings.overrides]
+    base = settings.recipe if case.recipe == TOY else case.recipe
     own = [f"seed={seed}", f"iterations={min(t, 1) if case.one_pass else t}"]
     if case.one_pass:
-        of_each = load_recipe(case.recipe, given).prompts.per_iteration
+        of_each = load_recipe(base, given).prompts.per_iteration
         own.append(f"prompts.per_iteration={max(1, settings.iterations) * of_each}")
     if anchor is not None:
         own.append(f"anchor.init={anchor}")
-    return load_recipe(case.recipe, [*given, *own])
+    return load_recipe(base, [*given, *own])
 
 
 def _place(settings: MethodsBench, name: str, seed: int) -> RunDir:

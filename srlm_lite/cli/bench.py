@@ -279,7 +279,17 @@ def methods(
     cases: Annotated[
         str | None, typer.Option(help="Which, separated by semicolons.", metavar="NAMES")
     ] = None,
-    seeds: Annotated[int, typer.Option(help="So many, each with its own anchor.", min=1)] = 1,
+    recipe: Annotated[
+        str,
+        typer.Option(
+            help="What they change: a name or a YAML file, with a gold scorer. "
+            "Of `toy` a smaller edition is run, of any other the whole.",
+            autocompletion=recipe_names,
+        ),
+    ] = "toy",
+    seeds: Annotated[
+        int, typer.Option(help="So many, each with its own anchor where one is trained.", min=1)
+    ] = 1,
     iterations: Annotated[int, typer.Option(help="Of every run.", min=1)] = 3,
     jobs: Annotated[
         int,
@@ -301,7 +311,7 @@ def methods(
     ] = None,
     json_: Json = False,
 ) -> None:
-    """The methods on the toy world, from the same anchor, beside their controls."""
+    """The methods on the toy world, or a recipe, from one anchor, beside their controls."""
     from srlm_lite.bench.methods import MethodsBench, bench_methods, cases_of
     from srlm_lite.bench.methods_plot import plot as drawn
     from srlm_lite.cli.progress import ConsoleReporter
@@ -309,7 +319,8 @@ def methods(
 
     settings = MethodsBench(
         out=out.resolve(),
-        cases=cases_of(cases),
+        cases=cases_of(cases, recipe),
+        recipe=recipe,
         seeds=seeds,
         iterations=iterations,
         overrides=tuple(set_ or ()),
