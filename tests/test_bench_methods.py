@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 import pytest
 from commands import Cli
 
-from srlm_lite.bench.lending import same_evaluation, same_first_grades
+from srlm_lite.bench.lending import same_evaluation, same_first_grades, same_first_iteration
 from srlm_lite.bench.methods import (
     ANCHORS,
     CASES,
@@ -81,6 +81,24 @@ def test_what_cases_have_in_common() -> None:
     for setting in ("prompts.per_iteration=50", "pairing.drop_truncated=false"):
         assert not same_first_grades(shared, recipe(toy, setting)), setting
     assert same_first_grades(shared, recipe(toy, "dpo.beta=0.3", "pairing.rho=0.3", "iterations=1"))
+
+
+def test_what_a_second_delta_learns_makes_no_difference_to_the_first() -> None:
+    settings = MethodsBench(Path("out"))
+    recipes = {
+        name: _recipe(settings, case, 0, Path("anchor"), 3)
+        for name, case in CASES.items()
+        if case.anchor == SHARED
+    }
+    plain = recipes["self-rewarding"]
+    alike = {name for name, one in recipes.items() if same_first_iteration(one, plain)}
+    rebased = {"all pairs so far", "all pairs, same steps"}
+    disputed = {"all pairs, disputed dropped", "all pairs, disputed smoothed"}
+    assert alike == {"self-rewarding", "init: anchor", *rebased, *disputed}
+    # By another reference, and at another rate, it is another delta.
+    for setting in ("dpo.reference=init", "dpo.learning_rate=1e-2", "pairing.rho=0.3"):
+        other = load_recipe("toy", [*SMALLER, "anchor.init=anchor", setting])
+        assert not same_first_iteration(other, plain), setting
 
 
 def test_one_pass_takes_the_prompts_of_all_iterations() -> None:
@@ -260,7 +278,7 @@ SMALL = ("anchor.ift_limit=48", "anchor.eft_prompts=48", "anchor.epochs=1",
 
 @pytest.mark.parametrize("jobs", ["1", pytest.param("2", marks=pytest.mark.slow)])
 def test_the_bench_runs_and_goes_on(jobs: str, tmp_path: Path, cli: Cli) -> None:
-    names = ("self-rewarding", "random pairs", "dpo")
+    names = ("self-rewarding", "random pairs", "dpo", "init: anchor")
     options = [word for setting in SMALL for word in ("--set", setting)]
     done = cli("bench", "methods", "--json", "--iterations", "1", "--jobs", jobs,
                "--out", tmp_path / "out", "--cases", "; ".join(names),
@@ -282,7 +300,9 @@ def test_the_bench_runs_and_goes_on(jobs: str, tmp_path: Path, cli: Cli) -> None
         [only] = case["runs"][0]["models"]
         assert only["gold"] == first["cases"][name]["runs"][0]["models"][0]["gold"]
         assert case["runs"][0]["seconds"] == 0
-    one, _, other = (first["cases"][name]["runs"][0]["models"] for name in first["cases"])
+    models = {name: first["cases"][name]["runs"][0]["models"] for name in names}
+    one, other = models["self-rewarding"], models["dpo"]
+    assert models["init: anchor"] == one  # one iteration in common
     assert one[0]["gold"] == other[0]["gold"]  # the same anchor
     assert one[1]["pairs"] >= 1 and one[0]["ranker_accuracy"] is not None
     assert other[0]["ranker_accuracy"] is None  # humans have ranked
@@ -294,7 +314,10 @@ def test_the_bench_runs_and_goes_on(jobs: str, tmp_path: Path, cli: Cli) -> None
     assert 0 <= one[1]["consistency"] <= 1
     assert first["cold_anchor"]["gold"][0] is not None
     assert "<svg" in (tmp_path / "plot.svg").read_text()
-    _is_as_if_run_alone(tmp_path / "out", "random-pairs-0", tmp_path / "alone")
+    _is_as_if_run_alone(tmp_path / "out", "random pairs", "anchor-0", tmp_path / "alone")
+    # Of two cases begun at once the other one is not done, and only grades are taken over.
+    lender = "self-rewarding-0" if jobs == "1" else "anchor-0"
+    _is_as_if_run_alone(tmp_path / "out", "init: anchor", lender, tmp_path / "rebased")
     # A run that stops for want of pairs does not end the bench; it is told as far as it came.
     too_few = (*SMALL, "pairing.min_pairs=100")
     stopping = MethodsBench(tmp_path / "out", cases=names[:1], iterations=2, overrides=too_few)
@@ -303,17 +326,17 @@ def test_the_bench_runs_and_goes_on(jobs: str, tmp_path: Path, cli: Cli) -> None
     assert stopped["models"] == first["cases"][names[0]]["runs"][0]["models"]
 
 
-def _is_as_if_run_alone(out: Path, name: str, alone: Path) -> None:
-    """A case that took files from the run of its anchor has the bytes that it would have made."""
-    case, own = CASES["random pairs"], (f"anchor.init={out}/anchor-0/anchor", "iterations=1")
+def _is_as_if_run_alone(out: Path, name: str, lender: str, alone: Path) -> None:
+    """A case that took files from another run has the bytes that it would have made."""
+    case, own = CASES[name], (f"anchor.init={out}/anchor-0/anchor", "iterations=1")
     recipe = load_recipe(case.recipe, [*SMALLER, *case.overrides, *SMALL, *own])
     run = RunDir(alone)
     run.open(recipe, {})
     iterate(Session(recipe, run))
-    lent = RunDir(out / name)
+    lent = _place(MethodsBench(out), name, 0)
     for mine, its in ((run.anchor, lent.anchor), (run.iteration(1), lent.iteration(1))):
         assert read_json(mine.done)["sha256"] == read_json(its.done)["sha256"]
-    shared = RunDir(out / "anchor-0").read_metrics()
+    shared = RunDir(out / lender).read_metrics()
     stages = {row["stage"]: row for row in lent.read_metrics() if row["iteration"] == 1}
     for row in shared:
         if row["iteration"] == 1:

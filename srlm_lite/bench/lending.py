@@ -1,8 +1,10 @@
 """Work that runs have in common, done once: what M1 says and grades, in the bench of the methods.
 
 Runs that begin with the same anchor evaluate the same M1, and many of them draw and grade the same
-answers in their first iteration. A run that finds such files in its directory does not compute
-them, so they are copied there from a run that has them: byte for byte what it would have written.
+answers in their first iteration, or have that in common as a whole: what a second delta starts from
+and learns makes no difference to the first. A run that finds such files in its directory does not
+compute them, so they are copied there from a run that has them: byte for byte what it would have
+written.
 """
 
 from __future__ import annotations
@@ -20,6 +22,16 @@ FIRST_STAGES = ("prompts", "candidates", "judgements")
 """Stages of the first iteration whose results can be the same in several runs."""
 
 
+LATER = (
+    ("dpo", "init"),
+    ("pairing", "accumulate"),
+    ("pairing", "older_steps"),
+    ("pairing", "older_order"),
+    ("pairing", "replay"),
+)
+"""Settings that no first iteration reads."""
+
+
 def same_evaluation(one: Recipe, other: Recipe) -> bool:
     """Whether two recipes measure an anchor alike, given that it is the same."""
     return _measuring(one) == _measuring(other)
@@ -34,6 +46,24 @@ def same_first_grades(one: Recipe, other: Recipe) -> bool:
         == (other.prompts, other.pairing.drop_truncated)
         and same_evaluation(one, other)
     )
+
+
+def same_first_iteration(one: Recipe, other: Recipe) -> bool:
+    """Whether two recipes make the same M2, given the same anchor."""
+    return (
+        all(_is_plain(recipe) and recipe.dpo.reference == "anchor" for recipe in (one, other))
+        and one.method == other.method
+        and one.prompts.source == "file"
+        and _at_first(one) == _at_first(other)
+    )
+
+
+def _at_first(recipe: Recipe) -> dict[str, Any]:
+    """All settings but those that are of older pairs and of an older delta."""
+    told = recipe.identity()
+    for section, key in LATER:
+        told[section].pop(key, None)
+    return told
 
 
 def _measuring(recipe: Recipe) -> dict[str, Any]:
@@ -77,6 +107,26 @@ def lend_first_grades(lender: RunDir, borrower: RunDir) -> None:
     for row in lender.read_metrics():
         if row["iteration"] == 1 and row["stage"] in FIRST_STAGES and row["stage"] not in noted:
             borrower.add_metrics(row)
+
+
+def lend_first_iteration(lender: RunDir, borrower: RunDir) -> None:
+    """Give a run the whole first iteration of another one, where that is done and its own is not.
+
+    Its anchor is done. The seconds are those that it took there.
+    """
+    place, mine = lender.iteration(1), borrower.iteration(1)
+    if not place.is_done or mine.is_done:
+        return
+    shutil.rmtree(mine.path, ignore_errors=True)  # of a bench that was stopped in it
+    files = [file for file in sorted(place.path.rglob("*")) if file.is_file()]
+    for file in files:
+        if file != place.done and not file.name.startswith("."):
+            _copy(file, mine.path / file.relative_to(place.path))
+    noted = {row["stage"] for row in borrower.read_metrics() if row["iteration"] == 1}
+    for row in lender.read_metrics():
+        if row["iteration"] == 1 and row["stage"] not in noted:
+            borrower.add_metrics(row)
+    _copy(place.done, mine.done)  # last: where it is, the iteration is whole
 
 
 def _copy(source: Path, target: Path) -> None:

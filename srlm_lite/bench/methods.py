@@ -24,8 +24,10 @@ from typing import Any, TypeVar
 from srlm_lite.bench.lending import (
     lend_evaluation,
     lend_first_grades,
+    lend_first_iteration,
     same_evaluation,
     same_first_grades,
+    same_first_iteration,
 )
 from srlm_lite.errors import TooFewPairs, UserError
 from srlm_lite.evaluate.gate import findings
@@ -373,6 +375,11 @@ def _run(
             has_grades = anchor.iteration(1).judgements.is_file()
             if iterations and has_grades and same_first_grades(recipe, other):
                 lend_first_grades(anchor, place)
+            if iterations and name != PLAIN:
+                plain = _place(settings, PLAIN, seed)
+                of_plain = _recipe(settings, CASES[PLAIN], seed, path, iterations)
+                if CASES[PLAIN].anchor == case.anchor and same_first_iteration(recipe, of_plain):
+                    lend_first_iteration(plain, place)
         iterate(session)
     return place
 
