@@ -15,7 +15,12 @@ from xml.etree import ElementTree
 import pytest
 from commands import Cli
 
-from srlm_lite.bench.lending import same_evaluation, same_first_grades, same_first_iteration
+from srlm_lite.bench.lending import (
+    same_evaluation,
+    same_first_grades,
+    same_first_iteration,
+    same_reading,
+)
 from srlm_lite.bench.methods import (
     ANCHORS,
     CASES,
@@ -80,6 +85,10 @@ def test_what_cases_have_in_common() -> None:
         assert not same_evaluation(shared, recipe(toy, setting)), setting
     for setting in ("prompts.per_iteration=50", "pairing.drop_truncated=false"):
         assert not same_first_grades(shared, recipe(toy, setting)), setting
+    other_data = {name for name, one in users.items() if not same_reading(shared, one)}
+    assert other_data == {"dpo", "spin", "rlhf"}
+    assert same_reading(shared, recipe(toy, "anchor.init=anchor", "rollout.n=3"))
+    assert not same_reading(shared, recipe(toy, "anchor.ift_limit=10"))
     assert same_first_grades(shared, recipe(toy, "dpo.beta=0.3", "pairing.rho=0.3", "iterations=1"))
 
 

@@ -37,6 +37,11 @@ def same_evaluation(one: Recipe, other: Recipe) -> bool:
     return _measuring(one) == _measuring(other)
 
 
+def same_reading(one: Recipe, other: Recipe) -> bool:
+    """Whether two recipes have the same texts read by the same bare base."""
+    return _reading(one) == _reading(other)
+
+
 def same_first_grades(one: Recipe, other: Recipe) -> bool:
     """Whether two recipes draw and grade the same answers first, given the same anchor."""
     return (
@@ -77,10 +82,22 @@ def _measuring(recipe: Recipe) -> dict[str, Any]:
     return kept
 
 
+def _reading(recipe: Recipe) -> dict[str, Any]:
+    told = recipe.identity()
+    told["anchor"].pop("init", None)
+    return {section: told[section] for section in ("seed", "base", "data", "anchor")}
+
+
 def _is_plain(recipe: Recipe) -> bool:
     method = METHODS[recipe.method]
     same = ("pool", *FIRST_STAGES)
     return all(getattr(method, stage) is getattr(SelfRewarding, stage) for stage in same)
+
+
+def lend_reading(lender: RunDir, borrower: RunDir) -> None:
+    """Give a run what another one says of the bare base, if it does not say it yet."""
+    if lender.anchor.reading.is_file() and not borrower.anchor.reading.is_file():
+        _copy(lender.anchor.reading, borrower.anchor.reading)
 
 
 def lend_evaluation(lender: RunDir, borrower: RunDir) -> None:

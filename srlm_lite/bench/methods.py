@@ -25,9 +25,11 @@ from srlm_lite.bench.lending import (
     lend_evaluation,
     lend_first_grades,
     lend_first_iteration,
+    lend_reading,
     same_evaluation,
     same_first_grades,
     same_first_iteration,
+    same_reading,
 )
 from srlm_lite.errors import TooFewPairs, UserError
 from srlm_lite.evaluate.gate import findings
@@ -369,6 +371,8 @@ def _run(
         session = Session(recipe, place, reporter or Silent())
         if anchor is not None and case.anchor is not None:
             other = _recipe(settings, ANCHORS[case.anchor], seed, None, 0)
+            if same_reading(recipe, other):
+                lend_reading(anchor, place)
             if same_evaluation(recipe, other):
                 lend_evaluation(anchor, place)
             make_anchor(session)
