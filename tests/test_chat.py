@@ -297,6 +297,32 @@ def test_a_template_that_writes_the_date_renders_alike_every_day(
     tiny_tokenizer: Any, tmp_path: Path
 ) -> None:
     file = tmp_path / "dated.jinja"
-    file.write_text("{{ strftime_now('%d %b %Y') }}" + CHATML)
+    for asks in (
+        "{{ strftime_now('%d %b %Y') }}",
+        '{% if strftime_now is defined %}{{ strftime_now( "%d %b %Y" ) }}{% endif %}',
+        "{% set form = '%d %b %Y' %}{{ strftime_now(form) }}",
+        "{% macro today(form='%d %b %Y') %}{{ strftime_now(form) }}{% endmacro %}{{ today() }}",
+    ):
+        file.write_text(asks + CHATML)
+        chat = ChatFormat(tiny_tokenizer, template=str(file))
+        text = chat._tokenizer.decode(chat.prompt_ids("hi"))
+        assert text.startswith("26 Jul 2024<|im_start|>user"), asks
+        told = chat._tokenizer.apply_chat_template(
+            [{"role": "user", "content": "hi"}],
+            tokenize=False, add_generation_prompt=True, chat_template=chat.portable_template,
+        )  # fmt: skip
+        assert told == text, asks
+    # A newline at the start is the template's own.
+    file.write_text("\n{% set form = '%Y' %}{{ strftime_now(form) }}" + CHATML)
     chat = ChatFormat(tiny_tokenizer, template=str(file))
-    assert chat._tokenizer.decode(chat.prompt_ids("hi")).startswith("26 Jul 2024")
+    assert chat._tokenizer.decode(chat.prompt_ids("hi")).startswith("\n2024<|im_start|>user")
+
+
+def test_a_date_in_a_format_that_a_template_computes_is_refused(
+    tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    """It would be another one tomorrow."""
+    file = tmp_path / "dated.jinja"
+    file.write_text("{{ strftime_now(['%d', '%m'] | join(' ')) }}" + CHATML)
+    with pytest.raises(UserError, match="in a format that is not written in it: %d %m"):
+        ChatFormat(tiny_tokenizer, template=str(file))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -83,14 +84,16 @@ FAMILIES: dict[str, tuple[str, str | None, tuple[str, ...], tuple[str, ...]]] = 
     ),
     "idefics3": ("<end_of_utterance>", "<|begin_of_text|>", (), ()),
     "llava": ("</s>", "<s>", (), ()),
+    "smolvlm": ("<end_of_utterance>", "<|im_start|>", (), ()),  # in TRL from 1.15 on
 }
 """Each family's ends of text and of a turn, the start of text, other special tokens, and added
 tokens that are not marked as special, as their makers' tokenizers have them."""
 
-WANTS_PARTS = ("idefics3", "llava_next")
+WANTS_PARTS = ("idefics3", "llava_next", "smolvlm")
 """Their content has to be a list of parts; rendered from text, the user's words are missing."""
 REWRITES_PAST_TURNS = ("deepseek", "gptoss", "nemotron", "qwen3_5", "qwen3_6")
 """They take thoughts out of past turns, as `qwen3` does, or end the last in a way of its own."""
+DATE = re.compile(r"strftime_now\([\"'](.*?)[\"']\)")
 OPENS_AND_REWRITES = ("deepseek", "nemotron")
 """They open a thought where they prompt and write past turns with another one or none."""
 
@@ -179,7 +182,7 @@ def rendered(
         messages,
         tokenize=False,
         add_generation_prompt=generation,
-        strftime_now=fixed_date,
+        chat_template=DATE.sub(lambda call: repr(fixed_date(call[1])), chat.template),
         **chat._jinja.settings,
     )
     return text

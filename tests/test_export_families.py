@@ -162,6 +162,7 @@ def check_both_forms(made: Made) -> None:
         warnings.simplefilter("error")  # PEFT warns of what it does not find, or finds too many of
         for known in (".*a tied layer is part of the adapter", "fan_in_fan_out is set to True but"):
             warnings.filterwarnings("ignore", known)  # of a head that is adapted, and it is right
+        warnings.simplefilter("ignore", FutureWarning)  # of names that transformers changes
         model = hf.AutoModelForCausalLM.from_pretrained(made.base, dtype=torch.float32)
         with_adapter = PeftModel.from_pretrained(model, made.adapter)
     assert alike(logits(with_adapter), made.logits)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from tapes import logits_by_prefix, taped
 
 from srlm_lite.model.base import load_base
@@ -278,12 +279,13 @@ def test_a_layer_that_counts_its_own_positions_is_sampled_with_generate(chat: Ch
 def test_a_base_that_caps_its_scores_is_loaded_with_its_caps(
     tiny_base_dir: Path, tmp_path: Path
 ) -> None:
-    """With transformers' default they are gone; a run that was begun so goes on so."""
+    """By transformers' default they are gone before 5.21; a run that was begun so goes on so."""
     model_of("caps").save_pretrained(tmp_path)
     hf.AutoTokenizer.from_pretrained(tiny_base_dir).save_pretrained(tmp_path)
     ids = torch.tensor([prompts(shared=0)[3].prompt_ids])
     own, bare = (model_of(kind)(ids).logits for kind in ("caps", "caps that sdpa drops"))
-    assert float((own - bare).abs().max()) > 0.005
+    drops = Version(hf.__version__) < Version("5.21")
+    assert (float((own - bare).abs().max()) > 0.005) == drops
     for attention, expected in {"own": own, "sdpa": bare}.items():
         section = Base(name=str(tmp_path), dtype="float32", attention=attention)
         assert torch.allclose(load_base(section).model(ids).logits, expected, atol=1e-6)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jinja2
 import jinja2.meta
+import jinja2.nodes
 
 from srlm_lite.errors import UserError
 
@@ -63,8 +64,12 @@ _TURN_WORDS = re.compile(r"(?=.*[^\W\d_])(?:[^\w\s].*|.*[^\w\s.!?,;])")
 """A line of letters that begins or ends as no sentence does: `USER:`, `### Response:`."""
 _OPENING_TAG = re.compile(r"(<([A-Za-z_:]+)>|\[([A-Z_]+)\])\s*\Z")
 _STRFTIME = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+_CLOCK = re.compile(r"\bstrftime_now\s*\(")
+"""A template asks for the time, in a format that is not written right there."""
 _GENERATION = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
 """A block that transformers adds to Jinja; it changes nothing of what is written."""
+_ENVIRONMENT = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
+"""Reads templates, and renders none."""
 _SUPPLIED = {"messages", "add_generation_prompt", "raise_exception", "strftime_now"}
 """Variables that a rendering gets without being asked."""
 
@@ -109,6 +114,7 @@ class Template:
         self.settings = dict(settings)
         self._wants_parts = False
         self._variables = self._read_variables()
+        self._dated = _with_fixed_date(source)
         for name in settings:
             if name not in self._variables:
                 read = ", ".join(sorted(self._variables)) or "none"
@@ -119,13 +125,14 @@ class Template:
                 )
 
     def _read_variables(self) -> set[str]:
-        environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
         try:
-            tree = environment.parse(_GENERATION.sub("", self.source))
+            tree = _ENVIRONMENT.parse(_GENERATION.sub("", self.source))
         except jinja2.TemplateError as error:
             raise UserError(f"the chat template fails: {error}", where=WHERE) from error
         read = jinja2.meta.find_undeclared_variables(tree)
-        return read - _SUPPLIED - set(self._tokenizer.special_tokens_map) - set(environment.globals)
+        return (
+            read - _SUPPLIED - set(self._tokenizer.special_tokens_map) - set(_ENVIRONMENT.globals)
+        )
 
     def render(
         self,
@@ -145,8 +152,7 @@ class Template:
                 [self._as_wanted(message) for message in messages] if source is None else messages,
                 tokenize=False,
                 add_generation_prompt=generation,
-                chat_template=self.source if source is None else source,
-                strftime_now=fixed_date,
+                chat_template=self._dated if source is None else source,
                 **(self.settings if settings is None else settings),
             )
         except Exception as error:  # a template runs code of its own, which raises what it likes
@@ -330,7 +336,7 @@ class Template:
         Args:
             bos: Whether the tokenizer puts a BOS in front of text.
         """
-        source = _STRFTIME.sub(lambda call: repr(fixed_date(call[2])), self.source)
+        source = self._dated
         sets = "".join(
             f"{{% set {name} = {_literal(value)} %}}\n" for name, value in self.settings.items()
         )
@@ -381,3 +387,27 @@ def _literal(value: Any) -> str:
 def fixed_date(pattern: str) -> str:
     """Stands in for the clock, so that a template with a date renders alike when a run resumes."""
     return datetime(2024, 7, 26).strftime(pattern)
+
+
+_FIXED_CLOCK = (
+    "{%- macro strftime_now(format) -%}"
+    "{%- set known = KNOWN -%}"
+    "{{- known[format] if format in known else "
+    "raise_exception('it asks for a date in a format that is not written in it: ' ~ format) -}}"
+    "{%- endmacro +%}"
+)
+"""Jinja that says `fixed_date` in the formats that stand in a template."""
+
+
+def _with_fixed_date(source: str) -> str:
+    """A template with a fixed date where it asks for the time.
+
+    It is written into the template, as transformers from 5.22 on hands no functions to one.
+    """
+    source = _STRFTIME.sub(lambda call: repr(fixed_date(call[2])), source)
+    if not _CLOCK.search(source):
+        return source
+    tree = _ENVIRONMENT.parse(_GENERATION.sub("", source))
+    formats = {one.value for one in tree.find_all(jinja2.nodes.Const) if isinstance(one.value, str)}
+    known = {format_: fixed_date(format_) for format_ in sorted(formats) if "%" in format_}
+    return _FIXED_CLOCK.replace("KNOWN", json.dumps(known)) + source

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from srlm_lite.model.renamed import with_cache
 from srlm_lite.rollout.tree import Tree
 
 logger = logging.getLogger(__name__)
@@ -75,7 +76,10 @@ class Steps:
         positions = self._tree.positions
         with self._tree.growing_leaves():
             output = self._model(
-                input_ids=ids, position_ids=positions, past_key_values=self._tree, use_cache=True
+                input_ids=ids,
+                position_ids=positions,
+                use_cache=True,
+                **with_cache(self._model, self._tree),
             )
         logits: Tensor = output.logits[:, -1]
         return logits

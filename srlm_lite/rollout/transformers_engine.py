@@ -15,6 +15,7 @@ from torch import Tensor
 from srlm_lite.errors import UserError
 from srlm_lite.model.chat import ChatFormat
 from srlm_lite.model.heap import is_out_of_memory
+from srlm_lite.model.renamed import cache_of, with_cache
 from srlm_lite.model.stack import Adapter, Slot
 from srlm_lite.records import FinishReason
 from srlm_lite.rollout.ends import Ends
@@ -232,11 +233,12 @@ class TransformersEngine:
         start = tree.get_seq_length()
         positions = torch.arange(start, start + ids.shape[1], device=ids.device)
         # The decoder alone: the logits of these positions are of no use.
-        self._model.get_decoder()(
+        decoder: Any = self._model.get_decoder()
+        decoder(
             input_ids=ids,
             position_ids=positions.expand_as(ids),
-            past_key_values=tree,
             use_cache=True,
+            **with_cache(decoder, tree),
         )
 
     def _step(self, steps: Steps, live: Sequence[Row], limits: Limits) -> int:
@@ -345,7 +347,7 @@ class TransformersEngine:
             return True
         past = None
         for part in (ids[:, :half], ids[:, half:-1], ids[:, -1:]):
-            own, past = self._last_logits(part, past_key_values=past, use_cache=True)
+            own, past = self._last_logits(part, **with_cache(self._model, past), use_cache=True)
         return bool(apart < LIKE_ITSELF * divergence(expected, own))
 
     def _last_logits(self, ids: Tensor, **how: Any) -> tuple[Tensor, Any]:
@@ -354,7 +356,7 @@ class TransformersEngine:
         Without the logits of the others, which of a long prompt are more than the base.
         """
         decoded = self._model(input_ids=ids, logits_to_keep=1, **how)
-        return decoded.logits[:, -1], decoded.get("past_key_values")
+        return decoded.logits[:, -1], cache_of(decoded)
 
     def _back_off(self) -> None:
         self._batch_rows = self._most_rows = max(1, self._batch_rows // 2)

@@ -12,11 +12,12 @@ from typing import Any, TypeVar
 import torch
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parallel import DistributedDataParallel
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from srlm_lite.errors import UserError
 from srlm_lite.model.base import LoadedBase
 from srlm_lite.model.heap import is_out_of_memory
+from srlm_lite.model.renamed import checkpointing_name
 from srlm_lite.settings import Optim
 from srlm_lite.training.checkpoint import Kept
 
@@ -50,7 +51,7 @@ def common_arguments(
         "warmup_steps": round(steps * optim.warmup_ratio),
         "weight_decay": 0.0,  # decay would shrink the frozen rows of the slot
         "max_grad_norm": optim.max_grad_norm,
-        "gradient_checkpointing": optim.gradient_checkpointing,
+        checkpointing_name(TrainingArguments): optim.gradient_checkpointing,
         "bf16": base.dtype == torch.bfloat16,
         "fp16": base.dtype == torch.float16,
         "use_cpu": base.device.type == "cpu",
@@ -227,8 +228,8 @@ def one_adapter_in_training(model: Any) -> Iterator[None]:
             yield
     finally:
         model.zero_grad(set_to_none=True)
-        if model.is_gradient_checkpointing:
-            model.gradient_checkpointing_disable()
+        if getattr(model, checkpointing_name(model, "is_{}")):
+            getattr(model, checkpointing_name(model, "{}_disable"))()
         # accelerate wraps `forward` (mixed precision, float32 outputs) and marks the model as
         # wrapped, so that the next trainer would leave it as it finds it.
         for attribute in (

@@ -17,6 +17,7 @@ from transformers.trainer_callback import TrainerCallback
 
 from srlm_lite.errors import ProofError, UserError
 from srlm_lite.model.base import LoadedBase
+from srlm_lite.model.renamed import checkpointing_name
 from srlm_lite.model.stack import Adapter, Slot
 from srlm_lite.settings import Optim
 from srlm_lite.training.arguments import (
@@ -114,8 +115,10 @@ class Scorer(nn.Module):
 
     def gradient_checkpointing_enable(self, **settings: Any) -> None:
         """Asked for by Trainer."""
-        self.backbone.gradient_checkpointing_enable(**settings)
+        getattr(self.backbone, checkpointing_name(self.backbone, "{}_enable"))(**settings)
         self.backbone.enable_input_require_grads()  # the embeddings are frozen
+
+    activation_checkpointing_enable = gradient_checkpointing_enable
 
 
 class RewardTrainer(StepTrainer):
