@@ -2,8 +2,8 @@
 
 From 5.23 on gradient checkpointing is activation checkpointing, and from 5.24 on a cache is `cache`
 and no longer `past_key_values`, in what a model takes and in what it gives. The old names are
-accepted with a warning until 6.0 and 5.40, but not everywhere: a wrapper around a model is asked by
-the new name alone, and `get` on an output finds nothing under the old one.
+accepted with a warning until 6.0 and 5.40, but a wrapper around a model is asked by the new name
+alone.
 """
 
 from __future__ import annotations
