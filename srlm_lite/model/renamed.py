@@ -1,9 +1,8 @@
 """What transformers has given another name, by the name that the installed one knows.
 
 From 5.23 on gradient checkpointing is activation checkpointing, and from 5.24 on a cache is `cache`
-and no longer `past_key_values`, in what a model takes and in what it gives. The old names are
-accepted with a warning until 6.0 and 5.40, but a wrapper around a model is asked by the new name
-alone.
+and no longer `past_key_values`, in what a model takes and in what it gives. The old names work until
+6.0 and 5.40, with warnings.
 """
 
 from __future__ import annotations
