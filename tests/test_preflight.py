@@ -72,6 +72,9 @@ def data(tmp_path: Path) -> Path:
     return shutil.copytree(load_recipe("tiny").data.dir, tmp_path / "data")
 
 
+NOTHING_TO_ASK = ("anchor", "tracking", "server", "capabilities", "time")
+
+
 def test_a_run_that_can_start_says_so_and_what_to_type(
     cli: Cli, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -79,7 +82,7 @@ def test_a_run_that_can_start_says_so_and_what_to_type(
     done = cli("iterate", "--recipe", "tiny", "--adapters", out, "--dry-run")
     assert done.returncode == 0
     assert [line.split()[0] for line in done.stdout.splitlines()] == [
-        "-" if name in ("anchor", "tracking", "server", "time") else "ok" for name in CHECKS
+        "-" if name in NOTHING_TO_ASK else "ok" for name in CHECKS
     ]
     [line] = done.stderr.strip().splitlines()
     assert line.startswith("next: srlm-lite iterate --recipe tiny --adapters ")
@@ -102,6 +105,12 @@ def test_a_run_that_can_start_says_so_and_what_to_type(
             ["method=dno", "dno.grading=side-by-side", "dno.template=nowhere"],
             "one of the shipped templates",
         ),
+        ("method", ["rollout.temperature=0"], "a pair is two that differ"),
+        (
+            "method",
+            ["pairing.min_pairs=73"],
+            "12 prompts with 4 samples each make 72 pairs at most",
+        ),
         ("window", ["rollout.max_new_tokens=256"], "leaves no room for a prompt"),
         ("prompts", ["prompts.per_iteration=9000"], "has 960 prompts, and 18000 are wanted"),
         ("prompts", ["prompts.file=nowhere.jsonl"], "no such file"),
@@ -119,6 +128,21 @@ def test_what_fails_is_told_by_the_dry_run_and_by_the_run(
     answer = asked(cli, out, *settings)[check]
     assert answer.startswith("bad: ") and told in answer
     assert f"bad: {refused(cli, out, *settings)}" == answer
+
+
+def test_methods_whose_pairs_are_no_two_samples_may_be_greedy(cli: Cli, out: Path) -> None:
+    ranked = f"data.ranked={load_recipe('toy-spin').data.ranked}"
+    answers = asked(cli, out, "method=spin", ranked, "rollout.temperature=0")
+    assert answers["method"] == "ok: spin"
+
+
+def test_a_task_that_the_harness_does_not_know(cli: Cli, out: Path, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    (tmp_path / "own").mkdir()
+    settings = ["evaluate.tasks=[gsm9k]", f"evaluate.tasks_dir={tmp_path / 'own'}"]
+    assert "no such task: gsm9k" in asked(cli, out, *settings)["capabilities"]
+    assert "no such task: gsm9k" in refused(cli, out, *settings)
+    assert asked(cli, out)["capabilities"] == "not asked: no tasks are named"
 
 
 def test_prompts_that_leave_no_room_are_counted_in_tokens_of_the_base(
@@ -145,6 +169,15 @@ def test_judge_data_without_targets_or_scores_is_told_of_before_a_base_is_loaded
     assert told == "not asked: its targets are made"
     path.write_text("".join(json.dumps({**row, "target": "good"}) + "\n" for row in rows))
     assert "score the rubric allows" in refused(cli, out, f"data.dir={data}")
+
+
+@pytest.mark.parametrize("rows", ["[{}]", "3", "[" * 100_000 + "]" * 100_000])
+def test_data_whose_rows_are_none_end_no_other_check(
+    cli: Cli, out: Path, data: Path, rows: str
+) -> None:
+    (data / "ift.jsonl").write_text(rows + "\n")
+    answers = asked(cli, out, f"data.dir={data}")
+    assert answers["data"].startswith("bad: ") and answers["memory"].startswith("ok: ")
 
 
 def test_a_held_out_prompt_among_the_training_s(cli: Cli, out: Path, data: Path) -> None:

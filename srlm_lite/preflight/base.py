@@ -168,6 +168,17 @@ def thoughts(launch: Launch) -> Seen:
     return Seen("none are taught")
 
 
+def capabilities(launch: Launch) -> Seen:
+    """That the harness knows the tasks of the capability panel."""
+    section = launch.recipe.evaluate
+    if not section.tasks:
+        return Seen("no tasks are named", asked=False)
+    from srlm_lite.model.harness import task_manager
+
+    task_manager(section.tasks, Path(section.tasks_dir) if section.tasks_dir else None)
+    return Seen(f"{len(section.tasks)} tasks")
+
+
 def judging(launch: Launch) -> Seen:
     """That all which may be sampled can be judged: a judge's question holds the rubric as well."""
     room = room_for(launch.recipe)

@@ -45,6 +45,7 @@ TOKEN = "hf_thistokenisnobodysbusiness"
 
 def tries(place: Place, rng: Random) -> Iterator[Try]:
     """By turns, so that few tries see a little of everything."""
+    command("--version")  # what processes are forked from imports its libraries with the first one
     references = References(place)
     kinds: list[tuple[str, Callable[[Place, References, Random, str], tuple[str, str]]]] = []
     for method in methods():
