@@ -7,7 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -128,6 +128,25 @@ def test_what_fails_is_told_by_the_dry_run_and_by_the_run(
     answer = asked(cli, out, *settings)[check]
     assert answer.startswith("bad: ") and told in answer
     assert f"bad: {refused(cli, out, *settings)}" == answer
+
+
+@pytest.mark.parametrize(
+    ("harm", "told"),
+    [
+        (lambda base: [one.unlink() for one in base.glob("token*")], "has no tokenizer that"),
+        (lambda base: (base / "config.json").write_text("[1]"), "cannot be loaded"),
+        (
+            lambda base: (base / "config.json").write_text('{"model_type": "qwen9"}'),
+            "knows no architecture qwen9",
+        ),
+    ],
+)
+def test_a_base_that_no_library_reads_is_told_of_before_it_is_loaded(
+    cli: Cli, out: Path, tmp_path: Path, harm: Callable[[Path], object], told: str
+) -> None:
+    base = Path(shutil.copytree(load_recipe("tiny").base.name, tmp_path / "base"))
+    harm(base)
+    assert told in asked(cli, out, f"base.name={base}")["base files"]
 
 
 def test_methods_whose_pairs_are_no_two_samples_may_be_greedy(cli: Cli, out: Path) -> None:
@@ -498,6 +517,14 @@ def test_what_can_be_told_without_torch_is_told_before_it_is_loaded(tmp_path: Pa
     mixture = shutil.copytree(load_recipe("tiny").base.name, tmp_path / "mixture")
     config = json.loads((mixture / "config.json").read_text())
     (mixture / "config.json").write_text(json.dumps({**config, "model_type": "mixtral"}))
+    kept = tmp_path / "models--org--name" / "snapshots" / "0123abcd"
+    shutil.copytree(load_recipe("tiny").base.name, kept)
+    (tmp_path / "pickled").mkdir()
+    for file in ("config.json", "pytorch_model.bin"):
+        (tmp_path / "pickled" / file).write_text("{}")
+    in_few_bits = shutil.copytree(mixture, tmp_path / "awq")
+    awq = {**config, "quantization_config": {"quant_method": "awq"}}
+    (in_few_bits / "config.json").write_text(json.dumps(awq))
     asked_for = [
         ("file", [], "is a file, not a directory"),
         ("other", [], "holds files, but no run"),
@@ -510,6 +537,15 @@ def test_what_can_be_told_without_torch_is_told_before_it_is_loaded(tmp_path: Pa
         ("new", ["anchor.init=nowhere"], "no such directory"),
         ("new", ["base.name=/no/base"], "there is nothing at /no/base"),
         ("new", ["base.name=some-org/base"], "the Hub cannot be reached"),
+        ("new", ["base.name=https://huggingface.co/some-org/base"], "Hub id it is some-org/base"),
+        (
+            "new",
+            [f"base.name={kept.parent}"],
+            "has no config.json. A model directory holds config",
+        ),
+        ("new", [f"base.name={kept.parent.parent}"], f"One is {kept}"),
+        ("new", [f"base.name={tmp_path / 'pickled'}"], "only pickled ones"),
+        ("new", [f"base.name={in_few_bits}"], "is quantized already (awq)"),
         ("new", [*judge, f"openai.url={absent}"], "cannot be reached"),
         ("new", [*judge, "openai.url=http://me:word@host/v1"], "holds a user or password"),
         ("new", ["dpo.lora.targets=[q_porj]"], "no linear layer named q_porj. It has down_proj"),

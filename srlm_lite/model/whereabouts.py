@@ -9,7 +9,7 @@ import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import httpx
 from huggingface_hub import HfApi, snapshot_download
@@ -38,6 +38,7 @@ PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 """What makes a base: configuration, weights, tokenizer and chat template."""
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_ADDRESS = re.compile(r"(?:https?://)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)")
 _HUB_TIMEOUT_S = 5
 """For a question to the Hub that nothing waits for."""
 
@@ -64,7 +65,9 @@ def located(name: str) -> tuple[Kind, str]:
         )
     looks_like_path = path.is_absolute() or name.startswith((".", "~")) or path.suffix == ".gguf"
     if looks_like_path or not _HUB_ID.fullmatch(name):
-        raise UserError(f"there is nothing at {name}", where=WHERE)
+        address = _HUB_ADDRESS.match(name)
+        way_out = f"By its Hub id it is {address[1]}" if address else None
+        raise UserError(f"there is nothing at {name}", where=WHERE, way_out=way_out)
     return "hub", name
 
 
@@ -122,6 +125,56 @@ def is_complete(folder: Path) -> bool:
     if index.is_file():
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     return all((folder / name).is_file() for name in names)
+
+
+def refuse_no_model(folder: Path) -> None:
+    """Look at what lies in a base's directory: its configuration, and weights that can be taken.
+
+    Raises:
+        UserError: One of them is missing, or is of a kind that is not.
+    """
+    if not (folder / "config.json").is_file():
+        way_out = "A model directory holds config.json, *.safetensors and a tokenizer"
+        # The folder of a model in the Hub's cache, or the one of its snapshots.
+        below = (*folder.glob("snapshots/*/config.json"), *folder.glob("*/config.json"))
+        if folder.name == "snapshots" or folder.name.startswith("models--"):
+            way_out += "".join(f". One is {file.parent}" for file in below[:1])
+        raise UserError(f"{folder} has no config.json", where=WHERE, way_out=way_out)
+    if not any(folder.glob("*.safetensors")):
+        other = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
+        raise UserError(
+            f"{folder} has no *.safetensors weights" + (", only pickled ones" if other else ""),
+            where=WHERE,
+            way_out="Save the model as safetensors: pickled weights can run code"
+            if other
+            else None,
+        )
+    with contextlib.suppress(ValueError):  # a damaged one is told of where it is loaded
+        refuse_quantized(str(folder), json.loads((folder / "config.json").read_bytes()))
+
+
+def refuse_quantized(name: str, settings: Any) -> None:
+    """What was trained on weights in 4 or 8 bits could not be merged into them again.
+
+    Args:
+        name: Of the base.
+        settings: Its configuration, as JSON has it.
+
+    Raises:
+        UserError: Its weights are in fewer bits already; says how.
+    """
+    quantized = settings.get("quantization_config") if isinstance(settings, dict) else None
+    if not quantized:
+        return
+    method = str(quantized.get("quant_method", "a way of its own"))
+    bits = "4 bits" if quantized.get("load_in_4bit") else quantized.get("bits")
+    kind = method.replace("bitsandbytes", f"bitsandbytes, {bits or '8 bits'}")
+    raise UserError(
+        f"{name} is quantized already ({kind}), and adapters are merged here into weights of 16 "
+        "bits or more",
+        where=WHERE,
+        way_out="Name the model that it was made from; base.quantization=nf4 loads that in 4 bits",
+    )
 
 
 def smollm2_file() -> Path | None:

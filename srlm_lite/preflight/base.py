@@ -32,9 +32,14 @@ def backend(launch: Launch) -> Seen:
 
 
 def base(launch: Launch) -> Seen:
-    """That the base is here, or on the Hub."""
+    """That the base is here, as a model, or on the Hub."""
+    from srlm_lite.model.whereabouts import located, refuse_no_model
+
     here = refuse_absent_base(launch.recipe, launch.run)
     name = launch.recipe.base.name
+    kind, location = located(name)
+    if kind == "directory":
+        refuse_no_model(Path(location))
     if not here:
         return Seen(name, (f"{name} is not here yet: it is going to be downloaded",))
     return Seen(name)
