@@ -716,6 +716,15 @@ def test_the_directory_may_lie_on_another_disk(tmp_path: Path) -> None:
         assert len(list(Path(there).iterdir())) == 5
 
 
+def test_places_where_no_directory_can_be(told: Told, tmp_path: Path) -> None:
+    source = write(tmp_path / "r.jsonl", scored("Which one is best?", 1, 2))
+    (tmp_path / "loose").symlink_to(tmp_path / "nowhere")
+    for out in (source, Path(source) / "below" / "it", tmp_path / "loose", Path("/proc/data")):
+        with told.refused():
+            prepare(str(source), Path(out), Options())
+    assert {path.name for path in tmp_path.iterdir()} == {"r.jsonl", "loose"}
+
+
 # What users get wrong
 
 

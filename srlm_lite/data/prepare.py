@@ -628,6 +628,9 @@ def _existing(out: Path) -> Path:
 def _refuse_unwritable(folder: Path, out: Path) -> None:
     if out.is_symlink() and not out.exists():
         raise UserError(f"is a link to {os.readlink(out)}, which is not there", where=str(out))
+    above = next((one for one in out.absolute().parents if one.exists()), folder)
+    if not above.is_dir():
+        raise UserError(f"lies below {above}, which is a file", where=str(out))
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"cannot be written ({os.strerror(errno.EACCES)})", where=str(out))
 

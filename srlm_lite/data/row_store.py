@@ -115,7 +115,12 @@ def remove_left(near: Path) -> None:
 def _made(near: Path) -> tuple[Path, IO[str]]:
     """A new folder, and its lock, which goes with the process, however that ends."""
     while True:
-        folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=near))
+        try:
+            folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=near))
+        except FileNotFoundError as error:  # it is there, but no place for files, as /proc is
+            raise UserError(
+                "no directory can be made here", where=str(near), way_out="Choose another"
+            ) from error
         lock = (folder / _LOCK).open("w")
         with contextlib.suppress(
             OSError
