@@ -196,6 +196,7 @@ class Recipe(_OfMethods):
 WORDS = {
     "missing": "has to be given",
     "model_type": "is a section: a mapping of settings, or section.key=value",
+    "tuple_type": "is a list: [one, two]",
 }
 """What some of pydantic's errors say, in the words of recipes."""
 
@@ -283,6 +284,8 @@ def find_recipe(name_or_path: str) -> Path:
     path = Path(name_or_path)
     if path.is_file():
         return path
+    if path.is_dir():
+        raise UserError("is a directory, not a recipe", where=name_or_path, way_out="Name a file")
     close = difflib.get_close_matches(name_or_path, shipped_recipes(), n=1)
     hint = f"Did you mean {close[0]}?" if close else f"Shipped: {', '.join(shipped_recipes())}"
     raise UserError("no such recipe", where=name_or_path, way_out=hint)
@@ -375,7 +378,7 @@ def recipe_from(raw: Mapping[str, Any], *, where: str) -> Recipe:
         # A misspelt key is unknown under its name and missing under the right one.
         found = sorted(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
         first = found[0]
-        location = [str(part) for part in first["loc"]]
+        location = _as_written(first["loc"])
         key = ".".join(location)
         if first["type"] == "extra_forbidden":
             raise UserError(
@@ -392,6 +395,18 @@ def recipe_from(raw: Mapping[str, Any], *, where: str) -> Recipe:
                 f"`{key}` (is {text!r}): holds a character that no file can", where=where
             )
     return recipe
+
+
+def _as_written(location: Sequence[str | int]) -> list[str]:
+    """Where a mistake is, by keys and places alone: pydantic adds which of several types it is."""
+    section: type[BaseModel] | None = Recipe
+    parts: list[str] = []
+    for part in location:
+        if section is not None or isinstance(part, int):
+            parts.append(str(part))
+        below = {} if section is None else sections_of(section)
+        section = below.get(str(part))
+    return parts
 
 
 def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:

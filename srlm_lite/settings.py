@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin
 from urllib.parse import urlsplit
 
 from pydantic import (
@@ -20,10 +20,12 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    ValidationInfo,
     WithJsonSchema,
     field_validator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from srlm_lite.errors import shorten
 from srlm_lite.shipped import CHAT_TEMPLATES, RUBRICS, TEMPLATES, Shelf
@@ -92,6 +94,16 @@ class DecidesNothing:
 DECIDES_NOTHING = DecidesNothing()
 
 
+def _takes_truth(annotation: Any) -> bool:
+    """Whether true or false can be a setting's value."""
+    inside = get_args(annotation)
+    if get_origin(annotation) is Literal:
+        return any(isinstance(one, bool) for one in inside)
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return True  # which says itself what it is
+    return annotation in (bool, Any) or any(map(_takes_truth, inside))
+
+
 class Section(BaseModel):
     """A part of a recipe. Frozen, and closed: an unknown key is an error."""
 
@@ -102,6 +114,16 @@ class Section(BaseModel):
         use_attribute_docstrings=True,
         allow_inf_nan=False,
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """`yes`, which YAML reads as true, would be taken for a learning rate of 1."""
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and not _takes_truth(annotation):
+            told = "YAML reads yes, no, on and off as true and false, which say nothing here"
+            raise PydanticCustomError("truth", "{told}", {"told": told})
+        return value
 
     def __hash__(self) -> int:
         """As pydantic's, which knows no mappings among the settings."""
@@ -230,7 +252,7 @@ class Optim(Section):
     section: ClassVar[str]
     """Where it stands in a recipe."""
 
-    epochs: Annotated[float, Field(gt=0)] = 1.0
+    epochs: Annotated[float, Field(gt=0, le=1e6)] = 1.0
     """Passes over the examples; a part of one is a share of the steps."""
     learning_rate: Annotated[float, Field(gt=0)]
     """The highest of the schedule."""

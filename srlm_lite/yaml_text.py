@@ -68,4 +68,6 @@ def _problem(error: Exception) -> str:
     mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
     if mark is None or problem is None:
         return str(error)
+    if problem == "but found another document":
+        problem = "a second document begins, and it is to be one"
     return f"{problem}, line {mark.line + 1}, column {mark.column + 1}"

@@ -6,7 +6,10 @@ import gzip
 import json
 import os
 import random
+import shutil
+import subprocess
 import sys
+import time
 import types
 import unicodedata
 from collections import Counter
@@ -32,6 +35,7 @@ from srlm_lite.data.sources import DataSource, read_source
 from srlm_lite.data.split import PlacedReply, RankedPrompt, Sharing
 from srlm_lite.data.text import is_garbled, is_repetitive, normalised, prompt_problem
 from srlm_lite.errors import UserError
+from srlm_lite.progress import Silent, Task
 from srlm_lite.records import Instruction, Prompt, RankedReply
 from srlm_lite.run.files import read_records
 from srlm_lite.stages.seed_data import read_ranked
@@ -644,7 +648,81 @@ def test_data_that_is_there_is_kept_unless_forced(told: Told, tmp_path: Path) ->
 def test_a_failure_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(UserError):
         prepare(write(tmp_path / "r.jsonl", scored("Which?", None)), tmp_path / "out", Options())
-    assert not (tmp_path / "out").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["r.jsonl"]
+
+
+AT_WORK = """
+import sys, time
+from pathlib import Path
+from srlm_lite.data.row_store import RowStore
+with RowStore(Path(sys.argv[1])) as store:
+    Path(sys.argv[2]).write_text(str(store.folder))
+    time.sleep(600)
+"""
+
+
+def at_work(near: Path, note: Path) -> tuple[subprocess.Popen[bytes], Path]:
+    """A process that has put rows by, and the folder that it has for them."""
+    program = subprocess.Popen([sys.executable, "-c", AT_WORK, near, note])
+    while not (note.is_file() and note.read_text()):
+        assert program.poll() is None
+        time.sleep(0.01)
+    return program, Path(note.read_text())
+
+
+def test_what_a_killed_one_has_left_goes_and_what_another_works_in_stays(tmp_path: Path) -> None:
+    source = write(tmp_path / "r.jsonl", scored("Which one is best?", 1, 2))
+    place = tmp_path / "place"
+    place.mkdir()
+    killed, left = at_work(place, tmp_path / "killed")
+    killed.kill()
+    killed.wait()
+    living, used = at_work(place, tmp_path / "living")
+    try:
+        assert not left.exists()  # the second one has looked already
+        shutil.copytree(used, left)  # as if killed: files that nobody has locked
+        prepare(source, place / "data", Options())
+        assert sorted(place.iterdir()) == sorted([used, place / "data"])
+        assert (used / "rows.sqlite").is_file()
+    finally:
+        living.kill()
+        living.wait()
+
+
+def test_data_that_another_has_written_meanwhile_are_kept(tmp_path: Path) -> None:
+    source = write(tmp_path / "r.jsonl", scored("Which one is best?", 1, 2))
+    out = tmp_path / "data"
+
+    class Other(Silent):
+        def start(self, label: str, total: int, unit: str) -> Task:
+            out.mkdir(exist_ok=True)
+            (out / "ift.jsonl").write_text("another's\n")
+            return super().start(label, total, unit)
+
+    with pytest.raises(UserError, match="already"):
+        prepare(source, out, Options(), reporter=Other())
+    assert {path.name: path.read_text() for path in out.iterdir()} == {"ift.jsonl": "another's\n"}
+
+
+def test_the_directory_may_lie_on_another_disk(tmp_path: Path) -> None:
+    elsewhere = Path("/dev/shm")
+    if not elsewhere.is_dir() or elsewhere.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("no other disk")
+    source = write(tmp_path / "r.jsonl", scored("Which one is best?", 1, 2))
+    with TemporaryDirectory(dir=elsewhere) as there:
+        (tmp_path / "data").symlink_to(there)
+        prepare(source, tmp_path / "data", Options())
+        assert (Path(there) / "prepare.json").is_file()
+        assert len(list(Path(there).iterdir())) == 5
+
+
+def test_places_where_no_directory_can_be(told: Told, tmp_path: Path) -> None:
+    source = write(tmp_path / "r.jsonl", scored("Which one is best?", 1, 2))
+    (tmp_path / "loose").symlink_to(tmp_path / "nowhere")
+    for out in (source, Path(source) / "below" / "it", tmp_path / "loose", Path("/proc/data")):
+        with told.refused():
+            prepare(str(source), Path(out), Options())
+    assert {path.name for path in tmp_path.iterdir()} == {"r.jsonl", "loose"}
 
 
 # What users get wrong

@@ -429,6 +429,13 @@ def test_what_nothing_makes_fit_is_said() -> None:
     assert needs_sharding(plan) is None  # no devices to spread it over
 
 
+def test_adapters_that_no_machine_holds_are_told_of_though_the_export_is_the_largest() -> None:
+    huge = ["anchor.lora.rank=1000000", "dpo.lora.rank=1000000"]
+    missing = shortfall(plan_for(load_recipe("toy", huge), Hardware("cpu", "CPU", 24 * GB)))
+    assert missing is not None
+    assert missing.way_out == "Name a smaller base, or a machine with more memory"
+
+
 def test_a_base_too_large_for_a_device_is_to_be_sharded() -> None:
     plan = plan_for(load_recipe("llama2-70b"), parse_gpus("4x24GB"))
     assert settings_that_fit(plan)[1] is False

@@ -7,7 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -20,17 +20,10 @@ from chat_server import free_port
 from commands import Cli, Done
 from safetensors.torch import load_file, save_file
 from toy_run import make_toy_run
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from srlm_lite import tracking
 from srlm_lite.hardware import device_name
 from srlm_lite.model.base import load_base, spoken
-from srlm_lite.model.whereabouts import (
-    SAME_NAMES,
-    layers_in_files,
-    layers_in_gguf,
-    smollm2_file,
-)
 from srlm_lite.planning import machine as planning
 from srlm_lite.planning.machine import plan_for
 from srlm_lite.planning.plan import Hardware, Plan
@@ -79,6 +72,9 @@ def data(tmp_path: Path) -> Path:
     return shutil.copytree(load_recipe("tiny").data.dir, tmp_path / "data")
 
 
+NOTHING_TO_ASK = ("anchor", "tracking", "server", "capabilities", "time")
+
+
 def test_a_run_that_can_start_says_so_and_what_to_type(
     cli: Cli, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -86,7 +82,7 @@ def test_a_run_that_can_start_says_so_and_what_to_type(
     done = cli("iterate", "--recipe", "tiny", "--adapters", out, "--dry-run")
     assert done.returncode == 0
     assert [line.split()[0] for line in done.stdout.splitlines()] == [
-        "-" if name in ("anchor", "tracking", "server", "time") else "ok" for name in CHECKS
+        "-" if name in NOTHING_TO_ASK else "ok" for name in CHECKS
     ]
     [line] = done.stderr.strip().splitlines()
     assert line.startswith("next: srlm-lite iterate --recipe tiny --adapters ")
@@ -109,6 +105,12 @@ def test_a_run_that_can_start_says_so_and_what_to_type(
             ["method=dno", "dno.grading=side-by-side", "dno.template=nowhere"],
             "one of the shipped templates",
         ),
+        ("method", ["rollout.temperature=0"], "a pair is two that differ"),
+        (
+            "method",
+            ["pairing.min_pairs=73"],
+            "12 prompts with 4 samples each make 72 pairs at most",
+        ),
         ("window", ["rollout.max_new_tokens=256"], "leaves no room for a prompt"),
         ("prompts", ["prompts.per_iteration=9000"], "has 960 prompts, and 18000 are wanted"),
         ("prompts", ["prompts.file=nowhere.jsonl"], "no such file"),
@@ -126,6 +128,40 @@ def test_what_fails_is_told_by_the_dry_run_and_by_the_run(
     answer = asked(cli, out, *settings)[check]
     assert answer.startswith("bad: ") and told in answer
     assert f"bad: {refused(cli, out, *settings)}" == answer
+
+
+@pytest.mark.parametrize(
+    ("harm", "told"),
+    [
+        (lambda base: [one.unlink() for one in base.glob("token*")], "has no tokenizer that"),
+        (lambda base: (base / "config.json").write_text("[1]"), "cannot be loaded"),
+        (
+            lambda base: (base / "config.json").write_text('{"model_type": "qwen9"}'),
+            "knows no architecture qwen9",
+        ),
+    ],
+)
+def test_a_base_that_no_library_reads_is_told_of_before_it_is_loaded(
+    cli: Cli, out: Path, tmp_path: Path, harm: Callable[[Path], object], told: str
+) -> None:
+    base = Path(shutil.copytree(load_recipe("tiny").base.name, tmp_path / "base"))
+    harm(base)
+    assert told in asked(cli, out, f"base.name={base}")["base files"]
+
+
+def test_methods_whose_pairs_are_no_two_samples_may_be_greedy(cli: Cli, out: Path) -> None:
+    ranked = f"data.ranked={load_recipe('toy-spin').data.ranked}"
+    answers = asked(cli, out, "method=spin", ranked, "rollout.temperature=0")
+    assert answers["method"] == "ok: spin"
+
+
+def test_a_task_that_the_harness_does_not_know(cli: Cli, out: Path, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    (tmp_path / "own").mkdir()
+    settings = ["evaluate.tasks=[gsm9k]", f"evaluate.tasks_dir={tmp_path / 'own'}"]
+    assert "no such task: gsm9k" in asked(cli, out, *settings)["capabilities"]
+    assert "no such task: gsm9k" in refused(cli, out, *settings)
+    assert asked(cli, out)["capabilities"] == "not asked: no tasks are named"
 
 
 def test_prompts_that_leave_no_room_are_counted_in_tokens_of_the_base(
@@ -152,6 +188,15 @@ def test_judge_data_without_targets_or_scores_is_told_of_before_a_base_is_loaded
     assert told == "not asked: its targets are made"
     path.write_text("".join(json.dumps({**row, "target": "good"}) + "\n" for row in rows))
     assert "score the rubric allows" in refused(cli, out, f"data.dir={data}")
+
+
+@pytest.mark.parametrize("rows", ["[{}]", "3", "[" * 100_000 + "]" * 100_000])
+def test_data_whose_rows_are_none_end_no_other_check(
+    cli: Cli, out: Path, data: Path, rows: str
+) -> None:
+    (data / "ift.jsonl").write_text(rows + "\n")
+    answers = asked(cli, out, f"data.dir={data}")
+    assert answers["data"].startswith("bad: ") and answers["memory"].startswith("ok: ")
 
 
 def test_a_held_out_prompt_among_the_training_s(cli: Cli, out: Path, data: Path) -> None:
@@ -469,6 +514,17 @@ def test_what_can_be_told_without_torch_is_told_before_it_is_loaded(tmp_path: Pa
         run.anchor.finish()
     absent = f"http://127.0.0.1:{free_port()}/v1"
     judge = ["judge.engine=openai", "openai.model=m"]
+    mixture = shutil.copytree(load_recipe("tiny").base.name, tmp_path / "mixture")
+    config = json.loads((mixture / "config.json").read_text())
+    (mixture / "config.json").write_text(json.dumps({**config, "model_type": "mixtral"}))
+    kept = tmp_path / "models--org--name" / "snapshots" / "0123abcd"
+    shutil.copytree(load_recipe("tiny").base.name, kept)
+    (tmp_path / "pickled").mkdir()
+    for file in ("config.json", "pytorch_model.bin"):
+        (tmp_path / "pickled" / file).write_text("{}")
+    in_few_bits = shutil.copytree(mixture, tmp_path / "awq")
+    awq = {**config, "quantization_config": {"quant_method": "awq"}}
+    (in_few_bits / "config.json").write_text(json.dumps(awq))
     asked_for = [
         ("file", [], "is a file, not a directory"),
         ("other", [], "holds files, but no run"),
@@ -481,9 +537,19 @@ def test_what_can_be_told_without_torch_is_told_before_it_is_loaded(tmp_path: Pa
         ("new", ["anchor.init=nowhere"], "no such directory"),
         ("new", ["base.name=/no/base"], "there is nothing at /no/base"),
         ("new", ["base.name=some-org/base"], "the Hub cannot be reached"),
+        ("new", ["base.name=https://huggingface.co/some-org/base"], "Hub id it is some-org/base"),
+        (
+            "new",
+            [f"base.name={kept.parent}"],
+            "has no config.json. A model directory holds config",
+        ),
+        ("new", [f"base.name={kept.parent.parent}"], f"One is {kept}"),
+        ("new", [f"base.name={tmp_path / 'pickled'}"], "only pickled ones"),
+        ("new", [f"base.name={in_few_bits}"], "is quantized already (awq)"),
         ("new", [*judge, f"openai.url={absent}"], "cannot be reached"),
         ("new", [*judge, "openai.url=http://me:word@host/v1"], "holds a user or password"),
         ("new", ["dpo.lora.targets=[q_porj]"], "no linear layer named q_porj. It has down_proj"),
+        ("new", [f"base.name={mixture}", "dpo.lora.targets=[q_porj]"], "named q_porj. Its layers"),
     ]
     commands = [
         (["srlm-lite", "iterate", "--recipe", "tiny", "--adapters", str(tmp_path / name)]
@@ -532,29 +598,6 @@ def test_a_device_that_is_not_there_is_told_by_torch_alone(tmp_path: Path) -> No
     said, loaded = json.loads(done.stdout)
     assert said.startswith("srlm-lite: base.device: ") and said.count("\n") == 1
     assert set(loaded) & LATE == {"torch"} and not Path(new).exists()
-
-
-def test_which_layers_a_base_has_is_told_by_its_files_where_they_call_them_as_memory_does(
-    tmp_path: Path,
-) -> None:
-    """And by no others: a Mixture's files name each expert, which memory has not."""
-    assert not [kind for kind in SAME_NAMES if get_checkpoint_conversion_mapping(kind)]
-    folder = Path(load_recipe("tiny").base.name)
-    linear = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-    assert layers_in_files(folder) == {*linear, "lm_head"}
-    settings = json.loads((folder / "config.json").read_text())
-    shutil.copytree(folder, tmp_path / "base")
-    (tmp_path / "base" / "config.json").write_text(
-        json.dumps({**settings, "model_type": "mixtral"})
-    )
-    assert layers_in_files(tmp_path / "base") is None
-    shutil.copy(folder / "config.json", tmp_path / "base")
-    (tmp_path / "base" / "model.safetensors").write_bytes(b"\xff" * 20)
-    assert layers_in_files(tmp_path / "base") is None
-    (tmp_path / "torn.gguf").write_bytes(b"GGUF" + b"\xff" * 20)
-    assert layers_in_gguf(tmp_path / "torn.gguf") is None
-    if (file := smollm2_file()) is not None:
-        assert layers_in_gguf(file) == {*linear, "lm_head"}
 
 
 # --- the doctor, and the table of checks ------------------------------------------------------

@@ -178,7 +178,7 @@ def test_a_misspelt_required_key_is_called_unknown_and_not_missing(told: Told) -
         ({"judge": {"votes": 1}}, "judge"),
         ({"dpo": {"lora": {"dropout": 0.1}}}, "dpo"),
         ({"judge": {1: 2}}, "judge.1"),
-        ({"pairing": {"alpha": float("nan")}}, "pairing.alpha.float"),
+        ({"pairing": {"alpha": float("nan")}}, "pairing.alpha"),
         ({"anchor": {"epochs": float("inf")}}, "anchor.epochs"),
         ({"dpo": {"beta": "1e999"}}, "dpo.beta"),
         ({"dpo": {"lora": {"targets": []}}}, "dpo.lora.targets"),
@@ -210,6 +210,15 @@ def test_a_section_is_frozen() -> None:
 def test_an_unknown_recipe_suggests_a_shipped_one(told: Told) -> None:
     with told.refused():
         load_recipe("smolm2-135m-demo")
+
+
+def test_a_directory_and_two_recipes_in_a_file_are_no_recipe(told: Told, tmp_path: Path) -> None:
+    with told.refused():
+        load_recipe(str(tmp_path))
+    both = (recipes_dir() / "toy.yaml").read_text() + "\n---\nname: other\n"
+    (tmp_path / "two.yaml").write_text(both)
+    with told.refused():
+        load_recipe(str(tmp_path / "two.yaml"))
 
 
 def test_a_recipe_like_no_other_lists_the_shipped_ones(told: Told) -> None:
@@ -329,11 +338,24 @@ def test_the_last_of_two_overrides_counts(written: Path) -> None:
         ["dpo..beta=1"],
         ["dpo=1"],
         ["iterations.x=1"],
+        ["dpo.learning_rate=yes"],
+        ["judge.votes=true"],
+        ["pairing.source=on"],
+        ["dpo.epochs=1e308"],
+        ["rollout.batch_rows=0"],
+        ["dpo.lora.targets=all-linear"],
+        ["scpo.thresholds=[0.5, 2]"],
     ],
 )
 def test_a_wrong_override_is_one_line(told: Told, written: Path, overrides: list[str]) -> None:
     with told.refused():
         load_recipe(str(written), overrides)
+
+
+def test_what_may_be_true_may_be_so() -> None:
+    assert load_recipe("toy", ["pairing.accumulate=yes"]).pairing.accumulate is True
+    kwargs = "base.chat_template_kwargs={enable_thinking: no}"
+    assert load_recipe("toy", [kwargs]).base.chat_template_kwargs == {"enable_thinking": False}
 
 
 def test_the_override_is_named_where_the_key_came_from(told: Told, written: Path) -> None:

@@ -30,12 +30,16 @@ _BESIDE = 30
 """Columns that text has beside the names, or else it stands below them."""
 
 
-def findings_text(findings: Sequence[Finding], *, width: int | None = None) -> str:
+def findings_text(
+    findings: Sequence[Finding], *, width: int | None = None, names: int | None = None
+) -> str:
     """A line or more for each, without colours.
 
     Args:
         width: Columns of the terminal, if there is one.
+        names: Columns for the names; default: as the longest of these takes.
     """
+    names = name_width(findings) if names is None else names
     out = io.StringIO()
     console = Console(
         file=out,
@@ -45,7 +49,7 @@ def findings_text(findings: Sequence[Finding], *, width: int | None = None) -> s
         force_terminal=width is not None,
     )
     for finding in findings:
-        finding_line(console, finding, name_width(findings))
+        finding_line(console, finding, names)
     return out.getvalue().rstrip()
 
 

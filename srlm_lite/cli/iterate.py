@@ -11,7 +11,7 @@ from pathlib import Path
 import typer
 
 from srlm_lite.cli.facts import hardware, versions
-from srlm_lite.cli.preflight import preflight_json, preflight_text
+from srlm_lite.cli.preflight import NAMES, preflight_json, preflight_text
 from srlm_lite.cli.progress import ConsoleReporter
 from srlm_lite.cli.tables import closing_table
 from srlm_lite.cli.wrapping import columns
@@ -93,11 +93,14 @@ def dry_run(wish: Wish, *, as_json: bool) -> None:
         return
     launch, _ = wish.launch(at.world, console)
     launch = replace(launch, sharded=takes_sharding() and at.world > 1)
-    found = list(answers(launch))
+    found = []
+    for answer in answers(launch):
+        found.append(answer)
+        if not as_json:  # as they come: the last ones load what loads a base
+            typer.echo(preflight_text([answer], width=columns(), names=NAMES))
     if as_json:
         typer.echo(preflight_json(launch, found))
     else:
-        typer.echo(preflight_text(found, width=columns()))
         console.command(f"next: {_same_without_asking()}", _what_for(found))
     raise typer.Exit(0 if can_start(found) else 2)
 

@@ -18,6 +18,9 @@ STATES: dict[checks.State, State] = {
     "not asked": "absent",
 }
 
+NAMES = max(map(len, checks.CHECKS))
+"""Columns that hold the name of every check."""
+
 
 def as_findings(found: Sequence[Answer]) -> list[Finding]:
     """The answers as the doctor shows what it finds; a line for each warning."""
@@ -28,13 +31,16 @@ def as_findings(found: Sequence[Answer]) -> list[Finding]:
     ]
 
 
-def preflight_text(found: Sequence[Answer], *, width: int | None = None) -> str:
+def preflight_text(
+    found: Sequence[Answer], *, width: int | None = None, names: int | None = None
+) -> str:
     """A line for each check: its state, what was asked, what was found or what to do.
 
     Args:
         width: Columns of the terminal that it goes to, if it goes to one.
+        names: Columns for the names of checks, where others follow; see `NAMES`.
     """
-    return findings_text(as_findings(found), width=width)
+    return findings_text(as_findings(found), width=width, names=names)
 
 
 def preflight_json(launch: Launch, found: Sequence[Answer]) -> str:

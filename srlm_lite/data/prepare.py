@@ -12,9 +12,8 @@ The directory it writes holds
 
 from __future__ import annotations
 
+import errno
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -37,7 +36,7 @@ from srlm_lite.data.ledger import REASONS, Ledger
 from srlm_lite.data.oasst import read_trees
 from srlm_lite.data.prompts import PromptList
 from srlm_lite.data.ranked import score_target
-from srlm_lite.data.row_store import RowStore
+from srlm_lite.data.row_store import RowStore, remove_left
 from srlm_lite.data.shapes import (
     Format,
     SeenColumns,
@@ -141,6 +140,8 @@ class Prepared:
     reply_ledger: Ledger = field(default_factory=Ledger)
     prompt_ledger: Ledger = field(default_factory=Ledger)
     notes: list[str] = field(default_factory=list)
+    scratch: Path = field(kw_only=True)
+    """A folder on the disk of the result, gone with the store."""
 
     def rows(self) -> dict[str, Callable[[], Iterator[Record]]]:
         """What each file holds; a prompt list makes `prompts.jsonl` alone."""
@@ -221,8 +222,13 @@ def prepare(
         UserError: Whatever is wrong with a source or the options; `out` holds data already and
             `force` is not set; or no row was kept.
     """
+    near = _existing(out)
+    for place in {near, out, out.parent}:  # where one may have been killed that had got further
+        remove_left(place)
     _check_out(out, force=force, held_out=options.eval is not None)
-    with read(source, options, near=_existing(out), reporter=reporter or Silent()) as prepared:
+    _refuse_unwritable(near, out)
+    with read(source, options, near=near, reporter=reporter or Silent()) as prepared:
+        _check_out(out, force=force, held_out=options.eval is not None)  # it may have taken hours
         return _write(out, prepared)
 
 
@@ -247,7 +253,14 @@ def read(
         limits = {"min_chars": options.min_prompt_chars, "max_chars": options.max_prompt_chars}
         listed = PromptList(store, prompts, **limits)
         prepared = Prepared(
-            uses, format, Sharing(store, replies), listed, options, replies, prompts
+            uses,
+            format,
+            Sharing(store, replies),
+            listed,
+            options,
+            replies,
+            prompts,
+            scratch=store.folder,
         )
         prepared.notes += [note for use in uses for note in use.notes]
         _share_out(prepared, store, reporter)
@@ -606,29 +619,41 @@ def _check_out(out: Path, *, force: bool, held_out: bool) -> None:
 
 
 def _existing(out: Path) -> Path:
-    """The folder nearest to the one to be written that is there already."""
-    return next(one for one in out.absolute().parents if one.is_dir())
+    """The folder to be written, or the nearest above it that is there: on the same disk, even
+    where a disk is mounted at the first."""
+    there = out.absolute()
+    return next(one for one in (there, *there.parents) if one.is_dir())
+
+
+def _refuse_unwritable(folder: Path, out: Path) -> None:
+    if out.is_symlink() and not out.exists():
+        raise UserError(f"is a link to {os.readlink(out)}, which is not there", where=str(out))
+    above = next((one for one in out.absolute().parents if one.exists()), folder)
+    if not above.is_dir():
+        raise UserError(f"lies below {above}, which is a file", where=str(out))
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"cannot be written ({os.strerror(errno.EACCES)})", where=str(out))
 
 
 def _write(out: Path, prepared: Prepared) -> dict[str, Any]:
-    """Write all files beside the directory, then move them in; the report moves last."""
-    try:
+    """Write all files apart, then give the folder its name: whole, or not at all.
+
+    Where the folder is there already they move into it one by one, the report last.
+    """
+    draft = prepared.scratch / "draft"
+    draft.mkdir()
+    files = prepared.rows()
+    counts = {name: _write_rows(draft / name, rows()) for name, rows in files.items()}
+    facts = {**prepared.summary(counts), "options": asdict(prepared.options)}
+    write_json(draft / REPORT, facts)
+    if not out.exists():
         out.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    except OSError as error:
-        raise UserError(f"cannot be written ({error.strerror})", where=str(out)) from error
-    try:
-        files = prepared.rows()
-        counts = {name: _write_rows(draft / name, rows()) for name, rows in files.items()}
-        facts = {**prepared.summary(counts), "options": asdict(prepared.options)}
-        write_json(draft / REPORT, facts)
-        out.mkdir(exist_ok=True)
-        for stale in (*_held_out_before(out), *FILES, REPORT):
-            (out / stale).unlink(missing_ok=True)
-        for name in (*files, REPORT):
-            (draft / name).replace(out / name)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        draft.rename(out)
+        return facts
+    for stale in (*_held_out_before(out), *FILES, REPORT):
+        (out / stale).unlink(missing_ok=True)
+    for name in (*files, REPORT):
+        (draft / name).replace(out / name)
     return facts
 
 

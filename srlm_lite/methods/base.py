@@ -485,6 +485,11 @@ class Method(ABC, Generic[S]):
         return self.recipe.pairing.source in ("judge", "flipped")
 
     @property
+    def pairs_samples(self) -> bool:
+        """Whether every pair is two of `rollout.n` samples of one prompt, which have to differ."""
+        return False
+
+    @property
     def accumulates(self) -> bool:
         """Whether a delta learns the pairs of all iterations so far."""
         told, replay = self.recipe.pairing.accumulate, self.recipe.pairing.replay

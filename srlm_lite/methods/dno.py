@@ -191,6 +191,11 @@ class Dno(SelfRewarding[DnoSettings]):
         return super().judge_makes_pairs and self.own.grading == "rubric"
 
     @property
+    def pairs_samples(self) -> bool:
+        """Unless a teacher's answer is beside them."""
+        return self.own.teacher is None
+
+    @property
     def asks_a_server(self) -> bool:
         """Where the teacher is there."""
         return self.own.teacher == SERVER

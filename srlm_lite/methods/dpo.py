@@ -82,6 +82,11 @@ class OfflineDpo(SelfRewarding[Offline]):
         """Never."""
         return False
 
+    @property
+    def pairs_samples(self) -> bool:
+        """Never."""
+        return False
+
     def phases(self, sizes: Sizes) -> Iterator[Phase]:
         """DPO alone, on replies that may fill the window."""
         pairs = 1 if self.own.pairs == "best-worst" else None

@@ -238,6 +238,11 @@ class Rlaif(SelfRewarding[RlaifSettings]):
         """Never."""
         return False
 
+    @property
+    def pairs_samples(self) -> bool:
+        """Never."""
+        return False
+
     def phases(self, sizes: Sizes) -> Iterator[Phase]:
         """Drafts, critiques and revisions in the first iteration, then answers and labels."""
         recipe, own, n = self.recipe, self.own, self.recipe.rollout.n

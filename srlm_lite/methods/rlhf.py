@@ -145,6 +145,11 @@ class Rlhf(SelfRewarding[RlhfSettings]):
         return False
 
     @property
+    def pairs_samples(self) -> bool:
+        """Never."""
+        return False
+
+    @property
     def accumulates(self) -> bool:
         """There are no pairs."""
         return False

@@ -99,6 +99,11 @@ class SelfRewarding(Method[S]):
         "gap weights": Case("toy", ("pairing.weight=gap",), group=LOSSES),
     }
 
+    @property
+    def pairs_samples(self) -> bool:
+        """Always."""
+        return True
+
     def phases(self, sizes: Sizes) -> Iterator[Phase]:
         """N answers a prompt, the votes on each, and a pair a prompt."""
         yield self.answers(sizes)

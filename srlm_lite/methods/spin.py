@@ -94,6 +94,11 @@ class Spin(SelfRewarding[SpinSettings]):
         """Never."""
         return False
 
+    @property
+    def pairs_samples(self) -> bool:
+        """Never."""
+        return False
+
     def phases(self, sizes: Sizes) -> Iterator[Phase]:
         """The model's answers, and as many pairs with the human's, which may fill the window."""
         yield self.answers(sizes, n=self.own.answers)

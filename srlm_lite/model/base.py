@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import logging
 import math
 import re
@@ -45,6 +44,8 @@ from srlm_lite.model.whereabouts import (
     is_here,
     located,
     of_the_hub,
+    refuse_no_model,
+    refuse_quantized,
 )
 from srlm_lite.settings import Base
 
@@ -146,6 +147,8 @@ def refuse_unreadable(section: Base, *, conversion: int | None = None) -> None:
     kind, location = located(section.name)
     if kind == "directory":
         _check_directory(Path(location))
+        with _explained(section, kind, location):
+            spoken(Path(location))
     elif kind == "gguf" and conversion in (None, CONVERSION):
         gguf_settings(Path(location))
 
@@ -310,7 +313,7 @@ def _load(
     settings = hf.AutoConfig.from_pretrained(
         folder, revision=section.revision or "main", trust_remote_code=False
     )
-    _refuse_quantized(section.name, settings.to_dict())
+    refuse_quantized(section.name, settings.to_dict())
     tokenizer = open_tokenizer(folder, section.revision)
     if section.backend == "unsloth":
         model = unsloth_backend.load(folder, section, device=device, dtype=dtype)
@@ -443,41 +446,9 @@ class _Unread:
 
 
 def _check_directory(folder: Path) -> None:
-    if not (folder / "config.json").is_file():
-        raise UserError(
-            f"{folder} has no config.json",
-            where=WHERE,
-            way_out="A model directory holds config.json, *.safetensors and a tokenizer",
-        )
-    if not any(folder.glob("*.safetensors")):
-        other = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
-        raise UserError(
-            f"{folder} has no *.safetensors weights" + (", only pickled ones" if other else ""),
-            where=WHERE,
-            way_out="Save the model as safetensors: pickled weights can run code"
-            if other
-            else None,
-        )
+    refuse_no_model(folder)
     if (folder / INDEX).is_file():
         weight_files(folder)
-    with contextlib.suppress(ValueError):  # a damaged one is told of where it is loaded
-        _refuse_quantized(str(folder), json.loads((folder / "config.json").read_bytes()))
-
-
-def _refuse_quantized(name: str, settings: Any) -> None:
-    """What was trained on weights in 4 or 8 bits could not be merged into them again."""
-    quantized = settings.get("quantization_config") if isinstance(settings, dict) else None
-    if not quantized:
-        return
-    method = str(quantized.get("quant_method", "a way of its own"))
-    bits = "4 bits" if quantized.get("load_in_4bit") else quantized.get("bits")
-    kind = method.replace("bitsandbytes", f"bitsandbytes, {bits or '8 bits'}")
-    raise UserError(
-        f"{name} is quantized already ({kind}), and adapters are merged here into weights of 16 "
-        "bits or more",
-        where=WHERE,
-        way_out="Name the model that it was made from; base.quantization=nf4 loads that in 4 bits",
-    )
 
 
 def _base_files(folder: Path) -> list[Path]:

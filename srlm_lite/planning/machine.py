@@ -20,7 +20,8 @@ from srlm_lite.planning.plan import (
     make_plan,
     needs_sharding,
 )
-from srlm_lite.planning.probe import probe, refuse_unknown, shape_of_base
+from srlm_lite.planning.probe import probe, refuse_unknown, shape_in_table, shape_of_base
+from srlm_lite.planning.shapes import SHAPES
 from srlm_lite.recipe import Recipe
 from srlm_lite.settings import Shared
 
@@ -50,11 +51,13 @@ def plan_for(
         UserError: Nothing is known of the base's shape, or a LoRA target is not of it.
     """
     if shape is None:
-        from srlm_lite.model.whereabouts import refuse_absent_layers
+        from srlm_lite.model.layer_names import refuse_absent_layers, refuse_names_unknown_to
 
         refuse_unknown(recipe.base)
-        if Path(recipe.base.name).is_dir():
+        if (known := shape_in_table(recipe.base)) is None:
             refuse_absent_layers(recipe.base, recipe.targets)
+        else:
+            refuse_names_unknown_to(SHAPES[known].get("model_type", "llama"), recipe.targets)
     hardware = hardware or hardware_found(recipe)
     return make_plan(
         recipe,

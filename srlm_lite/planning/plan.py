@@ -595,7 +595,9 @@ def with_settings(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
 
 
 def _remedies(recipe: Recipe, phase: Phase) -> Iterator[Mapping[str, Any]]:
-    """What may make a phase smaller, the cheapest first."""
+    """What may make a phase smaller, the cheapest first; of an export nothing does."""
+    if phase.name == "export":
+        return
     if phase.trains is None and recipe.rollout.fold:
         yield {"rollout.fold": False}
     if recipe.base.quantization == "none" and phase.name == "load":

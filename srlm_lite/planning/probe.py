@@ -97,7 +97,7 @@ def base_config(section: Base) -> Any:
         UserError: It cannot be had.
     """
     refuse_unknown(section)
-    known = _in_table(section)
+    known = shape_in_table(section)
     if known is not None:
         return config_of(known)
     from srlm_lite.model.base import read_config
@@ -114,12 +114,12 @@ def refuse_unknown(section: Base) -> None:
     """
     from srlm_lite.model.whereabouts import is_here
 
-    if _in_table(section) is None:
+    if shape_in_table(section) is None:
         with _about_shapes(section):
             is_here(section)
 
 
-def _in_table(section: Base) -> str | None:
+def shape_in_table(section: Base) -> str | None:
     """The name of the shape of a base whose files are not here, where it is known."""
     return None if Path(section.name).exists() else shape_of(section.name)
 

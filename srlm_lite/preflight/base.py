@@ -32,25 +32,30 @@ def backend(launch: Launch) -> Seen:
 
 
 def base(launch: Launch) -> Seen:
-    """That the base is here, or on the Hub."""
+    """That the base is here, as a model, or on the Hub."""
+    from srlm_lite.model.whereabouts import located, refuse_no_model
+
     here = refuse_absent_base(launch.recipe, launch.run)
     name = launch.recipe.base.name
+    kind, location = located(name)
+    if kind == "directory":
+        refuse_no_model(Path(location))
     if not here:
         return Seen(name, (f"{name} is not here yet: it is going to be downloaded",))
     return Seen(name)
 
 
 def layers(launch: Launch) -> Seen:
-    """That names of `lora.targets` stand in the base's files, where those are here and tell."""
-    from srlm_lite.model.whereabouts import refuse_absent_layers
+    """That names of `lora.targets` stand in the base's files or its family's code."""
+    from srlm_lite.model.layer_names import refuse_absent_layers
 
     recipe, run = launch.recipe, launch.run
     if launch.begun is not None and launch.begun.anchor.is_done:
         return Seen("the run has an adapter on them", asked=False)
     noted = None if run is None else run.base_revision
     if not refuse_absent_layers(recipe.base, recipe.targets, revision=noted):
-        return Seen("not told by the names in its files", asked=False)
-    return Seen("its files name what is adapted")
+        return Seen("not told by names in its files or its family's code", asked=False)
+    return Seen("its files, or its family's code, name what is adapted")
 
 
 def files(launch: Launch) -> Seen:
@@ -166,6 +171,17 @@ def thoughts(launch: Launch) -> Seen:
     if count:
         return Seen(f"{count:,} are taught as text", (told,))
     return Seen("none are taught")
+
+
+def capabilities(launch: Launch) -> Seen:
+    """That the harness knows the tasks of the capability panel."""
+    section = launch.recipe.evaluate
+    if not section.tasks:
+        return Seen("no tasks are named", asked=False)
+    from srlm_lite.model.harness import task_manager
+
+    task_manager(section.tasks, Path(section.tasks_dir) if section.tasks_dir else None)
+    return Seen(f"{len(section.tasks)} tasks")
 
 
 def judging(launch: Launch) -> Seen:

@@ -137,7 +137,33 @@ def held_out(launch: Launch) -> Seen:
 def method(launch: Launch) -> Seen:
     """What the method alone reads."""
     method_of(launch.recipe).preflight(FilesOfRecipe(launch.recipe))
+    if not launch.goes_on:
+        refuse_no_pairs(launch.recipe)
     return Seen(launch.recipe.method)
+
+
+def refuse_no_pairs(recipe: Recipe) -> None:
+    """Refuse settings with which no iteration can find the pairs that it has to.
+
+    Raises:
+        UserError: Samples that are all alike make none, or more are wanted than can be.
+    """
+    if not recipe.iterations or not method_of(recipe).pairs_samples:
+        return
+    if not recipe.rollout.temperature:
+        raise UserError(
+            "all samples of a prompt are alike, and a pair is two that differ",
+            where="rollout.temperature = 0",
+            way_out="Raise it, to 0.7 for example",
+        )
+    asked, n, wanted = recipe.prompts.per_iteration, recipe.rollout.n, recipe.pairing.min_pairs
+    most = asked * n * (n - 1) // 2
+    if wanted > most:
+        raise UserError(
+            f"{asked:,} prompts with {n} samples each make {most:,} pairs at most",
+            where=f"pairing.min_pairs = {wanted}",
+            way_out="Lower it, or raise prompts.per_iteration",
+        )
 
 
 def window(launch: Launch) -> Seen:

@@ -45,6 +45,7 @@ TOKEN = "hf_thistokenisnobodysbusiness"
 
 def tries(place: Place, rng: Random) -> Iterator[Try]:
     """By turns, so that few tries see a little of everything."""
+    command("--version")  # what processes are forked from imports its libraries with the first one
     references = References(place)
     kinds: list[tuple[str, Callable[[Place, References, Random, str], tuple[str, str]]]] = []
     for method in methods():
@@ -119,14 +120,26 @@ def _prepare(place: Place, references: References, rng: Random, name: str) -> tu
         source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = ["data", "prepare", "--source", str(source), "--out"]
     reference = place("reference-prepare")
+    place(f"prepared-{name}").mkdir(exist_ok=True)
     if "prepare" not in references.seconds:
         shutil.rmtree(reference, ignore_errors=True)
         begin = time.monotonic()
         ended = command(*words, reference)
         assert ended.code == 0, ended.short
         references.seconds["prepare"] = time.monotonic() - begin
-    out = place(f"prepared-{name}")
-    return _killed([*words, str(out)], out, reference, references.seconds["prepare"], rng)
+    out = place(f"prepared-{name}/below")
+    words += [str(out), *(["--force"] if rng.random() < 0.5 else [])]
+    kills = _kill(words, references.seconds["prepare"], rng)
+    ended = command(*words)
+    # Killed when all was in its place, or not at all: it says so, and lets it be.
+    if ended.code and not (ended.line is not None and ended.line.count("already")):
+        return "failed", f"after {kills} kills: {ended.short}"
+    differing = difference(results(reference), results(out))
+    left = [file.name for folder in (out, out.parent) for file in folder.glob(".*")]
+    shutil.rmtree(out.parent)
+    if differing or left:
+        return "failed", f"after {kills} kills other bytes: {differing}; left: {left}"
+    return "survived", f"{kills} kills"
 
 
 def _upload(place: Place, references: References, rng: Random, name: str) -> tuple[str, str]:
