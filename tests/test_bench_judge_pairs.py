@@ -133,6 +133,22 @@ def test_the_anchor_asked_in_another_way(cli: Cli, run: RunDir, pairs: Path) -> 
 
 
 @pytest.mark.model
+def test_some_forms_alone(cli: Cli, run: RunDir, pairs: Path, told: Told) -> None:
+    """In their order, whatever the order they are named in; not one that nobody named."""
+    options = ("--adapters", run.path, "--pairs", pairs, "--prompts", "2")
+    found = figures(
+        cli, *options, "--forms", "steps,checklist", "--set", "steps.options=['yes', 'no']"
+    )
+    assert list(found["forms"]) == ["checklist", "steps"] and not found["not_asked"]
+    assert found["forms"]["checklist"]["to_first"] is None
+    assert found["forms"]["steps"]["to_first"] is not None
+    # No way is left where the only one cannot be asked for.
+    done = cli("bench", "judge", *options, "--forms", "pairwise")
+    assert done.returncode == 2, done.stdout
+    told(done.stderr.strip().splitlines()[-1])
+
+
+@pytest.mark.model
 def test_pairs_with_a_known_loser(cli: Cli, run: RunDir) -> None:
     """The toy base has not been taught the question: it writes some answer, and that is asked."""
     options = ("--adapters", run.path, "--set", "anchor.disturb_template=toy-disturb")
@@ -150,6 +166,9 @@ def test_what_does_not_go_together(cli: Cli, run: RunDir, pairs: Path, told: Tol
         ("--adapters", run.path, "--recipe", "toy", "--pairs", pairs),
         ("--adapters", run.path, "--pairs", pairs, "--disturbed", "3"),
         ("--adapters", run.path, "--prompts", "3"),
+        ("--adapters", run.path, "--forms", "grade"),
+        ("--adapters", run.path, "--pairs", pairs, "--forms", "grade,pairwize"),
+        ("--adapters", run.path, "--pairs", pairs, "--forms", "grade,"),
         ("--recipe", "toy", "--pairs", pairs),
         ("--adapters", run.path, "--pairs", pairs, "--iteration", "7"),
         ("--adapters", run.path, "--pairs", pairs, "--set", "base.window=5"),

@@ -123,6 +123,26 @@ def test_a_capability_panel_on_an_existing_run(
     assert re.search(r"^ whales +acc\w* +(0|1)\.00", done.stdout, re.MULTILINE), done.stdout
 
 
+def test_another_form_of_judging_leaves_the_run_s_files_alone(
+    evaluate: Evaluate, out: Path
+) -> None:
+    """The settings of a form say how to measure; lists written for it are no part of the run."""
+    settings = [
+        "judge.form=checklist",
+        "checklist.standing=[the ending is good.]",
+        "checklist.max_new_tokens=8",
+    ]
+    done = evaluate(*(word for one in settings for word in ("--set", one)), "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["judge"]["items"] >= 1
+    (lists,) = (out / "base" / "eval_on").glob("*/eval/checklists.jsonl")
+    items = [json.loads(line)["items"][-1]["item"] for line in lists.read_text().splitlines()]
+    assert (
+        items == ["the ending is good."] * 7
+    )  # of three ranked replies' prompts, and four held-out ones
+    assert not (out / "checklists.jsonl").exists()
+
+
 def test_settings_that_make_another_model_are_refused(evaluate: Evaluate) -> None:
     done = evaluate("--set", "dpo.beta=0.2")
     assert isinstance(done.exception, UserError)

@@ -14,7 +14,13 @@ import pytest
 import yaml
 
 from srlm_lite.bench.attacks import built_in
+from srlm_lite.forms import form_of
+from srlm_lite.forms.checklist import ChecklistForm, read_items
+from srlm_lite.forms.checks import read_check
+from srlm_lite.forms.pairwise import PairwiseForm
 from srlm_lite.judging import load_rubric
+from srlm_lite.quoting import fill, options
+from srlm_lite.recipe import load_recipe
 from srlm_lite.tasks.house_style import (
     CRITERIA,
     bullets,
@@ -207,6 +213,84 @@ def test_judge_data_hold_bait_that_the_attacks_do_not_measure_with() -> None:
     for attack in built_in(PROMPT, load_rubric("house-style")):
         for text in (attack.reply, attack.twin):
             assert lines.isdisjoint(text.casefold().splitlines()), attack.name
+
+
+SHOWN = re.compile(r"<reply(?: [AB])?>\n(.*?)\n</reply", re.DOTALL)
+
+
+def lessons(kind: str) -> list[tuple[str, str, list[str], str]]:
+    """Whole question, the prompt in it, the replies that it shows, and what is learned."""
+    found = []
+    for row in rows("forms.jsonl"):
+        if row["prompt_id"].startswith(kind):
+            asked = re.search(r"^Question: (.*)$", row["prompt"], re.MULTILINE)
+            assert asked is not None
+            found.append((row["prompt"], asked[1], SHOWN.findall(row["prompt"]), row["response"]))
+    return found
+
+
+def test_lessons_in_pairs_name_the_reply_that_keeps_more_rules() -> None:
+    """Every two in both orders, so that neither place wins more often."""
+    found = lessons("pair")
+    asked = [question for question, *_ in found]
+    assert len(found) == 320 == len(set(asked))
+    for _, prompt, replies, said in found:
+        first, last = (sum(gold(prompt, reply).values()) for reply in replies)
+        assert said == ("Winner: A" if first > last else "Winner: B") and first != last
+        shown = (prompt, tuple(reversed(replies)))
+        assert shown in [(other, tuple(texts)) for _, other, texts, _ in found]
+    assert sum(said == "Winner: A" for *_, said in found) == 160
+
+
+def test_lessons_on_items_say_what_gold_says() -> None:
+    named = load_generator().items
+    found = lessons("item")
+    counts = {(name, said): 0 for name in CRITERIA for said in ("yes", "no")}
+    for question, prompt, (reply,), said in found:
+        item = question.rpartition("Point: ")[2]
+        (name,) = (name for name, text in named(prompt).items() if text == item)
+        assert said == ("yes" if gold(prompt, reply)[name] else "no")
+        counts[name, said] += 1
+    assert sum(counts.values()) == 480 and min(counts.values()) >= 30
+
+
+def test_what_code_can_check_of_the_rules_it_checks_as_gold_does() -> None:
+    named = load_generator().items
+    checks = {name: read_check(text) for name, text in named(PROMPT).items()}
+    assert [name for name, check in checks.items() if check] == ["opening", "bullets"]
+    for row in rows("eft_train.jsonl"):
+        points = gold(row["prompt"], row["response"])
+        for name, check in checks.items():
+            assert check is None or check.holds(row["response"]) == bool(points[name])
+
+
+def test_a_checklist_has_the_five_rules() -> None:
+    """What the judge has learned to write is an item, and with the standing ones all rules."""
+    named = load_generator().items
+    recipe = load_recipe("smollm2-135m-forms", ["judge.form=checklist"])
+    form = form_of(recipe)
+    assert isinstance(form, ChecklistForm)
+    found = lessons("list")
+    assert len(found) == 40
+    for question, prompt, _, said in found:
+        assert question == form.questions[0].replace("{{prompt}}", prompt)
+        own = read_items(said, most=form.own.most_items, apart_from=form.own.standing)
+        assert own == [(named(prompt)["topic"], form.own.standing_weight)]
+        every = {own[0][0], *form.own.standing}
+        assert every == set(named(prompt).values())
+
+
+def test_the_lessons_ask_as_the_recipe_does() -> None:
+    recipe = load_recipe("smollm2-135m-forms", ["judge.form=pairwise"])
+    form = form_of(recipe)
+    assert isinstance(form, PairwiseForm)
+    question, prompt, replies, _ = lessons("pair")[0]
+    assert question == form.question.ask(prompt, *replies)
+    checks = form_of(load_recipe("smollm2-135m-forms", ["judge.form=checklist"]))
+    assert isinstance(checks, ChecklistForm)
+    question, prompt, (reply,), _ = lessons("item")[0]
+    texts = {"prompt": prompt, "response": reply, "item": question.rpartition("Point: ")[2]}
+    assert question == fill(checks.questions[1], texts, options(*checks.own.options))
 
 
 def test_judge_evaluation_has_ranks_from_gold_and_no_targets() -> None:

@@ -5,6 +5,8 @@ rule of the house style about half of the time, so that an anchor trained on the
 to improve. The EFT targets quote their evidence (srlm_lite.tasks.house_style.review). A quarter
 of the EFT replies hold bait: orders to the judge, praise of themselves, grades, the rubric's words,
 or next to nothing. They get the points that the rules give them, no more for it and no fewer.
+forms.jsonl teaches the other forms of judging, from the first of the EFT replies: which of two
+keeps more rules, in both orders; the checklist of a prompt; and which of its items hold.
 The same seed writes the same bytes.
 """
 
@@ -12,12 +14,15 @@ from __future__ import annotations
 
 import argparse
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 
 from srlm_lite.judging import load_rubric
-from srlm_lite.tasks.house_style import gold, review
+from srlm_lite.questions import WINNERS, PairQuestion, load_question
+from srlm_lite.quoting import fill, options
+from srlm_lite.tasks.house_style import CRITERIA, gold, review, topic_of
 from srlm_lite.tasks.rows import ranked_rows, write_rows
 
 IFT_ROWS = 400
@@ -25,6 +30,14 @@ EFT_ROWS = 720
 BAIT_ROWS = 240
 EVAL_PROMPTS_PER_TOPIC = 2
 EVAL_REPLIES = 4
+
+FORMS_PROMPTS = 80
+"""EFT prompts, the first ones, whose replies teach the other forms too."""
+PAIRS_PER_PROMPT = 2
+ITEMS_PER_REPLY = 2
+LISTS = 40
+ITEM_WEIGHT = 20
+YES_NO = ("yes", "no")
 
 # topics of each kind that go to: IFT, EFT, prompts, held-out prompts, judge evaluation
 SPLIT = {"ift": 7, "eft": 6, "prompts": 6, "eval": 3, "judge": 2}
@@ -775,6 +788,53 @@ def _bait(rng: random.Random, parts: list[tuple[Kind, str]]) -> Iterable[dict[st
             yield {**row, "target": review(prompt, rubric.quote(str(row["response"])))}
 
 
+def items(prompt: str) -> dict[str, str]:
+    """The five rules as items of a checklist, by criterion.
+
+    The one for the topic is the prompt's own. Code can check the first and the third.
+    """
+    return {
+        "opening": 'it starts with "In short:"',
+        "topic": f"its first line names {topic_of(prompt)}",
+        "bullets": "it has exactly three bullets",
+        "figure": "it gives a figure in digits",
+        "ending": 'its last line begins "Next step:"',
+    }
+
+
+def _forms(rng: random.Random, eft: Sequence[Mapping[str, object]]) -> Iterable[dict[str, object]]:
+    """Questions of the other forms of judging, with replies, about replies of the EFT rows."""
+    pair = PairQuestion(load_question("pairwise", "house-style-pairwise"))
+    of_item = load_question("checklist-item", "house-style-item")
+    of_list = load_question("checklist", "house-style-checklist")
+    groups: dict[str, list[str]] = {}
+    for row in eft[: FORMS_PROMPTS * 3]:
+        groups.setdefault(str(row["prompt"]), []).append(str(row["response"]))
+    for number, (prompt, replies) in enumerate(groups.items()):
+        apart = [
+            both for both in combinations(replies, 2) if len({_score(prompt, x) for x in both}) > 1
+        ]
+        for one, other in rng.sample(apart, PAIRS_PER_PROMPT):
+            for first, last in ((one, other), (other, one)):
+                better = _score(prompt, first) > _score(prompt, last)
+                yield _lesson(
+                    "pair", number, pair.ask(prompt, first, last), WINNERS[0 if better else 1]
+                )
+        for reply in replies:
+            for name in rng.sample(CRITERIA, ITEMS_PER_REPLY):
+                texts = {"prompt": prompt, "response": reply, "item": items(prompt)[name]}
+                holds = gold(prompt, reply)[name]
+                question = fill(of_item, texts, options(*YES_NO))
+                yield _lesson("item", number, question, YES_NO[0 if holds else 1])
+        if number < LISTS:
+            question = fill(of_list, {"prompt": prompt}, ())
+            yield _lesson("list", number, question, f"{ITEM_WEIGHT} | {items(prompt)['topic']}")
+
+
+def _lesson(kind: str, number: int, question: str, reply: str) -> dict[str, object]:
+    return {"prompt_id": f"{kind}-{number:04d}", "prompt": question, "response": reply}
+
+
 def _judge_eval(rng: random.Random, parts: list[tuple[Kind, str]]) -> Iterable[dict[str, object]]:
     for number, (kind, topic) in enumerate(parts):
         prompt = _ask(kind, topic, number)
@@ -804,16 +864,18 @@ def make(seed: int) -> dict[str, list[dict[str, object]]]:
     parts = _split(rng)
     for topics in parts.values():
         rng.shuffle(topics)
+    ift, eft = list(_ift(rng, parts["ift"])), list(_eft(rng, parts["eft"]))
     return {
-        "ift.jsonl": list(_ift(rng, parts["ift"])),
+        "ift.jsonl": ift,
         "eft_train.jsonl": [
-            *_eft(rng, parts["eft"]),
+            *eft,
             # With random numbers of its own: the other rows are what they were without it.
             *_bait(random.Random(f"{seed} bait"), parts["eft"]),
         ],
         "eft_eval.jsonl": list(_judge_eval(rng, parts["judge"])),
         "prompts.jsonl": list(_prompts("prompt", parts["prompts"], 5)),
         "eval_prompts.jsonl": list(_prompts("eval", parts["eval"], EVAL_PROMPTS_PER_TOPIC)),
+        "forms.jsonl": list(_forms(random.Random(f"{seed} forms"), eft)),
     }
 
 

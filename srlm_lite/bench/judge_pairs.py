@@ -68,11 +68,33 @@ class Way:
     consistent: Mapping[tuple[str, str], bool] = field(default_factory=dict)
 
 
-def bench_judge_on_pairs(judge: BenchJudge, path: Path, prompts: int | None) -> dict[str, Any]:
+def forms_of(text: str | None) -> tuple[FormName, ...]:
+    """The forms of judging named in a list with commas, the default one first; None: all.
+
+    Raises:
+        UserError: One that does not exist.
+    """
+    if text is None:
+        return tuple(FORMS)
+    named = [name.strip() for name in text.split(",")]
+    unknown = [name for name in named if name not in FORMS]
+    if unknown:
+        raise UserError(
+            f"no such form of judging: {unknown[0] or 'an empty name'}",
+            where="--forms",
+            way_out=f"There are {', '.join(FORMS)}",
+        )
+    return tuple(name for name in FORMS if name in named)
+
+
+def bench_judge_on_pairs(
+    judge: BenchJudge, path: Path, prompts: int | None, forms: Sequence[FormName] = tuple(FORMS)
+) -> dict[str, Any]:
     """All figures of a judge on a preference file.
 
     Args:
         prompts: At most so many of its prompts, spread over the file.
+        forms: By which it is asked.
 
     Raises:
         UserError: As `read_judge_tests`.
@@ -86,10 +108,12 @@ def bench_judge_on_pairs(judge: BenchJudge, path: Path, prompts: int | None) -> 
         "of": len(found.tests),
         "dropped": dict(found.dropped),
     }
-    return _result(judge, source, some)
+    return _result(judge, source, some, forms)
 
 
-def bench_judge_on_disturbed(judge: BenchJudge, count: int) -> dict[str, Any]:
+def bench_judge_on_disturbed(
+    judge: BenchJudge, count: int, forms: Sequence[FormName] = tuple(FORMS)
+) -> dict[str, Any]:
     """The same on pairs that the judge's own model makes of the run's prompts.
 
     Raises:
@@ -119,7 +143,7 @@ def bench_judge_on_disturbed(judge: BenchJudge, count: int) -> dict[str, Any]:
         "template": judge.recipe.anchor.disturb_template,
     }
     agreed = _gold_agreement(judge.recipe.evaluate.gold, made)
-    return _result(judge, {**source, **agreed, "examples": _examples(made)}, tests.tests)
+    return _result(judge, {**source, **agreed, "examples": _examples(made)}, tests.tests, forms)
 
 
 def _prompts(judge: BenchJudge, count: int) -> list[Prompt]:
@@ -171,13 +195,21 @@ def reply_id(test: JudgeTest, place: int) -> str:
 
 
 def _result(
-    judge: BenchJudge, source: Mapping[str, Any], tests: Sequence[JudgeTest]
+    judge: BenchJudge,
+    source: Mapping[str, Any],
+    tests: Sequence[JudgeTest],
+    forms: Sequence[FormName],
 ) -> dict[str, Any]:
     refused: dict[str, str] = {}
-    ways = dict(_ways(judge, tests, refused))
+    ways = dict(_ways(judge, tests, forms, refused))
+    if not ways:
+        raise UserError(
+            f"this judge cannot be asked by any of them: {next(iter(refused.values()))}",
+            where="--forms",
+        )
     pairs = {name: pairs_of(tests, way) for name, way in ways.items()}
     first = next(iter(pairs))
-    forms = {
+    figures = {
         name: {
             **pair_figures(pairs[name]),
             **prompt_figures(tests, way),
@@ -194,7 +226,7 @@ def _result(
         "rubric": judge.session.rubric.name,
         "source": dict(source),
         "replies": sum(len(test.replies) for test in tests),
-        "forms": forms,
+        "forms": figures,
         "not_asked": refused,
         "self_preference": _own_answers(judge),
     }
@@ -220,14 +252,37 @@ def _of_tests(tests: Sequence[JudgeTest]) -> _Asked:
 
 
 def _ways(
-    judge: BenchJudge, tests: Sequence[JudgeTest], refused: dict[str, str]
+    judge: BenchJudge,
+    tests: Sequence[JudgeTest],
+    forms: Sequence[FormName],
+    refused: dict[str, str],
 ) -> Iterator[tuple[str, Way]]:
     """Every way of asking: one sampled grade first, several, expected ones, and the other forms.
 
     Args:
+        forms: No others are asked; grades come with and without a rationale.
         refused: Is told of ways in which this base cannot be asked, and why.
     """
-    asked, recipe = _of_tests(tests), judge.recipe.judge
+    asked = _of_tests(tests)
+    others: list[tuple[str, FormName, dict[str, Any]]] = []
+    if "grade" in forms:
+        yield from _grades(judge, asked)
+        others.append(("grade, no rationale", "grade", {"rationale": False}))
+    others += [(name, name, {}) for name in forms if name != "grade"]
+    for name, form, settings in others:
+        try:
+            rows, cost = _judged(judge, asked, name, form=form, **settings)
+        except UserError as problem:
+            judge.session.reporter.warn(f"{name}: {problem}")
+            refused[name] = str(problem)
+            continue
+        consistent = _consistent(judge, name)
+        yield name, Way(_means(rows), len(unasked(rows)), cost, consistent)
+
+
+def _grades(judge: BenchJudge, asked: _Asked) -> Iterator[tuple[str, Way]]:
+    """Written grades: one vote and all of them, sampled and expected, of the same sampling."""
+    recipe = judge.recipe.judge
     rows, cost = _judged(judge, asked, "grade", score=_score(judge.session))
     left = len(unasked(rows))
     kinds = [("grade", [as_sampled(row) for row in rows])]
@@ -238,19 +293,6 @@ def _ways(
             yield f"{name}, 1 vote", Way(_means([row for row in some if row.vote == 0]), left)
         votes = f"{recipe.votes} vote{'s' * (recipe.votes > 1)}"
         yield f"{name}, {votes}", Way(_means(some), left, cost)
-    others: list[tuple[str, FormName, dict[str, Any]]] = [
-        ("grade, no rationale", "grade", {"rationale": False}),
-        *((name, name, {}) for name in FORMS if name != "grade"),
-    ]
-    for name, form, settings in others:
-        try:
-            rows, cost = _judged(judge, asked, name, form=form, **settings)
-        except UserError as problem:
-            judge.session.reporter.warn(f"{name}: {problem}")
-            refused[name] = str(problem)
-            continue
-        consistent = _consistent(judge, name)
-        yield name, Way(_means(rows), len(unasked(rows)), cost, consistent)
 
 
 def _means(rows: Sequence[Judgement]) -> dict[str, float | None]:

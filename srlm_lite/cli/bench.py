@@ -125,6 +125,15 @@ def judge(
             show_default=False,
         ),
     ] = None,
+    forms: Annotated[
+        str | None,
+        typer.Option(
+            help="Ask by these forms of judging alone, separated by commas, such as "
+            "grade,pairwise; all of them unless said. grade is asked with and without reasons.",
+            metavar="NAMES",
+            show_default=False,
+        ),
+    ] = None,
     iteration: Annotated[
         str, typer.Option(help="Number of an iteration (0: the anchor), or `last`.")
     ] = "last",
@@ -159,15 +168,20 @@ def judge(
 
         if adapters is None:
             raise UserError("name a run with --adapters")
-        if recipe is not None or prompts is not None or set_:
-            raise UserError("--recipe, --prompts and --set go with --pairs or --disturbed")
+        if recipe is not None or prompts is not None or forms is not None or set_:
+            raise UserError("--recipe, --prompts, --forms and --set go with --pairs or --disturbed")
         show("judge", bench_judge(adapters, number), _judge_text, as_json=json_)
         return
-    from srlm_lite.bench.judge_pairs import bench_judge_on_disturbed, bench_judge_on_pairs
+    from srlm_lite.bench.judge_pairs import (
+        bench_judge_on_disturbed,
+        bench_judge_on_pairs,
+        forms_of,
+    )
     from srlm_lite.bench.judges import bench_judge_of
     from srlm_lite.cli.judge_tables import judge_text
     from srlm_lite.cli.progress import ConsoleReporter
 
+    asked_by = forms_of(forms)
     console = ConsoleReporter()
     with (
         console,
@@ -176,9 +190,9 @@ def judge(
         ) as asked,
     ):
         if pairs is not None:
-            result = bench_judge_on_pairs(asked, pairs, prompts)
+            result = bench_judge_on_pairs(asked, pairs, prompts, asked_by)
         else:
-            result = bench_judge_on_disturbed(asked, disturbed or 1)
+            result = bench_judge_on_disturbed(asked, disturbed or 1, asked_by)
     show("judge", result, judge_text, as_json=json_)
 
 

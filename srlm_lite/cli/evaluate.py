@@ -12,6 +12,7 @@ from srlm_lite.cli.evaluation_tables import evaluation_text
 from srlm_lite.cli.progress import ConsoleReporter, summary
 from srlm_lite.cli.wrapping import columns
 from srlm_lite.errors import UserError
+from srlm_lite.forms import FORMS, form_of
 from srlm_lite.processes import Processes, place
 from srlm_lite.recipe import Recipe, overridden
 from srlm_lite.run.files import read_json
@@ -19,8 +20,12 @@ from srlm_lite.run.layout import StageDir
 from srlm_lite.run.run import RunDir
 from srlm_lite.session import Session, follow, refuse_sharding
 from srlm_lite.stages.evaluation import evaluation
+from srlm_lite.stages.judges import Place
 
-MEASURES = ("data", "evaluate", "judge", "openai", "rollout", "vllm")
+MEASURES = (
+    *("data", "evaluate", "judge", "openai", "rollout", "vllm"),
+    *(kind.section for kind in FORMS.values() if kind.section is not None),
+)
 """The sections of a recipe that say how to measure; the others say what the model is."""
 
 
@@ -56,7 +61,9 @@ def run_evaluate(
                 with run.locked(), console:
                     policy = [] if number is None else session.stack(number)
                     judge = [] if number is None else session.stack(number, "judge")
-                    evaluation(session, where, policy, judge=judge)
+                    evaluation(
+                        session, where, policy, judge=judge, shared=_shared(recipe, run, where)
+                    )
     result = read_json(where.evaluation, judge=dict, policy=dict)
     if as_json:
         typer.echo(json.dumps(result, indent=2, ensure_ascii=False))
@@ -79,6 +86,14 @@ def _recipe(run: RunDir, data_dir: Path | None, overrides: Sequence[str]) -> Rec
     if data_dir is not None:
         raw = {**raw, "data": {"dir": str(data_dir.resolve())}}
     return overridden(raw, overrides, where=str(run.run_json))
+
+
+def _shared(recipe: Recipe, run: RunDir, where: StageDir) -> Place | None:
+    """Where files go that all judgings of a run share, unless this one asks in another way."""
+    own = run.recipe()
+    if recipe.judge.form == own.judge.form and form_of(recipe).own == form_of(own).own:
+        return None
+    return lambda name: where.evaluation_dir / f"{name}.jsonl"
 
 
 def _place(run: RunDir, which: str) -> tuple[StageDir, int | None]:

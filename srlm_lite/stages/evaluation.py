@@ -29,7 +29,7 @@ from srlm_lite.run.layout import IterationDir, StageDir
 from srlm_lite.run.run import RunDir
 from srlm_lite.session import Session
 from srlm_lite.settings import Gate, Sampling
-from srlm_lite.stages.judges import as_candidates, judged
+from srlm_lite.stages.judges import Place, as_candidates, judged
 from srlm_lite.stages.likelihood import candidate_likelihoods
 from srlm_lite.stages.replies import without_thoughts
 from srlm_lite.stages.sampling import chat_of, sample_candidates
@@ -53,6 +53,7 @@ def evaluation(
     stack: Sequence[Adapter],
     *,
     judge: Sequence[Adapter] | None = None,
+    shared: Place | None = None,
 ) -> tuple[None, dict[str, Any]]:
     """Measure a stack as judge and as policy; write `eval.json`.
 
@@ -63,6 +64,7 @@ def evaluation(
 
     Args:
         judge: The stack in the judge's role, where that is another one.
+        shared: Where files go that its judgings share; the run's unless said.
     """
     if directory.evaluation.is_file():
         return None, read_json(directory.evaluation)
@@ -77,6 +79,7 @@ def evaluation(
         stage="evaluation, judge",
         votes=recipe.evaluate.votes or recipe.judge.votes,
         seed_path=(recipe.seed, "evaluation", "judge"),
+        shared=shared,
         every_vote=True,
     )
     scale = form_of(recipe).scale(session.rubric)
@@ -86,7 +89,7 @@ def evaluation(
             "calibration": calibration(groups, judgements, scale=scale),
             **facts,
         },
-        "policy": _policy(session, directory, stack, stack if judge is None else judge),
+        "policy": _policy(session, directory, stack, stack if judge is None else judge, shared),
     }
     if isinstance(directory, IterationDir) and directory.votes.is_file():
         result["votes"] = vote_figures(read_records(directory.votes, VoteCount))
@@ -99,7 +102,11 @@ def evaluation(
 
 
 def _policy(
-    session: Session, directory: StageDir, stack: Sequence[Adapter], judge: Sequence[Adapter]
+    session: Session,
+    directory: StageDir,
+    stack: Sequence[Adapter],
+    judge: Sequence[Adapter],
+    shared: Place | None,
 ) -> dict[str, Any]:
     recipe = session.recipe
     held_out = policy_prompts(recipe)
@@ -139,9 +146,9 @@ def _policy(
     best: dict[str, Any] = {}
     if recipe.evaluate.best_of:
         several = answers("best_of", temperature=temperature, n=recipe.evaluate.best_of)
-        picks = _picked(session, directory, judge, texts, several)
+        picks = _picked(session, directory, judge, texts, several, shared)
         best["best_of"] = {"n": recipe.evaluate.best_of, **policy_metrics(texts, picks, gold)}
-    graded, ends = _grades(session, directory, judge, texts, sampled, points)
+    graded, ends = _grades(session, directory, judge, texts, sampled, points, shared)
     return {
         **figures,
         **graded,
@@ -160,6 +167,7 @@ def _picked(
     judge: Sequence[Adapter],
     texts: Mapping[str, str],
     answers: Sequence[Candidate],
+    shared: Place | None,
 ) -> list[Candidate]:
     """The best answer to each prompt by the model's own judge, asked as it is of candidates."""
     recipe = session.recipe
@@ -176,6 +184,7 @@ def _picked(
         place=place,
         stage="evaluation, grades of the best of several",
         seed_path=(recipe.seed, "evaluation", "best of"),
+        shared=shared,
     )
     return best_graded(answers, mean_scores(rows, min_votes=form_of(recipe).min_votes))
 
@@ -187,6 +196,7 @@ def _grades(
     texts: Mapping[str, str],
     answers: Sequence[Candidate],
     gold: Mapping[str, float],
+    shared: Place | None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the model itself and the anchor, as judges, think of the first of its answers.
 
@@ -232,6 +242,7 @@ def _grades(
             stage=f"evaluation, grades of the {'model' if name == 'self' else name}",
             votes=recipe.evaluate.votes or recipe.judge.votes,
             seed_path=(recipe.seed, "evaluation", "grades"),
+            shared=shared,
             every_vote=True,
         )
         scores = _with_blanks(mean_scores(rows, min_votes=1), some, beside, scale)
