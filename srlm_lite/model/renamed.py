@@ -1,8 +1,8 @@
 """What transformers has given another name, by the name that the installed one knows.
 
 From 5.23 on gradient checkpointing is activation checkpointing, and from 5.24 on a cache is `cache`
-and no longer `past_key_values`, in what a model takes and in what it gives. The old names work until
-6.0 and 5.40, with warnings.
+and no longer `past_key_values`, in what a model takes and in what it gives. The old names work
+until 6.0 and 5.40, with warnings.
 """
 
 from __future__ import annotations
