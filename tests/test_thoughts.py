@@ -49,9 +49,12 @@ TOPICS = ("moon", "bicycle", "chain", "air")
 GRADES = {"small": 1, "grey": 2, "clean": 3, "short": 4}
 """What an answer may say of its topic, and what the judge gives for it."""
 
-STEPS, ROWS = 500, 16
-"""Steps of the base's training, and the rows of each: after it, what is not known is which of the
-four answers comes."""
+CYCLES, STEPS, ROWS = 4, 500, 16
+"""Cycles of the base's training at most, the steps of each, and the rows of a step. One is enough
+on most processors; on one that rounds otherwise it may take another."""
+
+SURE = 0.003
+"""Nats a token above what cannot be known, which is only which of the four answers comes."""
 
 RUBRIC = "min: 0\nmax: 5\ntemplate: |-\n  Grade {{prompt}}\n  {{response}}\n"
 
@@ -117,6 +120,46 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+TokenRows = list[tuple[list[int], list[int]]]
+"""Ids of a conversation, and the same with -100 where they are not learned."""
+
+
+def loss_of(model: Any, rows: TokenRows) -> Any:
+    """Nats a learned token, a mean over all."""
+    import torch
+
+    longest = max(len(ids) for ids, _ in rows)
+    ids = torch.tensor([one + [0] * (longest - len(one)) for one, _ in rows])
+    labels = torch.tensor([one + [-100] * (longest - len(one)) for _, one in rows])
+    return model(input_ids=ids, attention_mask=(ids > 0).long(), labels=labels).loss
+
+
+def train(model: Any, rows: TokenRows) -> None:
+    """A cycle of steps, in which the rate rises and falls."""
+    import torch
+
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1e-2, total_steps=STEPS)
+    batches: list[Any] = []
+    for _ in range(STEPS):
+        batches = batches or list(torch.randperm(len(rows)).split(ROWS))
+        loss_of(model, [rows[number] for number in batches.pop()]).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        optimiser.zero_grad()
+        schedule.step()
+
+
+def knows(model: Any, rows: TokenRows) -> bool:
+    """Whether a model is sure of all but the answers. Half of the rows have one, of four."""
+    import torch
+
+    learned = sum(label != -100 for _, labels in rows for label in labels)
+    unknowable = len(rows) / 2 * math.log(len(GRADES)) / learned
+    with torch.no_grad():
+        return float(loss_of(model, rows)) < unknowable + SURE
+
+
 @pytest.fixture(scope="module")
 def base(tiny_base_dir: Path, qwen3: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny base, grown to say a thought and an answer, or an answer alone behind no thought."""
@@ -141,21 +184,12 @@ def base(tiny_base_dir: Path, qwen3: Path, tmp_path_factory: pytest.TempPathFact
                     rows.append((ids, [-100] * len(before) + ids[len(before) :]))
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(tiny_base_dir, dtype=torch.float32)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1e-2, total_steps=STEPS)
-    batches: list[Any] = []
-    for _ in range(STEPS):
-        batches = batches or list(torch.randperm(len(rows)).split(ROWS))
-        batch = [rows[number] for number in batches.pop()]
-        longest = max(len(ids) for ids, _ in batch)
-        ids = torch.tensor([one + [0] * (longest - len(one)) for one, _ in batch])
-        labels = torch.tensor([one + [-100] * (longest - len(one)) for _, one in batch])
-        loss = model(input_ids=ids, attention_mask=(ids > 0).long(), labels=labels).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        optimiser.zero_grad()
-        schedule.step()
+    for _ in range(CYCLES):
+        train(model, rows)
+        if knows(model, rows):
+            break
+    else:
+        pytest.fail("the base has not learned what is asked of it")
     folder = tmp_path_factory.mktemp("thinking_base")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
