@@ -8,6 +8,7 @@ until 6.0 and 5.40, with warnings.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -17,12 +18,13 @@ OLD_CHECKPOINTING, NEW_CHECKPOINTING = "gradient_checkpointing", "activation_che
 
 def with_cache(model: Any, held: Any) -> dict[str, Any]:
     """The keyword argument that gives a model a cache; `held` may be None."""
-    return {_cache_name(type(model)): held}
+    return {_cache_name(type(model).forward): held}
 
 
 @cache
-def _cache_name(kind: type) -> str:
-    takes = inspect.signature(kind.forward).parameters  # type: ignore[attr-defined]
+def _cache_name(forward: Callable[..., Any]) -> str:
+    """Kept: a model is asked at every step, and signatures are slow."""
+    takes = inspect.signature(forward).parameters
     return NEW_CACHE if NEW_CACHE in takes else OLD_CACHE
 
 
