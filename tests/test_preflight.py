@@ -155,6 +155,7 @@ def test_methods_whose_pairs_are_no_two_samples_may_be_greedy(cli: Cli, out: Pat
     assert answers["method"] == "ok: spin"
 
 
+@pytest.mark.slow  # the harness reads thousands of files to know its tasks
 def test_a_task_that_the_harness_does_not_know(cli: Cli, out: Path, tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
     (tmp_path / "own").mkdir()

@@ -33,7 +33,7 @@ def test_the_demo_in_small(tmp_path: Path) -> None:
         *("--set", "rollout.n=3", "--set", "rollout.max_new_tokens=64"),
         *("--set", "pairing.min_pairs=1", "--set", "pairing.drop_truncated=false"),
         *("--set", "judge.votes=1", "--set", "judge.min_votes=1", "--set", "dpo.epochs=1"),
-        *("--set", "evaluate.policy_prompts=1", "--set", "evaluate.eft_prompts=3"),
+        *("--set", "evaluate.policy_prompts=1", "--set", "evaluate.eft_prompts=2"),
     )
     assert "M1, anchor" in table and "M2, iteration 1" in table
     run = RunDir(out)
