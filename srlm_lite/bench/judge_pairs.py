@@ -17,6 +17,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from srlm_lite.bench.judges import BenchJudge
+from srlm_lite.bench.named import named
 from srlm_lite.data.preferences import JudgeTest, JudgeTests, read_judge_tests
 from srlm_lite.declared import NoSettings
 from srlm_lite.errors import UserError
@@ -76,15 +77,7 @@ def forms_of(text: str | None) -> tuple[FormName, ...]:
     """
     if text is None:
         return tuple(FORMS)
-    named = [name.strip() for name in text.split(",")]
-    unknown = [name for name in named if name not in FORMS]
-    if unknown:
-        raise UserError(
-            f"no such form of judging: {unknown[0] or 'an empty name'}",
-            where="--forms",
-            way_out=f"There are {', '.join(FORMS)}",
-        )
-    return tuple(name for name in FORMS if name in named)
+    return named(text, FORMS, what="form of judging", where="--forms")
 
 
 def bench_judge_on_pairs(

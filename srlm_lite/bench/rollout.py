@@ -23,6 +23,7 @@ import torch
 from srlm_lite.bench import floor
 from srlm_lite.bench.continuous import ContinuousBatching
 from srlm_lite.bench.machine import peak_memory, synchronise
+from srlm_lite.bench.named import named
 from srlm_lite.bench.plain import PlainGenerate
 from srlm_lite.bench.roofline import Rates, measure_rates, roofline, shape_of
 from srlm_lite.bench.workload import StandIn, Workload
@@ -163,15 +164,7 @@ def ways_of(text: str) -> tuple[Way, ...]:
     Raises:
         UserError: One that does not exist.
     """
-    named = [name.strip() for name in text.split(",")]
-    unknown = [name for name in named if name not in WAYS]
-    if unknown:
-        raise UserError(
-            f"no such way: {unknown[0] or 'an empty name'}",
-            where="--engines",
-            way_out=f"There are {', '.join(WAYS)}",
-        )
-    return tuple(way for way in WAYS if way in named)
+    return named(text, WAYS, what="way", where="--engines")
 
 
 def bench_rollout(settings: RolloutBench, reporter: Reporter) -> dict[str, Any]:

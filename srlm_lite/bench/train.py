@@ -25,8 +25,8 @@ import torch
 
 from srlm_lite.bench.floor import Dimensions, PhaseWork, triangle
 from srlm_lite.bench.machine import apart, peak_memory, resident
+from srlm_lite.bench.named import named
 from srlm_lite.bench.roofline import Rates, measure_rates, shape_of
-from srlm_lite.errors import UserError
 from srlm_lite.judging import load_rubric
 from srlm_lite.model.base import LoadedBase, load_base
 from srlm_lite.model.chat import ChatFormat
@@ -95,15 +95,7 @@ def workloads_of(text: str) -> tuple[Workload, ...]:
     Raises:
         UserError: One that does not exist.
     """
-    named = [name.strip() for name in text.split(",")]
-    unknown = [name for name in named if name not in WORKLOADS]
-    if unknown:
-        raise UserError(
-            f"no such workload: {unknown[0] or 'an empty name'}",
-            where="--workloads",
-            way_out=f"There are {', '.join(WORKLOADS)}",
-        )
-    return tuple(name for name in WORKLOADS if name in named)
+    return named(text, WORKLOADS, what="workload", where="--workloads")
 
 
 def bench_train(settings: TrainBench, reporter: Reporter) -> dict[str, Any]:
