@@ -10,8 +10,9 @@ BIN       := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEMO      := out/demo
 # Tests and the programs that they start are compiled once, also where the environment says to
-# keep nothing compiled: it would be done anew in every process.
-PYTEST     = OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+# keep nothing compiled: it would be done anew in every process. A file's tests run in one process,
+# which makes its fixtures once; longest files first, by tests/conftest.py.
+PYTEST     = OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 HERE      := not gpu and not vllm and not unsloth and not browser
 
 .DEFAULT_GOAL := help

@@ -59,30 +59,19 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 LONGEST = (
-    "smollm2", "processes", "loop", "methods", "thoughts", "rollout", "report", "plan", "toy",
-    "families", "checkpoint", "new_method", "export_command", "bench_rollout", "compare",
+    "smollm2", "processes", "methods", "loop", "steps", "plan", "tracking", "preflight", "gguf",
+    "bench_methods", "compare", "thoughts", "families", "checkpoint", "notebooks", "new_method",
+    "layer_names", "report", "rollout_windows", "scpo", "dpo", "losses", "hub", "layering",
 )  # fmt: skip
 """Files whose tests take longest, the longest first, without the `test_` before their names."""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    keep_together(items)
     longest_first(items)
     if config.getoption("quick"):
         longer = [item for item in items if item.get_closest_marker("model")]
         config.hook.pytest_deselected(items=longer)
         items[:] = [item for item in items if item not in longer]
-
-
-def keep_together(items: list[pytest.Item]) -> None:
-    """With `--dist loadgroup`, give the tests of a file that share a fixture to one process.
-
-    Of a fixture of the module each process would make its own, and some take half a minute.
-    """
-    sharing = {item.path for item in items if shares_a_fixture(item)}
-    for item in items:
-        if item.path in sharing:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 def longest_first(items: list[pytest.Item]) -> None:
@@ -92,12 +81,6 @@ def longest_first(items: list[pytest.Item]) -> None:
     """
     order = {f"test_{name}": at for at, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
-
-
-def shares_a_fixture(item: pytest.Item) -> bool:
-    info = getattr(item, "_fixtureinfo", None)
-    known = info.name2fixturedefs.values() if info else ()
-    return any(found[-1].scope == "module" for found in known)
 
 
 @pytest.hookimpl(wrapper=True)
