@@ -29,11 +29,11 @@ def test_the_demo_in_small(tmp_path: Path) -> None:
     out = tmp_path / "out"
     table = srlm_lite(
         *("iterate", "--recipe", "smollm2-135m-demo", "--adapters", out, "--iterations", 1),
-        *("--set", "anchor.ift_limit=2", "--set", "prompts.per_iteration=3"),
+        *("--set", "anchor.ift_limit=2", "--set", "prompts.per_iteration=2"),
         *("--set", "rollout.n=3", "--set", "rollout.max_new_tokens=64"),
         *("--set", "pairing.min_pairs=1", "--set", "pairing.drop_truncated=false"),
         *("--set", "judge.votes=1", "--set", "judge.min_votes=1", "--set", "dpo.epochs=1"),
-        *("--set", "evaluate.policy_prompts=1", "--set", "evaluate.eft_prompts=2"),
+        *("--set", "evaluate.policy_prompts=1", "--set", "evaluate.eft_prompts=1"),
     )
     assert "M1, anchor" in table and "M2, iteration 1" in table
     run = RunDir(out)
