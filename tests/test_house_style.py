@@ -221,7 +221,7 @@ SHOWN = re.compile(r"<reply(?: [AB])?>\n(.*?)\n</reply", re.DOTALL)
 def lessons(kind: str) -> list[tuple[str, str, list[str], str]]:
     """Whole question, the prompt in it, the replies that it shows, and what is learned."""
     found = []
-    for row in rows("forms.jsonl"):
+    for row in rows("../forms.jsonl"):
         if row["prompt_id"].startswith(kind):
             asked = re.search(r"^Question: (.*)$", row["prompt"], re.MULTILINE)
             assert asked is not None

@@ -186,12 +186,11 @@ def test_ordinary_text_is_shown_as_it_is(kind: str, text: str) -> None:
 
 @pytest.mark.parametrize(("recipe", "rubric"), [("house_style", "house-style"), ("toy", "toy")])
 def test_shipped_replies_are_shown_as_they_are(recipe: str, rubric: str) -> None:
-    """But for those that are there to fish for a grade; questions to a judge are no replies."""
+    """But for those that are there to fish for a grade."""
     found = load_rubric(rubric)
     texts = [
         str(value)
         for path in sorted(Path(recipes_dir(), recipe, "data").glob("*.jsonl"))
-        if path.name != "forms.jsonl"
         for row in map(json.loads, path.read_text(encoding="utf-8").splitlines())
         for key, value in row.items()
         if key in ("prompt", "response") and not str(row.get("prompt_id")).startswith("bait-")

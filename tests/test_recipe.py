@@ -569,6 +569,16 @@ def test_identity_follows_the_data_and_not_its_place(written: Path, tmp_path: Pa
     assert load_recipe(str(moved)).digest() not in (before, edited)
 
 
+@pytest.mark.parametrize(
+    ("name", "known_by"),
+    [("smollm2-135m-demo", "4369d240"), ("toy", "2df87c45"), ("toy-arithmetic", "2de18ed0")],
+)
+def test_shipped_data_are_what_earlier_runs_are_known_by(name: str, known_by: str) -> None:
+    """A file more in such a folder, and each run of an earlier version would be refused."""
+    identity = load_recipe(name).identity()
+    assert identity["data"]["dir"].startswith(f"sha256:{known_by}")
+
+
 def test_identity_follows_the_rubrics_text(written: Path) -> None:
     before = load_recipe(str(written)).digest()
     with (written.parent / "rubric.yaml").open("a") as file:

@@ -5,8 +5,9 @@ rule of the house style about half of the time, so that an anchor trained on the
 to improve. The EFT targets quote their evidence (srlm_lite.tasks.house_style.review). A quarter
 of the EFT replies hold bait: orders to the judge, praise of themselves, grades, the rubric's words,
 or next to nothing. They get the points that the rules give them, no more for it and no fewer.
-forms.jsonl teaches the other forms of judging, from the first of the EFT replies: which of two
-keeps more rules, in both orders; the checklist of a prompt; and which of its items hold.
+forms.jsonl, beside the folder, teaches the other forms of judging, from the first of the EFT
+replies: which of two keeps more rules, in both orders; the checklist of a prompt; and which of its
+items hold.
 The same seed writes the same bytes.
 """
 
@@ -859,7 +860,7 @@ def _prompts(
 
 
 def make(seed: int) -> dict[str, list[dict[str, object]]]:
-    """All rows by file name."""
+    """All rows, by their file's path from the folder of the data."""
     rng = random.Random(seed)
     parts = _split(rng)
     for topics in parts.values():
@@ -875,7 +876,8 @@ def make(seed: int) -> dict[str, list[dict[str, object]]]:
         "eft_eval.jsonl": list(_judge_eval(rng, parts["judge"])),
         "prompts.jsonl": list(_prompts("prompt", parts["prompts"], 5)),
         "eval_prompts.jsonl": list(_prompts("eval", parts["eval"], EVAL_PROMPTS_PER_TOPIC)),
-        "forms.jsonl": list(_forms(random.Random(f"{seed} forms"), eft)),
+        # Beside the folder, not in it: a run is known by all that is in the folder of its data.
+        "../forms.jsonl": list(_forms(random.Random(f"{seed} forms"), eft)),
     }
 
 
