@@ -29,14 +29,18 @@ def rows(stem: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("toy_pretrain", RECIPES / "toy" / "pretrain.py")
+def script_of(stem: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"toy_{stem}", RECIPES / "toy" / f"{stem}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    return script_of("pretrain")
 
 
 @pytest.fixture(scope="module")
@@ -305,3 +309,25 @@ def test_base_speaks_and_reviews(tokenizer: Any, script: ModuleType) -> None:
     reviews = generate([script.judge_prompt(p, a) for p, a in zip(prompts, answers, strict=True)])
     readable = [SCORE_LINE.match(review.splitlines()[-1]) for review in reviews if review]
     assert sum(match is not None for match in readable) > 0.8 * 64
+
+
+def test_a_careless_judge_s_reviews_keep_their_evidence(tmp_path: Path) -> None:
+    script_of("careless").write(tmp_path, share=0.5)
+    lines = (tmp_path / "eft_train.jsonl").read_text(encoding="utf-8").splitlines()
+    changed, shifts = 0, []
+    for right, told in zip(rows("eft_train"), map(json.loads, lines), strict=True):
+        assert {**told, "target": None} == {**right, "target": None}
+        verdicts = told["target"].split("\n")
+        before = right["target"].split("\n")
+        assert [re.sub("(yes|no)$", "", line) for line in verdicts[:-1]] == [
+            re.sub("(yes|no)$", "", line) for line in before[:-1]
+        ]
+        score = SCORE_LINE.match(verdicts[-1])
+        assert score and int(score[1]) == sum(line.endswith("yes") for line in verdicts)
+        changed += told["target"] != right["target"]
+        shifts.append(int(score[1]) - right["quality"])
+    # Half of them, less those whose coins all fell right.
+    assert 0.4 < changed / len(lines) < 0.55
+    assert abs(sum(shifts) / len(shifts)) < 0.2  # no kinder and no harsher
+    for stem in ("ift", "eft_eval", "prompts", "eval_prompts"):
+        assert (tmp_path / f"{stem}.jsonl").read_bytes() == (DATA / f"{stem}.jsonl").read_bytes()
