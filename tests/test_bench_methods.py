@@ -37,7 +37,7 @@ from srlm_lite.bench.methods import (
     summary,
 )
 from srlm_lite.bench.methods_plot import COLORS, apart, plot
-from srlm_lite.errors import UserError
+from srlm_lite.errors import TooFewPairs, UserError
 from srlm_lite.loop import iterate
 from srlm_lite.methods import METHODS
 from srlm_lite.recipe import Recipe, load_recipe
@@ -329,10 +329,27 @@ def test_the_bench_runs_and_goes_on(jobs: str, tmp_path: Path, cli: Cli) -> None
     _is_as_if_run_alone(tmp_path / "out", "init: anchor", lender, tmp_path / "rebased")
     # A run that stops for want of pairs does not end the bench; it is told as far as it came.
     too_few = (*SMALL, "pairing.min_pairs=100")
-    stopping = MethodsBench(tmp_path / "out", cases=names[:1], iterations=2, overrides=too_few)
-    [stopped] = bench_methods(stopping)["cases"][names[0]]["runs"]
-    assert "fewer than pairing.min_pairs = 100" in stopped["stopped"]
-    assert stopped["models"] == first["cases"][names[0]]["runs"][0]["models"]
+    both = ("self-rewarding", "init: anchor")
+    stopping = MethodsBench(tmp_path / "out", cases=both, iterations=2, overrides=too_few)
+    for name, found in bench_methods(stopping)["cases"].items():
+        [stopped] = found["runs"]
+        assert "fewer than pairing.min_pairs = 100" in stopped["stopped"]
+        assert stopped["models"] == first["cases"][name]["runs"][0]["models"]
+    # By then their M2 has answered and graded, once for both, as it would have for each.
+    plain, rebased = (_place(stopping, name, 0) for name in both)
+    alone = RunDir(tmp_path / "rebased")
+    recipe = _recipe(stopping, CASES[both[1]], 0, tmp_path / "out" / "anchor-0" / "anchor", 2)
+    with pytest.raises(TooFewPairs):
+        iterate(Session(recipe, alone))
+    told = [
+        [row for row in run.read_metrics() if row["iteration"] == 2]
+        for run in (plain, rebased, alone)
+    ]
+    assert [row["stage"] for row in told[0]] == ["prompts", "candidates", "judgements"]
+    assert told[0] == told[1] != told[2]  # but for the seconds
+    for stage in ("prompts", "candidates", "judgements"):
+        files = [getattr(run.iteration(2), stage) for run in (plain, rebased, alone)]
+        assert len({file.read_bytes() for file in files}) == 1, stage
 
 
 def _is_as_if_run_alone(out: Path, name: str, lender: str | None, alone: Path) -> None:

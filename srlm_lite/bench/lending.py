@@ -1,15 +1,16 @@
 """Work that runs have in common, done once: what M1 says and grades, in the bench of the methods.
 
 Runs that begin with the same anchor evaluate the same M1, and many of them draw and grade the same
-answers in their first iteration, or have that in common as a whole: what a second delta starts from
-and learns makes no difference to the first. A run that finds such files in its directory does not
-compute them, so they are copied there from a run that has them: byte for byte what it would have
-written.
+answers in their first iteration, or have that in common as a whole, and what M2 says and grades:
+what a second delta starts from and learns makes no difference to the first. A run that finds such
+files in its directory does not compute them, so they are copied there from a run that has them:
+byte for byte what it would have written.
 """
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from srlm_lite.methods.self_rewarding import SelfRewarding
 from srlm_lite.recipe import Recipe
 from srlm_lite.run.run import RunDir
 
-FIRST_STAGES = ("prompts", "candidates", "judgements")
-"""Stages of the first iteration whose results can be the same in several runs."""
+GRADING = ("prompts", "candidates", "judgements")
+"""Stages of an iteration whose results can be the same in several runs."""
 
 
 LATER = (
@@ -90,7 +91,7 @@ def _reading(recipe: Recipe) -> dict[str, Any]:
 
 def _is_plain(recipe: Recipe) -> bool:
     method = METHODS[recipe.method]
-    same = ("pool", *FIRST_STAGES)
+    same = ("pool", *GRADING)
     return all(getattr(method, stage) is getattr(SelfRewarding, stage) for stage in same)
 
 
@@ -110,20 +111,20 @@ def lend_evaluation(lender: RunDir, borrower: RunDir) -> None:
     _copy(lender.anchor.evaluation, borrower.anchor.evaluation)
 
 
-def lend_first_grades(lender: RunDir, borrower: RunDir) -> None:
-    """Give a run another one's first answers and grades, with the seconds that they took there.
+def lend_grades(lender: RunDir, borrower: RunDir, t: int) -> None:
+    """Give a run another one's answers and grades of iteration t, if that one has them all.
 
-    Its anchor is done; an iteration that has begun is left as it is.
+    With the seconds that they took there. What the iteration starts from is done; an iteration that
+    has begun is left as it is.
     """
-    place, mine = lender.iteration(1), borrower.iteration(1)
+    place, mine = lender.iteration(t), borrower.iteration(t)
+    if not place.judgements.is_file():
+        return
     if not mine.prompts.is_file():
         _copy(place.candidates, mine.candidates)
         _copy(place.judgements, mine.judgements)
         _copy(place.prompts, mine.prompts)  # last: where they are, the others are
-    noted = {row["stage"] for row in borrower.read_metrics() if row["iteration"] == 1}
-    for row in lender.read_metrics():
-        if row["iteration"] == 1 and row["stage"] in FIRST_STAGES and row["stage"] not in noted:
-            borrower.add_metrics(row)
+    _note(lender, borrower, t, GRADING)
 
 
 def lend_first_iteration(lender: RunDir, borrower: RunDir) -> None:
@@ -139,11 +140,17 @@ def lend_first_iteration(lender: RunDir, borrower: RunDir) -> None:
     for file in files:
         if file != place.done and not file.name.startswith("."):
             _copy(file, mine.path / file.relative_to(place.path))
-    noted = {row["stage"] for row in borrower.read_metrics() if row["iteration"] == 1}
-    for row in lender.read_metrics():
-        if row["iteration"] == 1 and row["stage"] not in noted:
-            borrower.add_metrics(row)
+    _note(lender, borrower, 1)
     _copy(place.done, mine.done)  # last: where it is, the iteration is whole
+
+
+def _note(lender: RunDir, borrower: RunDir, t: int, stages: Collection[str] | None = None) -> None:
+    """What one run noted of the stages of an iteration, for another that noted nothing of them."""
+    noted = {row["stage"] for row in borrower.read_metrics() if row["iteration"] == t}
+    for row in lender.read_metrics():
+        stage = row["stage"]
+        if row["iteration"] == t and stage not in noted and (stages is None or stage in stages):
+            borrower.add_metrics(row)
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -23,8 +23,8 @@ from typing import Any, TypeVar
 
 from srlm_lite.bench.lending import (
     lend_evaluation,
-    lend_first_grades,
     lend_first_iteration,
+    lend_grades,
     lend_reading,
     same_evaluation,
     same_first_grades,
@@ -376,14 +376,15 @@ def _run(
             if same_evaluation(recipe, other):
                 lend_evaluation(anchor, place)
             make_anchor(session)
-            has_grades = anchor.iteration(1).judgements.is_file()
-            if iterations and has_grades and same_first_grades(recipe, other):
-                lend_first_grades(anchor, place)
+            if iterations and same_first_grades(recipe, other):
+                lend_grades(anchor, place, 1)
             if iterations and name != PLAIN:
                 plain = _place(settings, PLAIN, seed)
                 of_plain = _recipe(settings, CASES[PLAIN], seed, path, iterations)
                 if CASES[PLAIN].anchor == case.anchor and same_first_iteration(recipe, of_plain):
                     lend_first_iteration(plain, place)
+                    if iterations > 1 and place.iteration(1).is_done:
+                        lend_grades(plain, place, 2)
         iterate(session)
     return place
 
