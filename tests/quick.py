@@ -20,8 +20,8 @@ FILES = frozenset({
     "anchor_targets", "arithmetic", "cli", "compare", "data_prepare", "data_shapes", "data_show",
     "dealing", "doctor", "engines", "english", "evaluation_tables", "explain", "house_style",
     "human_targets", "ifeval", "judge_metrics", "judge_tests", "judging", "kept_ids",
-    "layering", "length_control", "messages", "methods", "mt_bench", "pairing",
-    "planning_shapes", "policy_metrics", "preferences", "preflight", "principles", "quoting",
+    "layering", "messages", "methods", "mt_bench", "pairing", "planning_shapes", "policy_metrics",
+    "preferences", "preflight", "principles", "quoting",
     "reading", "readme", "recipe", "room", "run_dir", "scpo", "seed_data", "self_instruct",
     "settings", "trees", "warnings", "window",
 })
